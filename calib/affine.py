@@ -1,0 +1,123 @@
+"""Affine (uniform) quantization arithmetic: real = scale * (integer - zero_point).
+
+Formulas: Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference"
+(2018), section 2.1; rounding is half to even, as ONNX QuantizeLinear defines it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+Array = NDArray[Any]
+
+# The least scale worth storing: below it 1 / scale and the product of two scales leave float32.
+SMALLEST_SCALE = 2.0**-60
+
+
+@dataclass(frozen=True)
+class IntFormat:
+    """An integer format: `bits` wide; `narrow` gives up the lowest code so that a signed range is symmetric."""
+
+    bits: int
+    signed: bool
+    narrow: bool = False
+
+    @property
+    def qmin(self) -> int:
+        """The lowest code."""
+        return (-(1 << (self.bits - 1)) if self.signed else 0) + int(self.narrow)
+
+    @property
+    def qmax(self) -> int:
+        """The highest code."""
+        return (1 << (self.bits - 1)) - 1 if self.signed else (1 << self.bits) - 1
+
+    @property
+    def dtype(self) -> np.dtype[Any]:
+        """The narrowest numpy type that holds every code."""
+        width = next(w for w in (8, 16, 32) if self.bits <= w)
+        return np.dtype(f"{'int' if self.signed else 'uint'}{width}")
+
+    def __str__(self) -> str:
+        return f"{'int' if self.signed else 'uint'}{self.bits}"
+
+
+UINT8 = IntFormat(8, signed=False)
+INT8 = IntFormat(8, signed=True)
+INT8_NARROW = IntFormat(8, signed=True, narrow=True)
+INT32 = IntFormat(32, signed=True)
+
+
+@dataclass(frozen=True)
+class Range:
+    """The real interval a tensor is quantized over: float64 arrays of shape () or (channels,)."""
+
+    lo: Array
+    hi: Array
+
+
+@dataclass(frozen=True)
+class QParams:
+    """scale (float32) and zero_point (integer), both of shape () or (channels,); `axis` is None per tensor."""
+
+    scale: Array
+    zero_point: Array
+    format: IntFormat
+    axis: int | None = None
+
+
+def qparams_of(
+    span: Range, fmt: IntFormat, symmetric: bool, axis: int | None = None, power_of_two: bool = False
+) -> QParams:
+    """The parameters that cover `span`, widened to contain zero so that zero is exactly representable.
+
+    Symmetric puts the zero point in the middle of the codes (0 signed, 128 for uint8). A constant or empty range
+    gets scale 1. `power_of_two` rounds the scale up to the next power of two.
+    """
+    lo = np.minimum(np.asarray(span.lo, np.float64), 0.0)
+    hi = np.maximum(np.asarray(span.hi, np.float64), 0.0)
+    middle = 0 if fmt.signed else 1 << (fmt.bits - 1)
+    if symmetric:
+        scale = np.maximum(-lo / (middle - fmt.qmin), hi / (fmt.qmax - middle))
+    else:
+        scale = (hi - lo) / (fmt.qmax - fmt.qmin)
+    scale = np.where(scale < SMALLEST_SCALE, 1.0, scale)
+    if power_of_two:
+        scale = np.exp2(np.ceil(np.log2(scale)))
+    scale = scale.astype(np.float32)
+    if symmetric:
+        zero_point = np.full(scale.shape, middle)
+    else:
+        zero_point = np.clip(np.rint(fmt.qmin - lo / scale), fmt.qmin, fmt.qmax)
+    return QParams(scale, zero_point.astype(fmt.dtype), fmt, axis)
+
+
+def _along(values: Array, axis: int | None, rank: int) -> Array:
+    """Per-channel `values` shaped to broadcast along `axis` of a tensor of `rank` dimensions."""
+    if axis is None or values.ndim == 0:
+        return values
+    return values.reshape([-1 if i == axis % rank else 1 for i in range(rank)])
+
+
+def quantize(x: Array, q: QParams) -> Array:
+    """Integer codes of `x`: rint(x / scale) + zero_point, clipped; same shape as `x`."""
+    scale = _along(q.scale, q.axis, x.ndim)
+    zero_point = _along(q.zero_point, q.axis, x.ndim).astype(np.float64)
+    codes = np.rint(np.asarray(x, np.float64) / scale) + zero_point
+    return np.clip(codes, q.format.qmin, q.format.qmax).astype(q.format.dtype)
+
+
+def dequantize(codes: Array, q: QParams) -> Array:
+    """Real values (float32) of integer `codes`."""
+    scale = _along(q.scale, q.axis, codes.ndim)
+    zero_point = _along(q.zero_point, q.axis, codes.ndim)
+    return ((codes.astype(np.int64) - zero_point.astype(np.int64)) * scale.astype(np.float64)).astype(np.float32)
+
+
+def fake_quantize(x: Array, q: QParams) -> Array:
+    """What is left of `x` after quantization: dequantize(quantize(x)), float32."""
+    return dequantize(quantize(x, q), q)
