@@ -1,0 +1,137 @@
+"""Loading, saving and asking about ONNX models; the only module that reads or writes model files."""
+
+from __future__ import annotations
+
+import contextlib
+import itertools
+import os
+import tempfile
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+
+from calib.affine import Array
+from converter.errors import ModelError
+
+# A protobuf message ends at 2 GiB; above this many bytes of weights the tensors go to a file beside the model.
+EXTERNAL_DATA_ABOVE = 1_500_000_000
+
+
+def load(path: Path) -> ir.Model:
+    """The model at `path`, weights memory-mapped where they are external; raises ModelError."""
+    if not path.is_file():
+        msg = f"{path}: there is no such model file; check --modelFile."
+        raise ModelError(msg)
+    try:
+        model = ir.load(path)
+        # An empty or foreign file can parse as a message without a graph.
+        if not model.graph.outputs:
+            msg = f"{path}: this is not an ONNX model (it has no graph outputs)."
+            raise ModelError(msg)
+        return model
+    except ModelError:
+        raise
+    except Exception as error:
+        msg = f"{path}: this is not a readable ONNX model ({first_line(error)})."
+        raise ModelError(msg) from error
+
+
+def save(model: ir.Model, path: Path) -> None:
+    """Writes `model` beside `path` under a temporary name, then renames: the old file or the whole new one."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+        draft = Path(folder) / path.name
+        external = f"{path.name}.data" if weight_bytes(model) > EXTERNAL_DATA_ABOVE else None
+        ir.save(model, draft, external_data=external)
+        check(draft)
+        for part in filter(None, (external, path.name)):
+            os.replace(Path(folder) / part, path.parent / part)
+
+
+def check(path: Path) -> None:
+    """Raises ModelError where the ONNX checker does not accept the file."""
+    try:
+        onnx.checker.check_model(path)
+    except onnx.checker.ValidationError as error:
+        msg = f"The converted model is not valid ONNX: {first_line(error)}."
+        raise ModelError(msg) from error
+
+
+@contextlib.contextmanager
+def saved(model: ir.Model, taps: Iterable[str] = ()) -> Iterator[Path]:
+    """A temporary file of `model` whose tensors `taps` are graph outputs as well."""
+    clone = model.clone()
+    known = {value.name for value in clone.graph.outputs}
+    values = values_by_name(clone.graph)
+    clone.graph.outputs.extend(values[name] for name in dict.fromkeys(taps) if name not in known)
+    with tempfile.TemporaryDirectory(prefix="qconvert-") as folder:
+        path = Path(folder) / "model.onnx"
+        external = "model.data" if weight_bytes(model) > EXTERNAL_DATA_ABOVE else None
+        ir.save(clone, path, external_data=external)
+        yield path
+
+
+def values_by_name(graph: ir.Graph) -> dict[str, ir.Value]:
+    """Every named value of the top-level graph: inputs, initializers and node outputs."""
+    values = [*graph.inputs, *graph.initializers.values(), *(v for node in graph for v in node.outputs)]
+    return {value.name: value for value in values if value.name}
+
+
+def weight_bytes(model: ir.Model) -> int:
+    """Bytes of all initializers, subgraphs included."""
+    return sum(v.const_value.nbytes for g in model.graphs() for v in g.initializers.values() if v.const_value)
+
+
+def constant(value: ir.Value | None) -> Array | None:
+    """The array of an initializer, None for anything computed or fed."""
+    if value is None or value.const_value is None or value.is_graph_input():
+        return None
+    return value.const_value.numpy()
+
+
+def is_float(value: ir.Value | None) -> bool:
+    """Whether the value holds float32 (an unknown type counts: exporters often leave it out)."""
+    return value is not None and value.dtype in (None, ir.DataType.FLOAT)
+
+
+def only_consumer(value: ir.Value) -> ir.Node | None:
+    """The node that alone reads `value`, None if there are several or it is a graph output."""
+    if value.is_graph_output() or len(value.uses()) != 1:
+        return None
+    return next(iter(value.uses())).node
+
+
+class Names:
+    """Hands out names that no value or node of the model bears, subgraphs included."""
+
+    def __init__(self, model: ir.Model) -> None:
+        nodes = [node for graph in model.graphs() for node in graph.all_nodes()]
+        values = [v for g in model.graphs() for v in (*g.inputs, *g.initializers.values())]
+        self._taken = {n.name for n in nodes} | {v.name for n in nodes for v in n.outputs} | {v.name for v in values}
+
+    def fresh(self, wish: str) -> str:
+        """`wish`, or the first free of `wish_2`, `wish_3`, …; taken from now on."""
+        name = wish
+        for number in itertools.count(2):
+            if name not in self._taken:
+                break
+            name = f"{wish}_{number}"
+        self._taken.add(name)
+        return name
+
+
+def add_constant(graph: ir.Graph, name: str, array: Array) -> ir.Value:
+    """Registers an initializer; `name` must be free (see Names)."""
+    tensor = ir.tensor(np.ascontiguousarray(array), name=name)
+    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
+    graph.register_initializer(value)
+    return value
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text, without a closing full stop."""
+    text = str(error).strip().splitlines()
+    return text[0].rstrip(". ") if text else type(error).__name__

@@ -1,0 +1,116 @@
+"""THE operator table: what each ONNX operator's inputs are, which axis holds the channels, how its output range follows.
+
+Everything that must know an operator reads this table: the plan, the emitter, the algorithms and the docs.
+A new operator is one row here and one row in tests/test_ops.py, which checks every row against the ONNX schema.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from converter.model import constant
+
+Obstacle = Callable[[ir.Node], str | None]
+
+
+def _no_obstacle(_: ir.Node) -> str | None:
+    return None
+
+
+@dataclass(frozen=True)
+class OpRule:
+    """One operator.
+
+    `data`: indices of the inputs that carry activations, None for all of them.
+    `weight`, `bias`: indices of the operands that may be a constant weight and a bias.
+    `channel_axis`: axis of the weight's output channels; None where one scale must serve the whole weight.
+    `moves`: values are only moved or chosen, so that input and output share one range.
+    `obstacle`: why this very node cannot be computed on integers, None if it can.
+    """
+
+    data: tuple[int, ...] | None = (0,)
+    weight: int | None = None
+    bias: int | None = None
+    channel_axis: Callable[[ir.Node], int | None] = lambda node: None
+    moves: bool = False
+    obstacle: Obstacle = _no_obstacle
+
+
+def _all_of(*obstacles: Obstacle) -> Obstacle:
+    return lambda node: next((reason for find in obstacles if (reason := find(node))), None)
+
+
+def _weight_computed(node: ir.Node) -> str | None:
+    return None if constant(node.inputs[1]) is not None else "its weight is computed at run time"
+
+
+def _bias_computed(node: ir.Node) -> str | None:
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    if bias is None:
+        return None
+    array = constant(bias)
+    return None if array is not None and array.ndim == 1 else "its bias is not one constant a channel"
+
+
+def _gemm_attributes(node: ir.Node) -> str | None:
+    if node.attributes.get_int("transA", 0):
+        return "transA is set"
+    scaled = any(node.attributes.get_float(name, 1.0) != 1.0 for name in ("alpha", "beta"))
+    return "alpha or beta is not 1" if scaled else None
+
+
+def _resize_mode(node: ir.Node) -> str | None:
+    mode = node.attributes.get_string("mode", "nearest")
+    return None if mode == "nearest" else f"mode {mode} computes new values"
+
+
+def _conv_transpose_axis(node: ir.Node) -> int | None:
+    # With groups, axis 1 repeats in every group: a scale there would span unrelated channels.
+    return 1 if node.attributes.get_int("group", 1) == 1 else None
+
+
+def _gemm_axis(node: ir.Node) -> int:
+    return 0 if node.attributes.get_int("transB", 0) else 1
+
+
+def _matmul_axis(node: ir.Node) -> int | None:
+    weight = node.inputs[1]
+    rank = weight.shape.rank() if weight and weight.shape else 0
+    return rank - 1 if rank > 1 else None
+
+
+_MOVES = OpRule(moves=True)
+_ALL_DATA = OpRule(data=None)
+
+OPS: dict[str, OpRule] = {
+    "Conv": OpRule(
+        weight=1, bias=2, channel_axis=lambda node: 0, obstacle=_all_of(_weight_computed, _bias_computed)
+    ),
+    "ConvTranspose": OpRule(
+        weight=1, bias=2, channel_axis=_conv_transpose_axis, obstacle=_all_of(_weight_computed, _bias_computed)
+    ),
+    "Gemm": OpRule(
+        weight=1, bias=2, channel_axis=_gemm_axis, obstacle=_all_of(_gemm_attributes, _weight_computed, _bias_computed)
+    ),
+    "MatMul": OpRule(data=(0, 1), weight=1, channel_axis=_matmul_axis),
+    "Add": _ALL_DATA,
+    "Mul": _ALL_DATA,
+    "Concat": _ALL_DATA,
+    "AveragePool": OpRule(),
+    "GlobalAveragePool": OpRule(),
+    "Sigmoid": OpRule(),
+    "LeakyRelu": OpRule(),
+    "MaxPool": _MOVES,
+    "Reshape": _MOVES,
+    "Flatten": _MOVES,
+    "Squeeze": _MOVES,
+    "Unsqueeze": _MOVES,
+    "Transpose": _MOVES,
+    "Slice": _MOVES,
+    "Split": _MOVES,
+    "DepthToSpace": _MOVES,
+    "Resize": OpRule(moves=True, obstacle=_resize_mode),
+}

@@ -1,0 +1,231 @@
+"""Placement: from the float graph, the operator table and the target to a plan without numbers.
+
+Anchors (operators with weights, matrix products) are quantized wherever the target has an integer kernel. Operators
+between them follow where all they read is integer already and an anchor reads on from them. What is left behind the
+last anchor (the Softmax of the probabilities, a detector's Concat tail) stays float: integers there cost accuracy and
+save nothing.
+"""
+
+from __future__ import annotations
+
+import fnmatch
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import onnx_ir as ir
+
+from converter.model import constant, is_float, only_consumer
+from converter.ops import OPS, OpRule
+from converter.plan import NodePlan, QuantPlan, TensorPlan, WeightPlan
+from converter.targets import Target
+
+
+@dataclass(frozen=True)
+class Wishes:
+    """What the user asked of the placement: names (glob patterns) and types to leave float, granularity of weights."""
+
+    skip_nodes: tuple[str, ...] = ()
+    skip_types: tuple[str, ...] = ()
+    per_channel: bool = True
+
+
+@dataclass(frozen=True)
+class _Unit:
+    """A node with what is computed inside it."""
+
+    node: ir.Node
+    rule: OpRule
+    absorbed: tuple[ir.Node, ...]
+
+    @property
+    def anchor(self) -> bool:
+        return self.rule.weight is not None
+
+    @property
+    def outputs(self) -> tuple[ir.Value, ...]:
+        return tuple((self.absorbed[-1] if self.absorbed else self.node).outputs)
+
+    @property
+    def weight_index(self) -> int | None:
+        """Where the constant weight stands: at the table's index or, in a MatMul, on the other side."""
+        sides = {self.rule.weight, *(self.rule.data or ())} if self.anchor else set()
+        indices = sorted((i for i in sides if i is not None), reverse=True)
+        return next((i for i in indices if constant(self.node.inputs[i]) is not None), None)
+
+    @property
+    def data(self) -> list[ir.Value]:
+        """The activations it reads, constant ones included, its weight not."""
+        indices = range(len(self.node.inputs)) if self.rule.data is None else self.rule.data
+        return [v for i in indices if i != self.weight_index and (v := self.node.inputs[i]) is not None]
+
+
+def build_plan(graph: ir.Graph, target: Target, wishes: Wishes) -> QuantPlan:
+    """The plan of a prepared float graph, without numbers."""
+    units, reasons = _candidates(graph, target, wishes)
+    _drop(units, reasons, _fed_by_floats(units), "an input of it is float: converting it would cost more than it saves")
+    _drop(units, reasons, _tails(units), "no integer operator reads on from it")
+    tensors = _tensor_plans(units.values(), target)
+    nodes = {}
+    for node in graph:
+        name = node.name or ""
+        unit = units.get(node)
+        nodes[name] = _unit_plan(unit, target, wishes) if unit else NodePlan(name, node.op_type, False, reasons[node])
+    return QuantPlan(nodes, tensors)
+
+
+# --- which nodes could be integer ------------------------------------------------------------------------------------
+
+
+def _candidates(
+    graph: ir.Graph, target: Target, wishes: Wishes
+) -> tuple[dict[ir.Node, _Unit], dict[ir.Node, str]]:
+    """The units the target could compute, in graph order, and for every other node why not."""
+    units: dict[ir.Node, _Unit] = {}
+    reasons: dict[ir.Node, str] = {}
+    for node in graph:
+        if node in reasons:
+            continue
+        if reason := _obstacle(node, target, wishes):
+            reasons[node] = reason
+            continue
+        units[node] = _Unit(node, OPS[node.op_type], tuple(_absorbed(node, target, wishes)))
+        reasons.update((inner, f"computed inside {node.name}") for inner in units[node].absorbed)
+    return units, reasons
+
+
+def _skipped(node: ir.Node, wishes: Wishes) -> str | None:
+    if any(fnmatch.fnmatchcase(node.name or "", pattern) for pattern in wishes.skip_nodes):
+        return "named in skip_quant_node"
+    return "named in skip_quant_type" if node.op_type in wishes.skip_types else None
+
+
+def _obstacle(node: ir.Node, target: Target, wishes: Wishes) -> str | None:
+    rule = OPS.get(node.op_type)
+    if reason := _skipped(node, wishes):
+        return reason
+    if node.domain:
+        return f"operator of the domain {node.domain}"
+    if rule is None or node.op_type not in target.integer | target.moves:
+        return f"no integer kernel for {node.op_type} on target {target.name}"
+    if not all(is_float(value) for value in node.outputs):
+        return "its values are not float32"
+    return rule.obstacle(node)
+
+
+def _absorbed(node: ir.Node, target: Target, wishes: Wishes) -> Iterator[ir.Node]:
+    """The nodes behind `node` that the target computes inside it."""
+    if node.op_type not in target.integer:
+        return
+    add = bias_add(node)
+    if add and not _skipped(add, wishes):
+        yield add
+        node = add
+    follower = only_consumer(node.outputs[0])
+    if follower and follower.op_type in target.fused and clips_at_zero(follower) and not _skipped(follower, wishes):
+        yield follower
+
+
+def bias_add(node: ir.Node) -> ir.Node | None:
+    """The Add that gives a MatMul with constant right operand one constant bias a channel."""
+    weight = constant(node.inputs[1]) if node.op_type == "MatMul" else None
+    add = only_consumer(node.outputs[0])
+    if weight is None or weight.ndim != 2 or add is None or add.op_type != "Add":
+        return None
+    bias = constant(next(v for v in add.inputs if v is not node.outputs[0]))
+    return add if bias is not None and bias.size == bias.shape[-1] == weight.shape[1] else None
+
+
+def clips_at_zero(node: ir.Node) -> bool:
+    """Whether a Relu or Clip starts at zero, so that the integer type's own clipping can stand for it."""
+    if node.op_type == "Relu":
+        return True
+    low = constant(node.inputs[1]) if len(node.inputs) > 1 else None
+    return low is not None and float(low) == 0.0
+
+
+# --- which of them pay -----------------------------------------------------------------------------------------------
+
+
+def _drop(units: dict[ir.Node, _Unit], reasons: dict[ir.Node, str], dropped: Iterable[_Unit], why: str) -> None:
+    for unit in list(dropped):
+        del units[unit.node]
+        reasons.update((node, why) for node in (unit.node, *unit.absorbed))
+
+
+def _fed_by_floats(units: dict[ir.Node, _Unit]) -> Iterator[_Unit]:
+    """Operators without weights that would need a conversion of their own."""
+    integer = {value for unit in units.values() if unit.anchor for value in (*unit.data, *unit.outputs)}
+    # A conversion to integers costs nothing more before an operator that only moves values than behind it.
+    for unit in reversed(units.values()):
+        if unit.rule.moves and all(value in integer for value in unit.outputs):
+            integer.update(unit.data)
+    for unit in units.values():
+        if unit.anchor or all(value in integer or constant(value) is not None for value in unit.data):
+            integer.update(unit.outputs)
+        else:
+            yield unit
+
+
+def _tails(units: dict[ir.Node, _Unit]) -> Iterator[_Unit]:
+    """Operators without weights from which no anchor reads on."""
+    read = {value for unit in units.values() if unit.anchor for value in unit.data}
+    for unit in reversed(list(units.values())):
+        if unit.anchor or any(value in read for value in unit.outputs):
+            read.update(unit.data)
+        else:
+            yield unit
+
+
+# --- the plan --------------------------------------------------------------------------------------------------------
+
+
+def _tensor_plans(units: Iterable[_Unit], target: Target) -> dict[str, TensorPlan]:
+    units = list(units)
+    read = {value for unit in units for value in unit.data}
+    plans: dict[str, TensorPlan] = {}
+
+    def add(value: ir.Value, group: str, reason: str) -> None:
+        name = value.name or ""
+        plans.setdefault(name, TensorPlan(name, target.activation, target.symmetric_activation, group, reason))
+
+    for unit in units:
+        for value in unit.data:
+            add(value, value.name or "", f"read by {unit.node.name}")
+        source = plans[unit.data[0].name or ""].group if unit.rule.moves else None
+        for value in unit.outputs:
+            if value in read or unit.node.op_type not in target.float_output:
+                add(value, source or value.name or "", f"computed by {unit.node.name}")
+    return plans
+
+
+def _unit_plan(unit: _Unit, target: Target, wishes: Wishes) -> NodePlan:
+    node = unit.node
+    return NodePlan(
+        name=node.name or "",
+        op_type=node.op_type,
+        quantized=True,
+        reason=f"integer kernel of target {target.name}",
+        inputs=tuple(value.name or "" for value in unit.data),
+        outputs=tuple(value.name or "" for value in unit.outputs),
+        absorbed=tuple(inner.name or "" for inner in unit.absorbed),
+        weight=_weight_plan(unit, target, wishes),
+        bias=_bias_name(unit),
+    )
+
+
+def _weight_plan(unit: _Unit, target: Target, wishes: Wishes) -> WeightPlan | None:
+    index = unit.weight_index
+    if index is None:
+        return None
+    # Runtimes take one scale a channel only where the table says that the weight stands.
+    axis = unit.rule.channel_axis(unit.node) if wishes.per_channel and index == unit.rule.weight else None
+    return WeightPlan(unit.node.inputs[index].name or "", index, target.weight_safe, axis)
+
+
+def _bias_name(unit: _Unit) -> str | None:
+    add = next((node for node in unit.absorbed if node.op_type == "Add"), None)
+    if add:
+        return next(v.name for v in add.inputs if v is not unit.node.outputs[0])
+    index = unit.rule.bias
+    bias = unit.node.inputs[index] if index is not None and index < len(unit.node.inputs) else None
+    return bias.name if bias else None

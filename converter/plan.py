@@ -1,0 +1,91 @@
+"""The quantization plan: which nodes and tensors become integers, in which format, and why; plain frozen data.
+
+A *unit* is one node with what runtimes compute inside it: the bias Add behind a MatMul and the Relu or Clip behind any
+integer operator. A plan is keyed by names, so that algorithms return changed copies and need no model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+
+from calib.affine import Array, IntFormat, QParams
+
+
+@dataclass(frozen=True)
+class TensorPlan:
+    """An activation that becomes integers. Tensors of one `group` share the parameters of the tensor it is named by."""
+
+    name: str
+    format: IntFormat
+    symmetric: bool
+    group: str
+    reason: str
+
+
+@dataclass(frozen=True)
+class WeightPlan:
+    """A constant operand that becomes integers; `axis` is the channel axis, None for one scale."""
+
+    name: str
+    index: int
+    format: IntFormat
+    axis: int | None
+
+
+@dataclass(frozen=True)
+class NodePlan:
+    """What happens to one node.
+
+    `inputs` are the activation tensors it reads, `outputs` the tensors that leave the unit, `absorbed` the names of the
+    nodes computed inside it and `bias` the name of its constant bias, if any.
+    """
+
+    name: str
+    op_type: str
+    quantized: bool
+    reason: str
+    inputs: tuple[str, ...] = ()
+    outputs: tuple[str, ...] = ()
+    absorbed: tuple[str, ...] = ()
+    weight: WeightPlan | None = None
+    bias: str | None = None
+
+
+@dataclass(frozen=True)
+class QuantizedWeight:
+    """Integer `codes` of a weight, in the weight's shape, with their parameters."""
+
+    codes: Array
+    qparams: QParams
+
+
+@dataclass(frozen=True)
+class QuantPlan:
+    """All decisions; `qparams` (by group), `weights` and `biases` (float32, by node) are filled in by the algorithms."""
+
+    nodes: Mapping[str, NodePlan]
+    tensors: Mapping[str, TensorPlan]
+    qparams: Mapping[str, QParams] = field(default_factory=dict)
+    weights: Mapping[str, QuantizedWeight] = field(default_factory=dict)
+    biases: Mapping[str, Array] = field(default_factory=dict)
+
+    def units(self) -> list[NodePlan]:
+        """The quantized nodes, in graph order."""
+        return [node for node in self.nodes.values() if node.quantized]
+
+    def groups(self) -> dict[str, TensorPlan]:
+        """The tensor each group is named by."""
+        return {plan.group: self.tensors[plan.group] for plan in self.tensors.values()}
+
+    def params(self, tensor: str) -> QParams:
+        """Scale and zero point of an activation tensor."""
+        return self.qparams[self.tensors[tensor].group]
+
+    def with_qparams(self, qparams: Mapping[str, QParams]) -> QuantPlan:
+        """A copy with more parameters."""
+        return replace(self, qparams={**self.qparams, **qparams})
+
+    def with_weights(self, weights: Mapping[str, QuantizedWeight], biases: Mapping[str, Array]) -> QuantPlan:
+        """A copy with more weights and biases."""
+        return replace(self, weights={**self.weights, **weights}, biases={**self.biases, **biases})
