@@ -140,7 +140,7 @@ def clips_at_zero(node: ir.Node) -> bool:
     if node.op_type == "Relu":
         return True
     low = constant(node.inputs[1]) if len(node.inputs) > 1 else None
-    return low is not None and float(low) == 0.0
+    return low is not None and low.size == 1 and low.item() == 0.0
 
 
 # --- which of them pay -----------------------------------------------------------------------------------------------

@@ -1,0 +1,194 @@
+"""One picture file to one float32 array (height, width, channels) of preprocessed pixels.
+
+The order is fixed: decode, turn as the EXIF orientation says, convert the channels, go to float32 in 0..255, resize,
+crop the centre, normalise to (x - mean) / std. Nothing is rounded or clipped after decoding, so normalising before the
+resize would give the same pixels; CUBIC may overshoot 0..255 a little.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from calib import CalibError
+
+Pixels = NDArray[np.float32]
+
+FORMAT_CHANNELS = {"RGB": 3, "BGR": 3, "GRAY": 1}
+RESIZE_METHODS = {
+    "NEAREST": Image.Resampling.NEAREST,
+    "LINEAR": Image.Resampling.BILINEAR,
+    "CUBIC": Image.Resampling.BICUBIC,
+}
+# ITU-R BT.601 luma of red, green and blue.
+LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+# A larger picture, or resize, is refused: 89 million pixels are a gigabyte of float32 RGB.
+MAX_PIXELS = 1024**3 // 12
+GREY_MODES = ("1", "L", "LA")
+WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
+
+# Pillow has a limit of its own and only warns above it; as an error it becomes the sentence below.
+warnings.simplefilter("error", Image.DecompressionBombWarning)
+
+
+@dataclass(frozen=True)
+class ImageOptions:
+    """How a picture becomes model input; the fields follow the `[data_preprocess_param]` keys.
+
+    `to_format` is RGB, BGR or GRAY; None means RGB for a model with 3 channels and GRAY for one with 1. `mean` and
+    `std` hold one number a channel, in the order of `to_format`, for pixels of 0..255; empty means 0 and 1.
+    Sizes are in pixels; a missing width or height keeps the picture's own.
+    """
+
+    to_format: str | None = None
+    mean: tuple[float, ...] = ()
+    std: tuple[float, ...] = ()
+    resize_width: int | None = None
+    resize_height: int | None = None
+    resize_short_side: int | None = None
+    resize_method: str = "LINEAR"
+    crop_width: int | None = None
+    crop_height: int | None = None
+
+    def format_for(self, channels: int) -> str:
+        """The channel order given or, without one, the usual order for this number of channels."""
+        return self.to_format or ("GRAY" if channels == 1 else "RGB")
+
+    def check(self, channels: int) -> None:
+        """Raise CalibError if the format, mean or std does not suit a model input of 1 or 3 channels."""
+        given = self.format_for(channels)
+        if FORMAT_CHANNELS[given] != channels:
+            usable = " or ".join(name for name, count in FORMAT_CHANNELS.items() if count == channels)
+            msg = f"image_to_format = {given} does not suit a model input of {channels} channel(s); write {usable}."
+            raise CalibError(msg)
+        for key, values in (("normalize_mean", self.mean), ("normalize_std", self.std)):
+            if len(values) not in (0, channels):
+                msg = f"{key} has {len(values)} number(s) for a model input of {channels} channel(s); write {channels}."
+                raise CalibError(msg)
+        if 0 in self.std:
+            msg = "normalize_std must not hold 0; write 1 for a channel that is not to be scaled."
+            raise CalibError(msg)
+
+
+def load_image(path: Path, options: ImageOptions, channels: int) -> Pixels:
+    """The picture as C-contiguous float32 (height, width, `channels`), preprocessed; of several frames the first.
+
+    Shrinking with LINEAR or CUBIC averages over every pixel it covers, as pillow does and OpenCV does not.
+    Transparency is dropped and the colours beneath it kept; 16-bit grey is scaled to 0..255.
+    Raises CalibError naming the file if it is broken, too large, or smaller than the crop.
+    """
+    options.check(channels)
+    pixels = _convert(_decode(path), options.format_for(channels))
+    pixels = _crop(_resize(pixels, options, path), options, path)
+    if options.mean:
+        pixels = pixels - np.asarray(options.mean, np.float32)
+    if options.std:
+        pixels = pixels / np.asarray(options.std, np.float32)
+    return np.ascontiguousarray(pixels)
+
+
+@contextmanager
+def reading(path: Path, what: str) -> Iterator[None]:
+    """Turn whatever goes wrong while reading `path` as `what` ("a picture") into a CalibError that names it."""
+    try:
+        yield
+    except CalibError:
+        raise
+    except Exception as error:  # decoders raise almost any type on broken bytes
+        reason = getattr(error, "strerror", None) or str(error) or type(error).__name__
+        msg = f"{path}: cannot be read as {what} ({' '.join(reason.split())})."
+        raise CalibError(msg) from error
+
+
+def _decode(path: Path) -> Pixels:
+    """Upright float32 pixels of 0..255: (height, width, 1) of a grey file, else (height, width, 3) in RGB."""
+    with reading(path, "a picture"):
+        try:
+            with Image.open(path) as image:
+                _limit(path, image.size, "has")
+                return _pixels(ImageOps.exif_transpose(image))
+        except UnidentifiedImageError as error:
+            msg = f"{path}: is not a picture of a known format."
+            raise CalibError(msg) from error
+        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+            msg = f"{path}: has more than the {MAX_PIXELS:,} pixels allowed; make the picture smaller."
+            raise CalibError(msg) from error
+
+
+def _pixels(image: Image.Image) -> Pixels:
+    if image.mode in WIDE_MODES:
+        return _wide_grey(np.asarray(image))[..., None]
+    if image.mode == "F":
+        msg = "its pixels are floats of unknown scale; save it with 8 or 16 bits a channel"
+        raise ValueError(msg)
+    # Pillow would warn of a transparency that the conversion loses; losing it is meant.
+    image.info.pop("transparency", None)
+    grey = image.mode in GREY_MODES
+    pixels = np.asarray(image.convert("L" if grey else "RGB"), np.float32)
+    return pixels[..., None] if grey else pixels
+
+
+def _wide_grey(values: NDArray[Any]) -> Pixels:
+    """16-bit grey scaled so that 65535 becomes 255."""
+    if values.min() < 0 or values.max() > 65535:
+        msg = "its pixels need more than 16 bits; save it with 8 or 16 bits a channel"
+        raise ValueError(msg)
+    return values.astype(np.float32) / np.float32(257)
+
+
+def _convert(pixels: Pixels, to_format: str) -> Pixels:
+    """Grey (1 channel) or RGB (3) pixels in the channels of `to_format`."""
+    grey = pixels.shape[2] == 1
+    if to_format == "GRAY":
+        return pixels if grey else (pixels @ LUMA)[..., None]
+    if grey:
+        return np.repeat(pixels, 3, axis=2)
+    return pixels[..., ::-1] if to_format == "BGR" else pixels
+
+
+def _resize(pixels: Pixels, options: ImageOptions, path: Path) -> Pixels:
+    height, width = pixels.shape[:2]
+    size = _resized(width, height, options)
+    if size == (width, height):
+        return pixels
+    _limit(path, size, "would be resized to")
+    method = RESIZE_METHODS[options.resize_method]
+    planes = [Image.fromarray(plane).resize(size, method) for plane in np.moveaxis(pixels, 2, 0)]
+    return np.stack([np.asarray(plane) for plane in planes], axis=2)
+
+
+def _resized(width: int, height: int, options: ImageOptions) -> tuple[int, int]:
+    """Width and height after the resize; `resize_short_side` keeps the picture's proportions."""
+    short = options.resize_short_side
+    if short is None:
+        return options.resize_width or width, options.resize_height or height
+    factor = short / min(width, height)
+    return max(short, round(width * factor)), max(short, round(height * factor))
+
+
+def _crop(pixels: Pixels, options: ImageOptions, path: Path) -> Pixels:
+    """The centre; an odd margin leaves its smaller half at the top and left."""
+    height, width = pixels.shape[:2]
+    crop_width, crop_height = options.crop_width or width, options.crop_height or height
+    if crop_width > width or crop_height > height:
+        msg = (
+            f"{path}: the picture is {width}x{height} before the crop, smaller than center_crop_width x "
+            f"center_crop_height = {crop_width}x{crop_height}; crop less or resize to more."
+        )
+        raise CalibError(msg)
+    left, top = (width - crop_width) // 2, (height - crop_height) // 2
+    return pixels[top : top + crop_height, left : left + crop_width]
+
+
+def _limit(path: Path, size: tuple[int, int], verb: str) -> None:
+    if size[0] * size[1] > MAX_PIXELS:
+        msg = f"{path}: {verb} {size[0]}x{size[1]} pixels, more than the {MAX_PIXELS:,} allowed; make it smaller."
+        raise CalibError(msg)

@@ -1,0 +1,169 @@
+"""Folders of calibration data to samples, each one feed of the model's inputs.
+
+File number i of every input's folder, in natural order (img2 before img10), makes sample number i. Hidden files and
+sub-folders are ignored. A file that cannot be used takes its sample with it, is named in `Dataset.warnings`, and the
+next files step in.
+"""
+
+from __future__ import annotations
+
+import difflib
+import hashlib
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+
+from calib import CalibError
+from calib.images import ImageOptions
+from calib.sources import KINDS, Array, InputSpec, Source
+
+__all__ = ["Dataset", "Folder", "ImageOptions", "InputSpec", "Sample", "open_dataset"]
+
+Sample = Mapping[str, Array]
+
+# Samples kept in memory, so that a second pass over the data need not decode them again.
+CACHE_BYTES = 256 << 20
+# Candidates loaded at a time while the usable ones are found; bounds what is in memory at once.
+WAVE = 64
+
+
+@dataclass(frozen=True)
+class Folder:
+    """Where the data of one input lies; for NPY `path` may be one file whose rows are the samples."""
+
+    input_name: str
+    path: Path
+
+
+class Dataset:
+    """A fixed, numbered list of usable samples; immutable, so any number of threads may read it.
+
+    `warnings` holds one sentence for each file left out and each way in which the data falls short.
+    """
+
+    def __init__(
+        self, sources: Sequence[Source], chosen: Sequence[int], cache: Mapping[int, Sample], warnings: Sequence[str]
+    ) -> None:
+        self._sources = sources
+        self._chosen = chosen
+        self._cache = cache
+        self.warnings = tuple(warnings)
+
+    def __len__(self) -> int:
+        return len(self._chosen)
+
+    def sample(self, index: int) -> Sample:
+        """Input name → read-only C-contiguous array of the input's dtype, batch axis included.
+
+        Raises CalibError if a file has become unreadable since the dataset was opened.
+        """
+        candidate = self._chosen[index]
+        return self._cache.get(candidate) or _load(self._sources, candidate)
+
+    def files(self, index: int) -> tuple[Path, ...]:
+        """The files that sample `index` is made of, input by input."""
+        return tuple(chain.from_iterable(source.files[self._chosen[index]] for source in self._sources))
+
+    def fingerprint(self) -> str:
+        """SHA-256 over all samples as the model sees them: it follows the files' contents and the preprocessing.
+
+        Names, folders and dates of the files do not matter. Costs a pass over the data.
+        """
+        digest = hashlib.sha256()
+        for index in range(len(self)):
+            for name, array in self.sample(index).items():
+                digest.update(f"{name} {array.dtype} {array.shape}\n".encode())
+                digest.update(array.data)
+        return digest.hexdigest()
+
+
+def open_dataset(
+    specs: Sequence[InputSpec],
+    folders: Sequence[Folder],
+    size: int,
+    kind: str,
+    image: ImageOptions,
+    workers: int | None = None,
+) -> Dataset:
+    """The first `size` usable samples for a model's inputs; `kind` is IMAGE, BIN or NPY (a key of `KINDS`).
+
+    Every candidate is loaded once, by `workers` threads (None: as many as the machine suggests); the outcome does not
+    depend on their number. A sample of an input with fixed batch N takes N pictures or rows.
+    Raises CalibError if inputs and folders do not pair up, a folder or input cannot be used, or no sample is left.
+    """
+    sources = [KINDS[kind](spec, folder.path, image) for spec, folder in _pair(specs, folders)]
+    counts = {source.spec.name: len(source.files) for source in sources}
+    chosen, cache, skipped = _select(sources, min(counts.values()), size, workers)
+    if not chosen:
+        paths = " and ".join(str(folder.path) for folder in folders)
+        msg = f"{paths}: none of the {len(skipped)} sample(s) can be used, the first for this reason: {skipped[0]}"
+        raise CalibError(msg)
+    warnings = [*chain.from_iterable(source.warnings for source in sources), *skipped]
+    if len(set(counts.values())) > 1:
+        found = ", ".join(f"{count} for '{name}'" for name, count in counts.items())
+        warnings.append(f"The inputs have different numbers of samples ({found}); the surplus is not used.")
+    if len(chosen) < size:
+        warnings.append(f"calibrate_size is {size} but only {len(chosen)} sample(s) are usable.")
+    return Dataset(sources, chosen, cache, warnings)
+
+
+def _select(
+    sources: Sequence[Source], count: int, size: int, workers: int | None
+) -> tuple[list[int], dict[int, Sample], list[str]]:
+    """The first `size` of `count` candidates that load, the samples that fit the cache, and why others do not load."""
+    chosen: list[int] = []
+    cache: dict[int, Sample] = {}
+    skipped: list[str] = []
+    room, start = CACHE_BYTES, 0
+    with ThreadPoolExecutor(workers) as pool:
+        while start < count and len(chosen) < size:
+            wave = range(start, min(count, start + min(WAVE, size - len(chosen))))
+            for candidate, result in zip(wave, pool.map(lambda k: _attempt(sources, k), wave), strict=True):
+                if isinstance(result, CalibError):
+                    skipped.append(str(result))
+                    continue
+                chosen.append(candidate)
+                room -= sum(array.nbytes for array in result.values())
+                if room >= 0:
+                    cache[candidate] = result
+            start = wave.stop
+    return chosen, cache, skipped
+
+
+def _attempt(sources: Sequence[Source], candidate: int) -> Sample | CalibError:
+    try:
+        return _load(sources, candidate)
+    except CalibError as error:
+        return error
+
+
+def _load(sources: Sequence[Source], candidate: int) -> Sample:
+    sample = {source.spec.name: np.ascontiguousarray(source.read(candidate)) for source in sources}
+    for array in sample.values():
+        array.flags.writeable = False
+    return sample
+
+
+def _pair(specs: Sequence[InputSpec], folders: Sequence[Folder]) -> list[tuple[InputSpec, Folder]]:
+    """Each model input with its folder, in the model's order."""
+    names = [spec.name for spec in specs]
+    for name, times in Counter(folder.input_name for folder in folders).items():
+        if name not in names:
+            near = " or ".join(difflib.get_close_matches(name, names, 1) or names)
+            known = ", ".join(map(str, specs)) or "none"
+            msg = f"calibrate_path: the model has no input '{name}', its inputs are {known}; write {near}."
+            raise CalibError(msg)
+        if times > 1:
+            msg = f"calibrate_path: the input '{name}' is named {times} times; give each input one folder."
+            raise CalibError(msg)
+    by_name = {folder.input_name: folder for folder in folders}
+    for spec in specs:
+        if spec.name not in by_name:
+            msg = f"calibrate_path: no folder is given for the model's input {spec}; add {spec.name}:<folder>."
+            raise CalibError(msg)
+    return [(spec, by_name[spec.name]) for spec in specs]

@@ -1,0 +1,73 @@
+"""Runs a model file over many samples: loading, inference and what is done with the results overlap on all cores.
+
+Every worker thread takes whole samples and runs them with one thread inside ONNX Runtime, so that results do not depend
+on the number of workers.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import TypeVar
+
+import onnxruntime as ort
+
+from calib import CalibError
+from calib.affine import Array
+
+Sample = Mapping[str, Array]
+State = TypeVar("State")
+CPU_PROVIDERS = ("CPUExecutionProvider",)
+
+
+def open_session(
+    model: Path | bytes, threads: int = 1, optimize: bool = True, providers: Sequence[str] = CPU_PROVIDERS
+) -> ort.InferenceSession:
+    """An ONNX Runtime session of a model file or serialized model; CalibError if the runtime refuses it."""
+    options = ort.SessionOptions()
+    options.log_severity_level = 4
+    options.intra_op_num_threads = threads
+    # Activations of varying size make the arena keep every size it ever saw.
+    options.enable_cpu_mem_arena = False
+    if not optimize:
+        options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    source = model if isinstance(model, bytes) else str(model)
+    try:
+        return ort.InferenceSession(source, options, providers=list(providers))
+    except Exception as error:
+        msg = f"ONNX Runtime cannot load the model: {_first_line(error)}."
+        raise CalibError(msg) from error
+
+
+def run(session: ort.InferenceSession, outputs: Sequence[str], sample: Sample) -> dict[str, Array]:
+    """The named outputs for one sample; CalibError if the model fails on it."""
+    try:
+        return dict(zip(outputs, session.run(list(outputs), dict(sample)), strict=True))
+    except Exception as error:
+        shapes = ", ".join(f"{name} {list(x.shape)} {x.dtype}" for name, x in sample.items())
+        msg = f"The model fails on a sample with {shapes}: {_first_line(error)}."
+        raise CalibError(msg) from error
+
+
+def over_samples(
+    count: int, state: Callable[[], State], step: Callable[[State, int], None], threads: int
+) -> list[State]:
+    """Calls `step(state, i)` for i in 0..count-1 on `threads` workers, each with a state of its own; all the states."""
+    ticket = itertools.count()
+
+    def work() -> State:
+        mine = state()
+        # next() of itertools.count is atomic.
+        while (i := next(ticket)) < count:
+            step(mine, i)
+        return mine
+
+    workers = max(1, min(threads, count))
+    with ThreadPoolExecutor(workers) as pool:
+        return [future.result() for future in [pool.submit(work) for _ in range(workers)]]
+
+
+def _first_line(error: BaseException) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")

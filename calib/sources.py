@@ -1,0 +1,242 @@
+"""One model input's data: pictures, raw buffers or NumPy files, as arrays in the input's shape and dtype."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from calib import CalibError
+from calib.images import ImageOptions, load_image, reading
+
+Array = NDArray[Any]
+
+IMAGE_AXES = ("NCHW", "NHWC")
+PIXEL_DTYPES = ("float32", "float16", "uint8", "int8")
+CLUTTER = ("thumbs.db", "desktop.ini")
+
+
+@dataclass(frozen=True)
+class InputSpec:
+    """A model input: `None` in `shape` is a dynamic dimension; `layout` is NCHW or NHWC where the user said so."""
+
+    name: str
+    dtype: np.dtype[Any]
+    shape: tuple[int | None, ...]
+    layout: str | None = None
+
+    @property
+    def batch(self) -> int:
+        """Items in one sample: the first dimension, 1 where it is dynamic or missing."""
+        return (self.shape[0] if self.shape else None) or 1
+
+    def __str__(self) -> str:
+        sides = ", ".join("?" if side is None else str(side) for side in self.shape)
+        return f"'{self.name}' ({self.dtype} [{sides}])"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input's candidates: `files` of each, and `read`, which loads candidate number k or raises CalibError."""
+
+    spec: InputSpec
+    files: Sequence[tuple[Path, ...]]
+    read: Callable[[int], Array]
+    warnings: tuple[str, ...] = ()
+
+
+def list_files(folder: Path) -> list[Path]:
+    """The folder's visible files in natural order; a dangling link is listed, so that it is named when it fails."""
+    try:
+        with os.scandir(folder) as entries:
+            names = [entry.name for entry in entries if entry.is_file() or not Path(entry).exists()]
+    except OSError as error:
+        msg = f"{folder}: is not a readable folder of calibration data ({error.strerror}); correct calibrate_path."
+        raise CalibError(msg) from error
+    names = [name for name in names if not name.startswith(".") and name.lower() not in CLUTTER]
+    return [folder / name for name in sorted(names, key=_natural)]
+
+
+def _natural(name: str) -> tuple[list[str | int], str]:
+    """A sort key that compares digits by value; splitting on a group puts them at the odd places."""
+    parts = re.split("([0-9]+)", name.lower())
+    return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
+
+
+def _groups(spec: InputSpec, folder: Path, each: int = 1) -> tuple[list[tuple[Path, ...]], tuple[str, ...]]:
+    """The folder's files in groups of `each`, and a sentence about those that fill none."""
+    files = list_files(folder)
+    whole = len(files) - len(files) % each
+    if not whole:
+        msg = f"{folder}: holds {len(files)} file(s) but one sample of input {spec} takes {each}; add files."
+        raise CalibError(msg)
+    rest = ", ".join(path.name for path in files[whole:])
+    note = (f"{folder}: {rest} cannot fill a batch of {each} and are not used.",) if rest else ()
+    return [tuple(files[i : i + each]) for i in range(0, whole, each)], note
+
+
+def image_source(spec: InputSpec, folder: Path, image: ImageOptions) -> Source:
+    """Pictures, as many a sample as the input's batch."""
+    axes = _image_axes(spec)
+    if spec.dtype.name not in PIXEL_DTYPES:
+        msg = f"The model's input {spec} takes no pictures, only {', '.join(PIXEL_DTYPES)} do; write input_type = NPY."
+        raise CalibError(msg)
+    image.check(_channels(spec, axes))
+    files, note = _groups(spec, folder, spec.batch)
+    return Source(spec, files, lambda k: _image_batch(spec, axes, files[k], image), note)
+
+
+def _image_axes(spec: InputSpec) -> str:
+    """The meaning of the input's axes: NCHW, NHWC or, for grey pictures without a channel axis, NHW."""
+    if len(spec.shape) == 3 and spec.batch == 1:
+        return "NHW"
+    fits = [axes for axes in IMAGE_AXES if len(spec.shape) == 4 and _channels(spec, axes) in (1, 3)]
+    if not fits:
+        msg = (
+            f"The model's input {spec} is not made for pictures of 1 or 3 channels; write input_type = BIN or NPY, "
+            "or fix its open dimensions with --inputShape."
+        )
+        raise CalibError(msg)
+    if spec.layout in fits:
+        return spec.layout
+    if spec.layout is None and len(fits) == 1:
+        return fits[0]
+    usable = " or ".join(f"--inputDataFormat={axes}" for axes in fits)
+    msg = f"The channel axis of the model's input {spec} is not clear or not where said; write {usable}."
+    raise CalibError(msg)
+
+
+def _channels(spec: InputSpec, axes: str) -> int:
+    """The input's channels, 0 where they are dynamic."""
+    return 1 if "C" not in axes else spec.shape[axes.index("C")] or 0
+
+
+def _image_batch(spec: InputSpec, axes: str, files: Sequence[Path], image: ImageOptions) -> Array:
+    """The pictures as one array in the input's layout; for integer inputs rounded and clipped to the dtype."""
+    pictures = [load_image(path, image, _channels(spec, axes)) for path in files]
+    height, width = (spec.shape[axes.index(axis)] or pictures[0].shape["HW".index(axis)] for axis in "HW")
+    for path, picture in zip(files, pictures, strict=True):
+        if picture.shape[:2] != (height, width):
+            msg = (
+                f"{path}: the picture is {picture.shape[1]}x{picture.shape[0]} after preprocessing but input {spec} "
+                f"takes {width}x{height} (width x height); set resize_width and resize_height, or center_crop_width "
+                "and center_crop_height, to that size."
+            )
+            raise CalibError(msg)
+    batch = np.stack(pictures)
+    batch = batch[..., 0] if axes == "NHW" else batch.transpose(["NHWC".index(axis) for axis in axes])
+    if spec.dtype.kind in "iu":
+        limits = np.iinfo(spec.dtype)
+        batch = np.clip(np.rint(batch), limits.min, limits.max)
+    return batch.astype(spec.dtype)
+
+
+def bin_source(spec: InputSpec, folder: Path, _: ImageOptions) -> Source:
+    """Raw buffers, one file a sample, in the input's own layout and dtype."""
+    _check_numeric(spec)
+    if spec.shape[1:].count(None) > 1:
+        msg = f"The model's input {spec} has several open dimensions, which raw files cannot fill; give --inputShape."
+        raise CalibError(msg)
+    files, _note = _groups(spec, folder)
+    return Source(spec, files, lambda k: _read_bin(spec, files[k][0]))
+
+
+def _read_bin(spec: InputSpec, path: Path) -> Array:
+    """A little-endian buffer of the input's dtype; a float16 input also takes the same values stored as float32."""
+    sides = (spec.batch, *spec.shape[1:]) if spec.shape else ()
+    known = prod(side for side in sides if side is not None)
+    stored = [spec.dtype, np.dtype(np.float32)] if spec.dtype == np.float16 else [spec.dtype]
+    with reading(path, "a raw buffer"):
+        found = path.stat().st_size
+        for dtype in stored:
+            unit = known * dtype.itemsize
+            if found == unit or (None in sides and found and found % unit == 0):
+                shape = [found // unit if side is None else side for side in sides]
+                return np.fromfile(path, dtype.newbyteorder("<")).reshape(shape).astype(spec.dtype)
+    wanted = f"{'a multiple of ' if None in sides else ''}{known * spec.dtype.itemsize}"
+    msg = f"{path}: holds {found} bytes but input {spec} takes {wanted}; write all its values as {spec.dtype}."
+    raise CalibError(msg)
+
+
+def npy_source(spec: InputSpec, path: Path, _: ImageOptions) -> Source:
+    """A folder of .npy or .npz files, one a sample, or one such file whose first axis runs over the items."""
+    _check_numeric(spec)
+    if path.is_file():
+        return _row_source(spec, path)
+    files, _note = _groups(spec, path)
+    return Source(spec, files, lambda k: _fit(_read_npy(spec, files[k][0]), spec, str(files[k][0])))
+
+
+def _row_source(spec: InputSpec, path: Path) -> Source:
+    rows, batch = _read_npy(spec, path), spec.batch
+    count = len(rows) // batch if rows.ndim else 0
+    if not count:
+        msg = f"{path}: its array has shape {list(rows.shape)}; its first axis must run over {batch} item(s) or more."
+        raise CalibError(msg)
+    rest = len(rows) - count * batch
+    note = (f"{path}: the last {rest} row(s) cannot fill a batch of {batch} and are not used.",) if rest else ()
+
+    def read(k: int) -> Array:
+        return _fit(rows[k * batch : (k + 1) * batch], spec, f"{path}, row {k * batch}")
+
+    return Source(spec, [(path,)] * count, read, note)
+
+
+def _read_npy(spec: InputSpec, path: Path) -> Array:
+    """The array of an .npy file (mapped, not read); of an .npz the one with the input's name, else its only one."""
+    with reading(path, "a NumPy file"):
+        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
+        if isinstance(loaded, np.ndarray):
+            return np.asarray(loaded)
+        with loaded:
+            names = loaded.files
+            name = names[0] if len(names) == 1 else spec.name
+            if name in names:
+                return np.asarray(loaded[name])
+    held = ", ".join(names) or "none"
+    msg = f"{path}: holds no array named '{spec.name}', only {held}; name it so or keep a single array."
+    raise CalibError(msg)
+
+
+def _fit(array: Array, spec: InputSpec, where: str) -> Array:
+    """A copy of `array` in the input's dtype, with the batch axis added where it lacks one."""
+    batched = array[None] if array.ndim == len(spec.shape) - 1 and spec.batch == 1 else array
+    same_rank = batched.ndim == len(spec.shape)
+    if not same_rank or any(want not in (None, got) for want, got in zip(spec.shape, batched.shape, strict=True)):
+        msg = f"{where}: the array has shape {list(array.shape)}, which input {spec} does not take; save it in that shape."
+        raise CalibError(msg)
+    return _cast(batched, spec, where)
+
+
+def _cast(array: Array, spec: InputSpec, where: str) -> Array:
+    """Integers become any number type that holds them, floats any float type that does not overflow."""
+    integers = array.dtype.kind in "iu" and spec.dtype.kind in "iu"
+    if integers or np.can_cast(array.dtype, spec.dtype, "same_kind"):
+        with np.errstate(over="ignore"):
+            cast = array.astype(spec.dtype)
+        kept = np.isfinite(cast) == np.isfinite(array) if cast.dtype.kind == "f" else cast == array
+        if kept.all():
+            return cast
+    msg = f"{where}: its {array.dtype} values do not fit input {spec}; save them as {spec.dtype}."
+    raise CalibError(msg)
+
+
+def _check_numeric(spec: InputSpec) -> None:
+    if spec.dtype.kind not in "biuf":
+        msg = f"The model's input {spec} does not take numbers, so it cannot be fed from files."
+        raise CalibError(msg)
+
+
+# input_type → how the files of one input are read.
+KINDS: dict[str, Callable[[InputSpec, Path, ImageOptions], Source]] = {
+    "IMAGE": image_source,
+    "BIN": bin_source,
+    "NPY": npy_source,
+}

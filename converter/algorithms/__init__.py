@@ -1,0 +1,1 @@
+"""Algorithms on plain data: arrays and plans in, arrays and plans out."""

@@ -1,0 +1,90 @@
+"""An INI file → `Config`: every section and key is known, every value allowed, and the rules between keys hold."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import MISSING, replace
+from difflib import get_close_matches
+from pathlib import Path
+from typing import Any
+
+from converter.config.grammar import Document, Place, read_document
+from converter.config.keys import SECTIONS, Config, Key, Section
+from converter.config.rules import RULES
+
+# Names longer than any of ours are cut before they are compared: comparing takes the square of the length.
+_LONGEST_COMPARED = 80
+
+
+def load_config(path: Path) -> Config:
+    """Read and check a configuration file.
+
+    Raises:
+        ConfigError: the file cannot be read, or something in it is wrong; the sentence names file, line, section and
+            key, and says what to write instead.
+    """
+    document = read_document(path)
+    for place in document.sections.values():
+        _check_section(place)
+    keys = {name: _key_at(place) for name, place in document.entries.items()}
+    values = {name: _value(keys[name], place) for name, place in document.entries.items()}
+    config = Config(path=path, **{row.attribute: _fill(row, values, document) for row in SECTIONS.values()})
+    for complaint in (complaint for rule in RULES for complaint in rule(config)):
+        document.place(complaint.section, complaint.key).reject(complaint.problem, complaint.advice)
+    return replace(config, warnings=tuple(_idle(config, keys, document)))
+
+
+def _nearest(name: str, known: Iterable[str]) -> str | None:
+    """Return the known name most like `name` whatever its case, if any is."""
+    spellings = {candidate.lower(): candidate for candidate in known}
+    found = get_close_matches(name[:_LONGEST_COMPARED].lower(), spellings, n=1)
+    return spellings[found[0]] if found else None
+
+
+def _check_section(place: Place) -> None:
+    if place.section not in SECTIONS:
+        near = _nearest(place.section, SECTIONS)
+        advice = f"write [{near}]" if near else f"write one of {', '.join(f'[{name}]' for name in SECTIONS)}"
+        place.reject("is not a section", advice)
+
+
+def _key_at(place: Place) -> Key:
+    keys = SECTIONS[place.section].keys
+    if place.key not in keys:
+        place.reject(f"is not a key of [{place.section}]", _advice_for_unknown(place.key, place.section))
+    return keys[place.key]
+
+
+def _advice_for_unknown(name: str, section: str) -> str:
+    """Look for the key of that very name in other sections, then for the nearest one in its own, then anywhere."""
+    own = SECTIONS[section].keys
+    homes = {key: home for home, other in SECTIONS.items() for key in other.keys}
+    near = name if name in homes else _nearest(name, own) or _nearest(name, homes)
+    if near is None:
+        return f"write one of {', '.join(own)}"
+    if near in own:
+        return f"write {near}"
+    return f"{'move the line' if near == name else f'write {near}'} under [{homes[near]}]"
+
+
+def _value(key: Key, place: Place) -> Any:
+    try:
+        return key.kind.locate(key.kind.parse(place.text), place.file.parent)
+    except ValueError:
+        value = _nearest(place.text, key.kind.choices) or key.kind.example
+        place.reject(f"must be {key.kind.allowed}", f"write for example {key.name} = {value}")
+
+
+def _fill(section: Section, values: dict[tuple[str, str], Any], document: Document) -> Any:
+    """Return the section's dataclass with the file's values and the table's defaults."""
+    for key in section.keys.values():
+        if key.default is MISSING and (section.name, key.name) not in values:
+            place = document.place(section.name, key.name)
+            place.reject(f"is missing and must be {key.kind.allowed}", f"write {key.name} = {key.kind.example}")
+    return section.table(**{key: value for (name, key), value in values.items() if name == section.name})
+
+
+def _idle(config: Config, keys: dict[tuple[str, str], Key], document: Document) -> Iterator[str]:
+    for name, key in keys.items():
+        if not key.scope.holds(config):
+            yield document.entries[name].says(f"has no effect, as it is for {key.scope}", "remove the line")

@@ -1,0 +1,41 @@
+"""The reference of the configuration file in Markdown, made from the key table."""
+
+from __future__ import annotations
+
+from dataclasses import MISSING
+from typing import Any
+
+from converter.config.keys import QUANT_TYPES, SECTIONS, Key, Section
+
+
+def reference_markdown() -> str:
+    """Return one table a section: key, default, allowed, applies to, meaning."""
+    return "\n".join(_table(section) for section in SECTIONS.values())
+
+
+def _table(section: Section) -> str:
+    head = [
+        f"### `[{section.name}]`",
+        "",
+        _row("Key", "Default", "Allowed", "Applies to", "Meaning"),
+        _row(*["---"] * 5),
+    ]
+    return "\n".join([*head, *(_key_row(key) for key in section.keys.values()), ""])
+
+
+def _key_row(key: Key) -> str:
+    modes = "all" if key.scope.modes == QUANT_TYPES and not key.scope.condition else str(key.scope)
+    return _row(f"`{key.name}`", _default(key.default), key.kind.allowed, modes, key.meaning)
+
+
+def _default(value: Any) -> str:
+    """Return a default as it is written in the file; an empty one is a dash."""
+    if value is MISSING:
+        return "required"
+    if value is None or value == ():
+        return "-"
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
+def _row(*cells: str) -> str:
+    return " ".join(["|", " | ".join(cell.replace("|", r"\|") for cell in cells), "|"])

@@ -1,0 +1,87 @@
+"""Rules between keys: each is a function of the whole `Config` that yields what is wrong."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+from converter.config.keys import SECTIONS, Config
+
+_COMMON = "common_quant_param"
+_DATA = "data_preprocess_param"
+
+
+@dataclass(frozen=True)
+class Complaint:
+    """A key to change: the sentence is "<place of the key>: <problem>; <advice>."."""
+
+    section: str
+    key: str
+    problem: str
+    advice: str
+
+
+def _missing(key: str, reason: str) -> Complaint:
+    """Complain about a key of the data section that is not set."""
+    return Complaint(_DATA, key, f"is missing {reason}", f"write {key} = {SECTIONS[_DATA].keys[key].kind.example}")
+
+
+def _bits_fit_the_mode(config: Config) -> Iterator[Complaint]:
+    common = config.common
+    if common.quant_type != "WEIGHT_QUANT" and common.bit_num != 8:
+        yield Complaint(_COMMON, "bit_num", f"must be 8 for {common.quant_type}", "write bit_num = 8")
+
+
+def _full_quant_has_data(config: Config) -> Iterator[Complaint]:
+    for key in ("calibrate_path", "calibrate_size", "input_type"):
+        if config.common.quant_type == "FULL_QUANT" and not getattr(config.preprocess, key):
+            yield _missing(key, "for FULL_QUANT")
+
+
+def _pairs_are_whole(config: Config) -> Iterator[Complaint]:
+    pairs = (("normalize_mean", "normalize_std"), ("resize_width", "resize_height"))
+    for pair in (*pairs, ("center_crop_width", "center_crop_height")):
+        given = [key for key in pair if getattr(config.preprocess, key)]
+        absent = [key for key in pair if key not in given]
+        if given and absent:
+            yield _missing(absent[0], f"beside {given[0]}")
+
+
+def _channels_agree(config: Config) -> Iterator[Complaint]:
+    data = config.preprocess
+    mean, std = len(data.normalize_mean), len(data.normalize_std)
+    if mean != std:
+        yield Complaint(_DATA, "normalize_std", f"must have as many numbers as normalize_mean, {mean}", "write as many")
+    channels = {"GRAY": 1, "RGB": 3, "BGR": 3}.get(data.image_to_format or "", mean)
+    if mean and mean != channels:
+        problem = f"must have the {channels} channels of image_to_format = {data.image_to_format}"
+        yield Complaint(_DATA, "normalize_mean", problem, "write one number a channel")
+
+
+def _resize_is_clear(config: Config) -> Iterator[Complaint]:
+    data = config.preprocess
+    if data.resize_short_side and data.resize_width:
+        problem = "does not go with resize_width and resize_height"
+        yield Complaint(_DATA, "resize_short_side", problem, "keep either the short side or width and height")
+
+
+def _crop_fits(config: Config) -> Iterator[Complaint]:
+    data = config.preprocess
+    crop = (data.center_crop_width or 0, data.center_crop_height or 0)
+    for side, size, limit in zip(("width", "height"), crop, (data.resize_width, data.resize_height), strict=True):
+        if limit and size > limit:
+            problem = f"is larger than resize_{side} = {limit}"
+            yield Complaint(_DATA, f"center_crop_{side}", problem, f"write {limit} or less")
+    if data.resize_short_side and min(crop) > data.resize_short_side:
+        problem = f"is larger than resize_short_side = {data.resize_short_side}, as is the other crop side"
+        yield Complaint(_DATA, "center_crop_width", problem, f"write {data.resize_short_side} or less")
+
+
+RULES: tuple[Callable[[Config], Iterator[Complaint]], ...] = (
+    _bits_fit_the_mode,
+    _full_quant_has_data,
+    _pairs_are_whole,
+    _channels_agree,
+    _resize_is_clear,
+    _crop_fits,
+)

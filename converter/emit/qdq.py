@@ -1,0 +1,138 @@
+"""Writes a plan into a graph as QuantizeLinear/DequantizeLinear pairs with integer weights and int32 biases."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from calib.affine import INT32, Array, QParams, quantize
+from converter.model import Names, add_constant, constant, values_by_name
+from converter.plan import NodePlan, QuantizedWeight, QuantPlan
+
+
+def emit(model: ir.Model, plan: QuantPlan) -> None:
+    """Changes `model`, the prepared float model the plan was made for, into the quantized one."""
+    _Emitter(model, plan).run()
+
+
+class _Emitter:
+    def __init__(self, model: ir.Model, plan: QuantPlan) -> None:
+        self.graph, self.plan, self.names = model.graph, plan, Names(model)
+        self.values = values_by_name(model.graph)
+        self.nodes = {node.name: node for node in model.graph}
+        self.constants: dict[tuple[str, bytes], ir.Value] = {}
+
+    def run(self) -> None:
+        units = self.plan.units()
+        for unit in units:
+            self._write_weight(unit)
+            self._write_bias(unit)
+        computed = {name for unit in units for name in unit.outputs}
+        for name in self.plan.tensors:
+            readers = [self.nodes[unit.name] for unit in units if name in unit.inputs]
+            self._write_activation(self.values[name], self.plan.params(name), None if name in computed else readers)
+        self._drop_unread_constants()
+
+    # --- activations -------------------------------------------------------------------------------------------------
+
+    def _write_activation(self, value: ir.Value, q: QParams, readers: list[ir.Node] | None) -> None:
+        """Sends `readers`, or where None everything that reads `value`, through a Q/DQ pair."""
+        uses = [use for use in value.uses() if readers is None or use.node in readers]
+        array = constant(value)
+        if array is not None:
+            restored = self._dequantized(value.name or "", quantize(array, q), q)
+        else:
+            restored = self._pair(value, q)
+        for use in uses:
+            use.node.replace_input_with(use.idx, restored)
+        if readers is None and value.is_graph_output():
+            self._hand_over_output(value, restored)
+
+    def _pair(self, value: ir.Value, q: QParams) -> ir.Value:
+        name = value.name or ""
+        parameters = self._parameters(name, q)
+        quantized = self._node("QuantizeLinear", [value, *parameters], name, "quantized", {})
+        restored = self._node("DequantizeLinear", [quantized.outputs[0], *parameters], name, "dequantized", {})
+        restored.outputs[0].shape, restored.outputs[0].type = value.shape, value.type
+        producer = value.producer()
+        if producer is not None:
+            self.graph.insert_after(producer, [quantized, restored])
+        else:
+            self.graph.insert_before(self.graph[0], [quantized, restored])
+        return restored.outputs[0]
+
+    def _hand_over_output(self, value: ir.Value, restored: ir.Value) -> None:
+        """The graph output keeps its name, and the computed tensor gets another."""
+        name = value.name
+        value.name = self.names.fresh(f"{name}_float")
+        restored.name = name
+        self.graph.outputs[list(self.graph.outputs).index(value)] = restored
+
+    # --- weights and biases ------------------------------------------------------------------------------------------
+
+    def _write_weight(self, unit: NodePlan) -> None:
+        if unit.weight is None:
+            return
+        weight = self.plan.weights[unit.name]
+        restored = self._dequantized(unit.weight.name, weight.codes, weight.qparams)
+        self.nodes[unit.name].replace_input_with(unit.weight.index, restored)
+
+    def _write_bias(self, unit: NodePlan) -> None:
+        bias = self.plan.biases.get(unit.name)
+        if bias is None:
+            return
+        q = bias_qparams(self.plan.params(unit.inputs[0]), self.plan.weights[unit.name], bias.size)
+        restored = self._dequantized(unit.bias or f"{unit.name}.bias", quantize(bias, q), q)
+        adds = [node for name in unit.absorbed if (node := self.nodes[name]).op_type == "Add"]
+        if adds:
+            adds[0].replace_input_with(int(adds[0].inputs[1].name == unit.bias), restored)
+            return
+        node = self.nodes[unit.name]
+        node.resize_inputs(max(3, len(node.inputs)))
+        node.replace_input_with(2, restored)
+
+    def _dequantized(self, name: str, codes: Array, q: QParams) -> ir.Value:
+        """A constant stored as `codes` behind a DequantizeLinear."""
+        attributes = {} if q.axis is None else {"axis": q.axis}
+        inputs = [self._constant(f"{name}_quantized", codes), *self._parameters(name, q)]
+        node = self._node("DequantizeLinear", inputs, name, "dequantized", attributes)
+        self.graph.insert_before(self.graph[0], node)
+        return node.outputs[0]
+
+    # --- parts -------------------------------------------------------------------------------------------------------
+
+    def _parameters(self, name: str, q: QParams) -> list[ir.Value]:
+        scale = self._constant(f"{name}_scale", q.scale.astype(np.float32))
+        if q.format == INT32:
+            return [scale]  # the zero point of a bias is zero, and runtimes look for its absence
+        return [scale, self._constant(f"{name}_zero_point", q.zero_point.astype(q.format.dtype))]
+
+    def _constant(self, name: str, array: Array) -> ir.Value:
+        """An initializer; equal ones of one name are stored once, as a tied weight's."""
+        key = (name, array.tobytes())
+        if key not in self.constants:
+            self.constants[key] = add_constant(self.graph, self.names.fresh(name), array)
+        return self.constants[key]
+
+    def _node(
+        self, op_type: str, inputs: list[ir.Value], name: str, suffix: str, attributes: dict[str, int]
+    ) -> ir.Node:
+        output = ir.Value(name=self.names.fresh(f"{name}_{suffix}"))
+        return ir.node(
+            op_type, inputs, attributes, name=self.names.fresh(f"{name}_{op_type}"), outputs=[output]
+        )
+
+    def _drop_unread_constants(self) -> None:
+        outputs = set(self.graph.outputs)
+        for name, value in list(self.graph.initializers.items()):
+            if not value.uses() and value not in outputs:
+                del self.graph.initializers[name]
+
+
+def bias_qparams(data: QParams, weight: QuantizedWeight, size: int) -> QParams:
+    """int32 parameters of a bias: scale = data scale * weight scale, as integer kernels require."""
+    scale = (data.scale * weight.qparams.scale).astype(np.float32)
+    scale = np.broadcast_to(scale, (size,)).copy()
+    return QParams(scale, np.zeros(size, np.int32), INT32, axis=0)
+
+

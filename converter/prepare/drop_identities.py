@@ -1,0 +1,36 @@
+"""Removes Identity and, as models here only run for inference, Dropout nodes."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+
+class DropIdentitiesPass(ir.passes.InPlacePass):
+    """Lets readers of y = Identity(x) read x.
+
+    A node stays where its output is a graph output (the name must survive), where it copies a value of an outer graph,
+    or where the mask of a Dropout is read.
+    """
+
+    def call(self, model: ir.Model) -> ir.passes.PassResult:
+        """Removes in place."""
+        dropped = [_drop(node) for graph in model.graphs() for node in list(graph) if _removable(node)]
+        return ir.passes.PassResult(model, bool(dropped))
+
+
+def _removable(node: ir.Node) -> bool:
+    if node.op_type not in {"Identity", "Dropout"} or node.domain:
+        return False
+    source = node.inputs[0]
+    unread = not any(value.uses() or value.is_graph_output() for value in node.outputs[1:])
+    training = node.op_type == "Dropout" and len(node.inputs) > 2 and node.inputs[2] is not None
+    local = source is not None and source.graph is node.graph
+    return local and unread and not training and not node.outputs[0].is_graph_output()
+
+
+def _drop(node: ir.Node) -> None:
+    source = node.inputs[0]
+    assert source is not None
+    assert isinstance(node.graph, ir.Graph)
+    node.outputs[0].replace_all_uses_with(source)
+    node.graph.remove(node, safe=True)
