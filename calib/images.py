@@ -87,12 +87,12 @@ def load_image(path: Path, options: ImageOptions, channels: int) -> Pixels:
     """
     options.check(channels)
     pixels = _convert(_decode(path), options.format_for(channels))
-    pixels = _crop(_resize(pixels, options, path), options, path)
+    pixels = np.array(_crop(_resize(pixels, options, path), options, path), order="C")
     if options.mean:
-        pixels = pixels - np.asarray(options.mean, np.float32)
+        pixels -= np.asarray(options.mean, np.float32)
     if options.std:
-        pixels = pixels / np.asarray(options.std, np.float32)
-    return np.ascontiguousarray(pixels)
+        pixels /= np.asarray(options.std, np.float32)
+    return pixels
 
 
 @contextmanager

@@ -143,7 +143,7 @@ def _attempt(sources: Sequence[Source], candidate: int) -> Sample | CalibError:
 
 
 def _load(sources: Sequence[Source], candidate: int) -> Sample:
-    sample = {source.spec.name: np.ascontiguousarray(source.read(candidate)) for source in sources}
+    sample = {source.spec.name: np.asarray(source.read(candidate), order="C") for source in sources}
     for array in sample.values():
         array.flags.writeable = False
     return sample

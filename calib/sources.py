@@ -210,7 +210,7 @@ def _fit(array: Array, spec: InputSpec, where: str) -> Array:
     batched = array[None] if array.ndim == len(spec.shape) - 1 and spec.batch == 1 else array
     same_rank = batched.ndim == len(spec.shape)
     if not same_rank or any(want not in (None, got) for want, got in zip(spec.shape, batched.shape, strict=True)):
-        msg = f"{where}: the array has shape {list(array.shape)}, which input {spec} does not take; save it in that shape."
+        msg = f"{where}: the array has shape {list(array.shape)}, but input {spec} takes another; save it so."
         raise CalibError(msg)
     return _cast(batched, spec, where)
 

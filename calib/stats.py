@@ -82,8 +82,9 @@ class TensorStats:
     """Statistics of one tensor over a stream of samples, in memory that does not depend on their number.
 
     Values are taken as float32. NaN and infinite ones (a float64 too large for float32 included) are counted and left
-    out of everything else. `histogram=False` keeps the extremes only and is about 20 times as fast. `samples=True`
-    also keeps the extremes of each sample, the one exception to constant memory: 8 bytes a sample.
+    out of everything else. `count` is the number of finite values, `zero_count` that of exact zeros (0 without a
+    histogram). `histogram=False` keeps the extremes only and is about 20 times as fast. `samples=True` also keeps the
+    extremes of each sample, the one exception to constant memory: 8 bytes a sample.
     """
 
     def __init__(self, histogram: bool, samples: bool = False) -> None:
@@ -127,7 +128,7 @@ class TensorStats:
             msg = "there is no histogram without finite values"
             raise ValueError(msg)
         first, last = int(used[0]), int(used[-1])
-        return Histogram(self._counts[first : last + 1], first - SIDE, 2.0**self._exponent, self.zero_count)
+        return Histogram(self._counts[first : last + 1].copy(), first - SIDE, 2.0**self._exponent, self.zero_count)
 
     def update(self, x: Array, index: int) -> None:
         """Take in `x`, an array of any shape, as sample number `index` or a part of it."""
@@ -138,7 +139,8 @@ class TensorStats:
         self.count += values.size
         if not values.size:
             return
-        lo, hi = float(values.min()), float(values.max())
+        # + 0.0 makes a minimum of -0.0, which would tell of the order of the values, 0.0.
+        lo, hi = float(values.min()) + 0.0, float(values.max()) + 0.0
         self._lo, self._hi = min(self._lo, lo), max(self._hi, hi)
         if self._samples is not None:
             self._samples = _with_rows(self._samples, index + 1)

@@ -6,7 +6,7 @@ from collections.abc import Iterable
 
 import onnx_ir as ir
 
-from calib.affine import QParams, Range, qparams_of
+from calib.affine import QParams, qparams_of
 from calib.ranges import RANGE_METHODS, RangeSpec, range_of
 from calib.samples import Dataset
 from calib.session import open_session, over_samples, run
@@ -49,5 +49,5 @@ def activation_qparams(plan: QuantPlan, statistics: Statistics, method: str) -> 
 
 
 def _qparams(tensor: TensorPlan, stats: TensorStats, method: str) -> QParams:
-    span: Range = range_of(method, stats, RangeSpec(tensor.format, tensor.symmetric))
+    span = range_of(RANGE_METHODS[method], stats, RangeSpec(tensor.format, tensor.symmetric))
     return qparams_of(span, tensor.format, tensor.symmetric)

@@ -125,7 +125,7 @@ class Names:
 
 def add_constant(graph: ir.Graph, name: str, array: Array) -> ir.Value:
     """Registers an initializer; `name` must be free (see Names)."""
-    tensor = ir.tensor(np.ascontiguousarray(array), name=name)
+    tensor = ir.tensor(np.asarray(array, order="C"), name=name)
     value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
     graph.register_initializer(value)
     return value

@@ -36,7 +36,7 @@ def _levels(stats: TensorStats, spec: RangeSpec) -> int:
     """
     lo, hi = min(stats.lo, 0.0), max(stats.hi, 0.0)
     share = 0.5 if spec.symmetric else max(-lo, hi) / (hi - lo)
-    return min(round(2**spec.format.bits * share), BINS)
+    return min(round((1 << spec.format.bits) * share), BINS)
 
 
 def _rebinned(magnitudes: Histogram, top: float) -> Array:
@@ -60,8 +60,17 @@ def divergences(counts: Array, levels: int) -> Array:
     mass, bins = np.diff(total[starts]), np.diff(filled[starts])
     last, beyond = counts[cuts - 1], total[-1] - total[cuts]
     bins[:, -1] += (last == 0) & (beyond > 0)
+    lost = (beyond > 0) & (mass[:, -1] == 0)
     p_log_p = np.concatenate(([0], np.cumsum(_x_log_x(counts))))[cuts - 1] + _x_log_x(last + beyond)
-    p_log_q = (_x_log_x(mass) - mass * _log(bins)).sum(axis=1)
-    with np.errstate(divide="ignore"):
-        cost_beyond = np.where(beyond > 0, beyond * (np.log(mass[:, -1]) - _log(bins[:, -1])), 0.0)
-        return (p_log_p - p_log_q - cost_beyond) / total[-1] - np.log(total[-1]) + np.log(total[cuts])
+    p_log_q = (_x_log_x(mass) - mass * _log(bins)).sum(axis=1) + beyond * (_log(mass[:, -1]) - _log(bins[:, -1]))
+    divergence = (p_log_p - p_log_q) / total[-1] + _log(total[cuts]) - _log(total[-1])
+    return np.where(lost, np.inf, divergence)
+
+
+def _log(counts: Array) -> Array:
+    """The logarithm of whole numbers; 0 for 0, which is only ever multiplied by 0."""
+    return np.log(np.maximum(counts, 1))
+
+
+def _x_log_x(counts: Array) -> Array:
+    return counts * _log(counts)

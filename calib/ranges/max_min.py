@@ -8,5 +8,5 @@ from calib.stats import TensorStats
 
 
 def max_min(stats: TensorStats, spec: RangeSpec) -> Range:
-    """The extremes of all samples: nothing is clipped, so one outlier costs resolution (Jacob et al. 2018, section 3)."""
+    """The extremes of all samples: nothing is clipped, so one outlier costs everything else resolution."""
     return within_data(stats, stats.lo, stats.hi)

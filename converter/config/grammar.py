@@ -20,7 +20,7 @@ from converter.errors import ConfigError
 
 MAX_BYTES = 1_000_000
 _Name = TypeVar("_Name")
-_COMMENT = re.compile(r"(?:^|\s)#")
+_COMMENT = re.compile(r"\s#")
 _LONGEST_SHOWN = 80
 
 

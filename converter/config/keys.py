@@ -57,7 +57,9 @@ _WEIGHT = Scope(("WEIGHT_QUANT",))
 _MIXED_BIT = Scope(("WEIGHT_QUANT",), " with bit_num = 0", lambda config: config.common.bit_num == 0)
 _FULL = Scope(("FULL_QUANT",))
 _IMAGES = Scope(("FULL_QUANT",), " with input_type = IMAGE", lambda config: config.preprocess.input_type == "IMAGE")
-_RESIZED = Scope(("FULL_QUANT",), " with a resized input_type = IMAGE", lambda config: config.preprocess.resizes)
+_RESIZED = Scope(
+    ("FULL_QUANT",), " with input_type = IMAGE and a size to resize to", lambda config: config.preprocess.resizes
+)
 
 
 def _key(kind: Kind, meaning: str, scope: Scope = _ALWAYS) -> dict[str, Any]:
@@ -95,7 +97,7 @@ class CommonQuantParam:
         default=(),
         metadata=_key(
             names("conv_1,/head/*"),
-            "Nodes to leave in float: names, or patterns with `*`, `?` and `[...]`; a name with a comma goes in quotes.",
+            "Nodes to leave in float: names, or patterns with `*`, `?` and `[...]`; put a name with a comma in quotes.",
         ),
     )
     skip_quant_type: tuple[str, ...] = field(

@@ -12,9 +12,6 @@ from converter.config.grammar import Document, Place, read_document
 from converter.config.keys import SECTIONS, Config, Key, Section
 from converter.config.rules import RULES
 
-# Names longer than any of ours are cut before they are compared: comparing takes the square of the length.
-_LONGEST_COMPARED = 80
-
 
 def load_config(path: Path) -> Config:
     """Read and check a configuration file.
@@ -37,7 +34,7 @@ def load_config(path: Path) -> Config:
 def _nearest(name: str, known: Iterable[str]) -> str | None:
     """Return the known name most like `name` whatever its case, if any is."""
     spellings = {candidate.lower(): candidate for candidate in known}
-    found = get_close_matches(name[:_LONGEST_COMPARED].lower(), spellings, n=1)
+    found = get_close_matches(name.lower(), spellings, n=1)
     return spellings[found[0]] if found else None
 
 
