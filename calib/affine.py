@@ -92,7 +92,7 @@ def qparams_of(
     if symmetric:
         zero_point = np.full(scale.shape, middle)
     else:
-        scale = _not_beyond(scale, hi - lo, fmt)
+        scale = scale if power_of_two else _not_beyond(scale, hi - lo, fmt)
         zero_point = np.clip(np.rint(fmt.qmin - lo / scale), fmt.qmin, fmt.qmax)
     return QParams(scale, zero_point.astype(fmt.dtype), fmt, axis)
 
@@ -102,8 +102,8 @@ def _not_beyond(scale: Array, span: Array, fmt: IntFormat) -> Array:
 
     Runtimes drop a Clip(0, 6) behind an integer operator only if the largest code is not above 6.
     """
-    reach = scale * np.float32(fmt.qmax - fmt.qmin)
-    return np.where(reach > span.astype(np.float32), np.nextafter(scale, np.float32(0)), scale)
+    levels = np.float32(fmt.qmax - fmt.qmin)
+    return np.where(scale > span.astype(np.float32) / levels, np.nextafter(scale, np.float32(0)), scale)
 
 
 def _along(values: Array, axis: int | None, rank: int) -> Array:

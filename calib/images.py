@@ -116,7 +116,7 @@ def _decode(path: Path) -> Pixels:
                 _limit(path, image.size, "has")
                 return _pixels(ImageOps.exif_transpose(image))
         except UnidentifiedImageError as error:
-            msg = f"{path}: is not a picture of a known format."
+            msg = f"{path}: is broken or not a picture of a known format."
             raise CalibError(msg) from error
         except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
             msg = f"{path}: has more than the {MAX_PIXELS:,} pixels allowed; make the picture smaller."

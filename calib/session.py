@@ -1,13 +1,11 @@
 """Runs a model file over many samples: loading, inference and what is done with the results overlap on all cores.
 
-Every worker thread takes whole samples and runs them with one thread inside ONNX Runtime, so that results do not depend
-on the number of workers.
+Every worker runs whole samples with one thread inside ONNX Runtime, so that results do not depend on their number.
 """
 
 from __future__ import annotations
 
-import itertools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
@@ -18,7 +16,7 @@ from calib import CalibError
 from calib.affine import Array
 
 Sample = Mapping[str, Array]
-State = TypeVar("State")
+Result = TypeVar("Result")
 CPU_PROVIDERS = ("CPUExecutionProvider",)
 
 
@@ -51,22 +49,13 @@ def run(session: ort.InferenceSession, outputs: Sequence[str], sample: Sample) -
         raise CalibError(msg) from error
 
 
-def over_samples(
-    count: int, state: Callable[[], State], step: Callable[[State, int], None], threads: int
-) -> list[State]:
-    """Calls `step(state, i)` for i in 0..count-1 on `threads` workers, each with a state of its own; all the states."""
-    ticket = itertools.count()
-
-    def work() -> State:
-        mine = state()
-        # next() of itertools.count is atomic.
-        while (i := next(ticket)) < count:
-            step(mine, i)
-        return mine
-
-    workers = max(1, min(threads, count))
-    with ThreadPoolExecutor(workers) as pool:
-        return [future.result() for future in [pool.submit(work) for _ in range(workers)]]
+def over_samples(count: int, step: Callable[[int], Result], threads: int) -> Iterator[Result]:
+    """step(0), step(1), … step(count - 1), computed on `threads` workers and handed out in this order."""
+    # A wave bounds how many results wait for a slow one before them.
+    wave = 4 * threads
+    with ThreadPoolExecutor(threads) as pool:
+        for start in range(0, count, wave):
+            yield from pool.map(step, range(start, min(start + wave, count)))
 
 
 def _first_line(error: BaseException) -> str:

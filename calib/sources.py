@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.lib.format import open_memmap
+from numpy.lib.npyio import NpzFile
 from numpy.typing import NDArray
 
 from calib import CalibError
@@ -190,16 +192,15 @@ def _row_source(spec: InputSpec, path: Path) -> Source:
 
 
 def _read_npy(spec: InputSpec, path: Path) -> Array:
-    """The array of an .npy file (mapped, not read); of an .npz the one with the input's name, else its only one."""
+    """The array of an .npy file, mapped, not read; of an .npz the one named as the input, else its only one."""
     with reading(path, "a NumPy file"):
-        loaded = np.load(path, mmap_mode="r", allow_pickle=False)
-        if isinstance(loaded, np.ndarray):
-            return np.asarray(loaded)
-        with loaded:
-            names = loaded.files
+        if path.suffix.lower() != ".npz":
+            return np.asarray(open_memmap(path, mode="r"))
+        with path.open("rb") as file, NpzFile(file, allow_pickle=False) as archive:
+            names = archive.files
             name = names[0] if len(names) == 1 else spec.name
             if name in names:
-                return np.asarray(loaded[name])
+                return np.asarray(archive[name])
     held = ", ".join(names) or "none"
     msg = f"{path}: holds no array named '{spec.name}', only {held}; name it so or keep a single array."
     raise CalibError(msg)
@@ -207,7 +208,7 @@ def _read_npy(spec: InputSpec, path: Path) -> Array:
 
 def _fit(array: Array, spec: InputSpec, where: str) -> Array:
     """A copy of `array` in the input's dtype, with the batch axis added where it lacks one."""
-    batched = array[None] if array.ndim == len(spec.shape) - 1 and spec.batch == 1 else array
+    batched = array[None] if array.ndim == len(spec.shape) - 1 else array
     same_rank = batched.ndim == len(spec.shape)
     if not same_rank or any(want not in (None, got) for want, got in zip(spec.shape, batched.shape, strict=True)):
         msg = f"{where}: the array has shape {list(array.shape)}, but input {spec} takes another; save it so."

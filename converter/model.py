@@ -6,7 +6,7 @@ import contextlib
 import itertools
 import os
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -72,6 +72,17 @@ def saved(model: ir.Model, taps: Iterable[str] = ()) -> Iterator[Path]:
         external = "model.data" if weight_bytes(model) > EXTERNAL_DATA_ABOVE else None
         ir.save(clone, path, external_data=external)
         yield path
+
+
+def submodel(model: ir.Model, inputs: Sequence[str], outputs: Sequence[str]) -> ir.Model:
+    """A copy of the part of `model` between tensors; it shares the weights' memory."""
+    graph = ir.convenience.extract(model.graph, list(inputs), list(outputs))
+    return ir.Model(graph, ir_version=model.ir_version)
+
+
+def serialized(model: ir.Model) -> bytes:
+    """The model as bytes; it must be small."""
+    return bytes(ir.to_proto(model).SerializeToString())
 
 
 def values_by_name(graph: ir.Graph) -> dict[str, ir.Value]:

@@ -27,6 +27,8 @@ class OpRule:
     `data`: indices of the inputs that carry activations, None for all of them.
     `weight`, `bias`: indices of the operands that may be a constant weight and a bias.
     `channel_axis`: axis of the weight's output channels; None where one scale must serve the whole weight.
+    `output_axis`: axis of the output that holds the weight's output channels.
+    `pairs`: whether integer kernels add products in pairs (a depthwise convolution's do not).
     `moves`: values are only moved or chosen, so that input and output share one range.
     `obstacle`: why this very node cannot be computed on integers, None if it can.
     """
@@ -35,6 +37,8 @@ class OpRule:
     weight: int | None = None
     bias: int | None = None
     channel_axis: Callable[[ir.Node], int | None] = lambda node: None
+    output_axis: int = 1
+    pairs: Callable[[ir.Node], bool] = lambda node: True
     moves: bool = False
     obstacle: Obstacle = _no_obstacle
 
@@ -82,12 +86,21 @@ def _matmul_axis(node: ir.Node) -> int | None:
     return rank - 1 if rank > 1 else None
 
 
+def _not_depthwise(node: ir.Node) -> bool:
+    weight, group = constant(node.inputs[1]), node.attributes.get_int("group", 1)
+    return weight is None or not (weight.shape[1] == 1 and weight.shape[0] == group)
+
+
 _MOVES = OpRule(moves=True)
 _ALL_DATA = OpRule(data=None)
 
 OPS: dict[str, OpRule] = {
     "Conv": OpRule(
-        weight=1, bias=2, channel_axis=lambda node: 0, obstacle=_all_of(_weight_computed, _bias_computed)
+        weight=1,
+        bias=2,
+        channel_axis=lambda node: 0,
+        pairs=_not_depthwise,
+        obstacle=_all_of(_weight_computed, _bias_computed),
     ),
     "ConvTranspose": OpRule(
         weight=1, bias=2, channel_axis=_conv_transpose_axis, obstacle=_all_of(_weight_computed, _bias_computed)
@@ -95,7 +108,7 @@ OPS: dict[str, OpRule] = {
     "Gemm": OpRule(
         weight=1, bias=2, channel_axis=_gemm_axis, obstacle=_all_of(_gemm_attributes, _weight_computed, _bias_computed)
     ),
-    "MatMul": OpRule(data=(0, 1), weight=1, channel_axis=_matmul_axis),
+    "MatMul": OpRule(data=(0, 1), weight=1, channel_axis=_matmul_axis, output_axis=-1),
     "Add": _ALL_DATA,
     "Mul": _ALL_DATA,
     "Concat": _ALL_DATA,

@@ -12,8 +12,11 @@ from calib import CalibError
 from calib.images import ImageOptions
 from calib.samples import Dataset, Folder, InputSpec, open_dataset
 from converter import model as models
-from converter.algorithms.weights import nearest, scale_floor, weight_qparams
-from converter.calibrate import activation_qparams, collect
+import time
+from calib.ranges import RANGE_METHODS
+from converter.layerwise import Walk
+from converter.algorithms.weights import Options, decide_weights, products
+from converter.calibrate import activation_qparams, observe
 from converter.config import Config
 from converter.emit.qdq import emit
 from converter.errors import DataError
@@ -27,20 +30,14 @@ def convert(model_path: Path, config: Config, output: Path) -> None:
     target = TARGETS["CPU"]
     plan = build_plan(model.graph, target, Wishes(config.common.skip_quant_node, config.common.skip_quant_type, config.full_quant.per_channel))
     data = calibration_data(model, config)
-    stats = collect(model, plan.groups(), data, "MAX_MIN", 2)
-    plan = plan.with_qparams(activation_qparams(plan, stats, "MAX_MIN"))
-    values = models.values_by_name(model.graph)
-    weights, biases = {}, {}
-    for unit in plan.units():
-        if unit.weight:
-            bias = models.constant(values[unit.bias]) if unit.bias else None
-            if bias is not None:
-                bias = bias.reshape(-1)
-            w = models.constant(values[unit.weight.name])
-            q = weight_qparams(w, unit.weight.format, unit.weight.axis, scale_floor(bias, plan.params(unit.inputs[0]).scale))
-            weights[unit.name] = nearest(w, q)
-            if bias is not None: biases[unit.name] = bias
-    plan = plan.with_weights(weights, biases)
+    method = RANGE_METHODS[config.full_quant.activation_quant_method]
+    evidence = observe(model, plan.groups(), products(model.graph, plan), data, method, 2)
+    plan = plan.with_qparams(activation_qparams(plan, evidence.statistics, method))
+    t=time.time()
+    walk = Walk(model, plan, data, 100, 2)
+    import os
+    plan = decide_weights(model, plan, walk, evidence.means, Options(bool(int(os.environ.get("GPTQ","1"))), bool(int(os.environ.get("BC","1")))))
+    print("walk", time.time()-t)
     emit(model, plan)
     models.save(model, output)
     for n in plan.nodes.values():

@@ -219,7 +219,8 @@ def _weight_plan(unit: _Unit, target: Target, wishes: Wishes) -> WeightPlan | No
         return None
     # Runtimes take one scale a channel only where the table says that the weight stands.
     axis = unit.rule.channel_axis(unit.node) if wishes.per_channel and index == unit.rule.weight else None
-    return WeightPlan(unit.node.inputs[index].name or "", index, target.weight_safe, axis)
+    pair_limit = target.pair_limit if unit.rule.pairs(unit.node) else None
+    return WeightPlan(unit.node.inputs[index].name or "", index, target.weight, axis, pair_limit)
 
 
 def _bias_name(unit: _Unit) -> str | None:

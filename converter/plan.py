@@ -25,12 +25,16 @@ class TensorPlan:
 
 @dataclass(frozen=True)
 class WeightPlan:
-    """A constant operand that becomes integers; `axis` is the channel axis, None for one scale."""
+    """A constant operand that becomes integers; `axis` is the channel axis, None for one scale.
+
+    `pair_limit` bounds the sum of two codes that a kernel multiplies and adds in 16 bits; None if it does not.
+    """
 
     name: str
     index: int
     format: IntFormat
     axis: int | None
+    pair_limit: int | None = None
 
 
 @dataclass(frozen=True)

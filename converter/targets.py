@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from calib.affine import UINT8, IntFormat
+from calib.affine import INT8_NARROW, UINT8, IntFormat
 
 
 @dataclass(frozen=True)
@@ -15,14 +15,14 @@ class Target:
     `moves`: operators that run on integers when input and output share their parameters.
     `fused`: activation functions that vanish into the integer operator before them.
     `float_output`: operators whose integer kernel can hand out float, so that no output range is needed.
-    `weight_full`: format of weights where the kernel cannot overflow; `weight_safe`: where a pair of products can.
+    `pair_limit`: the most that two weight codes of equal sign may sum up to where kernels add two products in 16 bits.
     """
 
     name: str
     activation: IntFormat
     symmetric_activation: bool
-    weight_full: IntFormat
-    weight_safe: IntFormat
+    weight: IntFormat
+    pair_limit: int | None
     integer: frozenset[str]
     moves: frozenset[str]
     fused: frozenset[str]
@@ -33,9 +33,8 @@ CPU = Target(
     name="CPU",
     activation=UINT8,
     symmetric_activation=False,
-    weight_full=IntFormat(8, signed=True, narrow=True),
-    # x86 without VNNI adds pairs of u8 x s8 products in 16 bits: 2 * 255 * 64 is the most that fits.
-    weight_safe=IntFormat(7, signed=True, narrow=True),
+    weight=INT8_NARROW,
+    pair_limit=128,  # x86 without VNNI: 128 * 255 is the last multiple of 255 below 2 ** 15
     integer=frozenset(
         "Conv Gemm MatMul Add Mul Concat AveragePool GlobalAveragePool Sigmoid LeakyRelu".split()
     ),

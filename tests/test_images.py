@@ -263,7 +263,9 @@ def test_truncated_files(tmp_path: Path, kept: float, suffix: str) -> None:
     path = picture(tmp_path / f"cut.{suffix}", noise(50, 50))
     data = path.read_bytes()
     path.write_bytes(data[: kept if isinstance(kept, int) else int(len(data) * kept)])
-    with pytest.raises(CalibError, match=rf"cut\.{suffix}: (is not a picture of a known format|cannot be read)"):
+    with pytest.raises(
+        CalibError, match=rf"cut\.{suffix}: (is broken or not a picture of a known format|cannot be read)"
+    ):
         load_image(path, ImageOptions(), 3)
 
 
@@ -288,7 +290,7 @@ def test_missing_file_and_text_file(tmp_path: Path) -> None:
     with pytest.raises(CalibError, match=r"none\.png: cannot be read as a picture \(No such file or directory\)\."):
         load_image(tmp_path / "none.png", ImageOptions(), 3)
     (tmp_path / "notes.txt").write_text("hello")
-    with pytest.raises(CalibError, match=r"notes\.txt: is not a picture of a known format\."):
+    with pytest.raises(CalibError, match=r"notes\.txt: is broken or not a picture of a known format\."):
         load_image(tmp_path / "notes.txt", ImageOptions(), 3)
 
 

@@ -10,9 +10,9 @@ from calib.stats import Histogram, TensorStats
 
 # Thresholds tried first, as parts of the largest magnitude: four to each factor of two, down to 1 / 4096.
 FIRST_FACTORS = 2.0 ** -np.arange(0, 12.01, 1 / 4)
-# Then the ends are moved by powers of two with these exponents, in ever smaller steps, around the best so far.
-MOVES = np.arange(-2, 3)
-STEPS = (1 / 8, 1 / 16, 1 / 32, 1 / 64)
+# Then each end is moved by powers of two around the best so far, in rounds of (step of the exponent, steps each way).
+# The first round is wide because with few codes the error has several valleys, one for each zero point.
+ROUNDS = ((1 / 4, 4), (1 / 8, 2), (1 / 16, 2), (1 / 32, 2), (1 / 64, 2))
 
 
 def mse(stats: TensorStats, spec: RangeSpec) -> Range:
@@ -24,12 +24,13 @@ def mse(stats: TensorStats, spec: RangeSpec) -> Range:
     """
     threshold = max(-stats.lo, stats.hi) * FIRST_FACTORS
     lo, hi = _best(stats, spec, -threshold, threshold)
-    for step in STEPS:
-        factors = 2.0 ** (step * MOVES)
+    for step, reach in ROUNDS:
+        # Not moving comes first, so that on ties nothing moves.
+        factors = 2.0 ** (step * np.array(sorted(range(-reach, reach + 1), key=abs)))
         if spec.symmetric or lo == 0 or hi == 0:
             lo, hi = _best(stats, spec, -max(-lo, hi) * factors, max(-lo, hi) * factors)
         else:
-            lo, hi = _best(stats, spec, lo * np.repeat(factors, MOVES.size), hi * np.tile(factors, MOVES.size))
+            lo, hi = _best(stats, spec, lo * np.repeat(factors, factors.size), hi * np.tile(factors, factors.size))
     return within_data(stats, lo, hi)
 
 

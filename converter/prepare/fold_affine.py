@@ -136,10 +136,10 @@ def _weight_factor(node: ir.Node, weight: Array, scale: Array) -> Array:
 
 def _replace_constant(node: ir.Node, index: int, array: Array, names: Names) -> None:
     old = node.inputs[index] if index < len(node.inputs) else None
-    graph = node.graph
-    assert isinstance(graph, ir.Graph)
-    wish = (old.name if old and old.name else f"{node.name}.bias")
+    if old is not None and len(old.uses()) == 1 and not old.is_graph_output():
+        old.const_value = ir.tensor(array, name=old.name)
+        return
+    assert isinstance(node.graph, ir.Graph)
+    name = names.fresh(old.name if old and old.name else f"{node.name}.bias")
     node.resize_inputs(max(len(node.inputs), index + 1))
-    node.replace_input_with(index, add_constant(graph, names.fresh(wish), array))
-    if old and not old.uses() and old.graph is graph and old.name in graph.initializers:
-        del graph.initializers[old.name]
+    node.replace_input_with(index, add_constant(node.graph, name, array))

@@ -1,0 +1,118 @@
+"""Weighted operators as matrix products: weights as (groups, rows, columns), inputs as sampled columns.
+
+Columns stand in the order in which integer kernels sum: spatial positions first, then the input channels of the group,
+so that columns 2 i and 2 i + 1 are the pairs a kernel adds.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import onnx_ir as ir
+
+from calib.affine import Array
+
+
+class View(Protocol):
+    """A weighted operator as y = M x."""
+
+    def matrix(self, weight: Array) -> Array:
+        """(groups, rows, columns) of the operator's weight."""
+
+    def weight(self, matrix: Array) -> Array:
+        """The inverse of `matrix`."""
+
+    def columns(self, x: Array, count: int, zero: int, rng: np.random.Generator) -> Array:
+        """(groups, count, columns): inputs of `count` outputs (or all, if fewer) drawn at random; padding is `zero`."""
+
+
+@dataclass(frozen=True)
+class ConvView:
+    """A convolution with weight `shape` (out, in / groups, *kernel); `pads` None means `same` padding."""
+
+    shape: tuple[int, ...]
+    groups: int
+    strides: tuple[int, ...]
+    dilations: tuple[int, ...]
+    pads: tuple[int, ...]
+    auto_pad: str
+
+    def matrix(self, weight: Array) -> Array:
+        """Rows are the output channels of a group."""
+        return np.moveaxis(weight, 1, -1).reshape(self.groups, self.shape[0] // self.groups, -1)
+
+    def weight(self, matrix: Array) -> Array:
+        """The inverse of `matrix`."""
+        out, channels, *kernel = self.shape
+        return np.moveaxis(matrix.reshape(out, *kernel, channels), -1, 1)
+
+    def columns(self, x: Array, count: int, zero: int, rng: np.random.Generator) -> Array:
+        """Drawn from x (batch, channels, *space)."""
+        space, begins = zip(*map(self._axis, range(x.ndim - 2), x.shape[2:]), strict=True)
+        *drawn_batch, = (x.shape[0], *space)
+        total = int(np.prod(drawn_batch))
+        drawn = np.sort(rng.choice(total, min(count, total), replace=False))
+        batch, *positions = np.unravel_index(drawn, drawn_batch)
+        taps = np.indices(self.shape[2:]).reshape(len(space), -1)
+        inside = np.ones((drawn.size, taps.shape[1]), bool)
+        index = []
+        for axis, position in enumerate(positions):
+            at = position[:, None] * self.strides[axis] + taps[axis] * self.dilations[axis] - begins[axis]
+            inside &= (at >= 0) & (at < x.shape[2 + axis])
+            index.append(np.clip(at, 0, x.shape[2 + axis] - 1))
+        # Index arrays on both sides of the channel axis put (drawn, taps) first: the result is (drawn, taps, channels).
+        values = np.where(inside[..., None], x[(batch[:, None], slice(None), *index)], zero)
+        grouped = values.reshape(drawn.size, taps.shape[1], self.groups, -1)
+        return grouped.transpose(2, 0, 1, 3).reshape(self.groups, drawn.size, -1)
+
+    def _axis(self, axis: int, size: int) -> tuple[int, int]:
+        """Output size and begin pad along a spatial axis of `size`."""
+        extent = self.dilations[axis] * (self.shape[2 + axis] - 1) + 1
+        stride = self.strides[axis]
+        if self.auto_pad in {"SAME_UPPER", "SAME_LOWER"}:
+            out = -(-size // stride)
+            total = max(0, (out - 1) * stride + extent - size)
+            return out, total // 2 if self.auto_pad == "SAME_UPPER" else -(-total // 2)
+        begin, end = (0, 0) if self.auto_pad == "VALID" else (self.pads[axis], self.pads[axis + len(self.strides)])
+        return (size + begin + end - extent) // stride + 1, begin
+
+
+@dataclass(frozen=True)
+class ProductView:
+    """A matrix product x W, or x W' where `transposed`."""
+
+    transposed: bool
+
+    def matrix(self, weight: Array) -> Array:
+        """Rows are the output features."""
+        return (weight if self.transposed else weight.T)[None]
+
+    def weight(self, matrix: Array) -> Array:
+        """The inverse of `matrix`."""
+        return matrix[0] if self.transposed else matrix[0].T
+
+    def columns(self, x: Array, count: int, zero: int, rng: np.random.Generator) -> Array:
+        """Rows drawn from x (…, features)."""
+        flat = x.reshape(-1, x.shape[-1])
+        return flat[np.sort(rng.choice(len(flat), min(count, len(flat)), replace=False))][None]
+
+
+def view_of(node: ir.Node, shape: Sequence[int], weight_index: int) -> View | None:
+    """How `node` with a constant weight of `shape` is a matrix product; None if it is not known as one."""
+    if node.op_type == "Conv":
+        spatial = len(shape) - 2
+        get = node.attributes.get_ints
+        return ConvView(
+            tuple(shape),
+            node.attributes.get_int("group", 1),
+            tuple(get("strides", (1,) * spatial)),
+            tuple(get("dilations", (1,) * spatial)),
+            tuple(get("pads", (0,) * 2 * spatial)),
+            node.attributes.get_string("auto_pad", "NOTSET"),
+        )
+    if node.op_type in {"Gemm", "MatMul"} and weight_index == 1 and len(shape) == 2:
+        return ProductView(bool(node.attributes.get_int("transB", 0)))
+    return None

@@ -1,0 +1,175 @@
+"""Walks a model layer by layer with the activations of many samples, as the quantized model computes them.
+
+The graph is cut into steps: every weighted unit of the plan is one, and whatever lies between two of them another. A
+step runs as a small model of its own on integer activations, so that weights can be decided in the light of all that
+was quantized before them without ever running the whole model again.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_ir as ir
+
+from calib.affine import Array, quantize
+from calib.samples import Dataset
+from calib.session import open_session, over_samples, run
+from converter.algorithms.matrices import View
+from converter.emit.integer_edges import feed_integers, hand_out_integers
+from converter.emit.qdq import emit
+from converter.model import constant, serialized, submodel
+from converter.ops import OPS
+from converter.plan import NodePlan, QuantPlan
+
+
+@dataclass(frozen=True)
+class Step:
+    """Nodes that run together: what they read from and hand on to other steps; `unit` where a weight is decided."""
+
+    nodes: tuple[str, ...]
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    unit: NodePlan | None
+
+
+def steps_of(graph: ir.Graph, plan: QuantPlan) -> list[Step]:
+    """The steps that lead up to the last weighted unit, in graph order."""
+    cut = list(_cut(graph, plan))
+    while cut and cut[-1][1] is None:
+        cut.pop()
+    kept = [node for nodes, _ in cut for node in nodes]
+    return [_step(nodes, unit, set(kept)) for nodes, unit in cut]
+
+
+def _cut(graph: ir.Graph, plan: QuantPlan) -> Iterator[tuple[list[ir.Node], NodePlan | None]]:
+    by_name = {node.name: node for node in graph}
+    absorbed = {name for unit in plan.units() for name in unit.absorbed}
+    between: list[ir.Node] = []
+    for node in graph:
+        unit = plan.nodes[node.name or ""]
+        if node.name in absorbed:
+            continue
+        nodes = [node, *(by_name[name] for name in unit.absorbed)] if unit.quantized else [node]
+        if unit.quantized and unit.weight:
+            if between:
+                yield between, None
+            between = []
+            yield nodes, unit
+        else:
+            between += nodes
+    if between:
+        yield between, None
+
+
+def _step(nodes: list[ir.Node], unit: NodePlan | None, kept: set[ir.Node]) -> Step:
+    mine = set(nodes)
+    made = {value for node in nodes for value in node.outputs}
+    reads = {v.name: v for n in nodes for v in n.inputs if v is not None and v not in made and constant(v) is None}
+    writes = [v.name for v in made if any(use.node in kept and use.node not in mine for use in v.uses())]
+    return Step(
+        tuple(node.name or "" for node in nodes), tuple(name for name in reads if name), tuple(sorted(filter(None, writes))), unit
+    )
+
+
+class Walk:
+    """The activations that later steps still read, sample by sample: integer codes where the plan has them."""
+
+    def __init__(self, model: ir.Model, plan: QuantPlan, data: Dataset, count: int, threads: int) -> None:
+        self.model, self.data, self.count, self.threads = model, data, min(count, len(data)), threads
+        self.steps = steps_of(model.graph, plan)
+        self._computed = {name for unit in plan.units() for name in unit.outputs}
+        self._last_reader = {name: i for i, step in enumerate(self.steps) for name in step.reads}
+        inputs = {value.name for value in model.graph.inputs}
+        self._store: list[dict[str, Array]] = [
+            {name: x for name, x in data.sample(i).items() if name in inputs} for i in range(self.count)
+        ]
+
+    def columns(self, unit: NodePlan, view: View, count: int, plan: QuantPlan) -> Array:
+        """About `count` inputs of the unit's product as its quantized form sees them: float64, see View.columns."""
+        name, q = unit.inputs[0], plan.params(unit.inputs[0])
+        each = -(-count // self.count)
+
+        def work(index: int) -> Array:
+            value = self._store[index][name]
+            codes = value if name in self._computed else quantize(value, q)
+            # Drawn by the sample's own generator: the same for any number of workers.
+            return view.columns(codes, each, int(q.zero_point), np.random.default_rng(index))
+
+        drawn = np.concatenate(list(over_samples(self.count, work, self.threads)), axis=1)
+        return (drawn.astype(np.float64) - float(q.zero_point)) * float(q.scale)
+
+    def mean_product(self, unit: NodePlan, weight: Array, plan: QuantPlan) -> Array:
+        """Mean a channel (float64) of the unit's product with float `weight`, before bias and activation."""
+        name, axis = unit.inputs[0], OPS[unit.op_type].output_axis
+        model = self._product(unit, weight, plan)
+        output = model.graph.outputs[0].name or ""
+        session = open_session(serialized(model))
+
+        def work(index: int) -> Array:
+            return channel_mean(run(session, [output], {name: self._store[index][name]})[output], axis)
+
+        return np.mean(list(over_samples(self.count, work, self.threads)), axis=0)
+
+    def _product(self, unit: NodePlan, weight: Array, plan: QuantPlan) -> ir.Model:
+        """The unit's weighted node alone, without bias, on another weight and quantized input."""
+        assert unit.weight is not None
+        name = unit.inputs[0]
+        node = next(node for node in self.model.graph if node.name == unit.name)
+        part = submodel(self.model, [name], [node.outputs[0].name or ""])
+        bias, alone = OPS[unit.op_type].bias, part.graph[0]
+        if bias is not None and bias < len(node.inputs):
+            alone.replace_input_with(bias, None)
+        operand = alone.inputs[unit.weight.index]
+        assert operand is not None
+        operand.const_value = ir.tensor(weight, name=operand.name)
+        only_input = replace(unit, weight=None, bias=None, outputs=(), absorbed=())
+        emit(part, replace(plan, nodes={unit.name: only_input}, tensors={name: plan.tensors[name]}, biases={}))
+        if name in self._computed:
+            feed_integers(part.graph, name)
+        return part
+
+    def advance(self, position: int, plan: QuantPlan) -> None:
+        """Runs step number `position` as `plan` says and forgets what no later step reads."""
+        step = self.steps[position]
+        if step.writes:
+            self._run(step, plan)
+        for stored in self._store:
+            for name in step.reads:
+                if self._last_reader[name] == position:
+                    stored.pop(name, None)
+
+    def _run(self, step: Step, plan: QuantPlan) -> None:
+        session = open_session(self._step_model(step, plan))
+
+        def work(index: int) -> None:
+            feed = {name: self._store[index][name] for name in step.reads}
+            self._store[index].update(run(session, step.writes, feed))
+
+        for _ in over_samples(self.count, work, self.threads):
+            pass
+
+    def _step_model(self, step: Step, plan: QuantPlan) -> bytes:
+        model = submodel(self.model, step.reads, step.writes)
+        emit(model, _restricted(plan, step))
+        for name in sorted(self._computed.intersection(step.reads)):
+            feed_integers(model.graph, name)
+        for name in sorted(self._computed.intersection(step.writes)):
+            hand_out_integers(model.graph, name)
+        return serialized(model)
+
+
+def channel_mean(x: Array, axis: int) -> Array:
+    """Mean over all axes but `axis`: float64 of shape (channels,)."""
+    moved = np.moveaxis(x, axis, 1 if x.ndim > 1 else 0)
+    inner = moved.mean(axis=tuple(range(2, x.ndim)))  # float32, pairwise along contiguous memory
+    return inner.astype(np.float64).mean(axis=0) if x.ndim > 1 else inner.astype(np.float64)
+
+
+def _restricted(plan: QuantPlan, step: Step) -> QuantPlan:
+    """The part of `plan` that concerns the nodes of `step`."""
+    nodes = {name: plan.nodes[name] for name in step.nodes}
+    units = [node for node in nodes.values() if node.quantized]
+    named = {*step.reads, *(name for unit in units for name in (*unit.inputs, *unit.outputs))}
+    return replace(plan, nodes=nodes, tensors={name: plan.tensors[name] for name in plan.tensors if name in named})
