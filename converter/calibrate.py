@@ -14,6 +14,7 @@ from calib.ranges import RangeMethod, RangeSpec, range_of
 from calib.samples import Dataset
 from calib.session import open_session, over_samples, run
 from calib.stats import TensorStats
+from converter.job import Watch
 from converter.layerwise import channel_mean
 from converter.model import constant, saved, values_by_name
 from converter.plan import QuantPlan, TensorPlan
@@ -30,7 +31,7 @@ class Evidence:
 
 
 def observe(
-    model: ir.Model, names: Iterable[str], means: Mapping[str, int], data: Dataset, method: RangeMethod, threads: int
+    model: ir.Model, names: Iterable[str], means: Mapping[str, int], data: Dataset, method: RangeMethod, threads: int, watch: Watch
 ) -> Evidence:
     """Statistics of the tensors `names`, and means a channel of the tensors `means` (name → channel axis).
 
@@ -57,7 +58,7 @@ def observe(
             return {name: channel_mean(tensors[name], axis) for name, axis in means.items()}
 
         total = {name: np.zeros(()) for name in means}
-        for found in over_samples(len(data), step, threads):
+        for found in watch.track(over_samples(len(data), step, threads), "Calibrating", len(data)):
             total = {name: total[name] + mean for name, mean in found.items()}
     statistics = idle.get()
     while not idle.empty():

@@ -86,19 +86,21 @@ class Walk:
             {name: x for name, x in data.sample(i).items() if name in inputs} for i in range(self.count)
         ]
 
-    def columns(self, unit: NodePlan, view: View, count: int, plan: QuantPlan) -> Array:
-        """About `count` inputs of the unit's product as its quantized form sees them: float64, see View.columns."""
+    def moments(self, unit: NodePlan, view: View, count: int, plan: QuantPlan) -> Array:
+        """E[x x'] over about `count` inputs x of the product, as quantized: float64 of shape (groups, columns, columns)."""
         name, q = unit.inputs[0], plan.params(unit.inputs[0])
-        each = -(-count // self.count)
+        each, zero = -(-count // self.count), np.float32(q.zero_point)
 
         def work(index: int) -> Array:
             value = self._store[index][name]
             codes = value if name in self._computed else quantize(value, q)
             # Drawn by the sample's own generator: the same for any number of workers.
-            return view.columns(codes, each, int(q.zero_point), np.random.default_rng(index))
+            drawn = view.columns(codes, each, int(q.zero_point), np.random.default_rng(index))
+            return drawn.astype(np.float32) - zero
 
         drawn = np.concatenate(list(over_samples(self.count, work, self.threads)), axis=1)
-        return (drawn.astype(np.float64) - float(q.zero_point)) * float(q.scale)
+        sums = np.matmul(drawn.transpose(0, 2, 1), drawn)
+        return sums.astype(np.float64) * (float(q.scale) ** 2 / drawn.shape[1])
 
     def mean_product(self, unit: NodePlan, weight: Array, plan: QuantPlan) -> Array:
         """Mean a channel (float64) of the unit's product with float `weight`, before bias and activation."""

@@ -2,51 +2,71 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 
 import onnx_ir as ir
 
 from calib import CalibError
-from calib.images import ImageOptions
-from calib.samples import Dataset, Folder, InputSpec, open_dataset
+from converter import full_quant
 from converter import model as models
-import time
-from calib.ranges import RANGE_METHODS
-from converter.layerwise import Walk
-from converter.algorithms.weights import Options, decide_weights, products
-from converter.calibrate import activation_qparams, observe
-from converter.config import Config
-from converter.emit.qdq import emit
-from converter.errors import DataError
-from converter.placement import Wishes, build_plan
+from converter.compare import TensorError
+from converter.emit.half import store_constants_as_half
+from converter.errors import QConvertError, UsageError
+from converter.job import Job, Silent, Watch
 from converter.plan import QuantPlan
 from converter.prepare import prepare
-from converter.targets import TARGETS
+from converter.prepare.inputs import set_input_shapes
+from converter.prepare.opset import opset_of, raise_opset
 
-def convert(model_path: Path, config: Config, output: Path) -> None:
-    model = prepare(models.load(model_path))
-    target = TARGETS["CPU"]
-    plan = build_plan(model.graph, target, Wishes(config.common.skip_quant_node, config.common.skip_quant_type, config.full_quant.per_channel))
-    data = calibration_data(model, config)
-    method = RANGE_METHODS[config.full_quant.activation_quant_method]
-    evidence = observe(model, plan.groups(), products(model.graph, plan), data, method, 2)
-    plan = plan.with_qparams(activation_qparams(plan, evidence.statistics, method))
-    t=time.time()
-    walk = Walk(model, plan, data, 100, 2)
-    import os
-    plan = decide_weights(model, plan, walk, evidence.means, Options(bool(int(os.environ.get("GPTQ","1"))), bool(int(os.environ.get("BC","1")))))
-    print("walk", time.time()-t)
-    emit(model, plan)
-    models.save(model, output)
-    for n in plan.nodes.values():
-        if not n.quantized and "computed inside" not in n.reason: print(n.name, n.op_type, n.reason)
+MODES = {"FULL_QUANT": full_quant}
 
-def calibration_data(model, config):
-    p = config.preprocess
-    specs = []
-    for v in model.graph.inputs:
-        specs.append(InputSpec(v.name, v.dtype.numpy(), tuple(d if isinstance(d, int) else None for d in v.shape)))
-    image = ImageOptions(p.image_to_format, p.normalize_mean, p.normalize_std, p.resize_width, p.resize_height, p.resize_short_side, p.resize_method, p.center_crop_width, p.center_crop_height)
-    return open_dataset(specs, [Folder(n, q) for n, q in p.calibrate_path], p.calibrate_size, p.input_type, image)
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a conversion did: the decisions, the sizes in bytes and the tensors' errors, worst first."""
+
+    plan: QuantPlan
+    size_before: int
+    size_after: int
+    errors: tuple[TensorError, ...]
+
+
+def convert(job: Job, watch: Watch | None = None) -> Outcome:
+    """Runs one job; raises QConvertError for anything that is the input's fault."""
+    watch = watch or Silent()
+    model = read(job, watch)
+    try:
+        quantized, plan, errors = MODES[job.config.common.quant_type].quantize(model, job, watch)
+    except CalibError as error:
+        raise QConvertError(str(error)) from error
+    if job.fp16:
+        store_constants_as_half(quantized)
+    models.save(quantized, job.output)
+    return Outcome(plan, _size(job.model), _size(job.output), tuple(errors))
+
+
+def make_plan(job: Job, watch: Watch) -> QuantPlan:
+    """The decisions a conversion would make before it looks at any data; runs nothing."""
+    return MODES[job.config.common.quant_type].make_plan(read(job, watch), job)
+
+
+def read(job: Job, watch: Watch) -> ir.Model:
+    """The job's model in normal form."""
+    if job.output.resolve() == job.model.resolve():
+        msg = f"--outputFile {job.output} is the float model itself; give another name."
+        raise UsageError(msg)
+    for warning in job.config.warnings:
+        watch.warn(warning)
+    model = models.load(job.model)
+    set_input_shapes(model, job.input_shapes)
+    raised = raise_opset(model)
+    if raised is not model:
+        watch.say(f"Opset {opset_of(model)} converted to {opset_of(raised)}.")
+    return prepare(raised)
+
+
+def _size(path: Path) -> int:
+    """Bytes of a model file with its external data."""
+    external = path.with_name(f"{path.name}.data")
+    return path.stat().st_size + (external.stat().st_size if external.is_file() else 0)

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from calib.affine import Array, QParams, Range, dequantize, qparams_of, quantize
 from converter.algorithms.matrices import View, view_of
 from converter.algorithms.rounding import Grid, compensated, nearest, search_scales
+from converter.job import Watch
 from converter.layerwise import Walk
 from converter.model import constant, values_by_name
 from converter.ops import OPS
@@ -18,8 +19,9 @@ from converter.plan import NodePlan, QuantizedWeight, QuantPlan, WeightPlan
 
 # |bias| / scale stays below this, half of int32, leaving room for what the products add.
 BIAS_LIMIT = 2.0**30
-# Input columns drawn for a layer's second moments, over all samples.
-COLUMNS = 8192
+# Inputs drawn for a layer's second moments, over all samples: enough for a stable estimate of its columns.
+COLUMNS_PER_WEIGHT = 8
+LEAST_COLUMNS, MOST_COLUMNS = 1024, 8192
 
 
 @dataclass(frozen=True)
@@ -31,12 +33,12 @@ class Options:
 
 
 def decide_weights(
-    model: ir.Model, plan: QuantPlan, walk: Walk, means: Mapping[str, Array], options: Options
+    model: ir.Model, plan: QuantPlan, walk: Walk, means: Mapping[str, Array], options: Options, watch: Watch
 ) -> QuantPlan:
     """The plan with integer weights and biases; `means` are the float model's channel means of products, by tensor."""
     values = values_by_name(model.graph)
     nodes = {node.name: node for node in model.graph}
-    for position, step in enumerate(walk.steps):
+    for position, step in enumerate(watch.track(walk.steps, "Rounding weights", len(walk.steps))):
         if (unit := step.unit) and unit.weight:
             weight, bias = constant(values[unit.weight.name]), constant(values[unit.bias]) if unit.bias else None
             assert weight is not None
@@ -66,8 +68,8 @@ def _rounded(
     if view is None:
         return _plainly_rounded(weight, wanted, floor)
     matrix = view.matrix(weight.astype(np.float64))
-    columns = walk.columns(unit, view, COLUMNS, plan)
-    moments = columns.swapaxes(1, 2) @ columns / columns.shape[1]
+    count = int(np.clip(COLUMNS_PER_WEIGHT * matrix.shape[2], LEAST_COLUMNS, MOST_COLUMNS))
+    moments = walk.moments(unit, view, count, plan)
     importance = np.einsum("gkk->gk", moments) + 1e-12
     scale = search_scales(matrix, importance, grid, wanted.axis is not None)
     scale = np.maximum(scale, np.reshape(floor, scale.shape) if np.ndim(floor) else floor).astype(np.float32).astype(np.float64)

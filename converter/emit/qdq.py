@@ -10,9 +10,12 @@ from converter.model import Names, add_constant, constant, values_by_name
 from converter.plan import NodePlan, QuantizedWeight, QuantPlan
 
 
-def emit(model: ir.Model, plan: QuantPlan) -> None:
-    """Changes `model`, the prepared float model the plan was made for, into the quantized one."""
-    _Emitter(model, plan).run()
+def emit(model: ir.Model, plan: QuantPlan) -> dict[str, str]:
+    """Changes `model`, the prepared float model the plan was made for, into the quantized one.
+
+    Returns under which name each planned tensor's dequantized values stand now.
+    """
+    return _Emitter(model, plan).run()
 
 
 class _Emitter:
@@ -20,9 +23,10 @@ class _Emitter:
         self.graph, self.plan, self.names = model.graph, plan, Names(model)
         self.values = values_by_name(model.graph)
         self.nodes = {node.name: node for node in model.graph}
+        self.restored: dict[str, ir.Value] = {}
         self.constants: dict[tuple[str, bytes], ir.Value] = {}
 
-    def run(self) -> None:
+    def run(self) -> dict[str, str]:
         units = self.plan.units()
         for unit in units:
             self._write_weight(unit)
@@ -32,6 +36,7 @@ class _Emitter:
             readers = [self.nodes[unit.name] for unit in units if name in unit.inputs]
             self._write_activation(self.values[name], self.plan.params(name), None if name in computed else readers)
         self._drop_unread_constants()
+        return {name: value.name or "" for name, value in self.restored.items()}
 
     # --- activations -------------------------------------------------------------------------------------------------
 
@@ -43,6 +48,7 @@ class _Emitter:
             restored = self._dequantized(value.name or "", quantize(array, q), q)
         else:
             restored = self._pair(value, q)
+        self.restored[value.name or ""] = restored
         for use in uses:
             use.node.replace_input_with(use.idx, restored)
         if readers is None and value.is_graph_output():

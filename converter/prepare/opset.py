@@ -1,4 +1,4 @@
-"""Raises a model to the opset that quantized graphs need, by ONNX's own converter, and checks the numbers."""
+"""Raises a model to the opset that quantized graphs need, by ONNX's own converter."""
 
 from __future__ import annotations
 
@@ -12,19 +12,20 @@ from converter.model import first_line
 LEAST_OPSET = 13
 
 
-def needs_conversion(model: ir.Model) -> bool:
-    """Whether the model's opset is older than what the quantized graph is written in."""
-    return (model.graph.opset_imports.get("") or LEAST_OPSET) < LEAST_OPSET
+def opset_of(model: ir.Model) -> int:
+    """The version of the standard operators the model is written in."""
+    return model.graph.opset_imports.get("") or LEAST_OPSET
 
 
-def convert_opset(model: ir.Model) -> ir.Model:
-    """The same model at LEAST_OPSET; raises ModelError where an operator cannot be converted."""
+def raise_opset(model: ir.Model) -> ir.Model:
+    """The model, converted where it is older than LEAST_OPSET; raises ModelError where that is impossible."""
+    if opset_of(model) >= LEAST_OPSET:
+        return model
     try:
         return ir.from_proto(onnx.version_converter.convert_version(ir.to_proto(model), LEAST_OPSET))
     except Exception as error:
-        old = model.graph.opset_imports.get("")
         msg = (
-            f"The model's opset {old} cannot be converted to {LEAST_OPSET} ({first_line(error)}); "
+            f"The model's opset {opset_of(model)} cannot be converted to {LEAST_OPSET} ({first_line(error)}); "
             f"export it again with opset {LEAST_OPSET} or newer."
         )
         raise ModelError(msg) from error

@@ -1,0 +1,5 @@
+"""`python -m converter` is `qconvert`."""
+
+from converter.cli import main
+
+main()

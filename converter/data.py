@@ -1,0 +1,52 @@
+"""From a job's config to its calibration samples."""
+
+from __future__ import annotations
+
+import os
+
+import onnx_ir as ir
+
+from calib import CalibError
+from calib.images import ImageOptions
+from calib.samples import Dataset, Folder, InputSpec, open_dataset
+from converter.errors import DataError, ModelError
+from converter.job import Job, Watch
+
+
+def open_data(model: ir.Model, job: Job, watch: Watch) -> Dataset:
+    """The calibration samples; raises DataError, and warns of files that cannot be used."""
+    wanted = job.config.preprocess
+    image = ImageOptions(
+        to_format=wanted.image_to_format,
+        mean=wanted.normalize_mean,
+        std=wanted.normalize_std,
+        resize_width=wanted.resize_width,
+        resize_height=wanted.resize_height,
+        resize_short_side=wanted.resize_short_side,
+        resize_method=wanted.resize_method,
+        crop_width=wanted.center_crop_width,
+        crop_height=wanted.center_crop_height,
+    )
+    folders = [Folder(name, path) for name, path in wanted.calibrate_path]
+    specs = [_spec(value, job.input_format) for value in model.graph.inputs]
+    try:
+        data = open_dataset(specs, folders, wanted.calibrate_size or 1, wanted.input_type or "", image, threads(job))
+    except CalibError as error:
+        msg = f"{job.config.path}: [data_preprocess_param] {error}"
+        raise DataError(msg) from error
+    for warning in data.warnings:
+        watch.warn(warning)
+    return data
+
+
+def threads(job: Job) -> int:
+    """How many workers to use."""
+    return job.config.common.thread_num or len(os.sched_getaffinity(0))
+
+
+def _spec(value: ir.Value, layout: str | None) -> InputSpec:
+    if value.dtype is None or value.shape is None:
+        msg = f"The model's input '{value.name}' has no type or number of dimensions; give --inputShape."
+        raise ModelError(msg)
+    shape = tuple(d if isinstance(d, int) else None for d in value.shape)
+    return InputSpec(value.name or "", value.dtype.numpy(), shape, layout if len(shape) == 4 else None)

@@ -1,0 +1,57 @@
+"""FULL_QUANT: weights and activations become integers, with ranges from calibration data."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from calib.ranges import RANGE_METHODS
+from calib.samples import Dataset
+from converter.algorithms.weights import Options, decide_weights, products
+from converter.calibrate import activation_qparams, observe
+from converter.compare import TensorError, compare
+from converter.data import open_data, threads
+from converter.emit.qdq import emit
+from converter.job import Job, Watch
+from converter.layerwise import Walk
+from converter.model import saved
+from converter.placement import Wishes, build_plan
+from converter.plan import QuantPlan
+from converter.targets import TARGETS
+
+# Samples that the layer-by-layer algorithms see; more change the result less than calibration noise does.
+WALK_SAMPLES = 100
+# Samples on which the tensors of both models are compared for the summary.
+COMPARED_SAMPLES = 4
+
+
+def make_plan(model: ir.Model, job: Job) -> QuantPlan:
+    """The plan without numbers."""
+    common, full = job.config.common, job.config.full_quant
+    wishes = Wishes(common.skip_quant_node, common.skip_quant_type, full.per_channel)
+    return build_plan(model.graph, TARGETS[full.target_device or "CPU"], wishes)
+
+
+def quantize(model: ir.Model, job: Job, watch: Watch) -> tuple[ir.Model, QuantPlan, list[TensorError]]:
+    """The quantized copy of a prepared float model, the decisions, and what they cost each tensor, worst first."""
+    plan = make_plan(model, job)
+    data = open_data(model, job, watch)
+    method = RANGE_METHODS[job.config.full_quant.activation_quant_method]
+    evidence = observe(model, plan.groups(), products(model.graph, plan), data, method, threads(job), watch)
+    plan = plan.with_qparams(activation_qparams(plan, evidence.statistics, method))
+    walk = Walk(model, plan, data, WALK_SAMPLES, threads(job))
+    options = Options(correct_bias=job.config.full_quant.bias_correction)
+    plan = decide_weights(model, plan, walk, evidence.means, options, watch)
+    quantized = model.clone()
+    restored = emit(quantized, plan)
+    return quantized, plan, _errors(model, quantized, plan, restored, data, threads(job))
+
+
+def _errors(
+    model: ir.Model, quantized: ir.Model, plan: QuantPlan, restored: dict[str, str], data: Dataset, workers: int
+) -> list[TensorError]:
+    outputs = {value.name or "": value.name or "" for value in model.graph.outputs}
+    computed = {name: restored[name] for unit in plan.units() for name in unit.outputs if name in restored}
+    pairs = {**computed, **outputs}
+    with saved(model, pairs) as reference, saved(quantized, pairs.values()) as other:
+        found = compare(reference, other, pairs, data, COMPARED_SAMPLES, workers)
+    return sorted(found, key=lambda error: error.sqnr_db)

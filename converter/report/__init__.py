@@ -1,0 +1,1 @@
+"""From plans and measurements to what people read."""
