@@ -142,6 +142,28 @@ def add_constant(graph: ir.Graph, name: str, array: Array) -> ir.Value:
     return value
 
 
+def bias_add(node: ir.Node) -> ir.Node | None:
+    """The Add that gives a MatMul with constant right operand one constant bias a channel."""
+    weight = constant(node.inputs[1]) if node.op_type == "MatMul" else None
+    add = only_consumer(node.outputs[0])
+    if weight is None or weight.ndim != 2 or add is None or add.op_type != "Add":
+        return None
+    bias = constant(next(v for v in add.inputs if v is not node.outputs[0]))
+    return add if bias is not None and bias.size == bias.shape[-1] == weight.shape[1] else None
+
+
+def replace_constant(node: ir.Node, index: int, array: Array, names: Names) -> None:
+    """Gives `node` another constant operand; a node that reads the same constant keeps the old one."""
+    old = node.inputs[index] if index < len(node.inputs) else None
+    if old is not None and len(old.uses()) == 1 and not old.is_graph_output():
+        old.const_value, old.shape = ir.tensor(array, name=old.name), ir.Shape(array.shape)
+        return
+    assert isinstance(node.graph, ir.Graph)
+    name = names.fresh(old.name if old and old.name else f"{node.name}.bias")
+    node.resize_inputs(max(len(node.inputs), index + 1))
+    node.replace_input_with(index, add_constant(node.graph, name, array))
+
+
 def first_line(error: BaseException) -> str:
     """The first line of an error's text, without a closing full stop."""
     text = str(error).strip().splitlines()

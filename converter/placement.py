@@ -14,7 +14,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from converter.model import constant, is_float, only_consumer
+from converter.model import bias_add, constant, is_float, only_consumer
 from converter.ops import OPS, OpRule
 from converter.plan import NodePlan, QuantPlan, TensorPlan, WeightPlan
 from converter.targets import Target
@@ -65,11 +65,14 @@ def build_plan(graph: ir.Graph, target: Target, wishes: Wishes) -> QuantPlan:
     _drop(units, reasons, _fed_by_floats(units), "an input of it is float: converting it would cost more than it saves")
     _drop(units, reasons, _tails(units), "no integer operator reads on from it")
     tensors = _tensor_plans(units.values(), target)
+    inside = {inner: unit.node.name for unit in units.values() for inner in unit.absorbed}
     nodes = {}
     for node in graph:
         name = node.name or ""
-        unit = units.get(node)
-        nodes[name] = _unit_plan(unit, target, wishes) if unit else NodePlan(name, node.op_type, False, reasons[node])
+        if unit := units.get(node):
+            nodes[name] = _unit_plan(unit, target, wishes)
+        else:
+            nodes[name] = NodePlan(name, node.op_type, False, reasons[node], inside=inside.get(node))
     return QuantPlan(nodes, tensors)
 
 
@@ -123,16 +126,6 @@ def _absorbed(node: ir.Node, target: Target, wishes: Wishes) -> Iterator[ir.Node
     follower = only_consumer(node.outputs[0])
     if follower and follower.op_type in target.fused and clips_at_zero(follower) and not _skipped(follower, wishes):
         yield follower
-
-
-def bias_add(node: ir.Node) -> ir.Node | None:
-    """The Add that gives a MatMul with constant right operand one constant bias a channel."""
-    weight = constant(node.inputs[1]) if node.op_type == "MatMul" else None
-    add = only_consumer(node.outputs[0])
-    if weight is None or weight.ndim != 2 or add is None or add.op_type != "Add":
-        return None
-    bias = constant(next(v for v in add.inputs if v is not node.outputs[0]))
-    return add if bias is not None and bias.size == bias.shape[-1] == weight.shape[1] else None
 
 
 def clips_at_zero(node: ir.Node) -> bool:

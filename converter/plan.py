@@ -42,7 +42,7 @@ class NodePlan:
     """What happens to one node.
 
     `inputs` are the activation tensors it reads, `outputs` the tensors that leave the unit, `absorbed` the names of the
-    nodes computed inside it and `bias` the name of its constant bias, if any.
+    nodes computed inside it, `inside` the unit it is itself computed in, and `bias` the name of its constant bias, if any.
     """
 
     name: str
@@ -52,6 +52,7 @@ class NodePlan:
     inputs: tuple[str, ...] = ()
     outputs: tuple[str, ...] = ()
     absorbed: tuple[str, ...] = ()
+    inside: str | None = None
     weight: WeightPlan | None = None
     bias: str | None = None
 

@@ -110,8 +110,10 @@ class _Emitter:
     def _parameters(self, name: str, q: QParams) -> list[ir.Value]:
         scale = self._constant(f"{name}_scale", q.scale.astype(np.float32))
         if q.format == INT32:
-            return [scale]  # the zero point of a bias is zero, and runtimes look for its absence
-        return [scale, self._constant(f"{name}_zero_point", q.zero_point.astype(q.format.dtype))]
+            return [scale]  # runtimes look for the absence of a bias's zero point
+        zero_point = q.zero_point.astype(q.format.dtype)
+        size = f"_x{zero_point.size}" if zero_point.ndim else ""
+        return [scale, self._constant(f"zero_point_{zero_point.dtype}_{int(zero_point.flat[0])}{size}", zero_point)]
 
     def _constant(self, name: str, array: Array) -> ir.Value:
         """An initializer; equal ones of one name are stored once, as a tied weight's."""

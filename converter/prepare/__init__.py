@@ -9,6 +9,7 @@ from converter.prepare.drop_identities import DropIdentitiesPass
 from converter.prepare.fold_affine import FoldAffinePass
 from converter.prepare.fold_constants import fold_constants_pass
 from converter.prepare.names import NameNodesPass
+from converter.prepare.normal_gemm import NormalGemmPass
 
 
 def passes() -> list[ir.passes.PassBase]:
@@ -23,6 +24,7 @@ def passes() -> list[ir.passes.PassBase]:
         fold_constants_pass(),  # shapes computed from static inputs, scaled weights
         lift_constants,  # what was folded
         DropIdentitiesPass(),
+        NormalGemmPass(),
         FoldAffinePass(),  # BatchNorm and its kin into the operator before them
         common.RemoveUnusedNodesPass(),
         NameNodesPass(),  # what was inlined or folded

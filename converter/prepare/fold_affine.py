@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from calib.affine import Array
-from converter.model import Names, add_constant, constant, only_consumer
+from converter.model import Names, constant, only_consumer, replace_constant
 from converter.ops import OPS
 
 Affine = tuple[Array, Array]
@@ -120,8 +120,8 @@ def _rescale(node: ir.Node, scale: Array, shift: Array, names: Names) -> None:
     assert weight is not None
     new_weight = (weight.astype(np.float64) * _weight_factor(node, weight, scale)).astype(weight.dtype)
     new_bias = ((0.0 if bias is None else bias.astype(np.float64)) * scale + shift).astype(weight.dtype)
-    _replace_constant(node, 1, new_weight, names)
-    _replace_constant(node, 2, new_bias, names)
+    replace_constant(node, 1, new_weight, names)
+    replace_constant(node, 2, new_bias, names)
 
 
 def _weight_factor(node: ir.Node, weight: Array, scale: Array) -> Array:
@@ -132,14 +132,3 @@ def _weight_factor(node: ir.Node, weight: Array, scale: Array) -> Array:
         return per_input.reshape(per_input.shape + (1,) * (weight.ndim - 2))
     axis = OPS[node.op_type].channel_axis(node) or 0
     return scale.reshape([-1 if i == axis else 1 for i in range(weight.ndim)])
-
-
-def _replace_constant(node: ir.Node, index: int, array: Array, names: Names) -> None:
-    old = node.inputs[index] if index < len(node.inputs) else None
-    if old is not None and len(old.uses()) == 1 and not old.is_graph_output():
-        old.const_value = ir.tensor(array, name=old.name)
-        return
-    assert isinstance(node.graph, ir.Graph)
-    name = names.fresh(old.name if old and old.name else f"{node.name}.bias")
-    node.resize_inputs(max(len(node.inputs), index + 1))
-    node.replace_input_with(index, add_constant(node.graph, name, array))

@@ -10,6 +10,8 @@ from converter.model import first_line
 
 # Per-channel QuantizeLinear/DequantizeLinear, the youngest operators that are written, came with opset 13.
 LEAST_OPSET = 13
+# The file format that goes with it; from version 4 on, initializers need not be inputs.
+LEAST_IR_VERSION = 7
 
 
 def opset_of(model: ir.Model) -> int:
@@ -19,6 +21,7 @@ def opset_of(model: ir.Model) -> int:
 
 def raise_opset(model: ir.Model) -> ir.Model:
     """The model, converted where it is older than LEAST_OPSET; raises ModelError where that is impossible."""
+    model.ir_version = max(model.ir_version, LEAST_IR_VERSION)
     if opset_of(model) >= LEAST_OPSET:
         return model
     try:

@@ -19,7 +19,7 @@ def plan_lines(plan: QuantPlan) -> Iterator[str]:
     """Every node and every tensor with its bits and the reason."""
     yield from _columns(
         ("node", "operator", "becomes", "why"),
-        ((n.name, n.op_type, "integer" if n.quantized else "float", n.reason) for n in plan.nodes.values()),
+        ((n.name, n.op_type, _becomes(n), n.reason) for n in plan.nodes.values()),
     )
     yield ""
     yield from _columns(("tensor", "bits", "why"), _tensor_rows(plan))
@@ -27,7 +27,7 @@ def plan_lines(plan: QuantPlan) -> Iterator[str]:
 
 def summary_lines(outcome: Outcome, output: Path) -> Iterator[str]:
     """What was quantized, what was left and why, sizes, and where it hurts most."""
-    counted = [node for node in outcome.plan.nodes.values() if not node.reason.startswith("computed inside")]
+    counted = [node for node in outcome.plan.nodes.values() if not node.inside]
     quantized = Counter(node.op_type for node in counted if node.quantized)
     yield f"Quantized {sum(quantized.values())} of {len(counted)} nodes: {_counts(quantized)}."
     for reason, nodes in _by_reason(node for node in counted if not node.quantized).items():
@@ -39,6 +39,10 @@ def summary_lines(outcome: Outcome, output: Path) -> Iterator[str]:
         rows = ((f"  {e.name}", f"{e.cosine:.5f}", f"{e.sqnr_db:.1f} dB") for e in outcome.errors[:WORST])
         yield from _columns((), rows)
     yield f"Written to {output}"
+
+
+def _becomes(node: NodePlan) -> str:
+    return "integer" if node.quantized else "inside" if node.inside else "float"
 
 
 def _tensor_rows(plan: QuantPlan) -> Iterator[tuple[str, str, str]]:
