@@ -103,7 +103,7 @@ def _not_beyond(scale: Array, span: Array, fmt: IntFormat) -> Array:
     Runtimes drop a Clip(0, 6) behind an integer operator only if the largest code is not above 6.
     """
     levels = np.float32(fmt.qmax - fmt.qmin)
-    return np.where(scale > span.astype(np.float32) / levels, np.nextafter(scale, np.float32(0)), scale)
+    return np.where(levels * scale > span.astype(np.float32), np.nextafter(scale, np.float32(0)), scale)
 
 
 def _along(values: Array, axis: int | None, rank: int) -> Array:

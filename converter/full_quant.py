@@ -18,8 +18,6 @@ from converter.placement import Wishes, build_plan
 from converter.plan import QuantPlan
 from converter.targets import TARGETS
 
-# Samples that the layer-by-layer algorithms see; more change the result less than calibration noise does.
-WALK_SAMPLES = 100
 # Samples on which the tensors of both models are compared for the summary.
 COMPARED_SAMPLES = 4
 
@@ -36,11 +34,13 @@ def quantize(model: ir.Model, job: Job, watch: Watch) -> tuple[ir.Model, QuantPl
     plan = make_plan(model, job)
     data = open_data(model, job, watch)
     method = RANGE_METHODS[job.config.full_quant.activation_quant_method]
-    evidence = observe(model, plan.groups(), products(model.graph, plan), data, method, threads(job), watch)
+    correct = job.config.full_quant.bias_correction
+    means = products(model.graph, plan) if correct else {}
+    evidence = observe(model, plan.groups(), means, data, method, threads(job), watch)
     plan = plan.with_qparams(activation_qparams(plan, evidence.statistics, method))
-    walk = Walk(model, plan, data, WALK_SAMPLES, threads(job))
-    options = Options(correct_bias=job.config.full_quant.bias_correction)
-    plan = decide_weights(model, plan, walk, evidence.means, options, watch)
+    walk = Walk(model, plan, data, threads(job))
+    watch.say(f"Weights are decided on {walk.count} of {len(data)} samples.")
+    plan = decide_weights(model, plan, walk, evidence.means, Options(), watch)
     quantized = model.clone()
     restored = emit(quantized, plan)
     return quantized, plan, _errors(model, quantized, plan, restored, data, threads(job))

@@ -1,13 +1,13 @@
 """Walks a model layer by layer with the activations of many samples, as the quantized model computes them.
 
 The graph is cut into steps: every weighted unit of the plan is one, and whatever lies between two of them another. A
-step runs as a small model of its own on integer activations, so that weights can be decided in the light of all that
-was quantized before them without ever running the whole model again.
+step runs as a small model of its own, on integers where the plan has them, so that weights can be decided in the light
+of all that was quantized before them without ever running the whole model again.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -19,9 +19,12 @@ from calib.session import open_session, over_samples, run
 from converter.algorithms.matrices import View
 from converter.emit.integer_edges import feed_integers, hand_out_integers
 from converter.emit.qdq import emit
-from converter.model import constant, serialized, submodel
+from converter.model import constant, saved, serialized, submodel
 from converter.ops import OPS
 from converter.plan import NodePlan, QuantPlan
+
+# Bytes of activations kept between steps; as many samples take part as fit.
+STORE_BYTES = 192 << 20
 
 
 @dataclass(frozen=True)
@@ -39,68 +42,83 @@ def steps_of(graph: ir.Graph, plan: QuantPlan) -> list[Step]:
     cut = list(_cut(graph, plan))
     while cut and cut[-1][1] is None:
         cut.pop()
-    kept = [node for nodes, _ in cut for node in nodes]
-    return [_step(nodes, unit, set(kept)) for nodes, unit in cut]
+    kept = {node for nodes, _ in cut for node in nodes}
+    return [_step(nodes, unit, kept) for nodes, unit in cut]
 
 
 def _cut(graph: ir.Graph, plan: QuantPlan) -> Iterator[tuple[list[ir.Node], NodePlan | None]]:
     by_name = {node.name: node for node in graph}
-    absorbed = {name for unit in plan.units() for name in unit.absorbed}
     between: list[ir.Node] = []
     for node in graph:
         unit = plan.nodes[node.name or ""]
-        if node.name in absorbed:
+        if unit.inside:
             continue
-        nodes = [node, *(by_name[name] for name in unit.absorbed)] if unit.quantized else [node]
-        if unit.quantized and unit.weight:
-            if between:
-                yield between, None
-            between = []
-            yield nodes, unit
-        else:
+        nodes = [node, *(by_name[name] for name in unit.absorbed)]
+        if not (unit.quantized and unit.weight):
             between += nodes
+            continue
+        if between:
+            yield between, None
+        between = []
+        yield nodes, unit
     if between:
         yield between, None
 
 
 def _step(nodes: list[ir.Node], unit: NodePlan | None, kept: set[ir.Node]) -> Step:
     mine = set(nodes)
-    made = {value for node in nodes for value in node.outputs}
-    reads = {v.name: v for n in nodes for v in n.inputs if v is not None and v not in made and constant(v) is None}
-    writes = [v.name for v in made if any(use.node in kept and use.node not in mine for use in v.uses())]
-    return Step(
-        tuple(node.name or "" for node in nodes), tuple(name for name in reads if name), tuple(sorted(filter(None, writes))), unit
-    )
+    made = [value for node in nodes for value in node.outputs]
+    read = [v for node in nodes for v in node.inputs if v is not None and v not in made and constant(v) is None]
+    handed_on = [v for v in made if any(use.node in kept and use.node not in mine for use in v.uses())]
+    return Step(tuple(node.name or "" for node in nodes), _names(read), _names(handed_on), unit)
+
+
+def _names(values: Iterable[ir.Value]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(value.name or "" for value in values))
 
 
 class Walk:
-    """The activations that later steps still read, sample by sample: integer codes where the plan has them."""
+    """The activations that later steps still read, sample by sample: integer codes where the plan computes them."""
 
-    def __init__(self, model: ir.Model, plan: QuantPlan, data: Dataset, count: int, threads: int) -> None:
-        self.model, self.data, self.count, self.threads = model, data, min(count, len(data)), threads
+    def __init__(self, model: ir.Model, plan: QuantPlan, data: Dataset, threads: int) -> None:
+        self.model, self.threads = model, threads
         self.steps = steps_of(model.graph, plan)
-        self._computed = {name for unit in plan.units() for name in unit.outputs}
+        self._codes = {name for unit in plan.units() for name in unit.outputs if name in plan.tensors}
         self._last_reader = {name: i for i, step in enumerate(self.steps) for name in step.reads}
-        inputs = {value.name for value in model.graph.inputs}
-        self._store: list[dict[str, Array]] = [
-            {name: x for name, x in data.sample(i).items() if name in inputs} for i in range(self.count)
-        ]
+        self.count = max(1, min(len(data), STORE_BYTES // self._peak_bytes(data)))
+        read = set(self._last_reader)
+        self._store = [{k: x for k, x in data.sample(i).items() if k in read} for i in range(self.count)]
+
+    def _peak_bytes(self, data: Dataset) -> int:
+        """The most bytes that one sample keeps between two steps."""
+        names = [name for step in self.steps for name in step.writes]
+        with saved(self.model, names) as path:
+            arrays = {**data.sample(0), **run(open_session(path), names, data.sample(0))}
+        size = {name: x.size if name in self._codes else x.nbytes for name, x in arrays.items()}
+        held: set[str] = set(data.sample(0))
+        peak = sum(size[name] for name in held)
+        for position, step in enumerate(self.steps):
+            held.update(step.writes)
+            peak = max(peak, sum(size[name] for name in held))
+            held -= {name for name in step.reads if self._last_reader[name] == position}
+        return peak
 
     def moments(self, unit: NodePlan, view: View, count: int, plan: QuantPlan) -> Array:
-        """E[x x'] over about `count` inputs x of the product, as quantized: float64 of shape (groups, columns, columns)."""
-        name, q = unit.inputs[0], plan.params(unit.inputs[0])
-        each, zero = -(-count // self.count), np.float32(q.zero_point)
+        """E[x x'] over about `count` inputs x of the unit's product as it reads them: float64 (groups, columns, columns)."""
+        name = unit.inputs[0]
+        q = plan.params(name) if name in plan.tensors else None
+        zero, scale = (int(q.zero_point), float(q.scale)) if q else (0, 1.0)
 
         def work(index: int) -> Array:
-            value = self._store[index][name]
-            codes = value if name in self._computed else quantize(value, q)
+            x = self._store[index][name]
+            x = x if q is None or name in self._codes else quantize(x, q)
             # Drawn by the sample's own generator: the same for any number of workers.
-            drawn = view.columns(codes, each, int(q.zero_point), np.random.default_rng(index))
-            return drawn.astype(np.float32) - zero
+            drawn = view.columns(x, -(-count // self.count), zero, np.random.default_rng(index))
+            return drawn.astype(np.float32) - np.float32(zero)
 
         drawn = np.concatenate(list(over_samples(self.count, work, self.threads)), axis=1)
         sums = np.matmul(drawn.transpose(0, 2, 1), drawn)
-        return sums.astype(np.float64) * (float(q.scale) ** 2 / drawn.shape[1])
+        return sums.astype(np.float64) * (scale**2 / drawn.shape[1])
 
     def mean_product(self, unit: NodePlan, weight: Array, plan: QuantPlan) -> Array:
         """Mean a channel (float64) of the unit's product with float `weight`, before bias and activation."""
@@ -112,10 +130,11 @@ class Walk:
         def work(index: int) -> Array:
             return channel_mean(run(session, [output], {name: self._store[index][name]})[output], axis)
 
-        return np.mean(list(over_samples(self.count, work, self.threads)), axis=0)
+        means: Array = np.mean(list(over_samples(self.count, work, self.threads)), axis=0)
+        return means
 
     def _product(self, unit: NodePlan, weight: Array, plan: QuantPlan) -> ir.Model:
-        """The unit's weighted node alone, without bias, on another weight and quantized input."""
+        """The unit's weighted node alone, without bias, on another weight and its quantized input."""
         assert unit.weight is not None
         name = unit.inputs[0]
         node = next(node for node in self.model.graph if node.name == unit.name)
@@ -127,8 +146,9 @@ class Walk:
         assert operand is not None
         operand.const_value = ir.tensor(weight, name=operand.name)
         only_input = replace(unit, weight=None, bias=None, outputs=(), absorbed=())
-        emit(part, replace(plan, nodes={unit.name: only_input}, tensors={name: plan.tensors[name]}, biases={}))
-        if name in self._computed:
+        tensors = {name: plan.tensors[name]} if name in plan.tensors else {}
+        emit(part, replace(plan, nodes={unit.name: only_input}, tensors=tensors, biases={}))
+        if name in self._codes:
             feed_integers(part.graph, name)
         return part
 
@@ -140,10 +160,10 @@ class Walk:
         for stored in self._store:
             for name in step.reads:
                 if self._last_reader[name] == position:
-                    stored.pop(name, None)
+                    del stored[name]
 
     def _run(self, step: Step, plan: QuantPlan) -> None:
-        session = open_session(self._step_model(step, plan))
+        session = open_session(serialized(self._step_model(step, plan)))
 
         def work(index: int) -> None:
             feed = {name: self._store[index][name] for name in step.reads}
@@ -152,14 +172,14 @@ class Walk:
         for _ in over_samples(self.count, work, self.threads):
             pass
 
-    def _step_model(self, step: Step, plan: QuantPlan) -> bytes:
+    def _step_model(self, step: Step, plan: QuantPlan) -> ir.Model:
         model = submodel(self.model, step.reads, step.writes)
         emit(model, _restricted(plan, step))
-        for name in sorted(self._computed.intersection(step.reads)):
+        for name in sorted(self._codes.intersection(step.reads)):
             feed_integers(model.graph, name)
-        for name in sorted(self._computed.intersection(step.writes)):
+        for name in sorted(self._codes.intersection(step.writes)):
             hand_out_integers(model.graph, name)
-        return serialized(model)
+        return model
 
 
 def channel_mean(x: Array, axis: int) -> Array:

@@ -1,13 +1,14 @@
 """Weight rounding that knows the data: the codes whose error hurts the layer's output least.
 
-Column by column, every code's rounding error is made up for by the weights that are not rounded yet, along the inverse
-second moments of the layer's inputs: Frantar et al., "GPTQ" (2022), which is Optimal Brain Quantization (2022) in a
-fixed order. Weights are seen as matrices (groups, rows, columns): rows are output channels, columns the inputs one
-output element sums over. Everything is float64.
+Column by column, every code's rounding error is made up for by the weights that are not rounded yet: Frantar et al.,
+"GPTQ" (2022), which is Optimal Brain Quantization (2022) in a fixed order. Where GPTQ takes a root of the inverse of
+the inputs' second moments, this takes a root of the moments themselves, which gives the same codes without an inverse
+(Chen et al., "The Geometry of LLM Quantization: GPTQ as Babai's Nearest Plane Algorithm", 2025). Weights are seen as
+matrices (groups, rows, columns): rows are output channels, columns the inputs one output element sums over.
 
-Kernels that add pairs of u8 x s8 products in 16 bits (x86 without VNNI) are exact as long as two codes of equal sign
-that share a pair sum up to no more than `pair_limit`; rounding honours that bound, so that only the pairs concerned
-give way instead of the whole layer giving up a bit.
+Kernels that add pairs of u8 x s8 products in 16 bits (x86 without VNNI) are exact as long as the two codes that share
+a pair sum up to no more than `pair_limit`; rounding honours that bound, so that only the pairs concerned give way
+instead of the whole layer giving up a bit.
 """
 
 from __future__ import annotations
@@ -16,19 +17,27 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from calib.affine import Array, IntFormat
+from calib.affine import SMALLEST_SCALE, Array, IntFormat
 
-# Share of the mean diagonal added to the second moments, as GPTQ does; keeps their inverse stable.
+# Share of the mean diagonal added to the second moments, as GPTQ does; keeps their root stable.
 DAMPING = 0.01
-BLOCK = 64
-# Shrink factors tried for the scale that covers the largest weight.
-SHRINK = np.linspace(0.55, 1.0, 19)
-WIDEN = np.linspace(1.05, 2.0, 20)
+# Columns rounded before the others hear of their errors: even, so that no pair is parted.
+BLOCK = 32
+# Weights of one search step: few enough to stay in cache.
+CHUNK = 1 << 15
+# Scales tried, as multiples of the one that covers the largest weight; the first wins a tie.
+SHRINK = np.geomspace(1.0, 0.2, 24)
+WIDEN = np.geomspace(1.0, 2.0, 11)[1:]
+# Then multiples of the best of them, up to the next one tried.
+REFINE = np.array([1.0, 0.95, 0.965, 0.98, 0.99, 1.01, 1.02, 1.035, 1.05])
 
 
 @dataclass(frozen=True)
 class Grid:
-    """The codes a weight may take: a symmetric integer format and, where pairs can overflow, the bound of their sum."""
+    """The codes a weight may take: a symmetric integer format and, where pairs can overflow, the bound of their sum.
+
+    Columns 2 i and 2 i + 1 are a pair; |sum| <= `pair_limit`, which is no less than any code alone.
+    """
 
     format: IntFormat
     pair_limit: int | None = None
@@ -37,83 +46,130 @@ class Grid:
 def search_scales(weight: Array, importance: Array, grid: Grid, per_channel: bool) -> Array:
     """The scale of each row, shape (groups, rows), with the least error weighted by `importance` (groups, columns).
 
-    Tries scales around the one that covers the largest weight and, where pairs are bounded, up to twice that. With
-    `per_channel` false all rows get one scale.
+    Tries scales below the one that covers the largest weight and, where pairs are bounded, up to twice that. With
+    `per_channel` false all rows get one scale. A row without weights gets scale 1.
     """
     largest = np.abs(weight).max(axis=2) if per_channel else np.full(weight.shape[:2], np.abs(weight).max())
-    factors = SHRINK if grid.pair_limit is None else np.concatenate([SHRINK, WIDEN])
-    best_error = np.full(largest.shape, np.inf)
-    best = np.ones(largest.shape)
-    for factor in factors:
-        scale = np.where(largest > 0, largest, grid.format.qmax) * (factor / grid.format.qmax)
-        error = weight - nearest(weight / scale[..., None], grid) * scale[..., None]
-        weighted = np.einsum("grk,gk->gr", error * error, importance)
-        weighted = weighted if per_channel else np.broadcast_to(weighted.sum(), largest.shape)
-        better = weighted < best_error
-        best_error, best = np.where(better, weighted, best_error), np.where(better, scale, best)
-    return best
+    widest = largest / grid.format.qmax
+    widest = np.where(widest < SMALLEST_SCALE, 1.0, widest)
+    unit = (weight / widest[..., None]).astype(np.float32)
+    share = (importance / (importance.max() or 1.0)).astype(np.float32)
+    best = np.ones_like(widest)
+    for factors in (SHRINK if grid.pair_limit is None else np.concatenate([SHRINK, WIDEN]), REFINE):
+        tried = factors[:, None, None] * best
+        errors = _errors(unit, share, tried, grid)
+        if not per_channel:
+            errors = np.broadcast_to(errors.sum(axis=(1, 2), keepdims=True), errors.shape)
+        best = np.take_along_axis(tried, errors.argmin(axis=0)[None], axis=0)[0]
+    return best * widest
+
+
+def _errors(weight: Array, importance: Array, scales: Array, grid: Grid) -> Array:
+    """Weighted squared error of nearest codes for each of `scales` (tried, groups, rows), of the same shape."""
+    errors = np.empty(scales.shape)
+    step = max(1, CHUNK // (weight.shape[0] * weight.shape[2]))
+    for start in range(0, weight.shape[1], step):
+        rows = slice(start, start + step)
+        for i, scale in enumerate(scales[:, :, rows]):
+            scaled = weight[:, rows] * (1 / scale).astype(weight.dtype)[..., None]
+            scaled -= nearest(scaled, grid)
+            errors[i, :, rows] = scale**2 * np.matmul(np.square(scaled, out=scaled), importance[..., None])[..., 0]
+    return errors
 
 
 def nearest(scaled: Array, grid: Grid) -> Array:
-    """Nearest codes, pairs that break the bound brought back to it by equal parts."""
+    """Nearest codes of `scaled` (..., columns); where they break the bound, the nearest pair that keeps it."""
     codes = np.clip(np.rint(scaled), grid.format.qmin, grid.format.qmax)
-    if grid.pair_limit is None:
-        return codes
-    even, odd = codes[..., 0 : scaled.shape[-1] - 1 : 2], codes[..., 1::2]
-    same = even * odd > 0
-    excess = np.where(same, np.maximum(np.abs(even + odd) - grid.pair_limit, 0), 0) * np.sign(even)
-    even -= np.ceil(np.abs(excess) / 2) * np.sign(excess)
-    odd -= np.floor(np.abs(excess) / 2) * np.sign(excess)
+    if grid.pair_limit is not None:
+        even, odd = codes[..., :-1:2], codes[..., 1::2]
+        broken = np.abs(even + odd) > grid.pair_limit
+        first, second = scaled[..., :-1:2][broken], scaled[..., 1::2][broken]
+        limit = np.copysign(grid.pair_limit, first + second)
+        even[broken] = np.rint(_give_way(first, second, limit, 0.5, grid))
+        odd[broken] = limit - even[broken]
     return codes
+
+
+def _give_way(first: Array, second: Array, limit: Array, share: Array | float, grid: Grid) -> Array:
+    """`first` after it gave way by its `share` of what the two sum up to beyond `limit`; both stay within the codes."""
+    low, high = grid.format.qmin, grid.format.qmax
+    given = first - share * (first + second - limit)
+    return np.clip(given, np.maximum(low, limit - high), np.minimum(high, limit - low))
 
 
 def compensated(weight: Array, scale: Array, moments: Array, grid: Grid) -> Array:
     """Codes of `weight` (groups, rows, columns) for `scale` (groups, rows), given `moments` (groups, columns, columns).
 
-    `moments` are E[x x'] of the inputs. Columns of large moments are rounded first.
+    `moments` are E[x x'] of the inputs. Columns of large moments are rounded first, pairs one after the other.
     """
-    groups, _, columns = weight.shape
-    order = np.argsort(-np.einsum("gkk->k", moments), kind="stable") if groups == 1 else np.arange(columns)
-    upper = _inverse_root(moments[:, order][:, :, order])
-    rest = (weight / scale[..., None])[:, :, order]
-    codes = np.zeros_like(rest)
-    place = np.argsort(order)
-    for start in range(0, columns, BLOCK):
-        stop = min(start + BLOCK, columns)
-        errors = np.zeros_like(rest[:, :, start:stop])
-        for k in range(start, stop):
-            low, high = _bounds(rest, codes, order, place, k, grid)
-            codes[:, :, k] = np.clip(np.rint(rest[:, :, k]), low, high)
-            errors[:, :, k - start] = (rest[:, :, k] - codes[:, :, k]) / upper[:, None, k, k]
-            rest[:, :, k:stop] -= errors[:, :, k - start, None] * upper[:, None, k, k:stop]
-        rest[:, :, stop:] -= errors @ upper[:, start:stop, stop:]
-    return codes[:, :, place]
+    order = _order(np.einsum("gkk->gk", moments), grid)
+    group, column = np.arange(len(order)), order.T
+    # Inside, columns stand first: (columns, groups, rows).
+    scaled = (weight / scale[..., None])[group, :, column]
+    codes = np.empty(weight.shape)
+    codes[group, :, column] = _sequential(scaled, _root(moments, order), grid)
+    return codes
 
 
-def _bounds(rest: Array, codes: Array, order: Array, place: Array, k: int, grid: Grid) -> tuple[Array | int, Array | int]:
-    """The lowest and highest code column k of `rest` may take, its partner's in mind."""
-    low, high = grid.format.qmin, grid.format.qmax
-    partner = order[k] ^ 1
-    if grid.pair_limit is None or partner >= order.size:
-        return low, high
-    p = place[partner]
-    if p < k:
-        other = codes[:, :, p]
-        return np.where(other < 0, np.maximum(low, -grid.pair_limit - other), low), np.where(
-            other > 0, np.minimum(high, grid.pair_limit - other), high
-        )
-    # The first of a pair gives way by half of what the two together are too large.
-    mine, other = rest[:, :, k], rest[:, :, p]
-    room = np.rint(np.clip((grid.pair_limit + np.abs(mine - other)) / 2, 0, grid.pair_limit))
-    crowded = (mine * other > 0) & (np.abs(mine + other) > grid.pair_limit)
-    share = np.where(np.abs(mine) >= np.abs(other), room, grid.pair_limit - room)
-    bound = np.where(crowded, share, high)
-    return np.maximum(low, -bound), np.minimum(high, bound)
+def _order(diagonal: Array, grid: Grid) -> Array:
+    """The columns in the order they are rounded, by group; pairs stay together, a column without a partner is last."""
+    key = -diagonal
+    if grid.pair_limit is not None:
+        pairs = np.repeat(key[:, :-1:2] + key[:, 1::2], 2, axis=1)
+        key = np.zeros_like(diagonal)
+        key[:, : pairs.shape[1]] = pairs
+    return np.argsort(key, axis=1, kind="stable")
 
 
-def _inverse_root(moments: Array) -> Array:
-    """Upper triangular U with U' U = inverse of the damped moments; a column without input gets a moment of one."""
-    diagonal = np.einsum("gkk->gk", moments)
+def _root(moments: Array, order: Array) -> Array:
+    """Upper triangular V with V V' = the ordered, damped moments; a column without input gets a moment of one."""
+    turned = order[:, ::-1]
+    damped = moments[np.arange(len(order))[:, None, None], turned[:, :, None], turned[:, None, :]]
+    diagonal = np.einsum("gkk->gk", damped)
     damping = DAMPING * diagonal.mean(axis=1, keepdims=True)
-    damped = moments + np.where(diagonal + damping > 0, damping, 1.0)[:, :, None] * np.eye(moments.shape[1])
-    return np.linalg.cholesky(np.linalg.inv(damped)).swapaxes(1, 2)
+    diagonal += np.where(diagonal + damping > 0, damping, 1.0)
+    return np.linalg.cholesky(damped)[:, ::-1, ::-1]
+
+
+def _sequential(scaled: Array, root: Array, grid: Grid) -> Array:
+    """Codes of `scaled` (columns, groups, rows), each column aimed at what makes up for the errors e before it.
+
+    The output error |V' e|^2 loses its k-th term where e_k = -sum of V_jk e_j / V_kk over j < k.
+    """
+    diagonal = np.einsum("gkk->gk", root)
+    ratio = root / diagonal[:, None, :]
+    share = _shares(ratio, diagonal)
+    codes, errors = np.empty_like(scaled), np.empty_like(scaled)
+    for start in range(0, len(scaled), BLOCK):
+        block = slice(start, start + BLOCK)
+        carried = np.matmul(ratio[:, :start, block].swapaxes(1, 2), errors[:start].swapaxes(0, 1))
+        aim = scaled[block] + carried.swapaxes(0, 1)
+        within = ratio[:, block, block].transpose(1, 2, 0)[..., None]
+        for k in range(len(aim)):
+            codes[start + k] = _rounded(aim, codes[block], k, share[:, block], grid)
+            errors[start + k] = scaled[start + k] - codes[start + k]
+            aim[k + 1 :] += within[k, k + 1 :] * errors[start + k]
+    return codes
+
+
+def _shares(ratio: Array, diagonal: Array) -> Array:
+    """Of what a column and the next must give way together, the part of the first that costs the output least.
+
+    The minimum over e_k + e_l = 1 of V_kk^2 e_k^2 + (V_kl e_k + V_ll e_l)^2; shape (groups, columns - 1).
+    """
+    second = 1 - np.diagonal(ratio, 1, 1, 2)
+    first = diagonal[:, :-1] / diagonal[:, 1:]
+    return second / (first**2 + second**2)
+
+
+def _rounded(aim: Array, codes: Array, k: int, share: Array, grid: Grid) -> Array:
+    """The code nearest to aim[k] that keeps the bound: the first of a pair makes room, the second takes what is left."""
+    low, high, limit = grid.format.qmin, grid.format.qmax, grid.pair_limit
+    if limit is None or k ^ 1 >= len(aim):
+        return np.clip(np.rint(aim[k]), low, high)
+    if k % 2:
+        left = np.maximum(low, -limit - codes[k-1]), np.minimum(high, limit - codes[k-1])
+        return np.clip(np.rint(aim[k]), *left)
+    total = np.clip(aim[k], low, high) + np.clip(aim[k + 1], low, high)
+    given = _give_way(aim[k], aim[k + 1], np.copysign(limit, total), share[:, k, None], grid)
+    return np.clip(np.rint(np.where(np.abs(total) > limit, given, aim[k])), low, high)

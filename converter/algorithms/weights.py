@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from calib.affine import Array, QParams, Range, dequantize, qparams_of, quantize
+from calib.affine import Array, QParams, dequantize
 from converter.algorithms.matrices import View, view_of
 from converter.algorithms.rounding import Grid, compensated, nearest, search_scales
 from converter.job import Watch
@@ -26,10 +26,19 @@ LEAST_COLUMNS, MOST_COLUMNS = 1024, 8192
 
 @dataclass(frozen=True)
 class Options:
-    """What is done to weights: error-compensating rounding (else nearest) and bias correction."""
+    """How weights are rounded: with error compensation, or each to its nearest code."""
 
     compensate: bool = True
-    correct_bias: bool = True
+
+
+@dataclass(frozen=True)
+class _Layer:
+    """A weighted unit with its constants; `bias` is float64 of shape (channels,) or None."""
+
+    unit: NodePlan
+    node: ir.Node
+    weight: Array
+    bias: Array | None
 
 
 def decide_weights(
@@ -39,15 +48,12 @@ def decide_weights(
     values = values_by_name(model.graph)
     nodes = {node.name: node for node in model.graph}
     for position, step in enumerate(watch.track(walk.steps, "Rounding weights", len(walk.steps))):
-        if (unit := step.unit) and unit.weight:
-            weight, bias = constant(values[unit.weight.name]), constant(values[unit.bias]) if unit.bias else None
-            assert weight is not None
-            bias = None if bias is None else bias.reshape(-1).astype(np.float64)
-            quantized = _rounded(plan, unit, unit.weight, weight, bias, walk, nodes[unit.name], options)
-            mean = means.get(nodes[unit.name].outputs[0].name or "")
-            if options.correct_bias and mean is not None:
-                bias = _corrected(plan, unit, quantized, bias, mean, walk)
-            plan = plan.with_weights({unit.name: quantized}, {} if bias is None else {unit.name: bias})
+        if step.unit:
+            layer = _layer(step.unit, nodes[step.unit.name], values)
+            weight = _rounded(layer, plan, walk, options)
+            mean = means.get(layer.node.outputs[0].name or "")
+            bias = _corrected(layer, weight, mean, plan, walk) if mean is not None else layer.bias
+            plan = plan.with_weights({layer.unit.name: weight}, {} if bias is None else {layer.unit.name: bias})
         walk.advance(position, plan)
     return plan
 
@@ -59,32 +65,57 @@ def products(graph: ir.Graph, plan: QuantPlan) -> dict[str, int]:
     return {nodes[unit.name].outputs[0].name or "": OPS[unit.op_type].output_axis for unit in correctable}
 
 
-def _rounded(
-    plan: QuantPlan, unit: NodePlan, wanted: WeightPlan, weight: Array, bias: Array | None, walk: Walk, node: ir.Node, options: Options
-) -> QuantizedWeight:
+def _layer(unit: NodePlan, node: ir.Node, values: Mapping[str, ir.Value]) -> _Layer:
+    assert unit.weight is not None
+    weight = constant(values[unit.weight.name])
+    bias = constant(values[unit.bias]) if unit.bias else None
+    assert weight is not None
+    return _Layer(unit, node, weight, None if bias is None else bias.reshape(-1).astype(np.float64))
+
+
+def _rounded(layer: _Layer, plan: QuantPlan, walk: Walk, options: Options) -> QuantizedWeight:
+    wanted = layer.unit.weight
+    assert wanted is not None
     grid = Grid(wanted.format, wanted.pair_limit)
-    floor = 0.0 if bias is None else np.abs(bias) / (float(plan.params(unit.inputs[0]).scale) * BIAS_LIMIT)
-    view = view_of(node, weight.shape, wanted.index)
-    if view is None:
-        return _plainly_rounded(weight, wanted, floor)
-    matrix = view.matrix(weight.astype(np.float64))
-    count = int(np.clip(COLUMNS_PER_WEIGHT * matrix.shape[2], LEAST_COLUMNS, MOST_COLUMNS))
-    moments = walk.moments(unit, view, count, plan)
-    importance = np.einsum("gkk->gk", moments) + 1e-12
+    view = view_of(layer.node, layer.weight.shape, wanted.index)
+    matrix = view.matrix(layer.weight.astype(np.float64))
+    moments = _moments(layer, view, matrix.shape[2], plan, walk)
+    importance = np.einsum("gkk->gk", moments)
     scale = search_scales(matrix, importance, grid, wanted.axis is not None)
-    scale = np.maximum(scale, np.reshape(floor, scale.shape) if np.ndim(floor) else floor).astype(np.float32).astype(np.float64)
-    codes = compensated(matrix, scale, moments, grid) if options.compensate else nearest(matrix / scale[..., None], grid)
-    scales = (scale.reshape(-1) if wanted.axis is not None else scale.reshape(-1)[0]).astype(np.float32)
+    scale = np.maximum(scale, _scale_floor(layer, plan, scale)).astype(np.float32).astype(np.float64)
+    codes = (
+        compensated(matrix, scale, moments, grid) if options.compensate else nearest(matrix / scale[..., None], grid)
+    )
+    return _packed(view.weight(codes), scale, wanted)
+
+
+def _moments(layer: _Layer, view: View, columns: int, plan: QuantPlan, walk: Walk) -> Array:
+    count = int(np.clip(COLUMNS_PER_WEIGHT * columns, LEAST_COLUMNS, MOST_COLUMNS))
+    return walk.moments(layer.unit, view, count, plan)
+
+
+def _scale_floor(layer: _Layer, plan: QuantPlan, scale: Array) -> Array:
+    """The least scale of each row for which the int32 bias, of scale data scale * weight scale, cannot overflow."""
+    name = layer.unit.inputs[0]
+    if layer.bias is None or name not in plan.tensors:
+        return np.zeros_like(scale)
+    floor = np.abs(layer.bias) / (float(plan.params(name).scale) * BIAS_LIMIT)
+    per_channel = layer.unit.weight is not None and layer.unit.weight.axis is not None
+    return floor.reshape(scale.shape) if per_channel else np.full_like(scale, floor.max())
+
+
+def _packed(codes: Array, scale: Array, wanted: WeightPlan) -> QuantizedWeight:
+    scales = np.asarray(scale.reshape(-1) if wanted.axis is not None else scale.flat[0], np.float32)
     q = QParams(scales, np.zeros(scales.shape, wanted.format.dtype), wanted.format, wanted.axis)
-    return QuantizedWeight(np.ascontiguousarray(view.weight(codes)).astype(wanted.format.dtype), q)
+    return QuantizedWeight(np.ascontiguousarray(codes).astype(wanted.format.dtype), q)
 
 
-def _plainly_rounded(weight, wanted, floor):
-    raise NotImplementedError
+def _corrected(layer: _Layer, weight: QuantizedWeight, mean: Array, plan: QuantPlan, walk: Walk) -> Array:
+    """The bias that gives the quantized product the float product's mean in every channel.
 
-
-def _corrected(plan: QuantPlan, unit: NodePlan, quantized: QuantizedWeight, bias: Array | None, mean: Array, walk: Walk) -> Array:
-    """The bias that gives the quantized product the float product's mean in every channel."""
-    inside = bias if OPS[unit.op_type].bias is not None and bias is not None else 0.0
-    shift = (mean - inside) - walk.mean_product(unit, dequantize(quantized.codes, quantized.qparams), plan)
-    return shift if bias is None else bias + shift
+    Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction" (2019), section 4.2, with
+    measured means.
+    """
+    inside = layer.bias if OPS[layer.unit.op_type].bias is not None and layer.bias is not None else 0.0
+    shift = (mean - inside) - walk.mean_product(layer.unit, dequantize(weight.codes, weight.qparams), plan)
+    return shift if layer.bias is None else np.asarray(layer.bias + shift)
