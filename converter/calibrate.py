@@ -1,52 +1,118 @@
-"""From plan and data to ranges: taps the tensors that the plan names and turns their statistics into parameters."""
+"""From plan and data to ranges: taps the tensors that are asked for and turns their statistics into parameters."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from queue import SimpleQueue
 
 import numpy as np
 import onnx_ir as ir
 
-from calib.affine import Array, QParams, qparams_of
+from calib.affine import Array, QParams
 from calib.ranges import RangeMethod, RangeSpec, range_of
 from calib.samples import Dataset
-from calib.session import open_session, over_samples, run
+from calib.session import Sample, open_session, over_samples, run
 from calib.stats import TensorStats
-from converter.job import Watch
-from converter.layerwise import channel_mean
+from converter.job import Resources, Watch
 from converter.model import constant, saved, values_by_name
 from converter.plan import QuantPlan, TensorPlan
 
 Statistics = dict[str, TensorStats]
+# Tensors tapped at once while their sizes are found out.
+PROBED = 16
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to find out about a float model: statistics of `tensors`, channel means of others (name → channel axis)."""
+
+    tensors: tuple[str, ...]
+    means: Mapping[str, int]
+    histogram: bool
+    samples: bool
+
+    def new_stats(self) -> TensorStats:
+        """Empty statistics that hold what is wanted."""
+        return TensorStats(self.histogram, self.samples)
 
 
 @dataclass(frozen=True)
 class Evidence:
-    """What one pass of the float model over the data found: statistics of tensors, channel means of others."""
+    """What was found; `means` are float64 of shape (channels,)."""
 
-    statistics: Statistics
+    statistics: Mapping[str, TensorStats]
     means: Mapping[str, Array]
 
 
-def observe(
-    model: ir.Model, names: Iterable[str], means: Mapping[str, int], data: Dataset, method: RangeMethod, threads: int, watch: Watch
-) -> Evidence:
-    """Statistics of the tensors `names`, and means a channel of the tensors `means` (name → channel axis).
+def observe(model: ir.Model, wanted: Wanted, data: Dataset, resources: Resources, watch: Watch) -> Evidence:
+    """Evidence over all samples; constants are read where they are, inputs as they are fed, the rest is tapped.
 
-    Constants and graph inputs are read where they are; everything else is tapped in one pass over all samples.
+    Tensors are tapped in groups whose arrays fit the memory budget together; each group is one pass over the data.
     """
     values = values_by_name(model.graph)
-    constants = {name: array for name in names if (array := constant(values[name])) is not None}
-    fed = {value.name for value in model.graph.inputs}
-    watched = [name for name in names if name not in constants]
-    taps = [name for name in dict.fromkeys([*watched, *means]) if name not in fed]
+    evidence = Evidence(_of_constants(wanted, values), {})
+    computed = [n for n in dict.fromkeys([*wanted.tensors, *wanted.means]) if n not in evidence.statistics]
+    sizes = tensor_bytes(model, computed, data.sample(0), resources)
+    groups = list(_groups(sizes, resources.memory // resources.threads))
+    total = sum(sizes.values()) / 1e6
+    watch.say(f"Calibrating {len(computed)} tensors of {total:.0f} MB a sample, {len(groups)} pass(es) over the data.")
+    for group in groups:
+        found = _observe_group(model, group, wanted, data, resources, watch)
+        evidence = Evidence({**evidence.statistics, **found.statistics}, {**evidence.means, **found.means})
+    for sentence in _oddities(evidence.statistics):
+        watch.warn(sentence)
+    return evidence
+
+
+def tensor_bytes(model: ir.Model, names: Sequence[str], sample: Sample, resources: Resources) -> dict[str, int]:
+    """Bytes of each named tensor for one sample, found by running it."""
+    sizes = {name: x.nbytes for name, x in sample.items() if name in names}
+    tapped = [name for name in names if name not in sizes]
+    with saved(model, tapped) as path:
+        session = open_session(path, resources.threads, providers=resources.providers)
+        for start in range(0, len(tapped), PROBED):
+            part = tapped[start : start + PROBED]
+            sizes.update((name, x.nbytes) for name, x in run(session, part, sample).items())
+    return sizes
+
+
+def _groups(sizes: Mapping[str, int], budget: int) -> Iterator[list[str]]:
+    """Consecutive tensors that fit the budget together; one that alone does not fit is a group of its own."""
+    group: list[str] = []
+    room = budget
+    for name, size in sizes.items():
+        if group and size > room:
+            yield group
+            group, room = [], budget
+        group.append(name)
+        room -= size
+    if group:
+        yield group
+
+
+def _of_constants(wanted: Wanted, values: Mapping[str, ir.Value]) -> Statistics:
+    statistics = {}
+    for name in wanted.tensors:
+        if (array := constant(values[name])) is not None:
+            statistics[name] = wanted.new_stats()
+            statistics[name].update(array, 0)
+    return statistics
+
+
+def _observe_group(
+    model: ir.Model, group: Sequence[str], wanted: Wanted, data: Dataset, resources: Resources, watch: Watch
+) -> Evidence:
+    watched = [name for name in group if name in wanted.tensors]
+    axes = {name: wanted.means[name] for name in group if name in wanted.means}
+    inputs = {value.name for value in model.graph.inputs}
+    taps = [name for name in group if name not in inputs]
+    # A worker takes whichever statistics are idle: they merge into the same result however the samples were spread.
     idle: SimpleQueue[Statistics] = SimpleQueue()
-    for _ in range(threads):
-        idle.put({name: method.new_stats() for name in watched})
+    for _ in range(resources.threads):
+        idle.put({name: wanted.new_stats() for name in watched})
     with saved(model, taps) as path:
-        session = open_session(path)
+        session = open_session(path, providers=resources.providers)
 
         def step(index: int) -> dict[str, Array]:
             sample = data.sample(index)
@@ -55,26 +121,47 @@ def observe(
             for name, stats in mine.items():
                 stats.update(tensors[name], index)
             idle.put(mine)
-            return {name: channel_mean(tensors[name], axis) for name, axis in means.items()}
+            return {name: channel_mean(tensors[name], axis) for name, axis in axes.items()}
 
-        total = {name: np.zeros(()) for name in means}
-        for found in watch.track(over_samples(len(data), step, threads), "Calibrating", len(data)):
-            total = {name: total[name] + mean for name, mean in found.items()}
-    statistics = idle.get()
-    while not idle.empty():
-        other = idle.get()
-        statistics = {name: stats.merge(other[name]) for name, stats in statistics.items()}
-    for name, array in constants.items():
-        statistics[name] = method.new_stats()
-        statistics[name].update(array, 0)
-    return Evidence(statistics, {name: x / len(data) for name, x in total.items()})
+        totals = {name: np.zeros(()) for name in axes}
+        for found in watch.track(over_samples(len(data), step, resources.threads), "Calibrating", len(data)):
+            totals = {name: totals[name] + mean for name, mean in found.items()}
+    parts = [idle.get() for _ in range(resources.threads)]
+    return Evidence({n: _merged(p[n] for p in parts) for n in watched}, {n: x / len(data) for n, x in totals.items()})
 
 
-def activation_qparams(plan: QuantPlan, statistics: Statistics, method: RangeMethod) -> dict[str, QParams]:
-    """Parameters of every group of the plan."""
-    return {group: _qparams(tensor, statistics[group], method) for group, tensor in plan.groups().items()}
+def _merged(parts: Iterable[TensorStats]) -> TensorStats:
+    first, *others = parts
+    for other in others:
+        first = first.merge(other)
+    return first
 
 
-def _qparams(tensor: TensorPlan, stats: TensorStats, method: RangeMethod) -> QParams:
-    span = range_of(method, stats, RangeSpec(tensor.format, tensor.symmetric))
-    return qparams_of(span, tensor.format, tensor.symmetric)
+def _oddities(statistics: Mapping[str, TensorStats]) -> Iterator[str]:
+    for name, stats in statistics.items():
+        if stats.nan_count or stats.inf_count:
+            yield (
+                f"Tensor '{name}' held {stats.nan_count} NaN and {stats.inf_count} infinite values in the calibration "
+                "data; its range ignores them."
+            )
+        if not stats.count:
+            yield f"Tensor '{name}' had no finite value in the calibration data; its range is a guess."
+
+
+def channel_mean(x: Array, axis: int) -> Array:
+    """Mean over all axes but `axis`: float64 of shape (channels,)."""
+    moved = np.moveaxis(x, axis, 1 if x.ndim > 1 else 0)
+    inner = moved.mean(axis=tuple(range(2, x.ndim)))  # float32, pairwise along contiguous memory
+    return inner.astype(np.float64).mean(axis=0) if x.ndim > 1 else inner.astype(np.float64)
+
+
+def activation_qparams(
+    plan: QuantPlan, statistics: Mapping[str, TensorStats], method: RangeMethod, spec: RangeSpec
+) -> dict[str, QParams]:
+    """Parameters of every group of the plan; `spec` holds the methods' options."""
+    return {group: _qparams(tensor, statistics[group], method, spec) for group, tensor in plan.groups().items()}
+
+
+def _qparams(tensor: TensorPlan, stats: TensorStats, method: RangeMethod, spec: RangeSpec) -> QParams:
+    spec = replace(spec, format=tensor.format, symmetric=tensor.symmetric)
+    return spec.qparams(range_of(method, stats, spec))

@@ -42,9 +42,18 @@ class Terminal:
         click.echo(f"WARNING: {text}", err=True)
 
 
-def _default_output(model: Path, output: Path | None) -> Path:
-    output = output or model.with_name(f"{model.stem}_quant.onnx")
-    return output if output.suffix == ".onnx" else output.with_name(f"{output.name}.onnx")
+def _output(model: Path, given: str | None) -> Path:
+    """The file to write, `.onnx` appended; raises UsageError, before any work is done, where none can be written."""
+    output = model.parent / f"{model.stem}_quant.onnx" if given is None else Path(given)
+    if not output.name or str(given).endswith(("/", os.sep)):
+        msg = f"--outputFile '{given}' names no file; write for example {output / 'model_quant.onnx'}."
+        raise UsageError(msg)
+    output = output if output.suffix == ".onnx" else output.with_name(f"{output.name}.onnx")
+    folder = next(parent for parent in output.absolute().parents if parent.exists())
+    if output.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        msg = f"--outputFile {output} cannot be written; give the path of a file in a folder that you may write to."
+        raise UsageError(msg)
+    return output
 
 
 def _shapes(text: str) -> dict[str, Shape]:
@@ -66,23 +75,23 @@ def _shapes(text: str) -> dict[str, Shape]:
 @click.command(context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
 @click.option("--fmk", default="ONNX", show_default=True, help="Format of the float model; only ONNX.")
 @click.option("--modelFile", "model", required=True, type=click.Path(path_type=Path), help="Float ONNX model.")
-@click.option("--outputFile", "output", type=click.Path(path_type=Path), help="Default: MODEL_quant.onnx beside it.")
+@click.option("--outputFile", "output", type=click.Path(), help="Default: MODEL_quant.onnx beside it.")
 @click.option("--configFile", "config", required=True, type=click.Path(path_type=Path), help="INI file, see README.")
 @click.option("--inputShape", "shapes", default="", help="Shapes of dynamic inputs: name:1,3,224,224;name2:…")
 @click.option("--inputDataFormat", "layout", type=click.Choice(["NCHW", "NHWC"]), help="Layout of 4-D image inputs.")
 @click.option("--fp16", type=click.Choice(["on", "off"]), default="off", help="Store other constants as float16.")
 @click.option("--dry-run", is_flag=True, help="Print the plan, every node and tensor with its reason; run nothing.")
-@click.option("--quiet", is_flag=True, help="Print warnings and errors only.")
+@click.option("--quiet", is_flag=True, help="Print the result line, warnings and errors only.")
 @click.option("--verbose", is_flag=True, help="Print more on the way.")
 @click.version_option(__version__, prog_name="qconvert")
-def command(fmk: str, model: Path, output: Path | None, config: Path, shapes: str, **flags: Any) -> None:
+def command(fmk: str, model: Path, output: str | None, config: Path, shapes: str, **flags: Any) -> None:
     """Turn a float ONNX model into a quantized one that ordinary runtimes execute."""
     if fmk != "ONNX":
         msg = f"--fmk={fmk}: only ONNX models are read; export the model to ONNX and write --fmk=ONNX."
         raise UsageError(msg)
     job = Job(
         model=model,
-        output=_default_output(model, output),
+        output=_output(model, output),
         config=load_config(config),
         input_shapes=_shapes(shapes),
         input_format=flags["layout"],
@@ -113,11 +122,12 @@ def main(arguments: list[str] | None = None) -> None:
     except QConvertError as error:
         _fail(str(error), error.exit_code)
     except click.ClickException as error:
-        _fail(f"{error.format_message()} Run qconvert --help for the flags.", 2)
+        _fail(f"{error.format_message().rstrip('.')}; run qconvert --help for the flags.", 2)
     except (click.Abort, KeyboardInterrupt):
         _fail("Interrupted; nothing was written.", 130)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        _fail(f"{error.filename or 'A file'}: {reason}; check the path, your rights and the space on the disk.", 1)
 
 
 def _fail(message: str, code: int) -> None:

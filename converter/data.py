@@ -5,12 +5,14 @@ from __future__ import annotations
 import os
 
 import onnx_ir as ir
+import onnxruntime as ort
 
 from calib import CalibError
 from calib.images import ImageOptions
 from calib.samples import Dataset, Folder, InputSpec, open_dataset
-from converter.errors import DataError, ModelError
-from converter.job import Job, Watch
+from calib.session import CPU_PROVIDERS
+from converter.errors import ConfigError, DataError, ModelError
+from converter.job import Job, Resources, Watch
 
 
 def open_data(model: ir.Model, job: Job, watch: Watch) -> Dataset:
@@ -30,7 +32,7 @@ def open_data(model: ir.Model, job: Job, watch: Watch) -> Dataset:
     folders = [Folder(name, path) for name, path in wanted.calibrate_path]
     specs = [_spec(value, job.input_format) for value in model.graph.inputs]
     try:
-        data = open_dataset(specs, folders, wanted.calibrate_size or 1, wanted.input_type or "", image, threads(job))
+        data = open_dataset(specs, folders, wanted.calibrate_size or 1, wanted.input_type or "", image, resources_of(job).threads)
     except CalibError as error:
         msg = f"{job.config.path}: [data_preprocess_param] {error}"
         raise DataError(msg) from error
@@ -39,9 +41,19 @@ def open_data(model: ir.Model, job: Job, watch: Watch) -> Dataset:
     return data
 
 
-def threads(job: Job) -> int:
-    """How many workers to use."""
-    return job.config.common.thread_num or len(os.sched_getaffinity(0))
+def resources_of(job: Job) -> Resources:
+    """What the job may use; raises ConfigError for an execution provider that ONNX Runtime does not have here."""
+    common = job.config.common
+    available = ort.get_available_providers()
+    for name in common.providers:
+        if name not in available:
+            msg = (
+                f"{job.config.path}: [common_quant_param] providers names {name}, which this ONNX Runtime does not "
+                f"have; write one of {', '.join(available)}."
+            )
+            raise ConfigError(msg)
+    threads = common.thread_num or len(os.sched_getaffinity(0))
+    return Resources(threads, common.providers or CPU_PROVIDERS, common.calibration_memory << 20)
 
 
 def _spec(value: ir.Value, layout: str | None) -> InputSpec:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from calib.ranges import RANGE_METHODS
+from calib.affine import UINT8
+from calib.ranges import RANGE_METHODS, RangeSpec
 from calib.samples import Dataset
 from converter.algorithms.weights import Options, decide_weights, products
-from converter.calibrate import activation_qparams, observe
+from converter.cache import observe_with_cache
+from converter.calibrate import Wanted, activation_qparams
 from converter.compare import TensorError, compare
-from converter.data import open_data, threads
+from converter.data import open_data, resources_of
 from converter.emit.qdq import emit
 from converter.job import Job, Watch
 from converter.layerwise import Walk
@@ -32,18 +34,19 @@ def make_plan(model: ir.Model, job: Job) -> QuantPlan:
 def quantize(model: ir.Model, job: Job, watch: Watch) -> tuple[ir.Model, QuantPlan, list[TensorError]]:
     """The quantized copy of a prepared float model, the decisions, and what they cost each tensor, worst first."""
     plan = make_plan(model, job)
-    data = open_data(model, job, watch)
-    method = RANGE_METHODS[job.config.full_quant.activation_quant_method]
-    correct = job.config.full_quant.bias_correction
-    means = products(model.graph, plan) if correct else {}
-    evidence = observe(model, plan.groups(), means, data, method, threads(job), watch)
-    plan = plan.with_qparams(activation_qparams(plan, evidence.statistics, method))
-    walk = Walk(model, plan, data, threads(job))
+    data, resources, full = open_data(model, job, watch), resources_of(job), job.config.full_quant
+    method = RANGE_METHODS[full.activation_quant_method]
+    means = products(model.graph, plan) if full.bias_correction else {}
+    wanted = Wanted(tuple(plan.groups()), means, method.needs_histogram, method.needs_samples)
+    evidence = observe_with_cache(model, wanted, data, resources, watch, job.config.common.calibration_cache)
+    spec = RangeSpec(UINT8, symmetric=False, outlier_ratio=full.outlier_ratio)
+    plan = plan.with_qparams(activation_qparams(plan, evidence.statistics, method, spec))
+    walk = Walk(model, plan, data, resources)
     watch.say(f"Weights are decided on {walk.count} of {len(data)} samples.")
     plan = decide_weights(model, plan, walk, evidence.means, Options(), watch)
     quantized = model.clone()
     restored = emit(quantized, plan)
-    return quantized, plan, _errors(model, quantized, plan, restored, data, threads(job))
+    return quantized, plan, _errors(model, quantized, plan, restored, data, resources.threads)
 
 
 def _errors(

@@ -25,6 +25,15 @@ class Job:
     fp16: bool = False
 
 
+@dataclass(frozen=True)
+class Resources:
+    """What a run may use: worker threads, ONNX Runtime's execution providers, bytes of activations at a time."""
+
+    threads: int
+    providers: tuple[str, ...]
+    memory: int
+
+
 class Watch(Protocol):
     """Receives progress and remarks while a job runs."""
 

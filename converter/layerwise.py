@@ -17,9 +17,11 @@ from calib.affine import Array, quantize
 from calib.samples import Dataset
 from calib.session import open_session, over_samples, run
 from converter.algorithms.matrices import View
+from converter.calibrate import channel_mean, tensor_bytes
 from converter.emit.integer_edges import feed_integers, hand_out_integers
 from converter.emit.qdq import emit
-from converter.model import constant, saved, serialized, submodel
+from converter.job import Resources
+from converter.model import constant, serialized, submodel
 from converter.ops import OPS
 from converter.plan import NodePlan, QuantPlan
 
@@ -80,8 +82,8 @@ def _names(values: Iterable[ir.Value]) -> tuple[str, ...]:
 class Walk:
     """The activations that later steps still read, sample by sample: integer codes where the plan computes them."""
 
-    def __init__(self, model: ir.Model, plan: QuantPlan, data: Dataset, threads: int) -> None:
-        self.model, self.threads = model, threads
+    def __init__(self, model: ir.Model, plan: QuantPlan, data: Dataset, resources: Resources) -> None:
+        self.model, self.resources, self.threads = model, resources, resources.threads
         self.steps = steps_of(model.graph, plan)
         self._codes = {name for unit in plan.units() for name in unit.outputs if name in plan.tensors}
         self._last_reader = {name: i for i, step in enumerate(self.steps) for name in step.reads}
@@ -91,10 +93,9 @@ class Walk:
 
     def _peak_bytes(self, data: Dataset) -> int:
         """The most bytes that one sample keeps between two steps."""
-        names = [name for step in self.steps for name in step.writes]
-        with saved(self.model, names) as path:
-            arrays = {**data.sample(0), **run(open_session(path), names, data.sample(0))}
-        size = {name: x.size if name in self._codes else x.nbytes for name, x in arrays.items()}
+        names = [*data.sample(0), *(name for step in self.steps for name in step.writes)]
+        size = tensor_bytes(self.model, names, data.sample(0), self.resources)
+        size.update((name, size[name] // 4) for name in self._codes.intersection(size))
         held: set[str] = set(data.sample(0))
         peak = sum(size[name] for name in held)
         for position, step in enumerate(self.steps):
@@ -180,13 +181,6 @@ class Walk:
         for name in sorted(self._codes.intersection(step.writes)):
             hand_out_integers(model.graph, name)
         return model
-
-
-def channel_mean(x: Array, axis: int) -> Array:
-    """Mean over all axes but `axis`: float64 of shape (channels,)."""
-    moved = np.moveaxis(x, axis, 1 if x.ndim > 1 else 0)
-    inner = moved.mean(axis=tuple(range(2, x.ndim)))  # float32, pairwise along contiguous memory
-    return inner.astype(np.float64).mean(axis=0) if x.ndim > 1 else inner.astype(np.float64)
 
 
 def _restricted(plan: QuantPlan, step: Step) -> QuantPlan:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-import os
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -21,7 +20,7 @@ EXTERNAL_DATA_ABOVE = 1_500_000_000
 
 
 def load(path: Path) -> ir.Model:
-    """The model at `path`, weights memory-mapped where they are external; raises ModelError."""
+    """The model at `path`, in memory but for external weights of a large model (mapped); raises ModelError."""
     if not path.is_file():
         msg = f"{path}: there is no such model file; check --modelFile."
         raise ModelError(msg)
@@ -31,7 +30,7 @@ def load(path: Path) -> ir.Model:
         if not model.graph.outputs:
             msg = f"{path}: this is not an ONNX model (it has no graph outputs)."
             raise ModelError(msg)
-        return model
+        return model if weight_bytes(model) > EXTERNAL_DATA_ABOVE else ir.external_data.load_to_model(model)
     except ModelError:
         raise
     except Exception as error:
@@ -43,12 +42,20 @@ def save(model: ir.Model, path: Path) -> None:
     """Writes `model` beside `path` under a temporary name, then renames: the old file or the whole new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        draft = Path(folder) / path.name
-        external = f"{path.name}.data" if weight_bytes(model) > EXTERNAL_DATA_ABOVE else None
-        ir.save(model, draft, external_data=external)
-        check(draft)
-        for part in filter(None, (external, path.name)):
-            os.replace(Path(folder) / part, path.parent / part)
+        _write(model, Path(folder) / path.name)
+        check(Path(folder) / path.name)
+        # The weights first: a model file never stands without them.
+        for part in sorted(Path(folder).iterdir(), reverse=True):
+            part.replace(path.parent / part.name)
+
+
+def _write(model: ir.Model, path: Path) -> None:
+    """One file, or two where the weights are too many for one."""
+    if weight_bytes(model) > EXTERNAL_DATA_ABOVE:
+        ir.save(model, path, external_data=f"{path.name}.data")
+    else:
+        # What is still in the float model's data file would be written as a reference to it.
+        ir.save(ir.external_data.load_to_model(model), path)
 
 
 def check(path: Path) -> None:
@@ -69,8 +76,7 @@ def saved(model: ir.Model, taps: Iterable[str] = ()) -> Iterator[Path]:
     clone.graph.outputs.extend(values[name] for name in dict.fromkeys(taps) if name not in known)
     with tempfile.TemporaryDirectory(prefix="qconvert-") as folder:
         path = Path(folder) / "model.onnx"
-        external = "model.data" if weight_bytes(model) > EXTERNAL_DATA_ABOVE else None
-        ir.save(clone, path, external_data=external)
+        _write(clone, path)
         yield path
 
 
@@ -82,7 +88,17 @@ def submodel(model: ir.Model, inputs: Sequence[str], outputs: Sequence[str]) -> 
 
 def serialized(model: ir.Model) -> bytes:
     """The model as bytes; it must be small."""
-    return bytes(ir.to_proto(model).SerializeToString())
+    return bytes(ir.to_proto(ir.external_data.load_to_model(model)).SerializeToString())
+
+
+def serialized_parts(model: ir.Model) -> Iterator[bytes]:
+    """The graph and then every weight as bytes, for fingerprints: a model of any size."""
+    for graph in model.graphs():
+        for node in graph:
+            yield repr((node.op_identifier(), [v and v.name for v in node.inputs], node.attributes)).encode()
+        for name, value in graph.initializers.items():
+            yield (name or "").encode()
+            yield value.const_value.tobytes() if value.const_value else b""
 
 
 def values_by_name(graph: ir.Graph) -> dict[str, ir.Value]:
@@ -109,10 +125,11 @@ def is_float(value: ir.Value | None) -> bool:
 
 
 def only_consumer(value: ir.Value) -> ir.Node | None:
-    """The node that alone reads `value`, None if there are several or it is a graph output."""
+    """The node that alone reads `value`, None if there are several, it is a graph output or read in a subgraph."""
     if value.is_graph_output() or len(value.uses()) != 1:
         return None
-    return next(iter(value.uses())).node
+    reader = next(iter(value.uses())).node
+    return reader if reader.graph is value.graph else None
 
 
 class Names:

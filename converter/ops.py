@@ -1,4 +1,4 @@
-"""THE operator table: what each ONNX operator's inputs are, which axis holds the channels, how its output range follows.
+"""THE operator table: what each ONNX operator's inputs are, which axis holds the channels, what its output range is.
 
 Everything that must know an operator reads this table: the plan, the emitter, the algorithms and the docs.
 A new operator is one row here and one row in tests/test_ops.py, which checks every row against the ONNX schema.
@@ -66,6 +66,13 @@ def _gemm_attributes(node: ir.Node) -> str | None:
     return "alpha or beta is not 1" if scaled else None
 
 
+def _gemm_bias(node: ir.Node) -> str | None:
+    # A Gemm's bias may be of any shape that broadcasts; a Conv's may not.
+    weight, bias = constant(node.inputs[1]), constant(node.inputs[2]) if len(node.inputs) > 2 else None
+    fits = weight is None or bias is None or bias.shape == (weight.shape[_gemm_axis(node)],)
+    return None if fits else "its bias is not one constant a channel"
+
+
 def _resize_mode(node: ir.Node) -> str | None:
     mode = node.attributes.get_string("mode", "nearest")
     return None if mode == "nearest" else f"mode {mode} computes new values"
@@ -106,7 +113,10 @@ OPS: dict[str, OpRule] = {
         weight=1, bias=2, channel_axis=_conv_transpose_axis, obstacle=_all_of(_weight_computed, _bias_computed)
     ),
     "Gemm": OpRule(
-        weight=1, bias=2, channel_axis=_gemm_axis, obstacle=_all_of(_gemm_attributes, _weight_computed, _bias_computed)
+        weight=1,
+        bias=2,
+        channel_axis=_gemm_axis,
+        obstacle=_all_of(_gemm_attributes, _weight_computed, _bias_computed, _gemm_bias),
     ),
     "MatMul": OpRule(data=(0, 1), weight=1, channel_axis=_matmul_axis, output_axis=-1),
     "Add": _ALL_DATA,

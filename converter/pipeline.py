@@ -11,13 +11,15 @@ from calib import CalibError
 from converter import full_quant
 from converter import model as models
 from converter.compare import TensorError
+from converter.config import Config
 from converter.emit.half import store_constants_as_half
-from converter.errors import QConvertError, UsageError
+from converter.errors import ConfigError, QConvertError, UsageError
 from converter.job import Job, Silent, Watch
 from converter.plan import QuantPlan
 from converter.prepare import prepare
 from converter.prepare.inputs import set_input_shapes
 from converter.prepare.opset import opset_of, raise_opset
+from converter.targets import TARGETS
 
 MODES = {"FULL_QUANT": full_quant}
 
@@ -53,6 +55,7 @@ def make_plan(job: Job, watch: Watch) -> QuantPlan:
 
 def read(job: Job, watch: Watch) -> ir.Model:
     """The job's model in normal form."""
+    _check_built(job.config)
     if job.output.resolve() == job.model.resolve():
         msg = f"--outputFile {job.output} is the float model itself; give another name."
         raise UsageError(msg)
@@ -64,6 +67,20 @@ def read(job: Job, watch: Watch) -> ir.Model:
     if raised is not model:
         watch.say(f"Opset {opset_of(model)} converted to {opset_of(raised)}.")
     return prepare(raised)
+
+
+def _check_built(config: Config) -> None:
+    """Raises ConfigError for what a config may ask for but the program cannot do yet."""
+    quant_type, target = config.common.quant_type, config.full_quant.target_device or "CPU"
+    missing = (
+        (quant_type not in MODES, f"[common_quant_param] quant_type = {quant_type}", f"write {' or '.join(MODES)}"),
+        (target not in TARGETS, f"[full_quant_param] target_device = {target}", f"write {' or '.join(TARGETS)}"),
+        (config.common.debug_info_save_path, "[common_quant_param] debug_info_save_path", "remove the line"),
+    )
+    for asked, key, advice in missing:
+        if asked:
+            msg = f"{config.path}: {key}: is not built yet; {advice}."
+            raise ConfigError(msg)
 
 
 def _size(path: Path) -> int:

@@ -6,6 +6,7 @@ so that columns 2 i and 2 i + 1 are the pairs a kernel adds.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -31,7 +32,10 @@ class View(Protocol):
 
 @dataclass(frozen=True)
 class ConvView:
-    """A convolution with weight `shape` (out, in / groups, *kernel); `pads` None means `same` padding."""
+    """A convolution with weight `shape` (out, in / groups, *kernel).
+
+    `pads` (*begins, *ends) count where `auto_pad` is NOTSET.
+    """
 
     shape: tuple[int, ...]
     groups: int
@@ -51,22 +55,21 @@ class ConvView:
 
     def columns(self, x: Array, count: int, zero: int, rng: np.random.Generator) -> Array:
         """Drawn from x (batch, channels, *space)."""
-        space, begins = zip(*map(self._axis, range(x.ndim - 2), x.shape[2:]), strict=True)
-        *drawn_batch, = (x.shape[0], *space)
-        total = int(np.prod(drawn_batch))
-        drawn = np.sort(rng.choice(total, min(count, total), replace=False))
-        batch, *positions = np.unravel_index(drawn, drawn_batch)
-        taps = np.indices(self.shape[2:]).reshape(len(space), -1)
-        inside = np.ones((drawn.size, taps.shape[1]), bool)
+        sizes, begins = zip(*map(self._axis, range(x.ndim - 2), x.shape[2:]), strict=True)
+        outputs = (x.shape[0], *sizes)
+        batch, *positions = np.unravel_index(_drawn(math.prod(outputs), count, rng), outputs)
+        taps = np.indices(self.shape[2:]).reshape(len(sizes), -1)
+        inside = np.ones((batch.size, taps.shape[1]), bool)
         index = []
-        for axis, position in enumerate(positions):
+        for axis, (position, size) in enumerate(zip(positions, x.shape[2:], strict=True)):
             at = position[:, None] * self.strides[axis] + taps[axis] * self.dilations[axis] - begins[axis]
-            inside &= (at >= 0) & (at < x.shape[2 + axis])
-            index.append(np.clip(at, 0, x.shape[2 + axis] - 1))
+            inside &= (at >= 0) & (at < size)
+            index.append(np.clip(at, 0, size - 1))
         # Index arrays on both sides of the channel axis put (drawn, taps) first: the result is (drawn, taps, channels).
-        values = np.where(inside[..., None], x[(batch[:, None], slice(None), *index)], zero)
-        grouped = values.reshape(drawn.size, taps.shape[1], self.groups, -1)
-        return grouped.transpose(2, 0, 1, 3).reshape(self.groups, drawn.size, -1)
+        values = x[(batch[:, None], slice(None), *index)]
+        values[~inside] = zero
+        grouped = values.reshape(*inside.shape, self.groups, -1)
+        return grouped.transpose(2, 0, 1, 3).reshape(self.groups, batch.size, -1)
 
     def _axis(self, axis: int, size: int) -> tuple[int, int]:
         """Output size and begin pad along a spatial axis of `size`."""
@@ -92,12 +95,17 @@ class ProductView:
 
     def weight(self, matrix: Array) -> Array:
         """The inverse of `matrix`."""
-        return matrix[0] if self.transposed else matrix[0].T
+        return (matrix if self.transposed else matrix.swapaxes(1, 2)).squeeze(0)
 
     def columns(self, x: Array, count: int, zero: int, rng: np.random.Generator) -> Array:
         """Rows drawn from x (…, features)."""
-        flat = x.reshape(-1, x.shape[-1])
-        return flat[np.sort(rng.choice(len(flat), min(count, len(flat)), replace=False))][None]
+        flat = x.reshape(1, -1, x.shape[-1])
+        return flat.take(_drawn(flat.shape[1], count, rng), axis=1)
+
+
+def _drawn(total: int, count: int, rng: np.random.Generator) -> Array:
+    """At most `count` different numbers below `total`, in ascending order."""
+    return np.sort(rng.choice(total, min(count, total), replace=False, shuffle=False))
 
 
 def view_of(node: ir.Node, shape: Sequence[int], weight_index: int) -> View | None:

@@ -53,11 +53,11 @@ def search_scales(weight: Array, importance: Array, grid: Grid, per_channel: boo
     widest = largest / grid.format.qmax
     widest = np.where(widest < SMALLEST_SCALE, 1.0, widest)
     unit = (weight / widest[..., None]).astype(np.float32)
-    share = (importance / (importance.max() or 1.0)).astype(np.float32)
+    relative = (importance / (importance.max() or 1.0)).astype(np.float32)
     best = np.ones_like(widest)
     for factors in (SHRINK if grid.pair_limit is None else np.concatenate([SHRINK, WIDEN]), REFINE):
         tried = factors[:, None, None] * best
-        errors = _errors(unit, share, tried, grid)
+        errors = _errors(unit, relative, tried, grid)
         if not per_channel:
             errors = np.broadcast_to(errors.sum(axis=(1, 2), keepdims=True), errors.shape)
         best = np.take_along_axis(tried, errors.argmin(axis=0)[None], axis=0)[0]
@@ -157,19 +157,24 @@ def _shares(ratio: Array, diagonal: Array) -> Array:
 
     The minimum over e_k + e_l = 1 of V_kk^2 e_k^2 + (V_kl e_k + V_ll e_l)^2; shape (groups, columns - 1).
     """
-    second = 1 - np.diagonal(ratio, 1, 1, 2)
-    first = diagonal[:, :-1] / diagonal[:, 1:]
-    return second / (first**2 + second**2)
+    first: Array = diagonal[:, :-1] / diagonal[:, 1:]
+    second: Array = 1 - np.diagonal(ratio, 1, 1, 2)
+    shares: Array = second / (first**2 + second**2)
+    return shares
 
 
 def _rounded(aim: Array, codes: Array, k: int, share: Array, grid: Grid) -> Array:
-    """The code nearest to aim[k] that keeps the bound: the first of a pair makes room, the second takes what is left."""
-    low, high, limit = grid.format.qmin, grid.format.qmax, grid.pair_limit
-    if limit is None or k ^ 1 >= len(aim):
-        return np.clip(np.rint(aim[k]), low, high)
-    if k % 2:
-        left = np.maximum(low, -limit - codes[k-1]), np.minimum(high, limit - codes[k-1])
-        return np.clip(np.rint(aim[k]), *left)
-    total = np.clip(aim[k], low, high) + np.clip(aim[k + 1], low, high)
-    given = _give_way(aim[k], aim[k + 1], np.copysign(limit, total), share[:, k, None], grid)
-    return np.clip(np.rint(np.where(np.abs(total) > limit, given, aim[k])), low, high)
+    """The code nearest to aim[k] within the bound: the first of a pair makes room, the second takes what is left."""
+    low: Array | int = grid.format.qmin
+    high: Array | int = grid.format.qmax
+    target = aim[k]
+    if grid.pair_limit is not None and k ^ 1 < len(aim):
+        if k % 2 == 0:
+            total = np.clip(target, low, high) + np.clip(aim[k + 1], low, high)
+            given = _give_way(target, aim[k + 1], np.copysign(grid.pair_limit, total), share[:, k, None], grid)
+            target = np.where(np.abs(total) > grid.pair_limit, given, target)
+        else:
+            low = np.maximum(low, -grid.pair_limit - codes[k - 1])
+            high = np.minimum(high, grid.pair_limit - codes[k - 1])
+    code: Array = np.clip(np.rint(target), low, high)
+    return code

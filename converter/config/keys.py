@@ -24,7 +24,9 @@ from converter.config.values import (
 )
 
 QuantType = Literal["WEIGHT_QUANT", "FULL_QUANT", "DYNAMIC_QUANT"]
-ActivationQuantMethod = Literal["MAX_MIN", "KL", "REMOVAL_OUTLIER"]
+ActivationQuantMethod = Literal[
+    "MAX_MIN", "KL", "REMOVAL_OUTLIER", "PERCENTILE", "MSE", "MOVING_AVERAGE", "RANGE_ABS_MAX", "AUTO"
+]
 InputType = Literal["IMAGE", "BIN", "NPY"]
 ImageFormat = Literal["RGB", "GRAY", "BGR"]
 TargetDevice = Literal["CPU", "NVGPU", "DSP"]
@@ -110,6 +112,27 @@ class CommonQuantParam:
     thread_num: int | None = field(
         default=None, metadata=_key(integer(1, 1024, 4), "Threads to compute with; unset: all cores.")
     )
+    providers: tuple[str, ...] = field(
+        default=(),
+        metadata=_key(
+            names("CPUExecutionProvider"), "ONNX Runtime execution providers to calibrate with; unset: the CPU.", _FULL
+        ),
+    )
+    calibration_memory: int = field(
+        default=512,
+        metadata=_key(
+            integer(16, 1 << 20, 512), "Megabytes of activations to hold at a time while calibrating.", _FULL
+        ),
+    )
+    calibration_cache: Path | None = field(
+        default=None,
+        metadata=_key(
+            path("calibration.npz"),
+            "File that keeps what calibration found, so that the next conversion of the same model and data, with "
+            "other range methods, targets or skips, need not calibrate; unset: none.",
+            _FULL,
+        ),
+    )
 
 
 @dataclass(frozen=True)
@@ -143,6 +166,12 @@ class FullQuantParam:
             "How an activation's range follows from the data: MAX_MIN for data like the real one, KL or "
             "REMOVAL_OUTLIER for noisy data.",
             _FULL,
+        ),
+    )
+    outlier_ratio: float = field(
+        default=0.0001,
+        metadata=_key(
+            number_between(0, 0.5, 0.0001), "Share of the values that REMOVAL_OUTLIER takes off at each end.", _FULL
         ),
     )
     bias_correction: bool = field(

@@ -1,4 +1,4 @@
-"""Folds a per-channel scale and shift into the Conv, ConvTranspose, Gemm or MatMul before it.
+"""Folds a per-channel scale and shift into the Conv, ConvTranspose or Gemm before it.
 
 Foldable, where the operator's output is read by nothing else:
 1. BatchNormalization in inference mode with constant parameters: scale = gamma / sqrt(var + epsilon),
@@ -61,15 +61,18 @@ def _take_name(kept: ir.Value, gone: ir.Value) -> None:
 
 def _affine_of(node: ir.Node, producer: ir.Node) -> Affine | None:
     """Scale and shift a channel that `node` applies to the output of `producer`, None if it does not."""
-    channels = _channels(producer)
+    if node.domain:
+        return None
     if node.op_type == "BatchNormalization" and node.inputs[0] is producer.outputs[0]:
         return _batch_norm(node)
-    return _arithmetic(node, producer, channels) if node.op_type in _ARITHMETIC else None
+    return _arithmetic(node, producer, _channels(producer)) if node.op_type in _ARITHMETIC else None
 
 
 def _batch_norm(node: ir.Node) -> Affine | None:
     parameters = [constant(value) for value in node.inputs[1:5]]
-    if any(p is None for p in parameters) or node.attributes.get_int("training_mode", 0):
+    # Before opset 14 it is the number of outputs that says training.
+    training = node.attributes.get_int("training_mode", 0) or len(node.outputs) > 1
+    if training or any(p is None for p in parameters):
         return None
     gamma, beta, mean, variance = (p.astype(np.float64) for p in parameters if p is not None)
     scale = gamma / np.sqrt(variance + node.attributes.get_float("epsilon", 1e-5))
