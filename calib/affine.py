@@ -62,7 +62,10 @@ class Range:
 
 @dataclass(frozen=True)
 class QParams:
-    """scale (float32) and zero_point (integer), both of shape () or (channels,); `axis` is None per tensor."""
+    """scale (float32) and zero_point, both of shape () or (channels,); `axis` is None per tensor.
+
+    The zero point is an integer of the format; stored weights that are floats again before use may have any.
+    """
 
     scale: Array
     zero_point: Array
@@ -106,7 +109,7 @@ def _not_beyond(scale: Array, span: Array, fmt: IntFormat) -> Array:
     return np.where(levels * scale > span.astype(np.float32), np.nextafter(scale, np.float32(0)), scale)
 
 
-def _along(values: Array, axis: int | None, rank: int) -> Array:
+def along(values: Array, axis: int | None, rank: int) -> Array:
     """Per-channel `values` shaped to broadcast along `axis` of a tensor of `rank` dimensions."""
     if axis is None or values.ndim == 0:
         return values
@@ -115,17 +118,17 @@ def _along(values: Array, axis: int | None, rank: int) -> Array:
 
 def quantize(x: Array, q: QParams) -> Array:
     """Integer codes of `x`: rint(x / scale) + zero_point, clipped; same shape as `x`."""
-    scale = _along(q.scale, q.axis, x.ndim)
-    zero_point = _along(q.zero_point, q.axis, x.ndim).astype(np.float64)
+    scale = along(q.scale, q.axis, x.ndim)
+    zero_point = along(q.zero_point, q.axis, x.ndim).astype(np.float64)
     codes = np.rint(np.asarray(x, np.float64) / scale) + zero_point
     return np.clip(codes, q.format.qmin, q.format.qmax).astype(q.format.dtype)
 
 
 def dequantize(codes: Array, q: QParams) -> Array:
     """Real values (float32) of integer `codes`."""
-    scale = _along(q.scale, q.axis, codes.ndim)
-    zero_point = _along(q.zero_point, q.axis, codes.ndim)
-    return ((codes.astype(np.int64) - zero_point.astype(np.int64)) * scale.astype(np.float64)).astype(np.float32)
+    scale = along(q.scale, q.axis, codes.ndim)
+    zero_point = along(q.zero_point, q.axis, codes.ndim)
+    return ((codes.astype(np.float64) - zero_point) * scale.astype(np.float64)).astype(np.float32)
 
 
 def fake_quantize(x: Array, q: QParams) -> Array:

@@ -163,10 +163,12 @@ def bias_add(node: ir.Node) -> ir.Node | None:
     """The Add that gives a MatMul with constant right operand one constant bias a channel."""
     weight = constant(node.inputs[1]) if node.op_type == "MatMul" else None
     add = only_consumer(node.outputs[0])
-    if weight is None or weight.ndim != 2 or add is None or add.op_type != "Add":
+    if weight is None or weight.ndim != 2 or add is None or add.op_type != "Add" or add.domain:
         return None
-    bias = constant(next(v for v in add.inputs if v is not node.outputs[0]))
-    return add if bias is not None and bias.size == bias.shape[-1] == weight.shape[1] else None
+    bias, shape = constant(next(v for v in add.inputs if v is not node.outputs[0])), node.outputs[0].shape
+    # A bias of more dimensions than the product would add them to it.
+    fits = bias is not None and 1 <= bias.ndim <= (shape.rank() if shape else 1)
+    return add if fits and bias.size == bias.shape[-1] == weight.shape[1] else None
 
 
 def replace_constant(node: ir.Node, index: int, array: Array, names: Names) -> None:

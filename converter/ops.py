@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
+import numpy as np
 import onnx_ir as ir
 
 from converter.model import constant
@@ -75,7 +76,10 @@ def _gemm_bias(node: ir.Node) -> str | None:
 
 def _resize_mode(node: ir.Node) -> str | None:
     mode = node.attributes.get_string("mode", "nearest")
-    return None if mode == "nearest" else f"mode {mode} computes new values"
+    if mode != "nearest":
+        return f"mode {mode} computes new values"
+    crops = node.attributes.get_string("coordinate_transformation_mode", "half_pixel") == "tf_crop_and_resize"
+    return "tf_crop_and_resize puts new values around the image" if crops else None
 
 
 def _conv_transpose_axis(node: ir.Node) -> int | None:
@@ -98,8 +102,15 @@ def _not_depthwise(node: ir.Node) -> bool:
     return weight is None or not (weight.shape[1] == 1 and weight.shape[0] == group)
 
 
+def _pad_mode(node: ir.Node) -> str | None:
+    mode = node.attributes.get_string("mode", "constant")
+    value = constant(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else np.zeros(1)
+    if mode == "constant" and (value is None or value.any()):
+        return "it pads with something else than zero"
+    return None
+
+
 _MOVES = OpRule(moves=True)
-_ALL_DATA = OpRule(data=None)
 
 OPS: dict[str, OpRule] = {
     "Conv": OpRule(
@@ -119,13 +130,15 @@ OPS: dict[str, OpRule] = {
         obstacle=_all_of(_gemm_attributes, _weight_computed, _bias_computed, _gemm_bias),
     ),
     "MatMul": OpRule(data=(0, 1), weight=1, channel_axis=_matmul_axis, output_axis=-1),
-    "Add": _ALL_DATA,
-    "Mul": _ALL_DATA,
-    "Concat": _ALL_DATA,
-    "AveragePool": OpRule(),
-    "GlobalAveragePool": OpRule(),
-    "Sigmoid": OpRule(),
-    "LeakyRelu": OpRule(),
+    **dict.fromkeys(("Add", "Sub", "Mul", "Div", "Max", "Min", "Concat", "PRelu"), OpRule(data=None)),
+    **dict.fromkeys(
+        (
+            *("AveragePool", "GlobalAveragePool", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum"),
+            *("Sigmoid", "Tanh", "LeakyRelu", "Relu", "Clip", "Softmax", "Abs", "Ceil", "Exp", "Floor", "Neg", "Round"),
+            *("Sqrt", "BatchNormalization", "InstanceNormalization"),
+        ),
+        OpRule(),
+    ),
     "MaxPool": _MOVES,
     "Reshape": _MOVES,
     "Flatten": _MOVES,
@@ -135,5 +148,28 @@ OPS: dict[str, OpRule] = {
     "Slice": _MOVES,
     "Split": _MOVES,
     "DepthToSpace": _MOVES,
+    "SpaceToDepth": _MOVES,
+    "Gather": _MOVES,
+    "Tile": _MOVES,
+    "Pad": OpRule(moves=True, obstacle=_pad_mode),
     "Resize": OpRule(moves=True, obstacle=_resize_mode),
 }
+
+# Operators without a row above that multiply with, or pick from, constants: input index → axis of the channels.
+_RECURRENT: dict[int, Callable[[ir.Node], int | None]] = {1: lambda node: 1, 2: lambda node: 1}
+_TABLES: dict[str, dict[int, Callable[[ir.Node], int | None]]] = {
+    "Gather": {0: lambda node: node.attributes.get_int("axis", 0)},
+    **dict.fromkeys(("LSTM", "GRU", "RNN"), _RECURRENT),
+}
+
+
+def weights_of(node: ir.Node) -> dict[int, int | None]:
+    """The constant float32 weights of `node`, whatever it computes on: input index → axis of the channels."""
+    rule = OPS.get(node.op_type)
+    axes = _TABLES.get(node.op_type, {})
+    if rule and rule.weight is not None:
+        others = {i: lambda node: None for i in rule.data or () if i != rule.weight and node.op_type == "MatMul"}
+        axes = {rule.weight: rule.channel_axis, **others}
+    arrays = {i: constant(node.inputs[i]) for i in axes if i < len(node.inputs) and not node.domain}
+    found = {i: a for i, a in arrays.items() if a is not None and a.dtype == np.float32 and a.ndim > 1}
+    return {i: axes[i](node) for i in found}

@@ -9,8 +9,8 @@ save nothing.
 from __future__ import annotations
 
 import fnmatch
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
@@ -22,11 +22,15 @@ from converter.targets import Target
 
 @dataclass(frozen=True)
 class Wishes:
-    """What the user asked of the placement: names (glob patterns) and types to leave float, granularity of weights."""
+    """What is asked of the placement: names (glob patterns) and types to leave float, granularity of weights.
+
+    `kept_float` holds nodes that later findings keep float, with the reason.
+    """
 
     skip_nodes: tuple[str, ...] = ()
     skip_types: tuple[str, ...] = ()
     per_channel: bool = True
+    kept_float: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -62,8 +66,9 @@ class _Unit:
 def build_plan(graph: ir.Graph, target: Target, wishes: Wishes) -> QuantPlan:
     """The plan of a prepared float graph, without numbers."""
     units, reasons = _candidates(graph, target, wishes)
-    _drop(units, reasons, _fed_by_floats(units), "an input of it is float: converting it would cost more than it saves")
-    _drop(units, reasons, _tails(units), "no integer operator reads on from it")
+    if not target.all_pays:
+        _drop(units, reasons, _fed_by_floats(units), "an input of it is float: converting it costs more than it saves")
+        _drop(units, reasons, _tails(units), "no integer operator reads on from it")
     tensors = _tensor_plans(units.values(), target)
     inside = {inner: unit.node.name for unit in units.values() for inner in unit.absorbed}
     nodes = {}
@@ -96,19 +101,22 @@ def _candidates(
     return units, reasons
 
 
-def _skipped(node: ir.Node, wishes: Wishes) -> str | None:
+def skipped(node: ir.Node, wishes: Wishes) -> str | None:
+    """Why the user wants `node` left float; None if that was not asked."""
     if any(fnmatch.fnmatchcase(node.name or "", pattern) for pattern in wishes.skip_nodes):
         return "named in skip_quant_node"
-    return "named in skip_quant_type" if node.op_type in wishes.skip_types else None
+    if node.op_type in wishes.skip_types:
+        return "named in skip_quant_type"
+    return wishes.kept_float.get(node.name or "")
 
 
 def _obstacle(node: ir.Node, target: Target, wishes: Wishes) -> str | None:
     rule = OPS.get(node.op_type)
-    if reason := _skipped(node, wishes):
+    if reason := skipped(node, wishes):
         return reason
     if node.domain:
         return f"operator of the domain {node.domain}"
-    if rule is None or node.op_type not in target.integer | target.moves:
+    if rule is None or node.op_type not in target.integer | target.bare:
         return f"no integer kernel for {node.op_type} on target {target.name}"
     if not all(is_float(value) for value in node.outputs):
         return "its values are not float32"
@@ -117,15 +125,16 @@ def _obstacle(node: ir.Node, target: Target, wishes: Wishes) -> str | None:
 
 def _absorbed(node: ir.Node, target: Target, wishes: Wishes) -> Iterator[ir.Node]:
     """The nodes behind `node` that the target computes inside it."""
-    if node.op_type not in target.integer:
+    if OPS[node.op_type].moves:
         return
     add = bias_add(node)
-    if add and not _skipped(add, wishes):
+    if add and not skipped(add, wishes):
         yield add
         node = add
     follower = only_consumer(node.outputs[0])
-    if follower and follower.op_type in target.fused and clips_at_zero(follower) and not _skipped(follower, wishes):
-        yield follower
+    if follower and not follower.domain and follower.op_type in target.fused and not skipped(follower, wishes):
+        if clips_at_zero(follower):
+            yield follower
 
 
 def clips_at_zero(node: ir.Node) -> bool:
@@ -174,21 +183,31 @@ def _tails(units: dict[ir.Node, _Unit]) -> Iterator[_Unit]:
 
 def _tensor_plans(units: Iterable[_Unit], target: Target) -> dict[str, TensorPlan]:
     units = list(units)
-    read = {value for unit in units for value in unit.data}
+    inner = {value for unit in units if target.fuses_residual and (value := _fused_branch(unit, units))}
+    read = {value for unit in units for value in unit.data} - inner
     plans: dict[str, TensorPlan] = {}
 
     def add(value: ir.Value, group: str, reason: str) -> None:
         name = value.name or ""
-        plans.setdefault(name, TensorPlan(name, target.activation, target.symmetric_activation, group, reason))
+        plans.setdefault(name, TensorPlan(name, target.activation, target.symmetric, group, reason))
 
     for unit in units:
         for value in unit.data:
-            add(value, value.name or "", f"read by {unit.node.name}")
+            if value in read:
+                add(value, value.name or "", f"read by {unit.node.name}")
         source = plans[unit.data[0].name or ""].group if unit.rule.moves else None
         for value in unit.outputs:
-            if value in read or unit.node.op_type not in target.float_output:
+            if value in read or (unit.node.op_type not in target.float_output and value not in inner):
                 add(value, source or value.name or "", f"computed by {unit.node.name}")
     return plans
+
+
+def _fused_branch(unit: _Unit, units: list[_Unit]) -> ir.Value | None:
+    """The convolution output that the runtime adds to inside the convolution."""
+    if unit.node.op_type != "Add":
+        return None
+    made = {value for other in units if other.anchor for value in other.outputs}
+    return next((v for v in unit.data if v in made and only_consumer(v) is unit.node), None)
 
 
 def _unit_plan(unit: _Unit, target: Target, wishes: Wishes) -> NodePlan:
@@ -203,6 +222,8 @@ def _unit_plan(unit: _Unit, target: Target, wishes: Wishes) -> NodePlan:
         absorbed=tuple(inner.name or "" for inner in unit.absorbed),
         weight=_weight_plan(unit, target, wishes),
         bias=_bias_name(unit),
+        integer_bias=target.integer_bias,
+        bare=node.op_type in target.bare,
     )
 
 

@@ -42,7 +42,9 @@ class NodePlan:
     """What happens to one node.
 
     `inputs` are the activation tensors it reads, `outputs` the tensors that leave the unit, `absorbed` the names of the
-    nodes computed inside it, `inside` the unit it is itself computed in, and `bias` the name of its constant bias, if any.
+    nodes computed inside it, `inside` the unit it is itself computed in, and `bias` the name of its constant bias, if
+    any, which is stored as int32 where `integer_bias`.
+    A `bare` node runs on the integers themselves, without a conversion on either side.
     """
 
     name: str
@@ -55,6 +57,14 @@ class NodePlan:
     inside: str | None = None
     weight: WeightPlan | None = None
     bias: str | None = None
+    further: tuple[WeightPlan, ...] = ()
+
+    @property
+    def weights(self) -> tuple[WeightPlan, ...]:
+        """All its weights."""
+        return (self.weight, *self.further) if self.weight else ()
+    integer_bias: bool = True
+    bare: bool = False
 
 
 @dataclass(frozen=True)
@@ -67,13 +77,17 @@ class QuantizedWeight:
 
 @dataclass(frozen=True)
 class QuantPlan:
-    """All decisions; `qparams` (by group), `weights` and `biases` (float32, by node) are filled in by the algorithms."""
+    """All decisions; `qparams` (by group), `weights` and `biases` (float32, by node) are filled in by the algorithms.
+
+    `stored`, by node and input, are weights that are kept as codes but are floats again before use.
+    """
 
     nodes: Mapping[str, NodePlan]
     tensors: Mapping[str, TensorPlan]
     qparams: Mapping[str, QParams] = field(default_factory=dict)
     weights: Mapping[str, QuantizedWeight] = field(default_factory=dict)
     biases: Mapping[str, Array] = field(default_factory=dict)
+    stored: Mapping[tuple[str, int], QuantizedWeight] = field(default_factory=dict)
 
     def units(self) -> list[NodePlan]:
         """The quantized nodes, in graph order."""

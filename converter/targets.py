@@ -1,10 +1,10 @@
-"""THE target table: which integer types, symmetry and operators a runtime computes on, and how its kernels overflow."""
+"""THE target table: which integer types and operators a runtime computes on, how its kernels overflow, what it refuses."""
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
-from calib.affine import INT8_NARROW, UINT8, IntFormat
+from calib.affine import INT8, INT8_NARROW, UINT8, IntFormat
 
 
 @dataclass(frozen=True)
@@ -12,35 +12,84 @@ class Target:
     """One kind of hardware and runtime.
 
     `integer`: operators with integer kernels between QuantizeLinear/DequantizeLinear pairs.
-    `moves`: operators that run on integers when input and output share their parameters.
     `fused`: activation functions that vanish into the integer operator before them.
+    `bare`: operators that only move values and that the runtime runs on integers without any pair around them.
     `float_output`: operators whose integer kernel can hand out float, so that no output range is needed.
     `pair_limit`: the most that two weight codes of equal sign may sum up to where kernels add two products in 16 bits.
+    `integer_bias`: whether biases are stored as int32; else they stay float.
+    `all_pays`: whether every operator with a kernel is worth it, also where integers begin and end.
+    `fuses_residual`: whether an Add after a convolution runs inside it, so that only its other input is converted.
     """
 
     name: str
     activation: IntFormat
-    symmetric_activation: bool
-    weight: IntFormat
-    pair_limit: int | None
+    symmetric: bool
     integer: frozenset[str]
-    moves: frozenset[str]
     fused: frozenset[str]
     float_output: frozenset[str]
+    bare: frozenset[str] = frozenset()
+    weight: IntFormat = INT8_NARROW
+    pair_limit: int | None = None
+    integer_bias: bool = True
+    all_pays: bool = False
+    fuses_residual: bool = False
 
+
+def _set(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_MOVES = _set("MaxPool Reshape Flatten Squeeze Unsqueeze Transpose Slice Split DepthToSpace SpaceToDepth Resize")
+_WEIGHTED = _set("Conv Gemm MatMul")
+_COMPUTED = _set("Add Mul Concat AveragePool GlobalAveragePool Sigmoid LeakyRelu")
 
 CPU = Target(
     name="CPU",
     activation=UINT8,
-    symmetric_activation=False,
-    weight=INT8_NARROW,
-    pair_limit=128,  # x86 without VNNI: 128 * 255 is the last multiple of 255 below 2 ** 15
-    integer=frozenset(
-        "Conv Gemm MatMul Add Mul Concat AveragePool GlobalAveragePool Sigmoid LeakyRelu".split()
-    ),
-    moves=frozenset("MaxPool Reshape Flatten Squeeze Unsqueeze Transpose Slice Split DepthToSpace Resize".split()),
-    fused=frozenset({"Relu", "Clip"}),
-    float_output=frozenset({"Gemm", "MatMul"}),
+    symmetric=False,
+    integer=_WEIGHTED | _COMPUTED | _MOVES,
+    fused=_set("Relu Clip"),
+    float_output=_set("Gemm MatMul"),
+    bare=_set("Pad"),
+    # x86 without VNNI multiplies u8 by s8 and adds two products in 16 bits: 128 * 255 fits, 129 * 255 does not.
+    pair_limit=128,
+)
+OPENVINO = replace(
+    CPU, name="OPENVINO", float_output=CPU.integer, bare=frozenset(), integer_bias=False, fuses_residual=True
+)
+NVGPU = Target(
+    name="NVGPU",
+    activation=INT8,
+    symmetric=True,
+    integer=_WEIGHTED | _set("ConvTranspose Add Concat AveragePool GlobalAveragePool") | _MOVES,
+    fused=_set("Relu Clip"),
+    # TensorRT fuses what follows a weighted operator by itself: only what operators read is converted.
+    float_output=_WEIGHTED | _set("ConvTranspose Add Concat AveragePool GlobalAveragePool"),
+    integer_bias=False,
+    fuses_residual=True,
+)
+DSP = Target(
+    name="DSP",
+    activation=UINT8,
+    symmetric=False,
+    integer=_WEIGHTED
+    | _COMPUTED
+    | _MOVES
+    | _set("ConvTranspose Abs BatchNormalization Ceil Clip Div Exp Floor Gather InstanceNormalization Max Min Neg Pad")
+    | _set("PRelu ReduceMax ReduceMean ReduceMin ReduceSum Relu Round Softmax Sqrt Sub Tanh Tile"),
+    fused=_set("Relu Clip"),
+    float_output=frozenset(),
+    all_pays=True,
 )
 
-TARGETS: dict[str, Target] = {target.name: target for target in (CPU,)}
+TARGETS: dict[str, Target] = {
+    target.name: target
+    for target in (
+        CPU,
+        replace(CPU, name="CPU_VNNI", pair_limit=None),
+        replace(CPU, name="ARM", pair_limit=None),
+        OPENVINO,
+        NVGPU,
+        DSP,
+    )
+}

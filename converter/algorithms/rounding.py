@@ -84,17 +84,23 @@ def nearest(scaled: Array, grid: Grid) -> Array:
         even, odd = codes[..., :-1:2], codes[..., 1::2]
         broken = np.abs(even + odd) > grid.pair_limit
         first, second = scaled[..., :-1:2][broken], scaled[..., 1::2][broken]
-        limit = np.copysign(grid.pair_limit, first + second)
-        even[broken] = np.rint(_give_way(first, second, limit, 0.5, grid))
-        odd[broken] = limit - even[broken]
+        even[broken] = np.rint(_with_room(first, second, 0.5, grid.pair_limit, grid.format))
+        odd[broken] = np.copysign(grid.pair_limit, first + second) - even[broken]
     return codes
 
 
-def _give_way(first: Array, second: Array, limit: Array, share: Array | float, grid: Grid) -> Array:
-    """`first` after it gave way by its `share` of what the two sum up to beyond `limit`; both stay within the codes."""
-    low, high = grid.format.qmin, grid.format.qmax
-    given = first - share * (first + second - limit)
-    return np.clip(given, np.maximum(low, limit - high), np.minimum(high, limit - low))
+def _with_room(first: Array, second: Array, share: Array | float, limit: int, fmt: IntFormat) -> Array:
+    """`first`; where both break the bound, after it gave way by its `share`, or more where `second` can go no further."""
+    total = np.clip(first, fmt.qmin, fmt.qmax) + np.clip(second, fmt.qmin, fmt.qmax)
+    bound = np.copysign(limit, total)
+    given = first - share * (first + second - bound)
+    within = np.clip(given, np.maximum(fmt.qmin, bound - fmt.qmax), np.minimum(fmt.qmax, bound - fmt.qmin))
+    return np.where(np.abs(total) > limit, within, first)
+
+
+def _left(first: Array, limit: int, fmt: IntFormat) -> tuple[Array, Array]:
+    """The lowest and the highest code that `first`, already rounded, leaves to the second of the pair."""
+    return np.maximum(fmt.qmin, -limit - first), np.minimum(fmt.qmax, limit - first)
 
 
 def compensated(weight: Array, scale: Array, moments: Array, grid: Grid) -> Array:
@@ -112,13 +118,12 @@ def compensated(weight: Array, scale: Array, moments: Array, grid: Grid) -> Arra
 
 
 def _order(diagonal: Array, grid: Grid) -> Array:
-    """The columns in the order they are rounded, by group; pairs stay together, a column without a partner is last."""
-    key = -diagonal
-    if grid.pair_limit is not None:
-        pairs = np.repeat(key[:, :-1:2] + key[:, 1::2], 2, axis=1)
-        key = np.zeros_like(diagonal)
-        key[:, : pairs.shape[1]] = pairs
-    return np.argsort(key, axis=1, kind="stable")
+    """The columns in the order they are rounded, by group; pairs stay together, a column without partner is last."""
+    columns, width = diagonal.shape[1], 1 if grid.pair_limit is None else 2
+    pair = np.broadcast_to(np.arange(columns) // width, diagonal.shape)
+    largest = np.maximum.reduceat(diagonal, np.arange(0, columns, width), axis=1).repeat(width, axis=1)[:, :columns]
+    largest[:, columns - columns % width :] = 0
+    return np.lexsort((-diagonal, pair, -largest), axis=1)
 
 
 def _root(moments: Array, order: Array) -> Array:
@@ -143,38 +148,36 @@ def _sequential(scaled: Array, root: Array, grid: Grid) -> Array:
     for start in range(0, len(scaled), BLOCK):
         block = slice(start, start + BLOCK)
         carried = np.matmul(ratio[:, :start, block].swapaxes(1, 2), errors[:start].swapaxes(0, 1))
-        aim = scaled[block] + carried.swapaxes(0, 1)
         within = ratio[:, block, block].transpose(1, 2, 0)[..., None]
-        for k in range(len(aim)):
-            codes[start + k] = _rounded(aim, codes[block], k, share[:, block], grid)
-            errors[start + k] = scaled[start + k] - codes[start + k]
-            aim[k + 1 :] += within[k, k + 1 :] * errors[start + k]
+        codes[block] = _block(scaled[block], carried.swapaxes(0, 1), within, share[block], grid)
+        errors[block] = scaled[block] - codes[block]
     return codes
 
 
 def _shares(ratio: Array, diagonal: Array) -> Array:
     """Of what a column and the next must give way together, the part of the first that costs the output least.
 
-    The minimum over e_k + e_l = 1 of V_kk^2 e_k^2 + (V_kl e_k + V_ll e_l)^2; shape (groups, columns - 1).
+    The minimum over e_k + e_l = 1 of V_kk^2 e_k^2 + (V_kl e_k + V_ll e_l)^2; shape (columns - 1, groups, 1).
     """
-    first: Array = diagonal[:, :-1] / diagonal[:, 1:]
-    second: Array = 1 - np.diagonal(ratio, 1, 1, 2)
+    first = diagonal[:, :-1] / diagonal[:, 1:]
+    second = 1 - np.diagonal(ratio, 1, 1, 2)
     shares: Array = second / (first**2 + second**2)
-    return shares
+    return shares.T[..., None]
 
 
-def _rounded(aim: Array, codes: Array, k: int, share: Array, grid: Grid) -> Array:
-    """The code nearest to aim[k] within the bound: the first of a pair makes room, the second takes what is left."""
-    low: Array | int = grid.format.qmin
-    high: Array | int = grid.format.qmax
-    target = aim[k]
-    if grid.pair_limit is not None and k ^ 1 < len(aim):
-        if k % 2 == 0:
-            total = np.clip(target, low, high) + np.clip(aim[k + 1], low, high)
-            given = _give_way(target, aim[k + 1], np.copysign(grid.pair_limit, total), share[:, k, None], grid)
-            target = np.where(np.abs(total) > grid.pair_limit, given, target)
-        else:
-            low = np.maximum(low, -grid.pair_limit - codes[k - 1])
-            high = np.minimum(high, grid.pair_limit - codes[k - 1])
-    code: Array = np.clip(np.rint(target), low, high)
-    return code
+def _block(scaled: Array, carried: Array, ratio: Array, share: Array, grid: Grid) -> Array:
+    """Codes of some columns; `carried` is what they make up for, `ratio` (columns, columns, groups, 1) what they hand on.
+
+    The first of a pair makes room for the second, which takes what is left.
+    """
+    aim, codes = scaled + carried, np.empty_like(scaled)
+    limit, fmt = grid.pair_limit, grid.format
+    for k in range(len(aim)):
+        target = aim[k]
+        low, high = (fmt.qmin, fmt.qmax) if limit is None or k % 2 == 0 else _left(codes[k - 1], limit, fmt)
+        if limit is not None and k % 2 == 0 and k + 1 < len(aim):
+            second = aim[k + 1] + ratio[k, k + 1] * (scaled[k] - target)
+            target = _with_room(target, second, share[k], limit, fmt)
+        codes[k] = np.clip(np.rint(target), low, high)
+        aim[k + 1 :] += ratio[k, k + 1 :] * (scaled[k] - codes[k])
+    return codes

@@ -24,7 +24,7 @@ class _Emitter:
         self.values = values_by_name(model.graph)
         self.nodes = {node.name: node for node in model.graph}
         self.restored: dict[str, ir.Value] = {}
-        self.constants: dict[tuple[str, bytes], ir.Value] = {}
+        self.constants: dict[tuple[str, str, bytes], ir.Value] = {}
 
     def run(self) -> dict[str, str]:
         units = self.plan.units()
@@ -35,6 +35,9 @@ class _Emitter:
         for name in self.plan.tensors:
             readers = [self.nodes[unit.name] for unit in units if name in unit.inputs]
             self._write_activation(self.values[name], self.plan.params(name), None if name in computed else readers)
+        for unit in units:
+            if unit.bare:
+                self._bare(self.nodes[unit.name])
         self._drop_unread_constants()
         return {name: value.name or "" for name, value in self.restored.items()}
 
@@ -74,6 +77,21 @@ class _Emitter:
         restored.name = name
         self.graph.outputs[list(self.graph.outputs).index(value)] = restored
 
+    def _bare(self, node: ir.Node) -> None:
+        """Lets a node between two conversions of the same parameters run on the integers."""
+        restore = node.inputs[0].producer() if node.inputs[0] else None
+        quantize_again = next(use.node for use in node.outputs[0].uses() if use.node.op_type == "QuantizeLinear")
+        assert restore is not None
+        zero_point = restore.inputs[2]
+        assert zero_point is not None
+        node.replace_input_with(0, restore.inputs[0])
+        if node.op_type == "Pad":
+            node.resize_inputs(max(3, len(node.inputs)))
+            node.replace_input_with(2, zero_point)
+        node.outputs[0].type = ir.TensorType(zero_point.dtype)  # type: ignore[arg-type]
+        quantize_again.outputs[0].replace_all_uses_with(node.outputs[0])
+        self.graph.remove(quantize_again, safe=True)
+
     # --- weights and biases ------------------------------------------------------------------------------------------
 
     def _write_weight(self, unit: NodePlan) -> None:
@@ -87,15 +105,19 @@ class _Emitter:
         bias = self.plan.biases.get(unit.name)
         if bias is None:
             return
-        q = bias_qparams(self.plan.params(unit.inputs[0]), self.plan.weights[unit.name], bias.size)
-        restored = self._dequantized(unit.bias or f"{unit.name}.bias", quantize(bias, q), q)
-        adds = [node for name in unit.absorbed if (node := self.nodes[name]).op_type == "Add"]
+        name = unit.bias or f"{unit.name}.bias"
+        adds = [node for inner in unit.absorbed if (node := self.nodes[inner]).op_type == "Add"]
+        if unit.integer_bias and not adds and unit.inputs[0] in self.plan.tensors:
+            q = bias_qparams(self.plan.params(unit.inputs[0]), self.plan.weights[unit.name], bias.size)
+            written = self._dequantized(name, quantize(bias, q), q)
+        else:
+            written = self._constant(f"{name}_corrected", bias.astype(np.float32))
         if adds:
-            adds[0].replace_input_with(int(adds[0].inputs[1].name == unit.bias), restored)
+            adds[0].replace_input_with(int(adds[0].inputs[1].name == unit.bias), written)  # type: ignore[union-attr]
             return
         node = self.nodes[unit.name]
         node.resize_inputs(max(3, len(node.inputs)))
-        node.replace_input_with(2, restored)
+        node.replace_input_with(2, written)
 
     def _dequantized(self, name: str, codes: Array, q: QParams) -> ir.Value:
         """A constant stored as `codes` behind a DequantizeLinear."""
@@ -117,7 +139,7 @@ class _Emitter:
 
     def _constant(self, name: str, array: Array) -> ir.Value:
         """An initializer; equal ones of one name are stored once, as a tied weight's."""
-        key = (name, array.tobytes())
+        key = (name, array.dtype.str, array.tobytes())
         if key not in self.constants:
             self.constants[key] = add_constant(self.graph, self.names.fresh(name), array)
         return self.constants[key]

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from converter.model import constant
+
 
 class DropIdentitiesPass(ir.passes.InPlacePass):
     """Lets readers of y = Identity(x) read x.
@@ -23,9 +25,16 @@ def _removable(node: ir.Node) -> bool:
         return False
     source = node.inputs[0]
     unread = not any(value.uses() or value.is_graph_output() for value in node.outputs[1:])
-    training = node.op_type == "Dropout" and len(node.inputs) > 2 and node.inputs[2] is not None
     local = source is not None and source.graph is node.graph
-    return local and unread and not training and not node.outputs[0].is_graph_output()
+    return local and unread and not _training(node) and not node.outputs[0].is_graph_output()
+
+
+def _training(node: ir.Node) -> bool:
+    """Whether a Dropout has a training_mode that is true or computed at run time."""
+    if node.op_type != "Dropout" or len(node.inputs) < 3 or node.inputs[2] is None:
+        return False
+    mode = constant(node.inputs[2])
+    return mode is None or bool(mode)
 
 
 def _drop(node: ir.Node) -> None:

@@ -10,14 +10,14 @@ class NameNodesPass(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Renames in place."""
-        taken: set[str] = set()
-        modified = False
-        for node in (node for graph in model.graphs() for node in graph):
-            name = _free(node.name or node.outputs[0].name or node.op_type, taken)
-            taken.add(name)
-            modified |= name != node.name
-            node.name = name
-        return ir.passes.PassResult(model, modified)
+        nodes = [node for graph in model.graphs() for node in graph]
+        first = {node.name: node for node in reversed(nodes) if node.name}
+        taken = set(first)
+        renamed = [node for node in nodes if not node.name or first[node.name] is not node]
+        for node in renamed:
+            node.name = _free(node.name or node.outputs[0].name or node.op_type, taken)
+            taken.add(node.name)
+        return ir.passes.PassResult(model, bool(renamed))
 
 
 def _free(wish: str, taken: set[str]) -> str:

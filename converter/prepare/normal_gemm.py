@@ -29,7 +29,7 @@ class NormalGemmPass(ir.passes.InPlacePass):
 
 def _join(matmul: ir.Node) -> bool:
     add, x = bias_add(matmul), matmul.inputs[0]
-    if add is None or x is None or x.shape is None or x.shape.rank() != 2:
+    if add is None or x is None or x.dtype != ir.DataType.FLOAT or x.shape is None or x.shape.rank() != 2:
         return False
     bias = next(value for value in add.inputs if value is not matmul.outputs[0])
     gemm = ir.node("Gemm", [*matmul.inputs, bias], name=matmul.name, outputs=[ir.Value()])
@@ -39,18 +39,17 @@ def _join(matmul: ir.Node) -> bool:
 
 def _scale(gemm: ir.Node, names: Names) -> bool:
     weight, bias = constant(gemm.inputs[1]), constant(gemm.inputs[2]) if len(gemm.inputs) > 2 else None
-    if weight is None or (len(gemm.inputs) > 2 and gemm.inputs[2] is not None and bias is None):
+    if weight is None or (bias is None and len(gemm.inputs) > 2 and gemm.inputs[2] is not None):
         return False
-    alpha, beta = gemm.attributes.get_float("alpha", 1.0), gemm.attributes.get_float("beta", 1.0)
+    if bias is not None and bias.ndim == 2 and bias.shape[0] > 1:
+        return False
+    alpha, beta = (gemm.attributes.get_float(name, 1.0) for name in ("alpha", "beta"))
     columns = weight.shape[0 if gemm.attributes.get_int("transB", 0) else 1]
     if alpha != 1.0:
         replace_constant(gemm, 1, (weight * np.float64(alpha)).astype(weight.dtype), names)
-    if bias is not None and bias.size in (1, bias.shape[-1] if bias.ndim else 1) and (beta != 1.0 or bias.shape != (columns,)):
+    if widened := bias is not None and (beta != 1.0 or bias.shape != (columns,)):
         scaled = np.broadcast_to(bias.reshape(-1) * np.float64(beta), (columns,))
         replace_constant(gemm, 2, scaled.astype(weight.dtype), names)
-        beta = 1.0
-    changed = alpha != 1.0 or gemm.attributes.get_float("beta", 1.0) != beta
     gemm.attributes.pop("alpha", None)
-    if bias is None or beta == 1.0:
-        gemm.attributes.pop("beta", None)
-    return changed
+    gemm.attributes.pop("beta", None)
+    return alpha != 1.0 or widened

@@ -32,8 +32,8 @@ def summary_lines(outcome: Outcome, output: Path) -> Iterator[str]:
     yield f"Quantized {sum(quantized.values())} of {len(counted)} nodes: {_counts(quantized)}."
     for reason, nodes in _by_reason(node for node in counted if not node.quantized).items():
         yield f"Left float, {reason}: {_names(nodes)}."
-    share = outcome.size_after / outcome.size_before
-    yield f"Size {_megabytes(outcome.size_before)} -> {_megabytes(outcome.size_after)} ({share:.0%} of the float model)."
+    before, after = outcome.size_before, outcome.size_after
+    yield f"Size {_megabytes(before)} -> {_megabytes(after)} ({after / before:.0%} of the float model)."
     if outcome.errors:
         yield "Tensors that changed most (cosine similarity, signal to quantization noise):"
         rows = ((f"  {e.name}", f"{e.cosine:.5f}", f"{e.sqnr_db:.1f} dB") for e in outcome.errors[:WORST])

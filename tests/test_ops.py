@@ -1,0 +1,202 @@
+"""Every row of the operator table against the ONNX schema and against experiments with the operator itself."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import pytest
+from graphs import build, normal, positive, run
+
+from calib.affine import INT8_NARROW
+from converter.ops import OPS
+from converter.targets import TARGETS
+
+IMAGE = "g (float[2,4,6,6] x) => (float[] y)"
+ROWS = "g (float[3,4] x) => (float[] y)"
+BATCH = "g (float[2,3,4] x) => (float[] y)"
+
+# Operators with a constant weight `w`: by table row, several settings each.
+WEIGHTED = {
+    "Conv": [
+        (IMAGE, "y = Conv (x, w)", (5, 4, 3, 3)),
+        (IMAGE, "y = Conv <group=2> (x, w)", (6, 2, 3, 3)),
+        (IMAGE, "y = Conv <group=4> (x, w)", (4, 1, 3, 3)),
+        ("g (float[2,4,9] x) => (float[] y)", "y = Conv (x, w)", (5, 4, 3)),
+    ],
+    "ConvTranspose": [(IMAGE, "y = ConvTranspose (x, w)", (4, 5, 2, 2))],
+    "Gemm": [(ROWS, "y = Gemm (x, w)", (4, 4)), (ROWS, "y = Gemm <transB=1> (x, w)", (4, 4))],
+    "MatMul": [
+        (ROWS, "y = MatMul (x, w)", (4, 4)),
+        (BATCH, "y = MatMul (x, w)", (4, 4)),
+        (BATCH, "y = MatMul (x, w)", (2, 4, 4)),
+    ],
+}
+CASES = [(op, *case) for op, cases in WEIGHTED.items() for case in cases]
+
+# Operators that must hand on values they were given.
+MOVES = {
+    "MaxPool": "y = MaxPool <kernel_shape=[3,3], strides=[2,2], pads=[1,1,1,1]> (x)",
+    "Reshape": "y = Reshape (x, to)",
+    "Flatten": "y = Flatten (x)",
+    "Squeeze": "u = Unsqueeze (x, axis)  y = Squeeze (u, axis)",
+    "Unsqueeze": "y = Unsqueeze (x, axis)",
+    "Transpose": "y = Transpose <perm=[0,2,3,1]> (x)",
+    "Slice": "y = Slice (x, from, until)",
+    "Split": "y, z = Split <axis=1> (x)",
+    "DepthToSpace": "y = DepthToSpace <blocksize=2> (x)",
+    "Resize": 'y = Resize <mode="nearest"> (x, , scales)',
+}
+SETTINGS = {
+    "to": np.array([2, -1]),
+    "axis": np.array([0]),
+    "from": np.array([0, 1, 1, 0]),
+    "until": np.array([2, 3, 5, 6]),
+    "scales": np.array([1, 1, 2, 1.5], np.float32),
+}
+
+# Operators that compute on all or on their first input.
+OTHERS = {"Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu"}
+
+
+def only_node(head, text, opset=13, **constants):
+    model = build(f"{head} {{ {text} }}", opset, **constants)
+    return model.graph[len(model.graph) - 1]
+
+
+def output(head, text, **constants):
+    model = build(f"{head} {{ {text} }}", **constants)
+    fed = model.graph.inputs[0]
+    return run(model, {fed.name: normal(*(int(d) for d in fed.shape))})["y"]
+
+
+def test_these_tests_know_every_row():
+    assert set(OPS) == {*WEIGHTED, *MOVES, *OTHERS}
+    assert {op for op, rule in OPS.items() if rule.weight is not None} == set(WEIGHTED)
+    assert {op for op, rule in OPS.items() if rule.moves} == set(MOVES)
+
+
+@pytest.mark.parametrize("opset", [13, 18, 21])
+@pytest.mark.parametrize("op", OPS)
+def test_rows_name_inputs_of_the_schema(op, opset):
+    rule, schema = OPS[op], onnx.defs.get_schema(op, opset)
+    roles = {"data": rule.data or (0,), "weight": (rule.weight,), "bias": (rule.bias,)}
+    indices = {role: [i for i in given if i is not None] for role, given in roles.items()}
+    for index in (i for given in indices.values() for i in given):
+        assert "tensor(float)" in schema.inputs[index].types
+    assert [schema.inputs[i].name for i in indices["weight"]] in ([], ["W"], ["B"])
+    assert [schema.inputs[i].name for i in indices["bias"]] in ([], ["B"], ["C"])
+    if rule.bias is not None:
+        assert schema.inputs[rule.bias].option == onnx.defs.OpSchema.FormalParameterOption.Optional
+    if rule.data is None:
+        assert all("tensor(float)" in given.types for given in schema.inputs)
+
+
+@pytest.mark.parametrize(("op", "head", "text", "shape"), CASES)
+def test_scaling_a_channel_of_the_weight_scales_that_channel_of_the_output(op, head, text, shape):
+    weight = normal(*shape)
+    axis = OPS[op].channel_axis(only_node(head, text, w=weight))
+    plain = output(head, text, w=weight)
+    for channel in range(shape[axis]):
+        factor = np.ones(shape[axis], np.float32)
+        factor[channel] = 4
+        scaled = output(head, text, w=weight * factor.reshape([-1 if i == axis else 1 for i in range(len(shape))]))
+        ratio = np.moveaxis(scaled, OPS[op].output_axis, -1) / np.moveaxis(plain, OPS[op].output_axis, -1)
+        assert ratio.shape[-1] == shape[axis]
+        np.testing.assert_allclose(ratio, np.broadcast_to(factor, ratio.shape), rtol=1e-3)
+
+
+@pytest.mark.parametrize(("op", "head", "text", "shape"), [case for case in CASES if OPS[case[0]].bias is not None])
+def test_the_bias_shifts_its_channel_of_the_output(op, head, text, shape):
+    weight, rule = normal(*shape), OPS[op]
+    plain = output(head, text, w=weight)
+    bias = np.arange(plain.shape[rule.output_axis]).astype(np.float32)
+    assert rule.bias == 2
+    shift = output(head, text.replace(", w)", ", w, b)"), w=weight, b=bias) - plain
+    shift = np.moveaxis(shift, rule.output_axis, -1)
+    np.testing.assert_allclose(shift, np.broadcast_to(bias, shift.shape), atol=1e-4)
+
+
+def test_one_scale_must_serve_a_weight_whose_channels_have_no_axis_of_their_own():
+    transposed = only_node(IMAGE, "y = ConvTranspose <group=2> (x, w)", w=normal(4, 3, 2, 2))
+    assert OPS["ConvTranspose"].channel_axis(transposed) is None
+    vector = only_node(ROWS, "y = MatMul (x, w)", w=normal(4))
+    assert OPS["MatMul"].channel_axis(vector) is None
+
+
+@pytest.mark.parametrize("op", MOVES)
+def test_moves_only_hand_on_values(op):
+    # Negative values, so that padding with zeros would show.
+    model = build(f"{IMAGE} {{ {MOVES[op]} }}", **SETTINGS)
+    assert model.graph[len(model.graph) - 1].op_type == op
+    x = -positive(2, 4, 6, 6)
+    assert np.isin(run(model, {"x": x})["y"], x).all()
+
+
+@pytest.mark.parametrize(
+    ("attributes", "inputs"),
+    [
+        ('mode="linear"', "x, , scales"),
+        ('mode="cubic"', "x, , scales"),
+        ('mode="nearest", coordinate_transformation_mode="tf_crop_and_resize", extrapolation_value=9.0', "x, roi, scales"),
+    ],
+)
+def test_a_resize_that_makes_new_values_has_an_obstacle(attributes, inputs):
+    text = f"y = Resize <{attributes}> ({inputs})"
+    constants = {**SETTINGS, "roi": np.array([0, 0, 0, 0, 1, 1, 2, 2], np.float32)}
+    x = -positive(2, 4, 6, 6)
+    assert not np.isin(run(build(f"{IMAGE} {{ {text} }}", **constants), {"x": x})["y"], x).all()
+    assert "new values" in OPS["Resize"].obstacle(only_node(IMAGE, text, **constants))
+
+
+DYNAMIC = "g (float[2,4,6,6] x, float[4,4,3,3] v, float[4,4] m, float[4] c) => (float[] y)"
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("y = Conv (x, w)", None),
+        ("y = Conv (x, w, b)", None),
+        ("y = Conv (x, v)", "its weight is computed at run time"),
+        ("y = Conv (x, w, c)", "its bias is not one constant a channel"),
+        ("y = ConvTranspose (x, v)", "its weight is computed at run time"),
+        ("y = ConvTranspose (x, w, b)", None),
+        ("y = Gemm (m, k, b)", None),
+        ("y = Gemm (k, m)", "its weight is computed at run time"),
+        ("y = Gemm (m, k, c)", "its bias is not one constant a channel"),
+        ("y = Gemm (m, k, scalar)", "its bias is not one constant a channel"),
+        ("y = Gemm (m, k, one)", "its bias is not one constant a channel"),
+        ("y = Gemm (m, k, k)", "its bias is not one constant a channel"),
+        ("y = Gemm <transA=1> (m, k)", "transA is set"),
+        ("y = Gemm <alpha=2.0> (m, k)", "alpha or beta is not 1"),
+        ("y = Gemm <beta=0.5> (m, k)", "alpha or beta is not 1"),
+        ("y = Gemm <alpha=1.0, beta=1.0, transA=0, transB=1> (m, k)", None),
+        ("y = MatMul (m, m)", None),
+        ("y = Resize (x, , scales)", None),
+    ],
+)
+def test_obstacles(text, reason):
+    constants = {"w": normal(4, 4, 3, 3), "k": normal(4, 4), "b": normal(4), "one": normal(1), "scalar": normal(), **SETTINGS}
+    found = only_node(DYNAMIC, text, **constants)
+    assert OPS[found.op_type].obstacle(found) == reason
+
+
+@pytest.mark.parametrize(
+    ("attribute", "shape", "pairs"),
+    [("", (4, 4, 1, 1), True), ("<group=4>", (4, 1, 3, 3), False), ("<group=4>", (8, 1, 3, 3), True), ("<group=2>", (4, 2, 3, 3), True)],
+)
+def test_only_a_plain_depthwise_convolution_adds_no_pairs(attribute, shape, pairs):
+    assert OPS["Conv"].pairs(only_node(IMAGE, f"y = Conv {attribute} (x, w)", w=normal(*shape))) is pairs
+
+
+@pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
+def test_targets_speak_of_rows_of_the_table(target):
+    assert target.integer | target.moves <= set(OPS)
+    assert {op for op in target.integer | target.moves if OPS[op].moves} == target.moves
+    assert target.float_output <= {op for op in target.integer if OPS[op].weight is not None}
+    assert TARGETS[target.name] is target
+
+
+def test_two_weights_within_the_pair_limit_never_overflow_16_bits():
+    cpu = TARGETS["CPU"]
+    assert cpu.activation.qmax * cpu.pair_limit <= 2**15 - 1 < cpu.activation.qmax * (cpu.pair_limit + 1)
+    assert cpu.weight == INT8_NARROW

@@ -1,0 +1,301 @@
+"""Placement: which nodes of a float graph become integer, with what, and why the others do not."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from graphs import normal, positive, prepared
+
+from calib.affine import INT8_NARROW, UINT8
+from converter.placement import Wishes, build_plan
+from converter.plan import WeightPlan
+from converter.targets import CPU
+
+HEAD = "g (float[1,4,8,8] x) => (float[] y)"
+ROWS = "g (float[3,4] x) => (float[] y)"
+W = {"w": normal(4, 4, 3, 3), "v": normal(4, 4, 3, 3), "k": normal(4, 4), "b": normal(4)}
+NO_KERNEL = "no integer kernel for {} on target CPU"
+FLOAT_INPUT = "an input of it is float: converting it would cost more than it saves"
+TAIL = "no integer operator reads on from it"
+
+
+def plan_of(graph, **wishes):
+    used = {name: array for name, array in {**W, **CONSTANTS}.items() if any(f"{s}{name}{e}" in graph for s in " (" for e in ",)")}
+    return build_plan(prepared(graph, **used).graph, CPU, Wishes(**wishes))
+
+
+CONSTANTS = {
+    "p": positive(4),
+    "zero": np.float32(0),
+    "six": np.float32(6),
+    "one": np.float32(1),
+    "half": np.float32(0.5),
+    "c": normal(1, 4, 1, 1),
+    "flat": np.array([1, -1]),
+    "deep": normal(2, 4, 4),
+    "scalar": np.float32(0.3),
+    "parts": np.array([2, 2]),
+}
+
+
+def integers(plan):
+    return [unit.name for unit in plan.units()]
+
+
+def test_a_convolution_with_its_activation_is_one_unit():
+    plan = plan_of(f"{HEAD} {{ [conv] a = Conv (x, w, b)  [relu] y = Relu (a) }}")
+    (unit,) = plan.units()
+    assert (unit.name, unit.op_type, unit.inputs, unit.outputs) == ("conv", "Conv", ("x",), ("y",))
+    assert (unit.absorbed, unit.bias, unit.reason) == (("relu",), "b", "integer kernel of target CPU")
+    assert unit.weight == WeightPlan("w", 1, INT8_NARROW, 0, 128)
+    assert plan.nodes["relu"].reason == "computed inside conv"
+    assert (plan.nodes["relu"].inside, plan.nodes["relu"].quantized) == ("conv", False)
+    assert list(plan.tensors) == ["x", "y"]
+    assert plan.tensors["x"].format == UINT8
+    assert not plan.tensors["x"].symmetric
+    assert plan.tensors["x"].reason == "read by conv"
+    assert plan.tensors["y"].reason == "computed by conv"
+
+
+@pytest.mark.parametrize(
+    ("clip", "absorbed"),
+    [
+        ("Clip (a, zero, six)", True),
+        ("Clip (a, zero)", True),
+        ("Relu (a)", True),
+        ("Clip (a, , six)", False),
+        ("Clip (a, one, six)", False),
+        ("Clip (a)", False),
+        ("Sigmoid (a)", False),
+        ("local.Relu (a)", False),
+    ],
+)
+def test_only_what_clips_at_zero_is_absorbed(clip, absorbed):
+    plan = plan_of(f"{HEAD} {{ [conv] a = Conv (x, w)  [next] y = {clip} }}")
+    assert plan.nodes["conv"].absorbed == (("next",) if absorbed else ())
+    assert plan.nodes["conv"].outputs == (("y",) if absorbed else ("a",))
+    assert not plan.nodes["next"].quantized
+
+
+def test_an_activation_is_not_absorbed_where_the_product_is_read_elsewhere():
+    for graph in (
+        "g (float[1,4,8,8] x) => (float[] y, float[] z) { [conv] a = Conv (x, w)  y = Relu (a)  z = Neg (a) }",
+        "g (float[1,4,8,8] x) => (float[] y, float[] a) { [conv] a = Conv (x, w)  y = Relu (a) }",
+    ):
+        assert plan_of(graph).nodes["conv"].absorbed == ()
+
+
+def test_an_activation_inside_a_subgraph_is_not_absorbed():
+    graph = """g (float[1,4,8,8] x, bool q) => (float[] y) {
+        [conv] a = Conv (x, w)
+        y = If (q) < then_branch = t () => (float[1,4,6,6] r) { r = Relu (a) },
+                     else_branch = e () => (float[1,4,6,6] n) { n = Relu (c) } >
+    }"""
+    assert plan_of(graph).nodes["conv"].absorbed == ()
+
+
+CHAIN = f"{HEAD} {{ [block1.conv] a = Conv (x, w)  [block1.relu] b1 = Relu (a)  [block2.conv] c1 = Conv (b1, v)  [block2.relu] y = Relu (c1) }}"
+
+
+@pytest.mark.parametrize(
+    ("wishes", "left", "node", "reason"),
+    [
+        ({"skip_nodes": ("block1.conv",)}, ["block2.conv"], "block1.conv", "named in skip_quant_node"),
+        ({"skip_nodes": ("block1.*",)}, ["block2.conv"], "block1.relu", "named in skip_quant_node"),
+        ({"skip_nodes": ("*.conv",)}, [], "block2.conv", "named in skip_quant_node"),
+        ({"skip_nodes": ("BLOCK1.*", "conv")}, ["block1.conv", "block2.conv"], "block1.relu", "computed inside block1.conv"),
+        ({"skip_types": ("Conv",)}, [], "block1.conv", "named in skip_quant_type"),
+        ({"skip_types": ("Relu",)}, ["block1.conv", "block2.conv"], "block2.relu", "named in skip_quant_type"),
+        ({"skip_nodes": ("block2.relu",)}, ["block1.conv", "block2.conv"], "block2.relu", "named in skip_quant_node"),
+    ],
+)
+def test_what_the_user_skips_stays_float(wishes, left, node, reason):
+    plan = plan_of(CHAIN, **wishes)
+    assert integers(plan) == left
+    assert plan.nodes[node].reason == reason
+    assert all(inner not in plan.nodes[name].absorbed for inner in [node] for name in left) or "inside" in reason
+
+
+@pytest.mark.parametrize(
+    ("graph", "node", "reason"),
+    [
+        (f"{HEAD} {{ a = Conv (x, w)  [n] y = Softmax (a) }}", "n", NO_KERNEL.format("Softmax")),
+        (f"{HEAD} {{ [n] y = ConvTranspose (x, w) }}", "n", NO_KERNEL.format("ConvTranspose")),
+        (f"{HEAD} {{ a = Conv (x, w)  [n] y = local.Conv (a, w) }}", "n", "operator of the domain local"),
+        (
+            "g (float[1,4,8,8] x, float[4,4,3,3] d) => (float[] y) { [n] y = Conv (x, d) }",
+            "n",
+            "its weight is computed at run time",
+        ),
+        ("g (float[3,4] x, float[4,4] d) => (float[] y) { [n] y = Gemm (x, d) }", "n", "its weight is computed at run time"),
+        ("g (double[1,4,8,8] x, double[4,4,3,3] d) => (double[] y) { [n] y = Conv (x, d) }", "n", "its values are not float32"),
+        ("g (int64[3] x) => (int64[] y) { [n] y = Add (x, x) }", "n", "its values are not float32"),
+        (f"{HEAD} {{ a = Conv (x, w)  [n] y = MaxPool <kernel_shape=[2,2]> (a) }}", "n", TAIL),
+        (f"{HEAD} {{ [n] a = Add (x, x)  y = Softmax (a) }}", "n", FLOAT_INPUT),
+    ],
+)
+def test_reasons_for_staying_float(graph, node, reason):
+    plan = plan_of(graph)
+    assert not plan.nodes[node].quantized
+    assert plan.nodes[node].reason == reason
+
+
+def test_every_node_and_only_planned_tensors_are_listed():
+    plan = plan_of(CHAIN)
+    assert list(plan.nodes) == ["block1.conv", "block1.relu", "block2.conv", "block2.relu"]
+    assert set(plan.tensors) == {name for unit in plan.units() for name in (*unit.inputs, *unit.outputs)}
+
+
+def test_an_add_with_a_float_input_stays_float():
+    nodes = "[conv] a = Conv (x, w)  [float] t = Tanh (a)  [sum] s = Add (a, t)  [last] y = Conv (s, v)"
+    plan = plan_of(f"{HEAD} {{ {nodes} }}")
+    assert integers(plan) == ["conv", "last"]
+    assert plan.nodes["sum"].reason == FLOAT_INPUT
+
+
+def test_a_residual_sum_is_integer():
+    nodes = "[one] a = Conv (x, k1)  [two] p1 = Conv (a, k2)  [sum] s = Add (p1, a)  [relu] r = Relu (s)  [last] y = Conv (r, k3)"
+    constants = {f"k{i}": normal(4, 4, 1, 1, seed=i) for i in (1, 2, 3)}
+    plan = build_plan(prepared(f"{HEAD} {{ {nodes} }}", **constants).graph, CPU, Wishes())
+    assert integers(plan) == ["one", "two", "sum", "last"]
+    assert plan.nodes["sum"].inputs == ("p1", "a")
+    assert plan.nodes["sum"].absorbed == ("relu",)
+
+
+@pytest.mark.parametrize("nodes", ["Mul (a, scalar)", "Mul (scalar, a)", "Add (a, c)"])
+def test_a_constant_operand_does_not_keep_a_node_float(nodes):
+    # The second reader keeps the arithmetic from being folded into the convolution.
+    plan = plan_of(f"{HEAD} {{ [conv] a = Conv (x, w)  [n] s = {nodes}  t = Add (s, a)  y = Conv (t, v) }}")
+    assert plan.nodes["n"].quantized
+    assert plan.nodes["n"].weight is None
+    assert {"scalar", "c"} & set(plan.nodes["n"].inputs)
+    assert set(plan.nodes["n"].inputs) <= set(plan.tensors)
+
+
+def test_tails_stay_float():
+    nodes = """[one] a = Conv (x, w)  [left] l = Conv (a, v)  [right] r = Conv (a, w)  [sig] s = Sigmoid (r)
+               [join] j = Concat <axis=1> (l, s)  [pool] g1 = GlobalAveragePool (j)  [soft] y = Softmax <axis=1> (g1)"""
+    plan = plan_of(f"{HEAD} {{ {nodes} }}")
+    assert integers(plan) == ["one", "left", "right"]
+    assert {plan.nodes[n].reason for n in ("sig", "join", "pool")} == {TAIL}
+
+
+def test_an_absorbed_activation_goes_with_its_tail():
+    nodes = "[one] a = Conv (x, w)  [two] b1 = Conv (x, v)  [sum] s = Add (a, b1)  [relu] r = Relu (s)  y = Softmax (r)"
+    plan = plan_of(f"{HEAD} {{ {nodes} }}")
+    assert [plan.nodes[n].reason for n in ("sum", "relu")] == [TAIL, TAIL]
+    assert plan.nodes["relu"].inside is None
+
+
+def test_moves_between_anchors_share_one_group():
+    nodes = """[conv] a = Conv (x, w)  [pool] p1 = MaxPool <kernel_shape=[2,2]> (a)
+               [flat] f = Flatten (p1)  [fc] y = Gemm (f, wide)"""
+    plan = build_plan(prepared(f"{HEAD} {{ {nodes} }}", w=W["w"], wide=normal(100, 5)).graph, CPU, Wishes())
+    assert integers(plan) == ["conv", "pool", "flat", "fc"]
+    assert {name: t.group for name, t in plan.tensors.items()} == {"x": "x", "a": "a", "p1": "a", "f": "a"}
+    assert set(plan.groups()) == {"x", "a"}
+
+
+def test_moves_before_the_first_anchor_are_integer():
+    plan = plan_of(f"{HEAD} {{ [pool] p1 = MaxPool <kernel_shape=[2,2]> (x)  [conv] y = Conv (p1, w) }}")
+    assert integers(plan) == ["pool", "conv"]
+    assert plan.tensors["p1"].group == "x"
+
+
+def test_a_split_with_a_float_reader_stays_float_before_the_first_anchor():
+    plan = plan_of(
+        "g (float[1,8,8,8] x) => (float[] y, float[] z) { [split] l, r = Split <axis=1> (x)  [conv] y = Conv (l, w)  z = Neg (r) }"
+    )
+    assert integers(plan) == ["conv"]
+    assert plan.nodes["split"].reason == FLOAT_INPUT
+
+
+def test_all_outputs_of_a_split_behind_an_anchor_share_its_group():
+    plan = plan_of(
+        "g (float[1,4,8,8] x) => (float[] y, float[] z) "
+        "{ [conv] a = Conv (x, big)  [split] l, r = Split <axis=1> (a)  y = Conv (l, w)  z = Neg (r) }".replace("big", "v, b")
+        .replace("Conv (l, w)", "Conv (l, half4)")
+        .replace("half4", "narrow"),
+        skip_nodes=(),
+    ) if False else build_plan(
+        prepared(
+            "g (float[1,4,8,8] x) => (float[] y, float[] z) "
+            "{ [conv] a = Conv (x, w)  [split] l, r = Split <axis=1> (a)  y = Conv (l, narrow)  z = Neg (r) }",
+            w=W["w"],
+            narrow=normal(4, 2, 1, 1),
+        ).graph,
+        CPU,
+        Wishes(),
+    )
+    assert plan.nodes["split"].quantized
+    assert [plan.tensors[name].group for name in ("a", "l", "r")] == ["a", "a", "a"]
+
+
+@pytest.mark.parametrize(
+    ("operands", "index", "axis"), [("x, k", 1, 1), ("k, x", 0, None)], ids=["weight right", "weight left"]
+)
+def test_a_product_takes_its_weight_from_either_side(operands, index, axis):
+    plan = plan_of(f"g (float[4,4] x) => (float[] y) {{ [n] y = MatMul ({operands}) }}")
+    (unit,) = plan.units()
+    assert unit.weight == WeightPlan("k", index, INT8_NARROW, axis, 128)
+    assert unit.inputs == ("x",)
+
+
+def test_a_product_of_two_activations_is_integer_without_a_weight():
+    plan = plan_of(f"{ROWS} {{ [one] a = MatMul (x, k)  [two] t = Transpose (a)  [n] y = MatMul (a, t) }}")
+    assert integers(plan) == ["one", "two", "n"]
+    assert plan.nodes["n"].weight is None
+    assert plan.nodes["n"].inputs == ("a", "t")
+
+
+@pytest.mark.parametrize("add", ["Add (m, b)", "Add (b, m)"])
+def test_the_bias_of_a_product_is_absorbed(add):
+    plan = plan_of(f"g (float[2,3,4] x) => (float[] y) {{ [n] m = MatMul (x, k)  [add] a = {add}  [relu] y = Relu (a) }}")
+    (unit,) = plan.units()
+    assert (unit.absorbed, unit.bias, unit.outputs) == (("add", "relu"), "b", ("y",))
+
+
+@pytest.mark.parametrize("operand", ["scalar", "c", "x"])
+def test_other_sums_are_no_bias(operand):
+    plan = plan_of(f"g (float[2,3,4] x) => (float[] y) {{ [n] m = MatMul (x, k)  [add] y = Add (m, {operand}) }}")
+    assert plan.nodes["n"].absorbed == ()
+    assert plan.nodes["n"].bias is None
+
+
+def test_a_skipped_bias_is_not_absorbed():
+    graph = "g (float[2,3,4] x) => (float[] y) { [n] m = MatMul (x, k)  [add] a = Add (m, b)  [relu] y = Relu (a) }"
+    plan = plan_of(graph, skip_nodes=("add",))
+    assert (plan.nodes["n"].absorbed, plan.nodes["n"].bias) == ((), None)
+
+
+@pytest.mark.parametrize(
+    ("graph", "axis"),
+    [
+        (f"{HEAD} {{ [n] y = Conv (x, w) }}", 0),
+        (f"{ROWS} {{ [n] y = Gemm (x, k) }}", 1),
+        (f"{ROWS} {{ [n] y = Gemm <transB=1> (x, k) }}", 0),
+        (f"{ROWS} {{ [n] y = MatMul (x, k) }}", 1),
+        ("g (float[2,3,4] x) => (float[] y) { [n] y = MatMul (x, deep) }", 2),
+        (f"{ROWS} {{ [n] y = MatMul (x, b) }}", None),
+    ],
+)
+def test_channel_axes(graph, axis):
+    assert plan_of(graph).nodes["n"].weight.axis == axis
+    assert plan_of(graph, per_channel=False).nodes["n"].weight.axis is None
+
+
+def test_a_depthwise_convolution_has_no_pair_limit():
+    graph = f"{HEAD} {{ [n] y = Conv <group=4> (x, d) }}"
+    plan = build_plan(prepared(graph, d=normal(4, 1, 3, 3)).graph, CPU, Wishes())
+    assert plan.nodes["n"].weight.pair_limit is None
+
+
+def test_a_product_whose_reader_is_float_hands_out_float():
+    plan = plan_of(f"{ROWS} {{ [one] a = Gemm (x, k, b)  [two] m = MatMul (a, k)  y = Softmax (m) }}")
+    assert integers(plan) == ["one", "two"]
+    assert set(plan.tensors) == {"x", "a"}  # not `m`: nothing integer reads it
+
+
+def test_a_convolution_always_hands_out_integers():
+    plan = plan_of(f"{HEAD} {{ [one] a = Conv (x, w)  y = Softmax (a) }}")
+    assert set(plan.tensors) == {"x", "a"}
