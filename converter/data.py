@@ -32,7 +32,9 @@ def open_data(model: ir.Model, job: Job, watch: Watch) -> Dataset:
     folders = [Folder(name, path) for name, path in wanted.calibrate_path]
     specs = [_spec(value, job.input_format) for value in model.graph.inputs]
     try:
-        data = open_dataset(specs, folders, wanted.calibrate_size or 1, wanted.input_type or "", image, resources_of(job).threads)
+        data = open_dataset(
+            specs, folders, wanted.calibrate_size or 1, wanted.input_type or "", image, resources_of(job).threads
+        )
     except CalibError as error:
         msg = f"{job.config.path}: [data_preprocess_param] {error}"
         raise DataError(msg) from error

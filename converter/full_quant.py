@@ -2,59 +2,153 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
 import onnx_ir as ir
 
 from calib.affine import UINT8
-from calib.ranges import RANGE_METHODS, RangeSpec
+from calib.ranges import RANGE_METHODS, RangeMethod, RangeSpec
 from calib.samples import Dataset
 from converter.algorithms.weights import Options, decide_weights, products
 from converter.cache import observe_with_cache
-from converter.calibrate import Wanted, activation_qparams
+from converter.calibrate import Evidence, Wanted, activation_qparams
+from converter.checks import check
 from converter.compare import TensorError, compare
+from converter.config import Config
 from converter.data import open_data, resources_of
 from converter.emit.qdq import emit
-from converter.job import Job, Watch
+from converter.errors import ConfigError
+from converter.job import Job, Resources, Watch
 from converter.layerwise import Walk
 from converter.model import saved
 from converter.placement import Wishes, build_plan
 from converter.plan import QuantPlan
-from converter.targets import TARGETS
+from converter.sensitivity import fewest, output_drop, read_labels, sensitivities
+from converter.targets import TARGETS, Target
 
 # Samples on which the tensors of both models are compared for the summary.
 COMPARED_SAMPLES = 4
+# A Concat whose inputs' ranges differ by more than this gives the small ones too few codes.
+MIXED_RANGES = 16.0
 
 
 def make_plan(model: ir.Model, job: Job) -> QuantPlan:
     """The plan without numbers."""
-    common, full = job.config.common, job.config.full_quant
-    wishes = Wishes(common.skip_quant_node, common.skip_quant_type, full.per_channel)
-    return build_plan(model.graph, TARGETS[full.target_device or "CPU"], wishes)
+    return build_plan(model.graph, _target(job.config), _wishes(job.config))
 
 
 def quantize(model: ir.Model, job: Job, watch: Watch) -> tuple[ir.Model, QuantPlan, list[TensorError]]:
     """The quantized copy of a prepared float model, the decisions, and what they cost each tensor, worst first."""
-    plan = make_plan(model, job)
-    data, resources, full = open_data(model, job, watch), resources_of(job), job.config.full_quant
-    method = RANGE_METHODS[full.activation_quant_method]
-    means = products(model.graph, plan) if full.bias_correction else {}
-    wanted = Wanted(tuple(plan.groups()), means, method.needs_histogram, method.needs_samples)
-    evidence = observe_with_cache(model, wanted, data, resources, watch, job.config.common.calibration_cache)
-    spec = RangeSpec(UINT8, symmetric=False, outlier_ratio=full.outlier_ratio)
-    plan = plan.with_qparams(activation_qparams(plan, evidence.statistics, method, spec))
-    walk = Walk(model, plan, data, resources)
-    watch.say(f"Weights are decided on {walk.count} of {len(data)} samples.")
-    plan = decide_weights(model, plan, walk, evidence.means, Options(), watch)
-    quantized = model.clone()
-    restored = emit(quantized, plan)
-    return quantized, plan, _errors(model, quantized, plan, restored, data, resources.threads)
+    work = _Work.of(model, job, watch)
+    quantized, plan, restored = work.within_drop()
+    check(quantized, plan, work.target)
+    _require_full_integer(plan, job.config)
+    return quantized, plan, _errors(model, quantized, plan, restored, work.data, work.resources)
+
+
+def _target(config: Config) -> Target:
+    target = TARGETS[config.full_quant.target_device or "CPU"]
+    return target if config.full_quant.overflow_safe else replace(target, pair_limit=None)
+
+
+def _wishes(config: Config) -> Wishes:
+    return Wishes(config.common.skip_quant_node, config.common.skip_quant_type, config.full_quant.per_channel)
+
+
+Attempt = tuple[ir.Model, QuantPlan, dict[str, str]]
+
+
+@dataclass(frozen=True)
+class _Work:
+    """Everything that attempts with different nodes left float share."""
+
+    model: ir.Model
+    config: Config
+    target: Target
+    data: Dataset
+    resources: Resources
+    watch: Watch
+    method: RangeMethod
+    evidence: Evidence
+
+    @classmethod
+    def of(cls, model: ir.Model, job: Job, watch: Watch) -> _Work:
+        full = job.config.full_quant
+        plan, data, resources = make_plan(model, job), open_data(model, job, watch), resources_of(job)
+        method = RANGE_METHODS[full.activation_quant_method]
+        means = products(model.graph, plan) if full.bias_correction else {}
+        wanted = Wanted(tuple(plan.groups()), means, method.needs_histogram, method.needs_samples)
+        evidence = observe_with_cache(model, wanted, data, resources, watch, job.config.common.calibration_cache)
+        return cls(model, job.config, _target(job.config), data, resources, watch, method, evidence)
+
+    def within_drop(self) -> Attempt:
+        """The attempt that keeps the fewest nodes float and loses no more than max_drop."""
+        first, bound = self.attempt({}), self.config.full_quant.max_drop
+        if bound is None or self._drop(first) <= bound:
+            return first
+        worst = sensitivities(self.model, first[1], self.data, self.resources, self.watch)
+
+        def attempt(count: int) -> Attempt | None:
+            kept = {s.node.name: f"kept float for max_drop: alone it leaves {s.sqnr_db:.1f} dB" for s in worst[:count]}
+            result = self.attempt(kept)
+            return result if self._drop(result) <= bound or count == len(worst) else None
+
+        return fewest(len(worst), attempt)
+
+    def _drop(self, attempt: Attempt) -> float:
+        path = self.config.preprocess.label_file
+        labels = read_labels(path, self.data) if path else None
+        drop = output_drop(self.model, attempt[0], self.data, labels, self.resources)
+        units = len(attempt[1].units())
+        self.watch.say(f"With {units} nodes quantized the output loses {drop:.5f} of {'top-1' if path else 'cosine'}.")
+        return drop
+
+    def attempt(self, kept_float: Mapping[str, str]) -> Attempt:
+        """The model quantized without the nodes `kept_float`."""
+        wishes = replace(_wishes(self.config), kept_float=kept_float)
+        plan = self._with_ranges(build_plan(self.model.graph, self.target, wishes))
+        if mixed := _mixed_concats(plan):
+            wishes = replace(wishes, kept_float={**kept_float, **mixed})
+            plan = self._with_ranges(build_plan(self.model.graph, self.target, wishes))
+        walk = Walk(self.model, plan, self.data, self.resources)
+        self.watch.say(f"Weights are decided on {walk.count} of {len(self.data)} samples.")
+        options = Options(self.config.full_quant.weight_rounding == "GPTQ", self.config.full_quant.power_of_two_scale)
+        plan = decide_weights(self.model, plan, walk, self.evidence.means, options, self.watch)
+        quantized = self.model.clone()
+        return quantized, plan, emit(quantized, plan)
+
+    def _with_ranges(self, plan: QuantPlan) -> QuantPlan:
+        full = self.config.full_quant
+        spec = RangeSpec(UINT8, False, full.power_of_two_scale, full.outlier_ratio)
+        return plan.with_qparams(activation_qparams(plan, self.evidence.statistics, self.method, spec))
+
+
+def _mixed_concats(plan: QuantPlan) -> dict[str, str]:
+    """Concat nodes whose inputs are too different in range to share one, with the reason."""
+    mixed = {}
+    for unit in plan.units():
+        scales = [float(plan.params(name).scale) for name in unit.inputs] if unit.op_type == "Concat" else []
+        if scales and max(scales) > MIXED_RANGES * min(scales):
+            mixed[unit.name] = f"the ranges of its inputs differ {max(scales) / min(scales):.0f} times"
+    return mixed
+
+
+def _require_full_integer(plan: QuantPlan, config: Config) -> None:
+    """Raises ConfigError where the user wants no float node and there is one."""
+    left = [node for node in plan.nodes.values() if not node.quantized and not node.inside]
+    if config.full_quant.require_full_integer and left:
+        listed = "; ".join(f"{node.name} ({node.op_type}): {node.reason}" for node in left)
+        msg = f"{config.path}: [full_quant_param] require_full_integer: {len(left)} node(s) would stay float: {listed}."
+        raise ConfigError(msg)
 
 
 def _errors(
-    model: ir.Model, quantized: ir.Model, plan: QuantPlan, restored: dict[str, str], data: Dataset, workers: int
+    model: ir.Model, quantized: ir.Model, plan: QuantPlan, restored: dict[str, str], data: Dataset, resources: Resources
 ) -> list[TensorError]:
     outputs = {value.name or "": value.name or "" for value in model.graph.outputs}
     computed = {name: restored[name] for unit in plan.units() for name in unit.outputs if name in restored}
     pairs = {**computed, **outputs}
     with saved(model, pairs) as reference, saved(quantized, pairs.values()) as other:
-        found = compare(reference, other, pairs, data, COMPARED_SAMPLES, workers)
+        found = compare(reference, other, pairs, data, COMPARED_SAMPLES, resources.threads)
     return sorted(found, key=lambda error: error.sqnr_db)

@@ -7,7 +7,7 @@ of all that was quantized before them without ever running the whole model again
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -27,6 +27,9 @@ from converter.plan import NodePlan, QuantPlan
 
 # Bytes of activations kept between steps; as many samples take part as fit.
 STORE_BYTES = 192 << 20
+
+
+Emit = Callable[[ir.Model, QuantPlan], object]
 
 
 @dataclass(frozen=True)
@@ -82,8 +85,10 @@ def _names(values: Iterable[ir.Value]) -> tuple[str, ...]:
 class Walk:
     """The activations that later steps still read, sample by sample: integer codes where the plan computes them."""
 
-    def __init__(self, model: ir.Model, plan: QuantPlan, data: Dataset, resources: Resources) -> None:
-        self.model, self.resources, self.threads = model, resources, resources.threads
+    def __init__(
+        self, model: ir.Model, plan: QuantPlan, data: Dataset, resources: Resources, write: Emit = emit
+    ) -> None:
+        self.model, self.resources, self.threads, self._write = model, resources, resources.threads, write
         self.steps = steps_of(model.graph, plan)
         self._codes = {name for unit in plan.units() for name in unit.outputs if name in plan.tensors}
         self._last_reader = {name: i for i, step in enumerate(self.steps) for name in step.reads}
@@ -106,6 +111,15 @@ class Walk:
 
     def moments(self, unit: NodePlan, view: View, count: int, plan: QuantPlan) -> Array:
         """E[x x'] over about `count` inputs x of the unit's product as it reads them: float64 (groups, columns, columns)."""
+        drawn, scale = self.draw(unit, view, count, plan)
+        sums = np.matmul(drawn.transpose(0, 2, 1), drawn)
+        return sums.astype(np.float64) * (scale**2 / drawn.shape[1])
+
+    def draw(self, unit: NodePlan, view: View, count: int, plan: QuantPlan) -> tuple[Array, float]:
+        """About `count` inputs of the unit's product as it reads them, float32 (groups, drawn, columns), and their scale.
+
+        Two walks over the same data draw the same ones.
+        """
         name = unit.inputs[0]
         q = plan.params(name) if name in plan.tensors else None
         zero, scale = (int(q.zero_point), float(q.scale)) if q else (0, 1.0)
@@ -117,9 +131,7 @@ class Walk:
             drawn = view.columns(x, -(-count // self.count), zero, np.random.default_rng(index))
             return drawn.astype(np.float32) - np.float32(zero)
 
-        drawn = np.concatenate(list(over_samples(self.count, work, self.threads)), axis=1)
-        sums = np.matmul(drawn.transpose(0, 2, 1), drawn)
-        return sums.astype(np.float64) * (scale**2 / drawn.shape[1])
+        return np.concatenate(list(over_samples(self.count, work, self.threads)), axis=1), scale
 
     def mean_product(self, unit: NodePlan, weight: Array, plan: QuantPlan) -> Array:
         """Mean a channel (float64) of the unit's product with float `weight`, before bias and activation."""
@@ -175,7 +187,7 @@ class Walk:
 
     def _step_model(self, step: Step, plan: QuantPlan) -> ir.Model:
         model = submodel(self.model, step.reads, step.writes)
-        emit(model, _restricted(plan, step))
+        self._write(model, _restricted(plan, step))
         for name in sorted(self._codes.intersection(step.reads)):
             feed_integers(model.graph, name)
         for name in sorted(self._codes.intersection(step.writes)):

@@ -84,9 +84,7 @@ def build_plan(graph: ir.Graph, target: Target, wishes: Wishes) -> QuantPlan:
 # --- which nodes could be integer ------------------------------------------------------------------------------------
 
 
-def _candidates(
-    graph: ir.Graph, target: Target, wishes: Wishes
-) -> tuple[dict[ir.Node, _Unit], dict[ir.Node, str]]:
+def _candidates(graph: ir.Graph, target: Target, wishes: Wishes) -> tuple[dict[ir.Node, _Unit], dict[ir.Node, str]]:
     """The units the target could compute, in graph order, and for every other node why not."""
     units: dict[ir.Node, _Unit] = {}
     reasons: dict[ir.Node, str] = {}

@@ -45,6 +45,7 @@ class NodePlan:
     nodes computed inside it, `inside` the unit it is itself computed in, and `bias` the name of its constant bias, if
     any, which is stored as int32 where `integer_bias`.
     A `bare` node runs on the integers themselves, without a conversion on either side.
+    `further` are the weights of an operator that has more than one.
     """
 
     name: str
@@ -57,14 +58,14 @@ class NodePlan:
     inside: str | None = None
     weight: WeightPlan | None = None
     bias: str | None = None
+    integer_bias: bool = True
+    bare: bool = False
     further: tuple[WeightPlan, ...] = ()
 
     @property
     def weights(self) -> tuple[WeightPlan, ...]:
         """All its weights."""
         return (self.weight, *self.further) if self.weight else ()
-    integer_bias: bool = True
-    bare: bool = False
 
 
 @dataclass(frozen=True)

@@ -55,7 +55,13 @@ CPU = Target(
     pair_limit=128,
 )
 OPENVINO = replace(
-    CPU, name="OPENVINO", float_output=CPU.integer, bare=frozenset(), integer_bias=False, fuses_residual=True
+    CPU,
+    name="OPENVINO",
+    integer=CPU.integer | _set("Pad"),
+    float_output=CPU.integer,
+    bare=frozenset(),
+    integer_bias=False,
+    fuses_residual=True,
 )
 NVGPU = Target(
     name="NVGPU",

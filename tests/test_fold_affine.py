@@ -66,7 +66,9 @@ def test_batch_norm_folds_into_the_operator_before_it(kind):
 
 
 @pytest.mark.parametrize("kind", OPERATORS)
-@pytest.mark.parametrize("arithmetic", ["Mul (c, k)", "Mul (k, c)", "Div (c, k)", "Add (c, k)", "Add (k, c)", "Sub (c, k)"])
+@pytest.mark.parametrize(
+    "arithmetic", ["Mul (c, k)", "Mul (k, c)", "Div (c, k)", "Add (c, k)", "Add (k, c)", "Sub (c, k)"]
+)
 @pytest.mark.parametrize("scalar", [True, False])
 def test_a_constant_a_channel_folds(kind, arithmetic, scalar):
     head, operator, constants, channels = OPERATORS[kind]
@@ -111,7 +113,9 @@ def test_shapes_that_are_not_one_value_a_column_of_a_gemm(shape):
     assert types(model) == ["Gemm", "Mul"]
 
 
-@pytest.mark.parametrize("arithmetic", ["Sub (k, c)", "Div (k, c)", "Pow (c, k)", "Add (c, c)", "Mul (c, c)", "Add (c, x)"])
+@pytest.mark.parametrize(
+    "arithmetic", ["Sub (k, c)", "Div (k, c)", "Pow (c, k)", "Add (c, c)", "Mul (c, c)", "Add (c, x)"]
+)
 def test_other_arithmetic_stays(arithmetic):
     graph = f"{IMAGE} {{ c = Conv (x, w)  y = {arithmetic} }}"
     assert len(fold(graph, w=positive(4, 4, 1, 1), k=np.full((4, 1, 1), 2, np.float32)).graph) == 2
@@ -203,7 +207,9 @@ def test_operators_that_share_a_weight_get_one_each():
 
 
 def test_a_shared_weight_whose_other_reader_stays_is_untouched():
-    graph = "g (float[2,4,5,5] x) => (float[] y, float[] z) { [one] c = Conv (x, w)  " + BN + "  [two] z = Conv (x, w) }"
+    graph = (
+        "g (float[2,4,5,5] x) => (float[] y, float[] z) { [one] c = Conv (x, w)  " + BN + "  [two] z = Conv (x, w) }"
+    )
     model = fold(graph, w=normal(6, 4, 3, 3), **batch_norm(6))
     assert types(model) == ["Conv", "Conv"]
     np.testing.assert_array_equal(constant(node(model, "two").inputs[1]), normal(6, 4, 3, 3))

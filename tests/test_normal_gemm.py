@@ -61,7 +61,9 @@ def test_a_product_of_more_dimensions_stays():
 def test_a_product_of_integers_stays():
     graph = "g (int32[3,4] x) => (int32[] y) { m = MatMul (x, w)  y = Add (m, b) }"
     whole = np.arange(12, dtype=np.int32)
-    model = normalized(graph, False, {"x": whole.reshape(3, 4)}, w=np.arange(16, dtype=np.int32).reshape(4, 4), b=whole[:4])
+    model = normalized(
+        graph, False, {"x": whole.reshape(3, 4)}, w=np.arange(16, dtype=np.int32).reshape(4, 4), b=whole[:4]
+    )
     assert types(model) == ["MatMul", "Add"]
 
 
@@ -108,7 +110,9 @@ def test_operands_computed_at_run_time_stay():
 
 
 def test_products_that_share_operands_get_their_own():
-    graph = "g (float[3,4] x) => (float[] y, float[] z) { y = Gemm <alpha=2.0, beta=3.0> (x, w, b)  z = Gemm (x, w, b) }"
+    graph = (
+        "g (float[3,4] x) => (float[] y, float[] z) { y = Gemm <alpha=2.0, beta=3.0> (x, w, b)  z = Gemm (x, w, b) }"
+    )
     model = normalized(graph, **WEIGHT, b=normal(4))
     np.testing.assert_array_equal(constant(model.graph[1].inputs[1]), normal(4, 4))
     np.testing.assert_array_equal(constant(model.graph[1].inputs[2]), normal(4))

@@ -8,7 +8,7 @@ import pytest
 from graphs import build, normal, positive, run
 
 from calib.affine import INT8_NARROW
-from converter.ops import OPS
+from converter.ops import OPS, weights_of
 from converter.targets import TARGETS
 
 IMAGE = "g (float[2,4,6,6] x) => (float[] y)"
@@ -44,6 +44,10 @@ MOVES = {
     "Slice": "y = Slice (x, from, until)",
     "Split": "y, z = Split <axis=1> (x)",
     "DepthToSpace": "y = DepthToSpace <blocksize=2> (x)",
+    "SpaceToDepth": "y = SpaceToDepth <blocksize=2> (x)",
+    "Gather": "y = Gather <axis=1> (x, axis)",
+    "Tile": "y = Tile (x, until)",
+    "Pad": "y = Pad (x, edges)",
     "Resize": 'y = Resize <mode="nearest"> (x, , scales)',
 }
 SETTINGS = {
@@ -52,10 +56,17 @@ SETTINGS = {
     "from": np.array([0, 1, 1, 0]),
     "until": np.array([2, 3, 5, 6]),
     "scales": np.array([1, 1, 2, 1.5], np.float32),
+    "nought": np.float32(0),
+    "some": np.float32(0.5),
+    "edges": np.array([0, 0, 1, 2, 0, 0, 0, 1]),
 }
 
 # Operators that compute on all or on their first input.
-OTHERS = {"Add", "Mul", "Concat", "AveragePool", "GlobalAveragePool", "Sigmoid", "LeakyRelu"}
+OTHERS = {
+    *("Add", "Sub", "Mul", "Div", "Max", "Min", "Concat", "PRelu", "AveragePool", "GlobalAveragePool", "ReduceMax"),
+    *("ReduceMean", "ReduceMin", "ReduceSum", "Sigmoid", "Tanh", "LeakyRelu", "Relu", "Clip", "Softmax", "Abs", "Ceil"),
+    *("Exp", "Floor", "Neg", "Round", "Sqrt", "BatchNormalization", "InstanceNormalization"),
+}
 
 
 def only_node(head, text, opset=13, **constants):
@@ -125,11 +136,11 @@ def test_one_scale_must_serve_a_weight_whose_channels_have_no_axis_of_their_own(
 
 @pytest.mark.parametrize("op", MOVES)
 def test_moves_only_hand_on_values(op):
-    # Negative values, so that padding with zeros would show.
+    # Negative values, so that a zero is seen where there is one: only Pad may add it, as every range holds zero.
     model = build(f"{IMAGE} {{ {MOVES[op]} }}", **SETTINGS)
     assert model.graph[len(model.graph) - 1].op_type == op
     x = -positive(2, 4, 6, 6)
-    assert np.isin(run(model, {"x": x})["y"], x).all()
+    assert np.isin(run(model, {"x": x})["y"], [*x.flat, 0] if op == "Pad" else x).all()
 
 
 @pytest.mark.parametrize(
@@ -137,7 +148,10 @@ def test_moves_only_hand_on_values(op):
     [
         ('mode="linear"', "x, , scales"),
         ('mode="cubic"', "x, , scales"),
-        ('mode="nearest", coordinate_transformation_mode="tf_crop_and_resize", extrapolation_value=9.0', "x, roi, scales"),
+        (
+            'mode="nearest", coordinate_transformation_mode="tf_crop_and_resize", extrapolation_value=9.0',
+            "x, roi, scales",
+        ),
     ],
 )
 def test_a_resize_that_makes_new_values_has_an_obstacle(attributes, inputs):
@@ -148,7 +162,7 @@ def test_a_resize_that_makes_new_values_has_an_obstacle(attributes, inputs):
     assert "new values" in OPS["Resize"].obstacle(only_node(IMAGE, text, **constants))
 
 
-DYNAMIC = "g (float[2,4,6,6] x, float[4,4,3,3] v, float[4,4] m, float[4] c) => (float[] y)"
+DYNAMIC = "g (float[2,4,6,6] x, float[4,4,3,3] v, float[4,4] m, float[4] c, float given) => (float[] y)"
 
 
 @pytest.mark.parametrize(
@@ -172,17 +186,34 @@ DYNAMIC = "g (float[2,4,6,6] x, float[4,4,3,3] v, float[4,4] m, float[4] c) => (
         ("y = Gemm <alpha=1.0, beta=1.0, transA=0, transB=1> (m, k)", None),
         ("y = MatMul (m, m)", None),
         ("y = Resize (x, , scales)", None),
+        ("y = Pad (x, edges)", None),
+        ("y = Pad (x, edges, nought)", None),
+        ('y = Pad <mode="reflect"> (x, edges)', None),
+        ("y = Pad (x, edges, some)", "it pads with something else than zero"),
+        ("y = Pad (x, edges, given)", "it pads with something else than zero"),
     ],
 )
 def test_obstacles(text, reason):
-    constants = {"w": normal(4, 4, 3, 3), "k": normal(4, 4), "b": normal(4), "one": normal(1), "scalar": normal(), **SETTINGS}
+    constants = {
+        "w": normal(4, 4, 3, 3),
+        "k": normal(4, 4),
+        "b": normal(4),
+        "one": normal(1),
+        "scalar": normal(),
+        **SETTINGS,
+    }
     found = only_node(DYNAMIC, text, **constants)
     assert OPS[found.op_type].obstacle(found) == reason
 
 
 @pytest.mark.parametrize(
     ("attribute", "shape", "pairs"),
-    [("", (4, 4, 1, 1), True), ("<group=4>", (4, 1, 3, 3), False), ("<group=4>", (8, 1, 3, 3), True), ("<group=2>", (4, 2, 3, 3), True)],
+    [
+        ("", (4, 4, 1, 1), True),
+        ("<group=4>", (4, 1, 3, 3), False),
+        ("<group=4>", (8, 1, 3, 3), True),
+        ("<group=2>", (4, 2, 3, 3), True),
+    ],
 )
 def test_only_a_plain_depthwise_convolution_adds_no_pairs(attribute, shape, pairs):
     assert OPS["Conv"].pairs(only_node(IMAGE, f"y = Conv {attribute} (x, w)", w=normal(*shape))) is pairs
@@ -190,9 +221,9 @@ def test_only_a_plain_depthwise_convolution_adds_no_pairs(attribute, shape, pair
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 def test_targets_speak_of_rows_of_the_table(target):
-    assert target.integer | target.moves <= set(OPS)
-    assert {op for op in target.integer | target.moves if OPS[op].moves} == target.moves
-    assert target.float_output <= {op for op in target.integer if OPS[op].weight is not None}
+    assert target.integer | target.bare <= set(OPS)
+    assert all(OPS[op].moves for op in target.bare)
+    assert target.float_output <= target.integer
     assert TARGETS[target.name] is target
 
 
@@ -200,3 +231,27 @@ def test_two_weights_within_the_pair_limit_never_overflow_16_bits():
     cpu = TARGETS["CPU"]
     assert cpu.activation.qmax * cpu.pair_limit <= 2**15 - 1 < cpu.activation.qmax * (cpu.pair_limit + 1)
     assert cpu.weight == INT8_NARROW
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("y = Conv (x, w)", {1: 0}),
+        ("y = Gemm (m, k, b)", {1: 1}),
+        ("y = Gemm <transB=1> (m, k, b)", {1: 0}),
+        ("y = MatMul (m, k)", {1: 1}),
+        ("y = MatMul (k, m)", {0: None}),
+        ("y = MatMul (m, m)", {}),
+        ("y = MatMul (m, b)", {}),
+        ("y = Gather (k, axis)", {0: 0}),
+        ("y = Gather <axis=1> (k, axis)", {0: 1}),
+        ("y = Gather (until, axis)", {}),
+        ("y = Add (m, k)", {}),
+        ("y = local.Conv (x, w)", {}),
+        ("y = LSTM <hidden_size=2> (seq, input, recurrent)", {1: 1, 2: 1}),
+    ],
+)
+def test_weights_and_their_channel_axes(text, expected):
+    constants = {"w": normal(4, 4, 3, 3), "k": normal(4, 4), "b": normal(4), **SETTINGS}
+    gates = {"input": normal(1, 8, 4), "recurrent": normal(1, 8, 2)}
+    assert weights_of(only_node(DYNAMIC, text, **constants, **gates)) == expected

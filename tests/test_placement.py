@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from graphs import normal, positive, prepared
+from graphs import normal, prepared
 
 from calib.affine import INT8_NARROW, UINT8
 from converter.placement import Wishes, build_plan
@@ -13,29 +13,30 @@ from converter.targets import CPU
 
 HEAD = "g (float[1,4,8,8] x) => (float[] y)"
 ROWS = "g (float[3,4] x) => (float[] y)"
-W = {"w": normal(4, 4, 3, 3), "v": normal(4, 4, 3, 3), "k": normal(4, 4), "b": normal(4)}
 NO_KERNEL = "no integer kernel for {} on target CPU"
-FLOAT_INPUT = "an input of it is float: converting it would cost more than it saves"
+FLOAT_INPUT = "an input of it is float"
 TAIL = "no integer operator reads on from it"
+CONSTANTS = {
+    "w": normal(4, 4, 3, 3),
+    "v": normal(4, 4, 3, 3, seed=1),
+    "point": normal(4, 4, 1, 1),
+    "depthwise": normal(4, 1, 3, 3),
+    "narrow": normal(4, 2, 1, 1),
+    "wide": normal(36, 5),
+    "k": normal(4, 4),
+    "stack": normal(2, 4, 4),
+    "b": normal(4),
+    "c": normal(1, 4, 1, 1),
+    "scalar": np.float32(0.3),
+    "zero": np.float32(0),
+    "one": np.float32(1),
+    "six": np.float32(6),
+}
 
 
 def plan_of(graph, **wishes):
-    used = {name: array for name, array in {**W, **CONSTANTS}.items() if any(f"{s}{name}{e}" in graph for s in " (" for e in ",)")}
-    return build_plan(prepared(graph, **used).graph, CPU, Wishes(**wishes))
-
-
-CONSTANTS = {
-    "p": positive(4),
-    "zero": np.float32(0),
-    "six": np.float32(6),
-    "one": np.float32(1),
-    "half": np.float32(0.5),
-    "c": normal(1, 4, 1, 1),
-    "flat": np.array([1, -1]),
-    "deep": normal(2, 4, 4),
-    "scalar": np.float32(0.3),
-    "parts": np.array([2, 2]),
-}
+    """The plan of a graph that may use any of the constants; preparation removes the others."""
+    return build_plan(prepared(graph, **CONSTANTS).graph, CPU, Wishes(**wishes))
 
 
 def integers(plan):
@@ -94,26 +95,31 @@ def test_an_activation_inside_a_subgraph_is_not_absorbed():
     assert plan_of(graph).nodes["conv"].absorbed == ()
 
 
-CHAIN = f"{HEAD} {{ [block1.conv] a = Conv (x, w)  [block1.relu] b1 = Relu (a)  [block2.conv] c1 = Conv (b1, v)  [block2.relu] y = Relu (c1) }}"
+CHAIN = f"{HEAD} {{ [block1_conv] a = Conv (x, w)  [block1_relu] b1 = Relu (a)  [block2_conv] c1 = Conv (b1, v)  [block2_relu] y = Relu (c1) }}"
 
 
 @pytest.mark.parametrize(
     ("wishes", "left", "node", "reason"),
     [
-        ({"skip_nodes": ("block1.conv",)}, ["block2.conv"], "block1.conv", "named in skip_quant_node"),
-        ({"skip_nodes": ("block1.*",)}, ["block2.conv"], "block1.relu", "named in skip_quant_node"),
-        ({"skip_nodes": ("*.conv",)}, [], "block2.conv", "named in skip_quant_node"),
-        ({"skip_nodes": ("BLOCK1.*", "conv")}, ["block1.conv", "block2.conv"], "block1.relu", "computed inside block1.conv"),
-        ({"skip_types": ("Conv",)}, [], "block1.conv", "named in skip_quant_type"),
-        ({"skip_types": ("Relu",)}, ["block1.conv", "block2.conv"], "block2.relu", "named in skip_quant_type"),
-        ({"skip_nodes": ("block2.relu",)}, ["block1.conv", "block2.conv"], "block2.relu", "named in skip_quant_node"),
+        ({"skip_nodes": ("block1_conv",)}, ["block2_conv"], "block1_conv", "named in skip_quant_node"),
+        ({"skip_nodes": ("block1_*",)}, ["block2_conv"], "block1_relu", "named in skip_quant_node"),
+        ({"skip_nodes": ("*_conv",)}, [], "block2_conv", "named in skip_quant_node"),
+        (
+            {"skip_nodes": ("BLOCK1_*", "conv")},
+            ["block1_conv", "block2_conv"],
+            "block1_relu",
+            "computed inside block1_conv",
+        ),
+        ({"skip_types": ("Conv",)}, [], "block1_conv", "named in skip_quant_type"),
+        ({"skip_types": ("Relu",)}, ["block1_conv", "block2_conv"], "block2_relu", "named in skip_quant_type"),
+        ({"skip_nodes": ("block2_relu",)}, ["block1_conv", "block2_conv"], "block2_relu", "named in skip_quant_node"),
     ],
 )
 def test_what_the_user_skips_stays_float(wishes, left, node, reason):
     plan = plan_of(CHAIN, **wishes)
     assert integers(plan) == left
     assert plan.nodes[node].reason == reason
-    assert all(inner not in plan.nodes[name].absorbed for inner in [node] for name in left) or "inside" in reason
+    assert any(node in plan.nodes[name].absorbed for name in left) == reason.startswith("computed inside")
 
 
 @pytest.mark.parametrize(
@@ -127,8 +133,16 @@ def test_what_the_user_skips_stays_float(wishes, left, node, reason):
             "n",
             "its weight is computed at run time",
         ),
-        ("g (float[3,4] x, float[4,4] d) => (float[] y) { [n] y = Gemm (x, d) }", "n", "its weight is computed at run time"),
-        ("g (double[1,4,8,8] x, double[4,4,3,3] d) => (double[] y) { [n] y = Conv (x, d) }", "n", "its values are not float32"),
+        (
+            "g (float[3,4] x, float[4,4] d) => (float[] y) { [n] y = Gemm (x, d) }",
+            "n",
+            "its weight is computed at run time",
+        ),
+        (
+            "g (double[1,4,8,8] x, double[4,4,3,3] d) => (double[] y) { [n] y = Conv (x, d) }",
+            "n",
+            "its values are not float32",
+        ),
         ("g (int64[3] x) => (int64[] y) { [n] y = Add (x, x) }", "n", "its values are not float32"),
         (f"{HEAD} {{ a = Conv (x, w)  [n] y = MaxPool <kernel_shape=[2,2]> (a) }}", "n", TAIL),
         (f"{HEAD} {{ [n] a = Add (x, x)  y = Softmax (a) }}", "n", FLOAT_INPUT),
@@ -137,12 +151,12 @@ def test_what_the_user_skips_stays_float(wishes, left, node, reason):
 def test_reasons_for_staying_float(graph, node, reason):
     plan = plan_of(graph)
     assert not plan.nodes[node].quantized
-    assert plan.nodes[node].reason == reason
+    assert plan.nodes[node].reason.startswith(reason)
 
 
 def test_every_node_and_only_planned_tensors_are_listed():
     plan = plan_of(CHAIN)
-    assert list(plan.nodes) == ["block1.conv", "block1.relu", "block2.conv", "block2.relu"]
+    assert list(plan.nodes) == ["block1_conv", "block1_relu", "block2_conv", "block2_relu"]
     assert set(plan.tensors) == {name for unit in plan.units() for name in (*unit.inputs, *unit.outputs)}
 
 
@@ -150,15 +164,15 @@ def test_an_add_with_a_float_input_stays_float():
     nodes = "[conv] a = Conv (x, w)  [float] t = Tanh (a)  [sum] s = Add (a, t)  [last] y = Conv (s, v)"
     plan = plan_of(f"{HEAD} {{ {nodes} }}")
     assert integers(plan) == ["conv", "last"]
-    assert plan.nodes["sum"].reason == FLOAT_INPUT
+    assert plan.nodes["sum"].reason.startswith(FLOAT_INPUT)
 
 
 def test_a_residual_sum_is_integer():
-    nodes = "[one] a = Conv (x, k1)  [two] p1 = Conv (a, k2)  [sum] s = Add (p1, a)  [relu] r = Relu (s)  [last] y = Conv (r, k3)"
-    constants = {f"k{i}": normal(4, 4, 1, 1, seed=i) for i in (1, 2, 3)}
-    plan = build_plan(prepared(f"{HEAD} {{ {nodes} }}", **constants).graph, CPU, Wishes())
+    nodes = """[one] a = Conv (x, w)  [two] p = Conv (a, point)  [sum] s = Add (p, a)  [relu] r = Relu (s)
+               [last] y = Conv (r, v)"""
+    plan = plan_of(f"{HEAD} {{ {nodes} }}")
     assert integers(plan) == ["one", "two", "sum", "last"]
-    assert plan.nodes["sum"].inputs == ("p1", "a")
+    assert plan.nodes["sum"].inputs == ("p", "a")
     assert plan.nodes["sum"].absorbed == ("relu",)
 
 
@@ -188,45 +202,32 @@ def test_an_absorbed_activation_goes_with_its_tail():
 
 
 def test_moves_between_anchors_share_one_group():
-    nodes = """[conv] a = Conv (x, w)  [pool] p1 = MaxPool <kernel_shape=[2,2]> (a)
-               [flat] f = Flatten (p1)  [fc] y = Gemm (f, wide)"""
-    plan = build_plan(prepared(f"{HEAD} {{ {nodes} }}", w=W["w"], wide=normal(100, 5)).graph, CPU, Wishes())
+    nodes = """[conv] a = Conv (x, w)  [pool] p = MaxPool <kernel_shape=[2,2], strides=[2,2]> (a)
+               [flat] f = Flatten (p)  [fc] y = Gemm (f, wide)"""
+    plan = plan_of(f"{HEAD} {{ {nodes} }}")
     assert integers(plan) == ["conv", "pool", "flat", "fc"]
-    assert {name: t.group for name, t in plan.tensors.items()} == {"x": "x", "a": "a", "p1": "a", "f": "a"}
+    assert {name: t.group for name, t in plan.tensors.items()} == {"x": "x", "a": "a", "p": "a", "f": "a"}
     assert set(plan.groups()) == {"x", "a"}
 
 
 def test_moves_before_the_first_anchor_are_integer():
-    plan = plan_of(f"{HEAD} {{ [pool] p1 = MaxPool <kernel_shape=[2,2]> (x)  [conv] y = Conv (p1, w) }}")
+    plan = plan_of(f"{HEAD} {{ [pool] p = MaxPool <kernel_shape=[2,2]> (x)  [conv] y = Conv (p, w) }}")
     assert integers(plan) == ["pool", "conv"]
-    assert plan.tensors["p1"].group == "x"
+    assert plan.tensors["p"].group == "x"
 
 
 def test_a_split_with_a_float_reader_stays_float_before_the_first_anchor():
     plan = plan_of(
-        "g (float[1,8,8,8] x) => (float[] y, float[] z) { [split] l, r = Split <axis=1> (x)  [conv] y = Conv (l, w)  z = Neg (r) }"
+        "g (float[1,8,8,8] x) => (float[] y, float[] z) "
+        "{ [split] l, r = Split <axis=1> (x)  [conv] y = Conv (l, w)  z = Neg (r) }"
     )
     assert integers(plan) == ["conv"]
-    assert plan.nodes["split"].reason == FLOAT_INPUT
+    assert plan.nodes["split"].reason.startswith(FLOAT_INPUT)
 
 
 def test_all_outputs_of_a_split_behind_an_anchor_share_its_group():
-    plan = plan_of(
-        "g (float[1,4,8,8] x) => (float[] y, float[] z) "
-        "{ [conv] a = Conv (x, big)  [split] l, r = Split <axis=1> (a)  y = Conv (l, w)  z = Neg (r) }".replace("big", "v, b")
-        .replace("Conv (l, w)", "Conv (l, half4)")
-        .replace("half4", "narrow"),
-        skip_nodes=(),
-    ) if False else build_plan(
-        prepared(
-            "g (float[1,4,8,8] x) => (float[] y, float[] z) "
-            "{ [conv] a = Conv (x, w)  [split] l, r = Split <axis=1> (a)  y = Conv (l, narrow)  z = Neg (r) }",
-            w=W["w"],
-            narrow=normal(4, 2, 1, 1),
-        ).graph,
-        CPU,
-        Wishes(),
-    )
+    nodes = "[conv] a = Conv (x, w)  [split] l, r = Split <axis=1> (a)  y = Conv (l, narrow)  z = Neg (r)"
+    plan = plan_of(f"g (float[1,4,8,8] x) => (float[] y, float[] z) {{ {nodes} }}")
     assert plan.nodes["split"].quantized
     assert [plan.tensors[name].group for name in ("a", "l", "r")] == ["a", "a", "a"]
 
@@ -250,7 +251,9 @@ def test_a_product_of_two_activations_is_integer_without_a_weight():
 
 @pytest.mark.parametrize("add", ["Add (m, b)", "Add (b, m)"])
 def test_the_bias_of_a_product_is_absorbed(add):
-    plan = plan_of(f"g (float[2,3,4] x) => (float[] y) {{ [n] m = MatMul (x, k)  [add] a = {add}  [relu] y = Relu (a) }}")
+    plan = plan_of(
+        f"g (float[2,3,4] x) => (float[] y) {{ [n] m = MatMul (x, k)  [add] a = {add}  [relu] y = Relu (a) }}"
+    )
     (unit,) = plan.units()
     assert (unit.absorbed, unit.bias, unit.outputs) == (("add", "relu"), "b", ("y",))
 
@@ -275,7 +278,7 @@ def test_a_skipped_bias_is_not_absorbed():
         (f"{ROWS} {{ [n] y = Gemm (x, k) }}", 1),
         (f"{ROWS} {{ [n] y = Gemm <transB=1> (x, k) }}", 0),
         (f"{ROWS} {{ [n] y = MatMul (x, k) }}", 1),
-        ("g (float[2,3,4] x) => (float[] y) { [n] y = MatMul (x, deep) }", 2),
+        ("g (float[2,3,4] x) => (float[] y) { [n] y = MatMul (x, stack) }", 2),
         (f"{ROWS} {{ [n] y = MatMul (x, b) }}", None),
     ],
 )
@@ -285,8 +288,7 @@ def test_channel_axes(graph, axis):
 
 
 def test_a_depthwise_convolution_has_no_pair_limit():
-    graph = f"{HEAD} {{ [n] y = Conv <group=4> (x, d) }}"
-    plan = build_plan(prepared(graph, d=normal(4, 1, 3, 3)).graph, CPU, Wishes())
+    plan = plan_of(f"{HEAD} {{ [n] y = Conv <group=4> (x, depthwise) }}")
     assert plan.nodes["n"].weight.pair_limit is None
 
 

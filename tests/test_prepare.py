@@ -53,9 +53,9 @@ def test_a_given_name_is_never_lost_to_an_unnamed_node():
 
 def test_names_are_unique_across_subgraphs():
     model = build(
-        f"""g (float[2,4] x, bool q) => (float[2,4] y) {{ [n] a = Abs (x)
-            y = If (q) < then_branch = t () => (float[2,4] b) {{ [n] b = Neg (a) }},
-                         else_branch = e () => (float[2,4] c) {{ c = Abs (a) }} > }}"""
+        """g (float[2,4] x, bool q) => (float[2,4] y) { [n] a = Abs (x)
+            y = If (q) < then_branch = t () => (float[2,4] b) { [n] b = Neg (a) },
+                         else_branch = e () => (float[2,4] c) { c = Abs (a) } > }"""
     )
     NameNodesPass()(model)
     assert sorted(names_of(model)) == ["c", "n", "n_2", "y"]
@@ -74,7 +74,10 @@ def test_names_are_unique_across_subgraphs():
         ("a = Relu (x)  b = Dropout (a, ratio)  y = Neg (b)", ["Relu", "Neg"]),
         ("a = Relu (x)  b = Dropout (a, , off)  y = Neg (b)", ["Relu", "Neg"]),
         ("a = Relu (x)  b = Dropout (a, zero, on)  y = Neg (b)", ["Relu", "Dropout", "Neg"]),
-        ("a = Relu (x)  b, mask = Dropout (a)  c = Where (mask, b, x)  y = Neg (c)", ["Relu", "Dropout", "Where", "Neg"]),
+        (
+            "a = Relu (x)  b, mask = Dropout (a)  c = Where (mask, b, x)  y = Neg (c)",
+            ["Relu", "Dropout", "Where", "Neg"],
+        ),
         ("a = Relu (x)  y = Identity (a)", ["Relu", "Identity"]),
         ("a = Identity (k)  y = Add (x, a)", ["Add"]),
     ],
@@ -138,14 +141,22 @@ def test_weights_stored_as_integers_stay():
 
 
 def test_generated_tables_stay_small():
-    model = build("g (float[2000] x) => (float[] y) { a = Expand (k, s)  y = Add (x, a) }", k=np.float32(1), s=np.array([2000, 2000]))
+    model = build(
+        "g (float[2000] x) => (float[] y) { a = Expand (k, s)  y = Add (x, a) }",
+        k=np.float32(1),
+        s=np.array([2000, 2000]),
+    )
     assert types(apply(fold_constants_pass(), model, {"x": normal(2000)})) == ["Expand", "Add"]
 
 
 # --- opset -----------------------------------------------------------------------------------------------------------
 
 OLD = {
-    7: ("Conv <pads=[1,1,1,1]> (x, w)", "BatchNormalization (a, p, p, p, p)", "Upsample <scales=[1.0,1.0,2.0,2.0]> (b)"),
+    7: (
+        "Conv <pads=[1,1,1,1]> (x, w)",
+        "BatchNormalization (a, p, p, p, p)",
+        "Upsample <scales=[1.0,1.0,2.0,2.0]> (b)",
+    ),
     8: ("Conv (x, w)", "Sum (a, a)", "Dropout (b)"),
     9: ("Conv (x, w)", "Clip <min=-0.5, max=0.5> (a)", "Unsqueeze <axes=[0]> (b)"),
     11: ("Conv (x, w)", "Clip (a, low, high)", "ReduceSum <axes=[1]> (b)"),
@@ -174,7 +185,9 @@ def test_new_opsets_are_left_as_they_are():
 
 def test_an_opset_that_cannot_be_raised():
     model = build(f"{X} => (float[] y) {{ y = Upsample <height_scale=2.0, width_scale=2.0> (x) }}", opset=1)
-    with pytest.raises(ModelError, match=r"opset 1 cannot be converted to 13 .*; export it again with opset 13 or newer"):
+    with pytest.raises(
+        ModelError, match=r"opset 1 cannot be converted to 13 .*; export it again with opset 13 or newer"
+    ):
         raise_opset(model)
 
 

@@ -25,11 +25,11 @@ DAMPING = 0.01
 BLOCK = 32
 # Weights of one search step: few enough to stay in cache.
 CHUNK = 1 << 15
-# Scales tried, as multiples of the one that covers the largest weight; the first wins a tie.
-SHRINK = np.geomspace(1.0, 0.2, 24)
-WIDEN = np.geomspace(1.0, 2.0, 11)[1:]
-# Then multiples of the best of them, up to the next one tried.
-REFINE = np.array([1.0, 0.95, 0.965, 0.98, 0.99, 1.01, 1.02, 1.035, 1.05])
+# Scales tried, as multiples of the one that covers the largest weight, in steps of 10 %; the first wins a tie.
+SHRINK = np.geomspace(1.0, 0.1, 25)
+WIDEN = np.geomspace(1.1, 2.0, 7)
+# Then multiples of the best of them: short rows gain most from a scale that happens to suit them.
+REFINE = np.concatenate([[1.0], np.linspace(0.95, 1.05, 30)])
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def nearest(scaled: Array, grid: Grid) -> Array:
 
 
 def _with_room(first: Array, second: Array, share: Array | float, limit: int, fmt: IntFormat) -> Array:
-    """`first`; where both break the bound, after it gave way by its `share`, or more where `second` can go no further."""
+    """`first`; where both break the bound, after it gave way by its `share`, and within what codes allow `second`."""
     total = np.clip(first, fmt.qmin, fmt.qmax) + np.clip(second, fmt.qmin, fmt.qmax)
     bound = np.copysign(limit, total)
     given = first - share * (first + second - bound)
@@ -98,41 +98,37 @@ def _with_room(first: Array, second: Array, share: Array | float, limit: int, fm
     return np.where(np.abs(total) > limit, within, first)
 
 
-def _left(first: Array, limit: int, fmt: IntFormat) -> tuple[Array, Array]:
-    """The lowest and the highest code that `first`, already rounded, leaves to the second of the pair."""
-    return np.maximum(fmt.qmin, -limit - first), np.minimum(fmt.qmax, limit - first)
-
-
 def compensated(weight: Array, scale: Array, moments: Array, grid: Grid) -> Array:
     """Codes of `weight` (groups, rows, columns) for `scale` (groups, rows), given `moments` (groups, columns, columns).
 
     `moments` are E[x x'] of the inputs. Columns of large moments are rounded first, pairs one after the other.
     """
-    order = _order(np.einsum("gkk->gk", moments), grid)
+    damping, columns = DAMPING * np.einsum("gkk->g", moments) / moments.shape[1], weight.shape[2]
+    if grid.pair_limit is not None and columns % 2:
+        # A silent partner for the last column: from here on all are in pairs.
+        weight, moments = np.pad(weight, ((0, 0), (0, 0), (0, 1))), np.pad(moments, ((0, 0), (0, 1), (0, 1)))
+    order = _order(np.einsum("gkk->gk", moments), 1 if grid.pair_limit is None else 2)
     group, column = np.arange(len(order)), order.T
     # Inside, columns stand first: (columns, groups, rows).
     scaled = (weight / scale[..., None])[group, :, column]
     codes = np.empty(weight.shape)
-    codes[group, :, column] = _sequential(scaled, _root(moments, order), grid)
-    return codes
+    codes[group, :, column] = _sequential(scaled, _root(moments, order, damping), grid)
+    return codes[:, :, :columns]
 
 
-def _order(diagonal: Array, grid: Grid) -> Array:
-    """The columns in the order they are rounded, by group; pairs stay together, a column without partner is last."""
-    columns, width = diagonal.shape[1], 1 if grid.pair_limit is None else 2
-    pair = np.broadcast_to(np.arange(columns) // width, diagonal.shape)
-    largest = np.maximum.reduceat(diagonal, np.arange(0, columns, width), axis=1).repeat(width, axis=1)[:, :columns]
-    largest[:, columns - columns % width :] = 0
+def _order(diagonal: Array, width: int) -> Array:
+    """The columns in the order they are rounded, by group; the `width` columns of a pair stay together."""
+    largest = diagonal.reshape(len(diagonal), -1, width).max(axis=2).repeat(width, axis=1)
+    pair = np.broadcast_to(np.arange(diagonal.shape[1]) // width, diagonal.shape)
     return np.lexsort((-diagonal, pair, -largest), axis=1)
 
 
-def _root(moments: Array, order: Array) -> Array:
-    """Upper triangular V with V V' = the ordered, damped moments; a column without input gets a moment of one."""
+def _root(moments: Array, order: Array, damping: Array) -> Array:
+    """Upper triangular V with V V' = the ordered moments, `damping` (groups,) added; or one where nothing comes in."""
     turned = order[:, ::-1]
     damped = moments[np.arange(len(order))[:, None, None], turned[:, :, None], turned[:, None, :]]
     diagonal = np.einsum("gkk->gk", damped)
-    damping = DAMPING * diagonal.mean(axis=1, keepdims=True)
-    diagonal += np.where(diagonal + damping > 0, damping, 1.0)
+    diagonal += np.where(damping > 0, damping, 1.0)[:, None]
     return np.linalg.cholesky(damped)[:, ::-1, ::-1]
 
 
@@ -166,18 +162,19 @@ def _shares(ratio: Array, diagonal: Array) -> Array:
 
 
 def _block(scaled: Array, carried: Array, ratio: Array, share: Array, grid: Grid) -> Array:
-    """Codes of some columns; `carried` is what they make up for, `ratio` (columns, columns, groups, 1) what they hand on.
+    """Codes of columns: `carried` is what they make up for, `ratio` (columns, columns, groups, 1) what they hand on.
 
     The first of a pair makes room for the second, which takes what is left.
     """
     aim, codes = scaled + carried, np.empty_like(scaled)
     limit, fmt = grid.pair_limit, grid.format
     for k in range(len(aim)):
-        target = aim[k]
-        low, high = (fmt.qmin, fmt.qmax) if limit is None or k % 2 == 0 else _left(codes[k - 1], limit, fmt)
-        if limit is not None and k % 2 == 0 and k + 1 < len(aim):
+        target, low, high = aim[k], fmt.qmin, fmt.qmax
+        if limit is not None and k % 2 == 0:
             second = aim[k + 1] + ratio[k, k + 1] * (scaled[k] - target)
             target = _with_room(target, second, share[k], limit, fmt)
+        elif limit is not None:
+            low, high = np.maximum(low, -limit - codes[k - 1]), np.minimum(high, limit - codes[k - 1])
         codes[k] = np.clip(np.rint(target), low, high)
         aim[k + 1 :] += ratio[k, k + 1 :] * (scaled[k] - codes[k])
     return codes

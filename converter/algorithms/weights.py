@@ -26,9 +26,10 @@ LEAST_COLUMNS, MOST_COLUMNS = 1024, 8192
 
 @dataclass(frozen=True)
 class Options:
-    """How weights are rounded: with error compensation, or each to its nearest code."""
+    """How weights are rounded: with error compensation or each to its nearest code; on scales that are powers of two."""
 
     compensate: bool = True
+    power_of_two: bool = False
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,8 @@ def _rounded(layer: _Layer, plan: QuantPlan, walk: Walk, options: Options) -> Qu
     importance = np.einsum("gkk->gk", moments)
     scale = search_scales(matrix, importance, grid, wanted.axis is not None)
     scale = np.maximum(scale, _scale_floor(layer, plan, scale)).astype(np.float32).astype(np.float64)
+    if options.power_of_two:
+        scale = np.exp2(np.ceil(np.log2(scale)))
     codes = (
         compensated(matrix, scale, moments, grid) if options.compensate else nearest(matrix / scale[..., None], grid)
     )

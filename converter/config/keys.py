@@ -29,7 +29,8 @@ ActivationQuantMethod = Literal[
 ]
 InputType = Literal["IMAGE", "BIN", "NPY"]
 ImageFormat = Literal["RGB", "GRAY", "BGR"]
-TargetDevice = Literal["CPU", "NVGPU", "DSP"]
+TargetDevice = Literal["CPU", "CPU_VNNI", "ARM", "OPENVINO", "NVGPU", "DSP"]
+WeightRounding = Literal["GPTQ", "NEAREST"]
 ResizeMethod = Literal["NEAREST", "LINEAR", "CUBIC"]
 
 QUANT_TYPES: tuple[QuantType, ...] = get_args(QuantType)
@@ -182,6 +183,43 @@ class FullQuantParam:
         default=True,
         metadata=_key(boolean(), "One scale for every output channel of a weight; false: one for a weight.", _FULL),
     )
+    weight_rounding: WeightRounding = field(
+        default="GPTQ",
+        metadata=_key(
+            one_of(*get_args(WeightRounding)),
+            "GPTQ rounds weights so that errors cancel out in the layer's output, NEAREST each by itself.",
+            _FULL,
+        ),
+    )
+    equalize: bool = field(
+        default=True,
+        metadata=_key(
+            boolean(), "Even out the channels of neighbouring layers before rounding, where per_channel = false.", _FULL
+        ),
+    )
+    overflow_safe: bool = field(
+        default=True,
+        metadata=_key(
+            boolean(), "Keep weights small enough that no x86 processor's 8-bit kernels saturate (target CPU).", _FULL
+        ),
+    )
+    power_of_two_scale: bool = field(
+        default=False,
+        metadata=_key(boolean(), "Make every scale a power of two, for hardware that shifts.", _FULL),
+    )
+    require_full_integer: bool = field(
+        default=False,
+        metadata=_key(boolean(), "Fail, naming the nodes, where any node would stay float.", _FULL),
+    )
+    max_drop: float | None = field(
+        default=None,
+        metadata=_key(
+            number_between(0, 1, 0.01),
+            "Most that the output may lose over the calibration data: of its cosine similarity, or of the share of "
+            "right answers if label_file is given; the fewest nodes that achieve it stay float. Unset: no bound.",
+            _FULL,
+        ),
+    )
     target_device: TargetDevice | None = field(
         default=None,
         metadata=_key(
@@ -212,6 +250,14 @@ class DataPreprocessParam:
         metadata=_key(
             one_of(*get_args(InputType)),
             "Type of the files: pictures, raw buffers or NumPy arrays; required for FULL_QUANT.",
+            _FULL,
+        ),
+    )
+    label_file: Path | None = field(
+        default=None,
+        metadata=_key(
+            path("labels.csv"),
+            "CSV with a line `file,label` for every calibration file; label is a class index.",
             _FULL,
         ),
     )
