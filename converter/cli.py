@@ -16,6 +16,7 @@ from converter.errors import QConvertError, UsageError
 from converter.job import Job, Shape
 
 T = TypeVar("T")
+DATA_TYPES = ("DEFAULT", "FLOAT", "FLOAT32", "UINT8", "INT8")
 
 
 class Terminal:
@@ -36,6 +37,11 @@ class Terminal:
         """A line for --verbose."""
         if self.verbose:
             click.echo(text, err=True)
+
+    def tell(self, text: str) -> None:
+        """A line of the result, unless quiet."""
+        if not self.quiet:
+            click.echo(text)
 
     def warn(self, text: str) -> None:
         """A line that starts with WARNING."""
@@ -79,6 +85,8 @@ def _shapes(text: str) -> dict[str, Shape]:
 @click.option("--configFile", "config", required=True, type=click.Path(path_type=Path), help="INI file, see README.")
 @click.option("--inputShape", "shapes", default="", help="Shapes of dynamic inputs: name:1,3,224,224;name2:…")
 @click.option("--inputDataFormat", "layout", type=click.Choice(["NCHW", "NHWC"]), help="Layout of 4-D image inputs.")
+@click.option("--inputDataType", "input_type", type=click.Choice(DATA_TYPES), help="Integers: the model takes pixels.")
+@click.option("--outputDataType", "output_type", type=click.Choice(DATA_TYPES), help="Integers: the model gives codes.")
 @click.option("--fp16", type=click.Choice(["on", "off"]), default="off", help="Store other constants as float16.")
 @click.option("--dry-run", is_flag=True, help="Print the plan, every node and tensor with its reason; run nothing.")
 @click.option("--quiet", is_flag=True, help="Print the result line, warnings and errors only.")
@@ -95,6 +103,8 @@ def command(fmk: str, model: Path, output: str | None, config: Path, shapes: str
         config=load_config(config),
         input_shapes=_shapes(shapes),
         input_format=flags["layout"],
+        input_type=flags["input_type"] or "DEFAULT",
+        output_type=flags["output_type"] or "DEFAULT",
         fp16=flags["fp16"] == "on",
     )
     run(job, Terminal(flags["quiet"], flags["verbose"]), dry=flags["dry_run"])

@@ -11,13 +11,14 @@ from calib import CalibError
 from calib.images import ImageOptions
 from calib.samples import Dataset, Folder, InputSpec, open_dataset
 from calib.session import CPU_PROVIDERS
+from converter.config import DataPreprocessParam
 from converter.errors import ConfigError, DataError, ModelError
 from converter.job import Job, Resources, Watch
 
 
-def open_data(model: ir.Model, job: Job, watch: Watch) -> Dataset:
-    """The calibration samples; raises DataError, and warns of files that cannot be used."""
-    wanted = job.config.preprocess
+def open_data(model: ir.Model, job: Job, watch: Watch, wanted: DataPreprocessParam | None = None) -> Dataset:
+    """The calibration samples as the config, or `wanted`, describes them; raises DataError, and warns of files that cannot be used."""
+    wanted = wanted or job.config.preprocess
     image = ImageOptions(
         to_format=wanted.image_to_format,
         mean=wanted.normalize_mean,

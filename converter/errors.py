@@ -1,10 +1,10 @@
 """What can go wrong, as one tree; every message is one sentence that says what to change.
 
-    QConvertError        exit code 1: bad input
-    ├── ConfigError      the INI file: names file, line, section and key
-    ├── ModelError       the ONNX file: names the node or tensor
-    ├── DataError        the calibration data: names the folder or file
-    └── UsageError       exit code 2: wrong flags
+QConvertError        exit code 1: bad input
+├── ConfigError      the INI file: names file, line, section and key
+├── ModelError       the ONNX file: names the node or tensor
+├── DataError        the calibration data: names the folder or file
+└── UsageError       exit code 2: wrong flags
 """
 
 from __future__ import annotations

@@ -7,8 +7,8 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-from calib.affine import UINT8
-from calib.ranges import RANGE_METHODS, RangeMethod, RangeSpec
+from calib.affine import INT8, UINT8
+from calib.ranges import RANGE_METHODS, RangeMethod, RangeSpec, range_of
 from calib.samples import Dataset
 from converter.algorithms.weights import Options, decide_weights, products
 from converter.cache import observe_with_cache
@@ -17,11 +17,12 @@ from converter.checks import check
 from converter.compare import TensorError, compare
 from converter.config import Config
 from converter.data import open_data, resources_of
+from converter.edges import TYPES, Pixels, fold_normalisation, give_integers, take_integers
 from converter.emit.qdq import emit
 from converter.errors import ConfigError
 from converter.job import Job, Resources, Watch
 from converter.layerwise import Walk
-from converter.model import saved
+from converter.model import is_float, saved
 from converter.placement import Wishes, build_plan
 from converter.plan import QuantPlan
 from converter.sensitivity import fewest, output_drop, read_labels, sensitivities
@@ -44,7 +45,9 @@ def quantize(model: ir.Model, job: Job, watch: Watch) -> tuple[ir.Model, QuantPl
     quantized, plan, restored = work.within_drop()
     check(quantized, plan, work.target)
     _require_full_integer(plan, job.config)
-    return quantized, plan, _errors(model, quantized, plan, restored, work.data, work.resources)
+    errors = _errors(model, quantized, plan, restored, work.data, work.resources)
+    work.set_edges(quantized, job)
+    return quantized, plan, errors
 
 
 def _target(config: Config) -> Target:
@@ -71,16 +74,24 @@ class _Work:
     watch: Watch
     method: RangeMethod
     evidence: Evidence
+    pixels: Pixels | None
 
     @classmethod
     def of(cls, model: ir.Model, job: Job, watch: Watch) -> _Work:
-        full = job.config.full_quant
-        plan, data, resources = make_plan(model, job), open_data(model, job, watch), resources_of(job)
+        full, wanted_data = job.config.full_quant, job.config.preprocess
+        pixels = None
+        if job.input_type in TYPES and wanted_data.input_type == "IMAGE":
+            pixels = fold_normalisation(model, wanted_data)
+            wanted_data = pixels.preprocess(wanted_data)
+        plan, data, resources = make_plan(model, job), open_data(model, job, watch, wanted_data), resources_of(job)
         method = RANGE_METHODS[full.activation_quant_method]
         means = products(model.graph, plan) if full.bias_correction else {}
-        wanted = Wanted(tuple(plan.groups()), means, method.needs_histogram, method.needs_samples)
+        outputs = [v.name or "" for v in model.graph.outputs if job.output_type in TYPES and is_float(v)]
+        wanted = Wanted(
+            tuple(dict.fromkeys([*plan.groups(), *outputs])), means, method.needs_histogram, method.needs_samples
+        )
         evidence = observe_with_cache(model, wanted, data, resources, watch, job.config.common.calibration_cache)
-        return cls(model, job.config, _target(job.config), data, resources, watch, method, evidence)
+        return cls(model, job.config, _target(job.config), data, resources, watch, method, evidence, pixels)
 
     def within_drop(self) -> Attempt:
         """The attempt that keeps the fewest nodes float and loses no more than max_drop."""
@@ -121,7 +132,21 @@ class _Work:
     def _with_ranges(self, plan: QuantPlan) -> QuantPlan:
         full = self.config.full_quant
         spec = RangeSpec(UINT8, False, full.power_of_two_scale, full.outlier_ratio)
-        return plan.with_qparams(activation_qparams(plan, self.evidence.statistics, self.method, spec))
+        plan = plan.with_qparams(activation_qparams(plan, self.evidence.statistics, self.method, spec))
+        if self.pixels is None or self.target.activation != UINT8:
+            return plan
+        inputs = {value.name for value in self.model.graph.inputs}
+        return plan.with_qparams({group: self.pixels.qparams for group in plan.groups() if group in inputs})
+
+    def set_edges(self, quantized: ir.Model, job: Job) -> None:
+        """Gives the quantized model the input and output types that the flags ask for."""
+        for value in [v for v in quantized.graph.inputs if job.input_type in TYPES and is_float(v)]:
+            take_integers(quantized, value.name or "", job.input_type, self.pixels)
+        for value in [v for v in quantized.graph.outputs if job.output_type in TYPES and is_float(v)]:
+            name, fmt = value.name or "", INT8 if job.output_type == "INT8" else UINT8
+            spec = RangeSpec(fmt, False, self.config.full_quant.power_of_two_scale)
+            q = spec.qparams(range_of(self.method, self.evidence.statistics[name], spec))
+            self.watch.tell(give_integers(quantized, name, job.output_type, q))
 
 
 def _mixed_concats(plan: QuantPlan) -> dict[str, str]:

@@ -22,6 +22,8 @@ class Job:
     config: Config
     input_shapes: Mapping[str, Shape] = field(default_factory=dict)
     input_format: str | None = None
+    input_type: str = "DEFAULT"
+    output_type: str = "DEFAULT"
     fp16: bool = False
 
 
@@ -43,6 +45,9 @@ class Watch(Protocol):
     def say(self, text: str) -> None:
         """A detail for those who want to follow."""
 
+    def tell(self, text: str) -> None:
+        """A sentence that belongs to the result."""
+
     def warn(self, text: str) -> None:
         """One sentence the user should know."""
 
@@ -55,6 +60,9 @@ class Silent:
         yield from items
 
     def say(self, text: str) -> None:
+        """Ignored."""
+
+    def tell(self, text: str) -> None:
         """Ignored."""
 
     def warn(self, text: str) -> None:

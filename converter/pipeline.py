@@ -73,6 +73,7 @@ def _check_built(config: Config) -> None:
     quant_type = config.common.quant_type
     missing = (
         (quant_type not in MODES, f"quant_type = {quant_type}", f"write quant_type = {' or '.join(MODES)}"),
+        (config.common.bit_num == 0, "bit_num = 0", "write a number of bits from 1 to 16"),
         (config.common.debug_info_save_path, "debug_info_save_path", "remove the line"),
     )
     for asked, key, advice in missing:

@@ -51,10 +51,9 @@ class _Unit:
 
     @property
     def weight_index(self) -> int | None:
-        """Where the constant weight stands: at the table's index or, in a MatMul, on the other side."""
-        sides = {self.rule.weight, *(self.rule.data or ())} if self.anchor else set()
-        indices = sorted((i for i in sides if i is not None), reverse=True)
-        return next((i for i in indices if constant(self.node.inputs[i]) is not None), None)
+        """Where the constant weight stands; on the left of a MatMul, kernels take a constant as they take activations."""
+        index = self.rule.weight
+        return index if index is not None and constant(self.node.inputs[index]) is not None else None
 
     @property
     def data(self) -> list[ir.Value]:
@@ -229,8 +228,7 @@ def _weight_plan(unit: _Unit, target: Target, wishes: Wishes) -> WeightPlan | No
     index = unit.weight_index
     if index is None:
         return None
-    # Runtimes take one scale a channel only where the table says that the weight stands.
-    axis = unit.rule.channel_axis(unit.node) if wishes.per_channel and index == unit.rule.weight else None
+    axis = unit.rule.channel_axis(unit.node) if wishes.per_channel else None
     pair_limit = target.pair_limit if unit.rule.pairs(unit.node) else None
     return WeightPlan(unit.node.inputs[index].name or "", index, target.weight, axis, pair_limit)
 

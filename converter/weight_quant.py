@@ -46,7 +46,10 @@ def _node_plan(node: ir.Node, job: Job) -> NodePlan:
     common, name = job.config.common, node.name or ""
     wishes = Wishes(common.skip_quant_node, common.skip_quant_type)
     axes = weights_of(node)
-    weights = {i: WeightPlan(node.inputs[i].name or "", i, IntFormat(common.bit_num or 8, False), axis) for i, axis in axes.items()}
+    weights = {
+        i: WeightPlan(node.inputs[i].name or "", i, IntFormat(common.bit_num or 8, False), axis)
+        for i, axis in axes.items()
+    }
     reason = skipped(node, wishes) or _obstacle(node, weights, job)
     if reason:
         return NodePlan(name, node.op_type, False, reason)
@@ -54,8 +57,15 @@ def _node_plan(node: ir.Node, job: Job) -> NodePlan:
     first, *further = weights.values()
     data = next((v.name or "" for i, v in enumerate(node.inputs) if v is not None and i not in weights), "")
     return NodePlan(
-        name, node.op_type, True, f"weights in {common.bit_num} bits", inputs=(data,),
-        absorbed=(add.name or "",) if add else (), weight=first, further=tuple(further))
+        name,
+        node.op_type,
+        True,
+        f"weights in {common.bit_num} bits",
+        inputs=(data,),
+        absorbed=(add.name or "",) if add else (),
+        weight=first,
+        further=tuple(further),
+    )
 
 
 def _obstacle(node: ir.Node, weights, job: Job) -> str | None:

@@ -8,6 +8,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from graphs import frozen, node, normal, prepared, run, types
+from onnx_ir.passes.common import RemoveUnusedNodesPass
 
 from calib.affine import INT8_NARROW, UINT8, QParams, Range, qparams_of, quantize
 from converter.emit.integer_edges import feed_integers, hand_out_integers
@@ -79,12 +80,13 @@ def quantized(graph, feeds, target=CPU, **wishes):
 
 
 def kernels(model, tmp_path):
-    """The operators that ONNX Runtime runs."""
+    """The operators that ONNX Runtime runs, but for changes of the memory layout."""
     options = ort.SessionOptions()
     options.optimized_model_filepath = str(tmp_path / "optimized.onnx")
     options.log_severity_level = 4
     ort.InferenceSession(frozen(model), options, providers=["CPUExecutionProvider"])
-    return sorted(n.op_type for n in onnx.load(tmp_path / "optimized.onnx").graph.node)
+    found = [n.op_type for n in onnx.load(tmp_path / "optimized.onnx").graph.node]
+    return sorted(op for op in found if op != "Transpose")
 
 
 # --- the numbers -----------------------------------------------------------------------------------------------------
@@ -150,7 +152,11 @@ KERNELS = {
     "[n] a = Conv (x, w, b)  y = Relu (a)": ["QLinearConv"],
     "[n] a = Conv (x, w)  y = Clip (a, zero, six)": ["QLinearConv"],
     "[n] y = Conv <group=4> (x, depthwise)": ["QLinearConv"],
-    "a = Conv (x, w)  p = MaxPool <kernel_shape=[2,2]> (a)  y = Conv (p, v)": ["MaxPool", "QLinearConv", "QLinearConv"],
+    "a = Conv (x, w)  p = MaxPool <kernel_shape=[2,2]> (a)  y = Conv (p, v)": [
+        "NhwcMaxPool",
+        "QLinearConv",
+        "QLinearConv",
+    ],
     "a = Conv (x, w)  p = Conv (a, point)  s = Add (p, a)  r = Relu (s)  y = Conv (r, v)": [
         *("QLinearAdd", "QLinearConv", "QLinearConv", "QLinearConv"),
     ],
@@ -171,6 +177,7 @@ KERNELS = {
         *("QLinearAveragePool", "QLinearConv", "QLinearConv"),
     ],
     "a = Conv (x, w)  p = Pad (a, edges)  y = Conv (p, v)": ["Pad", "QLinearConv", "QLinearConv"],
+    "p = Pad (x, edges)  y = Conv (p, v)": ["Pad", "QLinearConv"],
     'a = Conv (x, w)  p = Resize <mode="nearest"> (a, , scales)  y = Conv (p, v)': [
         "QLinearConv",
         "QLinearConv",
@@ -182,6 +189,7 @@ KERNELS = {
 @pytest.mark.parametrize("nodes", KERNELS)
 def test_the_runtime_runs_integer_kernels(nodes, tmp_path):
     model, plan, after = quantized(f"{HEAD} {{ {nodes} }}", IMAGE)
+    RemoveUnusedNodesPass()(after)  # what was restored for the comparison with the float model alone
     edges = {"QuantizeLinear", "DequantizeLinear"}
     assert [op for op in kernels(after, tmp_path) if op not in edges] == sorted(KERNELS[nodes])
     # One conversion at the input, one at the output.
@@ -197,7 +205,7 @@ def test_the_runtime_runs_integer_kernels(nodes, tmp_path):
     [
         ("[n] y = Gemm (x, k, b)", ["QGemm"]),
         ("[n] y = Gemm <transB=1> (x, k)", ["QGemm"]),
-        ("a = MatMul (x, k)  s = Add (a, b)  y = Relu (s)", ["QGemm"]),
+        ("a = MatMul (x, k)  s = Add (a, b)  y = Relu (s)", ["QGemm", "Relu"]),
         ("a = Gemm (x, k, b)  r = Relu (a)  y = Gemm (r, m)", ["QGemm", "QGemm"]),
         ("[n] y = MatMul (x, k)", ["MatMulIntegerToFloat"]),
         ("[n] y = MatMul (left, x)", ["MatMulIntegerToFloat"]),
@@ -312,6 +320,7 @@ def test_a_bias_is_int32_in_units_of_the_products(operator):
     # Clipped at the old range where the shift leads beyond it.
     middle = np.abs(before + shift.reshape(4, 1, 1)) < 0.5 * np.abs(before).max()
     error = run(model, IMAGE)["y"] - before - shift.reshape(4, 1, 1)
+    assert middle.sum() > 50
     assert np.abs(error[middle]).max() < 0.1
 
 
@@ -386,3 +395,17 @@ def test_an_integer_output_that_is_read_on():
     found = run(after, IMAGE)
     np.testing.assert_array_equal(found["a"], codes_of(before["a"], plan.params("a")))
     np.testing.assert_array_equal(found["y"], before["y"])
+
+
+def test_integers_fed_to_an_operator_that_runs_bare():
+    graph = (
+        "g (float[1,4,8,8] x) => (float[] y, float[] z) { p = Pad (x, edges)  y = Conv (p, w)  [float] z = Neg (x) }"
+    )
+    _, plan, after = quantized(graph, IMAGE)
+    expected = run(after, IMAGE)["y"]
+    feed_integers(after.graph, "x")
+    q = plan.params("x")
+    codes = codes_of(IMAGE["x"], q)
+    found = run(after, {"x": codes})
+    np.testing.assert_array_equal(found["y"], expected)
+    np.testing.assert_allclose(found["z"], -(codes - np.float64(q.zero_point)) * q.scale, rtol=1e-6)

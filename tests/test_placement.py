@@ -232,14 +232,18 @@ def test_all_outputs_of_a_split_behind_an_anchor_share_its_group():
     assert [plan.tensors[name].group for name in ("a", "l", "r")] == ["a", "a", "a"]
 
 
-@pytest.mark.parametrize(
-    ("operands", "index", "axis"), [("x, k", 1, 1), ("k, x", 0, None)], ids=["weight right", "weight left"]
-)
-def test_a_product_takes_its_weight_from_either_side(operands, index, axis):
-    plan = plan_of(f"g (float[4,4] x) => (float[] y) {{ [n] y = MatMul ({operands}) }}")
-    (unit,) = plan.units()
-    assert unit.weight == WeightPlan("k", index, INT8_NARROW, axis, 128)
+def test_a_product_with_its_weight_on_the_right():
+    (unit,) = plan_of(f"{ROWS} {{ [n] y = MatMul (x, k) }}").units()
+    assert unit.weight == WeightPlan("k", 1, INT8_NARROW, 1, 128)
     assert unit.inputs == ("x",)
+
+
+def test_a_constant_on_the_left_of_a_product_is_an_activation():
+    plan = plan_of("g (float[4,3] x) => (float[] y) { [n] y = MatMul (k, x) }")
+    (unit,) = plan.units()
+    assert unit.weight is None
+    assert unit.inputs == ("k", "x")
+    assert plan.tensors["k"].format == UINT8
 
 
 def test_a_product_of_two_activations_is_integer_without_a_weight():

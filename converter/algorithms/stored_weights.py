@@ -41,7 +41,11 @@ class _ChannelView:
     axis: int | None
 
     def matrix(self, weight: Array) -> Array:
-        return weight.reshape(1, 1, -1) if self.axis is None else np.moveaxis(weight, self.axis, 0).reshape(1, weight.shape[self.axis], -1)
+        return (
+            weight.reshape(1, 1, -1)
+            if self.axis is None
+            else np.moveaxis(weight, self.axis, 0).reshape(1, weight.shape[self.axis], -1)
+        )
 
     def weight(self, matrix: Array) -> Array:
         if self.axis is None:
@@ -68,9 +72,7 @@ def store_by_weights(model: ir.Model, plan: QuantPlan, watch: Watch) -> QuantPla
     return replace(plan, stored=stored)
 
 
-def store_by_outputs(
-    model: ir.Model, plan: QuantPlan, data: Dataset, resources: Resources, watch: Watch
-) -> QuantPlan:
+def store_by_outputs(model: ir.Model, plan: QuantPlan, data: Dataset, resources: Resources, watch: Watch) -> QuantPlan:
     """The plan with every layer's weights fitted to its outputs, and biases that keep their means."""
     plan = store_by_weights(model, plan, watch)
     walk = Walk(model, plan, data, resources, partial(emit_stored, write=as_floats))
@@ -103,7 +105,9 @@ def _layer(plan, unit, node, array, view, walk, float_walk) -> QuantPlan:
         return plan
     index = OPS[unit.op_type].bias
     bias = _bias_of(node, unit)
-    shift = float_walk.mean_product(unit, array, plan) - walk.mean_product(unit, dequantize(weight.codes, weight.qparams), plan)
+    shift = float_walk.mean_product(unit, array, plan) - walk.mean_product(
+        unit, dequantize(weight.codes, weight.qparams), plan
+    )
     return plan.with_weights({}, {unit.name: bias + shift})
 
 
@@ -121,10 +125,13 @@ def _has_bias(unit: NodePlan) -> bool:
 
 def _joint(x: Array, reference: Array, centered: bool) -> tuple[Array, Array]:
     """E[x x'] and E[reference x'] over drawn inputs (groups, drawn, columns), about their means where `centered`."""
+    both = np.concatenate([x, reference], axis=2)
     if centered:
-        x, reference = x - x.mean(axis=1, keepdims=True), reference - reference.mean(axis=1, keepdims=True)
-    left = x.transpose(0, 2, 1)
-    return tuple((np.matmul(y.transpose(0, 2, 1), x) / x.shape[1]).astype(np.float64) for y in (x, reference))
+        both -= both.mean(axis=1, keepdims=True)
+    # One product of an array with itself: BLAS has a fast way for it, for many small groups above all.
+    sums = np.matmul(both.transpose(0, 2, 1), both) / np.float32(x.shape[1])
+    size = x.shape[2]
+    return sums[:, :size, :size].astype(np.float64), sums[:, size:, :size].astype(np.float64)
 
 
 def _target(weight: Array, moments: Array, cross: Array) -> Array:

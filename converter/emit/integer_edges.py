@@ -10,7 +10,7 @@ def feed_integers(graph: ir.Graph, name: str) -> None:
     old = next(value for value in graph.inputs if value.name == name)
     quantize = next(use.node for use in old.uses() if use.node.op_type == "QuantizeLinear")
     codes = quantize.outputs[0]
-    restored = next(use.node for use in codes.uses()).outputs[0]
+    restored = next(use.node for use in codes.uses() if use.node.op_type == "DequantizeLinear").outputs[0]
     for use in list(old.uses()):
         if use.node is not quantize:
             use.node.replace_input_with(use.idx, restored)

@@ -148,9 +148,7 @@ class _Emitter:
         self, op_type: str, inputs: list[ir.Value], name: str, suffix: str, attributes: dict[str, int]
     ) -> ir.Node:
         output = ir.Value(name=self.names.fresh(f"{name}_{suffix}"))
-        return ir.node(
-            op_type, inputs, attributes, name=self.names.fresh(f"{name}_{op_type}"), outputs=[output]
-        )
+        return ir.node(op_type, inputs, attributes, name=self.names.fresh(f"{name}_{op_type}"), outputs=[output])
 
     def _drop_unread_constants(self) -> None:
         outputs = set(self.graph.outputs)
@@ -164,5 +162,3 @@ def bias_qparams(data: QParams, weight: QuantizedWeight, size: int) -> QParams:
     scale = (data.scale * weight.qparams.scale).astype(np.float32)
     scale = np.broadcast_to(scale, (size,)).copy()
     return QParams(scale, np.zeros(size, np.int32), INT32, axis=0)
-
-

@@ -30,6 +30,4 @@ def _set_shape(value: ir.Value, shape: tuple[int | None, ...]) -> None:
     if not fits:
         msg = f"--inputShape: input '{value.name}' has the shape {list(old or ())}, which {list(shape)} contradicts."
         raise UsageError(msg)
-    value.shape = ir.Shape(
-        [was if now is None else now for was, now in zip(old or shape, shape, strict=True)]
-    )
+    value.shape = ir.Shape([was if now is None else now for was, now in zip(old or shape, shape, strict=True)])

@@ -1,0 +1,158 @@
+"""Who may import whom, who may touch which files, and how large the product may grow: read from the sources."""
+
+from __future__ import annotations
+
+import ast
+import sys
+from collections.abc import Iterator
+from graphlib import TopologicalSorter
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGES = ("calib", "converter")
+FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
+MOST_LINES, MOST_LINES_OF_A_FILE = 6000, 400
+
+# Modules import from their own layer and those above it.
+LAYERS = (
+    {"errors"},
+    {"config"},
+    {"model", "plan", "targets", "job"},
+    {"ops"},
+    {"prepare", "emit", "placement"},
+    {"data", "calibrate", "cache", "compare"},
+    {"algorithms", "layerwise", "sensitivity", "checks"},
+    {"full_quant", "weight_quant"},
+    {"pipeline"},
+    {"report"},
+    {"cli"},
+    {"__main__"},
+)
+RANK = {name: rank for rank, layer in enumerate(LAYERS) for name in layer}
+
+
+def module_of(path: Path) -> str:
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+MODULES = {module_of(path): path for path in FILES}
+
+
+def tree_of(path: Path) -> ast.Module:
+    return ast.parse(path.read_text(encoding="utf-8"))
+
+
+def imports_of(path: Path) -> Iterator[str]:
+    """The full names of the modules that `path` imports, anywhere in it."""
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: write absolute imports"
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                yield full if full in MODULES else str(node.module)
+
+
+def top(module: str) -> str:
+    return module.split(".")[0]
+
+
+def layer_name(module: str) -> str:
+    """`prepare` of `converter.prepare.names`."""
+    return module.split(".")[1]
+
+
+def calls_of(path: Path) -> set[str]:
+    """What `path` calls: 'print', 'ir.save', '.SerializeToString'."""
+    found = set()
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
+            found.add(node.func.id)
+        elif isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute):
+            owner = node.func.value.id if isinstance(node.func.value, ast.Name) else ""
+            found |= {f"{owner}.{node.func.attr}", f".{node.func.attr}"}
+    return found
+
+
+def callers_of(*names: str) -> set[str]:
+    return {module for module, path in MODULES.items() if calls_of(path) & set(names)}
+
+
+def importers_of(*names: str) -> set[str]:
+    return {m for m, path in MODULES.items() if any(top(i) in names or i in names for i in imports_of(path))}
+
+
+def test_the_sources_are_found():
+    assert {"calib.affine", "converter.cli", "converter.prepare", "converter.prepare.names"} <= set(MODULES)
+    assert "converter.prepare.names" in set(imports_of(MODULES["converter.prepare"]))
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if top(m) == "calib"])
+def test_calib_stands_alone(module):
+    allowed = {"calib", "numpy", "onnxruntime", "PIL", *sys.stdlib_module_names}
+    assert {top(name) for name in imports_of(MODULES[module])} <= allowed
+
+
+@pytest.mark.parametrize("module", [m for m in MODULES if m.startswith("converter.")])
+def test_imports_point_to_earlier_layers(module):
+    name = layer_name(module)
+    assert name in RANK, f"give {module} a place in LAYERS"
+    for imported in imports_of(MODULES[module]):
+        if imported.startswith("converter."):
+            assert RANK[layer_name(imported)] <= RANK[name], f"{module} imports {imported}"
+
+
+def test_no_module_imports_itself_in_a_circle():
+    # What is imported for type checkers alone does not count.
+    graph = {module: set(imports_of(path)) & set(MODULES) - {module} for module, path in MODULES.items()}
+    TopologicalSorter(graph).prepare()
+
+
+@pytest.mark.parametrize("package", ["prepare", "emit"])
+def test_graph_changes_know_only_the_tables(package):
+    for module in MODULES:
+        if module.startswith(f"converter.{package}."):
+            known = {layer_name(i) for i in imports_of(MODULES[module]) if i.startswith("converter.")}
+            assert known <= {"errors", "model", "ops", "plan", "targets"}, f"{module} imports {known}"
+
+
+def test_what_help_needs_is_light():
+    heavy = {"onnx", "onnx_ir", "onnxscript", "onnxruntime", "numpy"}
+    for module, path in MODULES.items():
+        if module.startswith(("converter.config", "converter.errors", "converter.job", "converter.targets")):
+            light = module != "converter.targets"  # formats come with numpy
+            assert not {top(i) for i in imports_of(path)} & (heavy if light else heavy - {"numpy"}), module
+
+
+def test_only_model_reads_and_writes_model_files():
+    names = ("ir.save", "ir.load", "onnx.save", "onnx.save_model", "onnx.load", "onnx.load_model", ".SerializeToString")
+    assert callers_of(*names) == {"converter.model"}
+
+
+def test_only_config_reads_ini():
+    assert importers_of("configparser") <= {m for m in MODULES if m.startswith("converter.config")}
+    assert importers_of("converter.config.reader", "converter.config.grammar") <= {
+        m for m in MODULES if m.startswith("converter.config")
+    }
+    assert callers_of("load_config") == {"converter.cli"}
+
+
+def test_only_the_command_line_talks_and_exits():
+    assert callers_of("print", "input", "exit", "sys.exit", "click.echo") <= {
+        "converter.cli",
+        "converter.config.__main__",
+    }
+    assert importers_of("click") == {"converter.cli"}
+
+
+@pytest.mark.parametrize("module", MODULES)
+def test_no_file_is_long(module):
+    assert len(MODULES[module].read_text(encoding="utf-8").splitlines()) < MOST_LINES_OF_A_FILE
+
+
+def test_the_product_is_small():
+    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in FILES) < MOST_LINES
