@@ -25,6 +25,7 @@ from converter.layerwise import Walk
 from converter.model import is_float, saved
 from converter.placement import Wishes, build_plan
 from converter.plan import QuantPlan
+from converter.prepare.equalize import EqualizePass
 from converter.sensitivity import fewest, output_drop, read_labels, sensitivities
 from converter.targets import TARGETS, Target
 
@@ -79,6 +80,8 @@ class _Work:
     @classmethod
     def of(cls, model: ir.Model, job: Job, watch: Watch) -> _Work:
         full, wanted_data = job.config.full_quant, job.config.preprocess
+        if full.equalize and not full.per_channel:
+            EqualizePass()(model)
         pixels = None
         if job.input_type in TYPES and wanted_data.input_type == "IMAGE":
             pixels = fold_normalisation(model, wanted_data)

@@ -23,7 +23,7 @@ LAYERS = (
     {"ops"},
     {"prepare", "emit", "placement"},
     {"data", "calibrate", "cache", "compare"},
-    {"algorithms", "layerwise", "sensitivity", "checks"},
+    {"algorithms", "layerwise", "sensitivity", "checks", "edges"},
     {"full_quant", "weight_quant"},
     {"pipeline"},
     {"report"},
@@ -149,10 +149,15 @@ def test_only_the_command_line_talks_and_exits():
     assert importers_of("click") == {"converter.cli"}
 
 
+def lines_of(path: Path) -> int:
+    """Lines with anything on them, so that nobody saves blank ones."""
+    return sum(bool(line.strip()) for line in path.read_text(encoding="utf-8").splitlines())
+
+
 @pytest.mark.parametrize("module", MODULES)
 def test_no_file_is_long(module):
-    assert len(MODULES[module].read_text(encoding="utf-8").splitlines()) < MOST_LINES_OF_A_FILE
+    assert lines_of(MODULES[module]) < MOST_LINES_OF_A_FILE
 
 
 def test_the_product_is_small():
-    assert sum(len(path.read_text(encoding="utf-8").splitlines()) for path in FILES) < MOST_LINES
+    assert sum(map(lines_of, FILES)) < MOST_LINES

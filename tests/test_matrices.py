@@ -52,7 +52,7 @@ CONVOLUTIONS = {
     "unequal kernel": ((1, 3, 5, 6), (2, 3, 1, 4), {}),
     "same upper": ((1, 2, 6, 7), (3, 2, 3, 4), {"auto_pad": "SAME_UPPER", "strides": [2, 3]}),
     "same lower": ((1, 2, 6, 7), (3, 2, 4, 2), {"auto_pad": "SAME_LOWER", "strides": [1, 2]}),
-    "same, kernel below stride": ((1, 2, 7, 7), (3, 2, 1, 1), {"auto_pad": "SAME_UPPER", "strides": [3, 2]}),
+    "same, kernel below stride": ((1, 2, 8, 8), (3, 2, 1, 1), {"auto_pad": "SAME_UPPER", "strides": [3, 2]}),
     "valid": ((1, 2, 6, 7), (3, 2, 3, 2), {"auto_pad": "VALID", "strides": [2, 2]}),
     "groups": ((2, 6, 4, 5), (9, 2, 2, 3), {"group": 3, "pads": [1, 0, 0, 1]}),
     "depthwise": ((1, 5, 6, 6), (5, 1, 3, 3), {"group": 5, "pads": [1, 1, 1, 1], "strides": [2, 2]}),

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 from graphs import normal, prepared
 
-from calib.affine import INT8_NARROW, UINT8
+from calib.affine import INT8, INT8_NARROW, UINT8
 from converter.placement import Wishes, build_plan
 from converter.plan import WeightPlan
-from converter.targets import CPU
+from converter.targets import CPU, TARGETS
 
 HEAD = "g (float[1,4,8,8] x) => (float[] y)"
 ROWS = "g (float[3,4] x) => (float[] y)"
@@ -28,15 +28,16 @@ CONSTANTS = {
     "b": normal(4),
     "c": normal(1, 4, 1, 1),
     "scalar": np.float32(0.3),
+    "edges": np.array([0, 0, 1, 1, 0, 0, 1, 1]),
     "zero": np.float32(0),
     "one": np.float32(1),
     "six": np.float32(6),
 }
 
 
-def plan_of(graph, **wishes):
+def plan_of(graph, target=CPU, **wishes):
     """The plan of a graph that may use any of the constants; preparation removes the others."""
-    return build_plan(prepared(graph, **CONSTANTS).graph, CPU, Wishes(**wishes))
+    return build_plan(prepared(graph, **CONSTANTS).graph, target, Wishes(**wishes))
 
 
 def integers(plan):
@@ -305,3 +306,57 @@ def test_a_product_whose_reader_is_float_hands_out_float():
 def test_a_convolution_always_hands_out_integers():
     plan = plan_of(f"{HEAD} {{ [one] a = Conv (x, w)  y = Softmax (a) }}")
     assert set(plan.tensors) == {"x", "a"}
+
+
+def test_what_later_findings_keep_float_says_why():
+    plan = plan_of(CHAIN, kept_float={"block2_conv": "too sensitive"})
+    assert integers(plan) == ["block1_conv"]
+    assert plan.nodes["block2_conv"].reason == "too sensitive"
+
+
+def test_padding_with_zeros_between_anchors_runs_bare():
+    graph = f"{HEAD} {{ [conv] a = Conv (x, w)  [pad] p = Pad (a, edges)  y = Conv (p, v) }}"
+    plan = plan_of(graph)
+    assert plan.nodes["pad"].bare
+    assert not plan.nodes["conv"].bare
+    assert plan.tensors["p"].group == "a"
+    assert (
+        plan_of(graph.replace("edges)", "edges, one)")).nodes["pad"].reason == "it pads with something else than zero"
+    )
+
+
+RESIDUAL = """[one] a = Conv (x, w)  [two] p = Conv (a, point)  [sum] s = Add (p, a)  [relu] r = Relu (s)
+              [last] y = Conv (r, v)"""
+
+
+@pytest.mark.parametrize(
+    ("target", "tensors"),
+    [
+        ("CPU", {"x", "a", "p", "r", "y"}),
+        ("OPENVINO", {"x", "a", "r"}),  # `p` is added to inside the convolution, `y` is read by nothing
+        ("NVGPU", {"x", "a", "r"}),
+        ("DSP", {"x", "a", "p", "r", "y"}),
+    ],
+)
+def test_where_a_residual_sum_runs_inside_the_convolution_its_result_is_not_converted(target, tensors):
+    plan = plan_of(f"{HEAD} {{ {RESIDUAL} }}", TARGETS[target])
+    assert integers(plan) == ["one", "two", "sum", "last"]
+    assert set(plan.tensors) == tensors
+
+
+def test_formats_and_biases_are_the_target_s():
+    graph = f"{HEAD} {{ [n] y = Conv (x, w, b) }}"
+    formats = {name: plan_of(graph, target).tensors["x"] for name, target in TARGETS.items()}
+    assert {name for name, plan in formats.items() if plan.symmetric} == {"NVGPU"}
+    assert {name for name, plan in formats.items() if plan.format == INT8} == {"NVGPU"}
+    units = {name: plan_of(graph, target).nodes["n"] for name, target in TARGETS.items()}
+    assert {name for name, unit in units.items() if unit.integer_bias} == {"CPU", "CPU_VNNI", "ARM", "DSP"}
+    assert {name for name, unit in units.items() if unit.weight.pair_limit} == {"CPU", "OPENVINO"}
+
+
+def test_a_target_where_everything_pays_takes_tails_and_heads():
+    nodes = (
+        "[head] h = Tanh (x)  [conv] a = Conv (h, w)  [pool] p = GlobalAveragePool (a)  [soft] y = Softmax <axis=1> (p)"
+    )
+    assert integers(plan_of(f"{HEAD} {{ {nodes} }}", TARGETS["DSP"])) == ["head", "conv", "pool", "soft"]
+    assert integers(plan_of(f"{HEAD} {{ {nodes} }}")) == ["conv"]

@@ -4,7 +4,7 @@ from itertools import product
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calib.affine import INT8, INT8_NARROW, IntFormat
@@ -93,6 +93,7 @@ def test_a_pair_gives_way_by_equal_parts(pair, codes):
     assert nearest(np.array(pair, float), PAIRED).tolist() == list(codes)
 
 
+@settings(deadline=None)
 @given(grids(), st.lists(st.floats(-300, 300), min_size=2, max_size=2))
 def test_nearest_is_the_nearest_pair_of_all(grid, pair):
     scaled = np.array(pair) * grid.format.qmax / 127
@@ -102,6 +103,7 @@ def test_nearest_is_the_nearest_pair_of_all(grid, pair):
     assert np.square(codes - scaled).sum() <= best * (1 + 1e-9) + 1e-9
 
 
+@settings(deadline=None)
 @given(grids(), st.lists(st.floats(-1e30, 1e30), min_size=1, max_size=9), st.sampled_from([np.float32, np.float64]))
 def test_nearest_never_breaks_the_bound(grid, scaled, dtype):
     scaled = np.array(scaled, dtype)
@@ -198,12 +200,14 @@ def test_compensated_is_close_to_the_best_of_all_codes(limit, columns):
     assert found.sum() < 1.25 * best.sum()
 
 
+@settings(deadline=None)
 @given(grids(), SEEDS, st.integers(1, 3), st.integers(1, 3), st.integers(1, 70), st.floats(0.01, 3))
 def test_compensated_never_breaks_the_bound(grid, seed, groups, rows, columns, size):
     weight, moments = problem(seed, groups, rows, columns, size * grid.format.qmax)
     assert_on_grid(compensated(weight, ones(weight), moments, grid), grid)
 
 
+@settings(deadline=None)
 @given(SEEDS, st.sampled_from([PLAIN, PAIRED]), st.integers(1, 40))
 def test_without_inputs_compensated_is_nearest(seed, grid, columns):
     weight, _ = problem(seed, groups=2, columns=columns, size=60)
@@ -211,6 +215,7 @@ def test_without_inputs_compensated_is_nearest(seed, grid, columns):
     assert np.array_equal(compensated(weight, ones(weight), silent, grid), nearest(weight, grid))
 
 
+@settings(deadline=None)
 @given(SEEDS, st.integers(1, 40))
 def test_inputs_that_always_move_together_are_no_trouble(seed, columns):
     weight, _ = problem(seed, columns=columns, size=60)

@@ -84,6 +84,12 @@ def _sums(bits: int) -> Array:
     return np.kron(2.0 ** np.arange(bits)[:, None], difference).astype(np.float32)
 
 
+def _half_if_exact(array: Array) -> Array:
+    with np.errstate(over="ignore"):
+        half = array.astype(np.float16)
+    return half if np.array_equal(half, array) else array
+
+
 class _Chain:
     """Nodes one behind the other."""
 
@@ -97,8 +103,7 @@ class _Chain:
 
     def cast(self, what: str, array: Array) -> ir.Value:
         """The constant `array` as float32, stored in the narrower type it has, or in float16 if that loses nothing."""
-        half = array.astype(np.float16)
-        narrow = half if array.dtype == np.float32 and np.array_equal(half, array) else array
+        narrow = _half_if_exact(array) if array.dtype == np.float32 else array
         value = add_constant(self.graph, self.names.fresh(f"{self.name}_{what}"), narrow)
         return value if narrow.dtype == np.float32 else self._node("Cast", [value], {"to": ir.DataType.FLOAT})
 

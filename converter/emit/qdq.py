@@ -91,6 +91,9 @@ class _Emitter:
         node.outputs[0].type = ir.TensorType(zero_point.dtype)  # type: ignore[arg-type]
         quantize_again.outputs[0].replace_all_uses_with(node.outputs[0])
         self.graph.remove(quantize_again, safe=True)
+        if not restore.outputs[0].uses():
+            self.graph.remove(restore, safe=True)
+            self.restored = {name: value for name, value in self.restored.items() if value.producer() is not restore}
 
     # --- weights and biases ------------------------------------------------------------------------------------------
 

@@ -1,0 +1,73 @@
+"""Float16 storage: half the bytes, the same numbers to float16's precision, and nothing that float16 cannot hold."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+from graphs import assert_same, build, frozen, normal, run, types
+
+from converter.emit.half import store_constants_as_half
+from converter.model import values_by_name
+
+X = {"x": normal(3, 16)}
+HEAD = "g (float[3,16] x) => (float[M,N] y)"
+
+
+def halved(graph, **constants):
+    model = build(f"{HEAD} {{ {graph} }}", **constants)
+    before = frozen(model)
+    store_constants_as_half(model)
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
+    return before, model
+
+
+def test_large_constants_are_stored_in_half_the_bytes():
+    weight = normal(16, 16)
+    before, model = halved("m = MatMul (x, w)  y = Add (m, b)", w=weight, b=normal(16))
+    assert types(model) == ["Cast", "MatMul", "Add"]
+    assert {v.name: v.dtype for v in model.graph.initializers.values()} == {
+        "w_float16": ir.DataType.FLOAT16,
+        "b": ir.DataType.FLOAT,
+    }
+    rounded = weight.astype(np.float16).astype(np.float32)
+    exact = build(f"{HEAD} {{ m = MatMul (x, w)  y = Add (m, b) }}", w=rounded, b=normal(16))
+    assert_same(exact, model, X)
+    assert len(frozen(model)) < len(before) - 16 * 16
+
+
+def test_a_constant_with_several_readers_is_stored_once():
+    _, model = halved("m = MatMul (x, w)  n = MatMul (m, w)  y = Add (n, x)", w=normal(16, 16))
+    assert types(model) == ["Cast", "MatMul", "MatMul", "Add"]
+
+
+def test_what_float16_cannot_hold_and_integers_stay():
+    large, whole = np.full((16, 16), 70000, np.float32), np.arange(256).reshape(16, 16)
+    before, model = halved("m = MatMul (x, w)  k = Cast <to=1> (i)  y = MatMul (m, k)", w=large, i=whole)
+    assert frozen(model) == before
+
+
+def test_scales_stay():
+    constants = {"q": np.ones((64, 16), np.int8), "s": np.full(64, 0.1, np.float32), "z": np.zeros(64, np.int8)}
+    before, model = halved("w = DequantizeLinear <axis=0> (q, s, z)  y = Gemm <transB=1> (x, w)", **constants)
+    assert frozen(model) == before
+
+
+def test_a_constant_that_is_an_output_keeps_its_type():
+    model = build("g (float[3,16] x) => (float[] y, float[16,16] w) { y = MatMul (x, w) }", w=normal(16, 16))
+    store_constants_as_half(model)
+    np.testing.assert_array_equal(run(model, X)["w"], normal(16, 16))
+
+
+def test_constants_of_subgraphs_and_taken_names():
+    graph = """g (float[3,16] x, bool q, float w_float16) => (float[] y) {
+        y = If (q) < then_branch = t () => (float[3,16] a)
+                       <float[1] k = {2.0}> { l = MatMul (x, w)  a = Mul (l, w_float16) },
+                     else_branch = e () => (float[3,16] b) { b = MatMul (x, w) } >
+    }"""
+    model = build(graph, w=normal(16, 16).astype(np.float16).astype(np.float32))
+    before = frozen(model)
+    store_constants_as_half(model)
+    assert "w" not in values_by_name(model.graph)
+    for q in (True, False):
+        assert_same(before, model, {**X, "q": np.array(q), "w_float16": np.array(3, np.float32)})

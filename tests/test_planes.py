@@ -1,0 +1,86 @@
+"""Bit planes: exactly N bits a weight in the file, exactly the dequantized weight in the runtime."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx
+import onnx_ir as ir
+import pytest
+from graphs import build, run
+from hypothesis import given
+from hypothesis import strategies as st
+
+from calib.affine import IntFormat, QParams
+from converter.emit.planes import PlaneWriter, to_planes
+from converter.model import weight_bytes
+from converter.plan import QuantizedWeight
+
+
+def weight_of(bits, shape, axis, seed=0):
+    rng = np.random.default_rng([seed, bits, *shape])
+    fmt = IntFormat(bits, signed=False)
+    parts = () if axis is None else (shape[axis],)
+    codes = rng.integers(0, fmt.qmax + 1, shape).astype(fmt.dtype)
+    codes.flat[:2] = [0, fmt.qmax][: codes.size]
+    zero = rng.integers(0, fmt.qmax + 1, parts).astype(fmt.dtype)
+    scale = (rng.random(parts) + 0.5).astype(np.float32)
+    return QuantizedWeight(codes, QParams(np.asarray(scale), np.asarray(zero), fmt, axis))
+
+
+def meaning(weight):
+    """(code - zero) * scale, along the axis, in float64."""
+    q, rank = weight.qparams, weight.codes.ndim
+    shape = [-1 if i == q.axis else 1 for i in range(rank)] if q.axis is not None else [1] * rank
+    zero, scale = q.zero_point.astype(np.float64).reshape(shape), q.scale.astype(np.float64).reshape(shape)
+    return (weight.codes - zero) * scale
+
+
+def written(weight):
+    """A model that adds the restored weight to its input."""
+    shape = ",".join(map(str, weight.codes.shape))
+    model = build(f"g (float[{shape}] x) => (float[{shape}] y) {{ y = Add (x, w) }}", w=np.zeros(1, np.float32))
+    value = PlaneWriter(model)(model.graph, "w", weight)
+    model.graph[len(model.graph) - 1].replace_input_with(1, value)
+    del model.graph.initializers["w"]
+    onnx.checker.check_model(ir.to_proto(model), full_check=True)
+    return model
+
+
+@pytest.mark.parametrize("axis", [None, 0, 1])
+@pytest.mark.parametrize("shape", [(8, 4), (3, 5), (4, 3, 2, 2), (1, 1)])
+@pytest.mark.parametrize("bits", range(1, 17))
+def test_the_runtime_restores_every_weight(bits, shape, axis):
+    weight = weight_of(bits, shape, axis)
+    model = written(weight)
+    for optimize in (False, True):
+        found = run(model, {"x": np.zeros(shape, np.float32)}, optimize)["y"]
+        np.testing.assert_allclose(found, meaning(weight), rtol=2e-7, atol=0)
+
+
+@pytest.mark.parametrize("bits", range(1, 17))
+def test_a_weight_takes_its_bits_in_the_file(bits):
+    size = 64 * 64
+    shared = 4 * (8 + 64 * bits + 64)  # what all weights of a model have in common, at most
+    scales = 64 * (4 + 2)
+    assert weight_bytes(written(weight_of(bits, (64, 64), 0))) <= size * bits / 8 + scales + shared
+
+
+def test_weights_of_one_model_share_what_they_have_in_common():
+    model = build("g (float[8] x) => (float[8] y) { a = Add (x, v)  y = Add (a, w) }", v=np.zeros(1), w=np.zeros(1))
+    writer = PlaneWriter(model)
+    alone = weight_bytes(model)
+    writer(model.graph, "v", weight_of(3, (8, 8), None))
+    first = weight_bytes(model) - alone
+    writer(model.graph, "w", weight_of(3, (8, 8), None, seed=1))
+    assert weight_bytes(model) - alone - first < 8 * 8 * 3 / 8 + 16 < first
+
+
+@given(
+    st.integers(1, 16).flatmap(lambda bits: st.tuples(st.just(bits), st.lists(st.integers(0, 2**bits - 1), min_size=1)))
+)
+def test_planes_hold_the_bits_of_the_codes(drawn):
+    bits, codes = drawn
+    planes = to_planes(np.array(codes, np.uint16), bits)
+    assert planes.shape == (-(-len(codes) // 8), bits, 1)
+    bit = lambda i, p: int(planes[i // 8, p, 0]) >> (i % 8) & 1  # noqa: E731
+    assert [sum(bit(i, p) << p for p in range(bits)) for i in range(len(codes))] == codes
