@@ -167,8 +167,9 @@ def bias_add(node: ir.Node) -> ir.Node | None:
         return None
     bias, shape = constant(next(v for v in add.inputs if v is not node.outputs[0])), node.outputs[0].shape
     # A bias of more dimensions than the product would add them to it.
-    fits = bias is not None and 1 <= bias.ndim <= (shape.rank() if shape else 1)
-    return add if fits and bias.size == bias.shape[-1] == weight.shape[1] else None
+    if bias is None or not 1 <= bias.ndim <= (shape.rank() if shape else 1):
+        return None
+    return add if bias.size == bias.shape[-1] == weight.shape[1] else None
 
 
 def replace_constant(node: ir.Node, index: int, array: Array, names: Names) -> None:

@@ -51,7 +51,7 @@ class _Unit:
 
     @property
     def weight_index(self) -> int | None:
-        """Where the constant weight stands; on the left of a MatMul, kernels take a constant as they take activations."""
+        """Where the constant weight stands; a constant on the left of a MatMul is an activation to kernels."""
         index = self.rule.weight
         return index if index is not None and constant(self.node.inputs[index]) is not None else None
 
@@ -129,17 +129,16 @@ def _absorbed(node: ir.Node, target: Target, wishes: Wishes) -> Iterator[ir.Node
         yield add
         node = add
     follower = only_consumer(node.outputs[0])
-    if follower and not follower.domain and follower.op_type in target.fused and not skipped(follower, wishes):
-        if clips_at_zero(follower):
-            yield follower
+    if follower and clips_at_zero(follower, target) and not skipped(follower, wishes):
+        yield follower
 
 
-def clips_at_zero(node: ir.Node) -> bool:
-    """Whether a Relu or Clip starts at zero, so that the integer type's own clipping can stand for it."""
-    if node.op_type == "Relu":
-        return True
+def clips_at_zero(node: ir.Node, target: Target) -> bool:
+    """Whether `node` is a fused Relu or Clip from zero, so that the integer type's own clipping can stand for it."""
+    if node.domain or node.op_type not in target.fused:
+        return False
     low = constant(node.inputs[1]) if len(node.inputs) > 1 else None
-    return low is not None and low.size == 1 and low.item() == 0.0
+    return node.op_type == "Relu" or (low is not None and low.size == 1 and low.item() == 0.0)
 
 
 # --- which of them pay -----------------------------------------------------------------------------------------------
@@ -226,17 +225,18 @@ def _unit_plan(unit: _Unit, target: Target, wishes: Wishes) -> NodePlan:
 
 def _weight_plan(unit: _Unit, target: Target, wishes: Wishes) -> WeightPlan | None:
     index = unit.weight_index
-    if index is None:
+    weight = None if index is None else unit.node.inputs[index]
+    if index is None or weight is None:
         return None
     axis = unit.rule.channel_axis(unit.node) if wishes.per_channel else None
     pair_limit = target.pair_limit if unit.rule.pairs(unit.node) else None
-    return WeightPlan(unit.node.inputs[index].name or "", index, target.weight, axis, pair_limit)
+    return WeightPlan(weight.name or "", index, target.weight, axis, pair_limit)
 
 
 def _bias_name(unit: _Unit) -> str | None:
     add = next((node for node in unit.absorbed if node.op_type == "Add"), None)
     if add:
-        return next(v.name for v in add.inputs if v is not unit.node.outputs[0])
+        return next(v.name for v in add.inputs if v is not None and v is not unit.node.outputs[0])
     index = unit.rule.bias
     bias = unit.node.inputs[index] if index is not None and index < len(unit.node.inputs) else None
     return bias.name if bias else None

@@ -1,4 +1,4 @@
-"""THE target table: which integer types and operators a runtime computes on, how its kernels overflow, what it refuses."""
+"""THE target table: which integer types and operators a runtime computes on, how its kernels overflow."""
 
 from __future__ import annotations
 

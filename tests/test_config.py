@@ -15,6 +15,7 @@ from converter.config.keys import SECTIONS
 from converter.errors import ConfigError
 
 COMMON, MIXED = "common_quant_param", "mixed_bit_weight_quant_param"
+WEIGHT = "weight_quant_param"
 FULL, DATA = "full_quant_param", "data_preprocess_param"
 WEIGHT_ONLY = "[common_quant_param]\nquant_type=WEIGHT_QUANT\n"
 FULL_QUANT = """[common_quant_param]
@@ -39,6 +40,14 @@ MISTAKES = {
     (COMMON, "thread_num"): [(bad, "integer from 1 to 1024") for bad in ("0", "-1", "all")],
     (MIXED, "init_scale"): [(bad, "above 0 and below 1") for bad in ("0", "1", "nan", "inf", "-0.1", "1" * 400, "0,5")],
     (MIXED, "auto_tune"): [(bad, "true or false") for bad in ("yes", "1")],
+    (MIXED, "min_cosine"): [(bad, "above 0 and below 1") for bad in ("1", "-1", "99%")],
+    (MIXED, "search"): [("GREEDY", "ERROR or SENSITIVITY")],
+    (MIXED, "target_ratio"): [(bad, "above 1 and below 32") for bad in ("1", "0.5", "32")],
+    (WEIGHT, "dequant_strategy"): [("NEVER", "ON_LOAD or ON_THE_FLY")],
+    (WEIGHT, "per_channel"): [("no", "true or false")],
+    (WEIGHT, "bias_correction"): [("on", "true or false")],
+    (WEIGHT, "quant_strategy"): [("KL", "MAX_MIN or GPTQ")],
+    (WEIGHT, "block_size"): [(bad, "power of two from 16 to 256") for bad in ("8", "48", "512", "x")],
     (FULL, "activation_quant_method"): [("MINMAX_", "MAX_MIN, KL or REMOVAL_OUTLIER")],
     (FULL, "bias_correction"): [("on", "true or false")],
     (FULL, "per_channel"): [("no", "true or false")],

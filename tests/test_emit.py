@@ -1,4 +1,4 @@
-"""Emitting: the quantized graph computes what its scales say, in integer kernels, behind the same inputs and outputs."""
+"""Emitting: the quantized graph computes what its scales say, in integer kernels, behind the same names."""
 
 from __future__ import annotations
 
@@ -7,76 +7,14 @@ import onnx
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
+from emitted import CONSTANTS, HEAD, IMAGE, ROWS, TABLE, decided, quantized
 from graphs import frozen, node, normal, prepared, run, types
-from onnx_ir.passes.common import RemoveUnusedNodesPass
 
-from calib.affine import INT8_NARROW, UINT8, QParams, Range, qparams_of, quantize
-from converter.emit.integer_edges import feed_integers, hand_out_integers
+from calib.affine import INT8_NARROW, UINT8, QParams
 from converter.emit.qdq import bias_qparams, emit
-from converter.model import constant, saved, values_by_name
-from converter.placement import Wishes, build_plan
+from converter.model import constant, saved
 from converter.plan import QuantizedWeight
-from converter.targets import CPU, TARGETS
-
-HEAD = "g (float[1,4,8,8] x) => (float[] y)"
-ROWS = "g (float[3,4] x) => (float[] y)"
-IMAGE, TABLE = {"x": normal(1, 4, 8, 8)}, {"x": normal(3, 4)}
-CONSTANTS = {
-    "w": normal(4, 4, 3, 3) / 6,
-    "v": normal(4, 4, 3, 3, seed=1) / 6,
-    "point": normal(4, 4, 1, 1) / 2,
-    "depthwise": normal(4, 1, 3, 3),
-    "k": normal(4, 4) / 2,
-    "m": normal(4, 4, seed=1) / 2,
-    "left": normal(3, 3),
-    "wide": normal(36, 5) / 6,
-    "b": normal(4),
-    "five": normal(5),
-    "c": normal(1, 4, 1, 1),
-    "scalar": np.float32(0.7),
-    "zero": np.float32(0),
-    "six": np.float32(6),
-    "edges": np.array([0, 0, 1, 1, 0, 0, 1, 1]),
-    "scales": np.array([1, 1, 2, 2], np.float32),
-}
-
-
-def by_range(array, fmt, symmetric, axis=None):
-    others = None if axis is None else tuple(i for i in range(array.ndim) if i != axis)
-    return qparams_of(Range(array.min(others), array.max(others)), fmt, symmetric, axis)
-
-
-def decided(model, feeds, target=CPU, **wishes):
-    """A plan with ranges of one sample and nearest rounding."""
-    plan = build_plan(model.graph, target, Wishes(**wishes))
-    values = values_by_name(model.graph)
-    with saved(model, [name for name in plan.tensors if values[name].producer()]) as path:
-        seen = {**feeds, **run(path.read_bytes(), feeds)}
-    qparams = {}
-    for group, tensor in plan.groups().items():
-        array = constant(values[group])
-        qparams[group] = by_range(seen[group] if array is None else array, tensor.format, tensor.symmetric)
-    weights, biases = {}, {}
-    for unit in plan.units():
-        if unit.weight:
-            array = constant(values[unit.weight.name])
-            q = by_range(array, unit.weight.format, True, unit.weight.axis)
-            weights[unit.name] = QuantizedWeight(quantize(array, q), q)
-        if unit.bias:
-            biases[unit.name] = constant(values[unit.bias]).reshape(-1)
-    return plan.with_qparams(qparams).with_weights(weights, biases)
-
-
-def quantized(graph, feeds, target=CPU, **wishes):
-    """The float model, the plan and the emitted model, which the ONNX checker accepts."""
-    model = prepared(graph, **CONSTANTS)
-    plan = decided(model, feeds, target, **wishes)
-    after = model.clone()
-    emit(after, plan)
-    onnx.checker.check_model(ir.to_proto(after), full_check=True)
-    assert [v.name for v in after.graph.inputs] == [v.name for v in model.graph.inputs]
-    assert [v.name for v in after.graph.outputs] == [v.name for v in model.graph.outputs]
-    return model, plan, after
+from converter.targets import TARGETS
 
 
 def kernels(model, tmp_path):
@@ -100,7 +38,7 @@ def on_grid(x, scale, zero_point, low=0, high=255):
 @pytest.mark.parametrize("per_channel", [True, False])
 def test_products_are_what_the_scales_say(per_channel):
     graph = f"{ROWS} {{ [one] a = Gemm (x, k, b)  r = Relu (a)  [two] y = Gemm <transB=1> (r, m) }}"
-    model, plan, after = quantized(graph, TABLE, per_channel=per_channel)
+    model, _, after = quantized(graph, TABLE, per_channel=per_channel)
     k, b, m = CONSTANTS["k"], CONSTANTS["b"], CONSTANTS["m"]
     x, scale = TABLE["x"].astype(np.float64), np.float64(np.float32((TABLE["x"].max() - TABLE["x"].min()) / 255))
     x_hat = on_grid(x, scale, np.rint(-x.min() / scale))
@@ -189,7 +127,6 @@ KERNELS = {
 @pytest.mark.parametrize("nodes", KERNELS)
 def test_the_runtime_runs_integer_kernels(nodes, tmp_path):
     model, plan, after = quantized(f"{HEAD} {{ {nodes} }}", IMAGE)
-    RemoveUnusedNodesPass()(after)  # what was restored for the comparison with the float model alone
     edges = {"QuantizeLinear", "DequantizeLinear"}
     assert [op for op in kernels(after, tmp_path) if op not in edges] == sorted(KERNELS[nodes])
     # One conversion at the input, one at the output.
@@ -213,7 +150,7 @@ def test_the_runtime_runs_integer_kernels(nodes, tmp_path):
     ],
 )
 def test_products_run_in_integer_kernels(nodes, expected, tmp_path):
-    model, plan, after = quantized(f"{ROWS} {{ {nodes} }}", TABLE)
+    model, _, after = quantized(f"{ROWS} {{ {nodes} }}", TABLE)
     found = kernels(after, tmp_path)
     assert [op for op in found if op not in {"QuantizeLinear", "DequantizeLinear"}] == expected
     np.testing.assert_allclose(run(after, TABLE, optimize=True)["y"], run(model, TABLE)["y"], atol=0.1)
@@ -221,8 +158,8 @@ def test_products_run_in_integer_kernels(nodes, expected, tmp_path):
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 def test_every_target_gives_a_model_that_is_close(target):
-    nodes = """a = Conv (x, w, b)  r = Relu (a)  p = Conv (r, point)  s = Add (p, r)  q = MaxPool <kernel_shape=[2,2]> (s)
-               t = Conv (q, v)  u = Sigmoid (t)  y = GlobalAveragePool (u)"""
+    nodes = """a = Conv (x, w, b)  r = Relu (a)  p = Conv (r, point)  s = Add (p, r)
+               q = MaxPool <kernel_shape=[2,2]> (s)  t = Conv (q, v)  u = Sigmoid (t)  y = GlobalAveragePool (u)"""
     model, plan, after = quantized(f"{HEAD} {{ {nodes} }}", IMAGE, target)
     assert len(plan.units()) >= 4
     for optimize in (False, True):
@@ -238,7 +175,7 @@ def count(model, op_type):
 
 def test_a_graph_output_that_is_read_on_keeps_its_name():
     graph = "g (float[1,4,8,8] x) => (float[] a, float[] y) { [one] a = Conv (x, w)  [two] y = Conv (a, v) }"
-    model, plan, after = quantized(graph, IMAGE)
+    model, _, after = quantized(graph, IMAGE)
     found = run(after, IMAGE)
     np.testing.assert_allclose(found["a"], run(model, IMAGE)["a"], atol=0.1)
     assert node(after, "two").inputs[0] is after.graph.outputs[0]
@@ -290,8 +227,8 @@ def test_constant_operands_are_stored_as_integers():
 
 
 def test_a_tied_weight_is_stored_once():
-    graph = "g (float[1,4,8,8] x) => (float[] y, float[] z) { [one] y = Conv (x, w)  [two] a = Relu (x)  [three] z = Conv (a, w) }"
-    _, _, after = quantized(graph, IMAGE)
+    nodes = "[one] y = Conv (x, w)  [two] a = Relu (x)  [three] z = Conv (a, w)"
+    _, _, after = quantized(f"g (float[1,4,8,8] x) => (float[] y, float[] z) {{ {nodes} }}", IMAGE)
     large = [v.name for v in after.graph.initializers.values() if v.const_value.size == CONSTANTS["w"].size]
     assert large == ["w_quantized"]
     assert constant(after.graph.initializers["w_quantized"]).dtype == np.int8
@@ -333,8 +270,8 @@ def test_one_scale_serves_a_bias_of_many_channels():
 
 
 def test_the_names_of_restored_tensors_are_returned():
-    graph = "g (float[1,4,8,8] x) => (float[] a, float[] y) { a = Conv (x, w)  p = MaxPool <kernel_shape=[2,2]> (a)  y = Conv (p, v) }"
-    model = prepared(graph, **CONSTANTS)
+    nodes = "a = Conv (x, w)  p = MaxPool <kernel_shape=[2,2]> (a)  y = Conv (p, v)"
+    model = prepared(f"g (float[1,4,8,8] x) => (float[] a, float[] y) {{ {nodes} }}", **CONSTANTS)
     plan = decided(model, IMAGE)
     floats = {name: run(model, IMAGE).get(name) for name in ("a", "y")}
     restored = emit(model, plan)
@@ -348,64 +285,17 @@ def test_the_names_of_restored_tensors_are_returned():
 
 def test_names_that_are_taken_are_left_alone():
     graph = """g (float[1,4,8,8] x, float[1,4,8,8] x_quantized) => (float[] y_float, float[] y) {
-        [x_QuantizeLinear] x_dequantized = Neg (x_quantized)  [w_scale] y_float = Abs (x_dequantized)  y = Conv (x, w) }"""
+        [x_QuantizeLinear] x_dequantized = Neg (x_quantized)
+        [w_scale] y_float = Abs (x_dequantized)
+        y = Conv (x, w)
+    }"""
     feeds = {**IMAGE, "x_quantized": normal(1, 4, 8, 8, seed=5)}
     model, _, after = quantized(graph, feeds)
     np.testing.assert_array_equal(run(after, feeds)["y_float"], np.abs(feeds["x_quantized"]))
     np.testing.assert_allclose(run(after, feeds)["y"], run(model, feeds)["y"], atol=0.1)
 
 
-# --- integer edges ---------------------------------------------------------------------------------------------------
-
-
-def codes_of(x, q):
-    return np.clip(np.rint(x.astype(np.float64) / q.scale) + q.zero_point, 0, 255).astype(np.uint8)
-
-
-def test_integers_in_and_out_are_the_codes_of_the_floats():
-    _, plan, after = quantized(f"{HEAD} {{ a = Conv (x, w, b)  y = Relu (a) }}", IMAGE)
-    expected = run(after, IMAGE)["y"]
-    feed_integers(after.graph, "x")
-    hand_out_integers(after.graph, "y")
-    assert [(v.name, v.dtype) for v in (*after.graph.inputs, *after.graph.outputs)] == [
-        ("x", ir.DataType.UINT8),
-        ("y", ir.DataType.UINT8),
-    ]
-    for optimize in (False, True):
-        found = run(after, {"x": codes_of(IMAGE["x"], plan.params("x"))}, optimize)["y"]
-        assert np.abs(found.astype(int) - codes_of(expected, plan.params("y"))).max() <= (1 if optimize else 0)
-    onnx.checker.check_model(ir.to_proto(after), full_check=True)
-
-
-def test_float_readers_of_an_integer_input_read_what_its_codes_mean():
-    graph = "g (float[1,4,8,8] x) => (float[] y, float[] z) { y = Conv (x, w)  [float] z = Neg (x) }"
-    _, plan, after = quantized(graph, IMAGE)
-    feed_integers(after.graph, "x")
-    q = plan.params("x")
-    codes = codes_of(IMAGE["x"], q)
-    found = run(after, {"x": codes})
-    np.testing.assert_allclose(found["z"], -(codes - np.float64(q.zero_point)) * q.scale, rtol=1e-6)
-
-
-def test_an_integer_output_that_is_read_on():
-    graph = "g (float[1,4,8,8] x) => (float[] a, float[] y) { a = Conv (x, w)  y = Conv (a, v) }"
-    _, plan, after = quantized(graph, IMAGE)
-    before = run(after, IMAGE)
-    hand_out_integers(after.graph, "a")
-    found = run(after, IMAGE)
-    np.testing.assert_array_equal(found["a"], codes_of(before["a"], plan.params("a")))
-    np.testing.assert_array_equal(found["y"], before["y"])
-
-
-def test_integers_fed_to_an_operator_that_runs_bare():
-    graph = (
-        "g (float[1,4,8,8] x) => (float[] y, float[] z) { p = Pad (x, edges)  y = Conv (p, w)  [float] z = Neg (x) }"
-    )
-    _, plan, after = quantized(graph, IMAGE)
-    expected = run(after, IMAGE)["y"]
-    feed_integers(after.graph, "x")
-    q = plan.params("x")
-    codes = codes_of(IMAGE["x"], q)
-    found = run(after, {"x": codes})
-    np.testing.assert_array_equal(found["y"], expected)
-    np.testing.assert_allclose(found["z"], -(codes - np.float64(q.zero_point)) * q.scale, rtol=1e-6)
+def test_a_graph_output_in_front_of_an_operator_that_runs_bare():
+    graph = "g (float[1,4,8,8] x) => (float[] a, float[] y) { a = Conv (x, w)  p = Pad (a, edges)  y = Conv (p, v) }"
+    model, _, after = quantized(graph, IMAGE)
+    np.testing.assert_allclose(run(after, IMAGE)["a"], run(model, IMAGE)["a"], atol=0.1)

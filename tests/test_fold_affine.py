@@ -128,7 +128,8 @@ def test_division_by_zero_stays():
 
 
 def test_a_chain_folds_whole():
-    chain = "c = Conv (x, w)  d = Mul (c, k)  e = BatchNormalization (d, gamma, beta, mean, var)  f = Sub (e, k)  y = Relu (f)"
+    chain = """c = Conv (x, w)  d = Mul (c, k)  e = BatchNormalization (d, gamma, beta, mean, var)
+               f = Sub (e, k)  y = Relu (f)"""
     model = fold(f"{IMAGE} {{ {chain} }}", w=normal(6, 4, 3, 3), k=positive(6, 1, 1), **batch_norm(6))
     assert types(model) == ["Conv", "Relu"]
     assert model.graph[0].outputs[0].name == "f"

@@ -104,8 +104,8 @@ def test_a_bias_that_differs_from_row_to_row_stays(shape):
 
 
 def test_operands_computed_at_run_time_stay():
-    graph = "g (float[3,4] x, float[4] c) => (float[] y, float[] z) { y = Gemm <alpha=2.0> (x, w, c)  z = Gemm <beta=2.0> (w, x) }"
-    graph = graph.replace("(w, x)", "<transB=1> (w, x)").replace("<beta=2.0> <transB=1>", "<beta=2.0, transB=1>")
+    nodes = "y = Gemm <alpha=2.0> (x, w, c)  z = Gemm <beta=2.0, transB=1> (w, x)"
+    graph = f"g (float[3,4] x, float[4] c) => (float[] y, float[] z) {{ {nodes} }}"
     normalized(graph, False, {"x": normal(3, 4), "c": normal(4)}, **WEIGHT)
 
 

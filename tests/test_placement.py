@@ -96,7 +96,8 @@ def test_an_activation_inside_a_subgraph_is_not_absorbed():
     assert plan_of(graph).nodes["conv"].absorbed == ()
 
 
-CHAIN = f"{HEAD} {{ [block1_conv] a = Conv (x, w)  [block1_relu] b1 = Relu (a)  [block2_conv] c1 = Conv (b1, v)  [block2_relu] y = Relu (c1) }}"
+CHAIN = f"""{HEAD} {{ [block1_conv] a = Conv (x, w)  [block1_relu] b1 = Relu (a)
+                   [block2_conv] c1 = Conv (b1, v)  [block2_relu] y = Relu (c1) }}"""
 
 
 @pytest.mark.parametrize(

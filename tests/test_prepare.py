@@ -127,7 +127,8 @@ def test_large_weights_are_computed_too():
 
 
 def test_shapes_of_static_inputs_are_computed():
-    nodes = "s = Shape (x)  n = Gather (s, zero)  t = Unsqueeze (n, axes)  u = Concat <axis=0> (t, minus)  y = Reshape (x, u)"
+    nodes = """s = Shape (x)  n = Gather (s, zero)  t = Unsqueeze (n, axes)
+               u = Concat <axis=0> (t, minus)  y = Reshape (x, u)"""
     constants = {"zero": np.array(0), "axes": np.array([0]), "minus": np.array([-1])}
     model = build(f"g (float[2,4,3] x) => (float[] y) {{ {nodes} }}", **constants)
     assert types(prepare(apply(fold_constants_pass(), model, {"x": normal(2, 4, 3)}))) == ["Reshape"]

@@ -1,9 +1,9 @@
-"""Weights as codes on a grid of their own for every row: w = scale (code - zero), zero any number.
+"""Weights as codes on a grid of their own for every row: w = scale (code - zero).
 
 Weights are matrices (groups, rows, columns) as in `matrices`. Codes and grid are found in turn: with the codes fixed,
 the best scale and zero of a row are a least squares problem of two unknowns; with the grid fixed, error-compensating
 rounding finds codes, and coordinate descent, which moves one code at a time to its optimum given all others, betters
-them. The error is that of the outputs, e' M e with M the inputs' second moments, or of the weights where M is unknown.
+them. The error of a row e is e' M e, that of the outputs, with M the inputs' second moments; without M it is e' e.
 """
 
 from __future__ import annotations
@@ -37,17 +37,31 @@ class Rows:
         """The weights they stand for."""
         return (self.codes - self.zero[..., None]) * self.scale[..., None]
 
+    def relative_error(self, weight: Array, moments: Array | None) -> float:
+        """What of the outputs, or of the weights, is error: |W x - V x| / |W x| over all rows."""
+        norms = [np.vdot(x, x if moments is None else np.matmul(x, moments)) for x in (self.values() - weight, weight)]
+        return float(np.sqrt(norms[0] / norms[1])) if norms[1] > 0 else 0.0
 
-def fit(weight: Array, moments: Array | None, fmt: IntFormat, per_row: bool) -> Rows:
-    """`weight` (groups, rows, columns) on unsigned codes of `fmt`; `moments` are (groups, columns, columns) or None."""
+
+@dataclass(frozen=True)
+class Grids:
+    """Which grids may be used: unsigned `format`, one for every row or one for all, integer zeros only or any."""
+
+    format: IntFormat
+    per_row: bool = True
+    integer_zero: bool = False
+
+
+def fit(weight: Array, moments: Array | None, grids: Grids) -> Rows:
+    """The codes of `weight` (groups, rows, columns); `moments` are (groups, columns, columns) or None."""
     importance = np.ones(weight.shape[::2]) if moments is None else np.einsum("gkk->gk", moments)
-    rows = _first(weight, importance, fmt, per_row)
+    rows = _first(weight, importance, grids)
     if moments is not None:
         moments = _damped(moments)
         shifted = weight + (rows.scale * rows.zero)[..., None]
-        rows = replace(rows, codes=compensated(shifted, rows.scale, moments, Grid(fmt)))
-    for _ in range(ROUNDS if fmt.bits < HALF_BITS else 1):
-        rows = _descended(weight, moments, _refitted(weight, moments, rows, fmt, per_row), fmt)
+        rows = replace(rows, codes=compensated(shifted, rows.scale, moments, Grid(grids.format)))
+    for _ in range(ROUNDS if grids.format.bits < HALF_BITS else 1):
+        rows = _descended(weight, moments, _refitted(weight, moments, rows, grids), grids.format)
     return rows
 
 
@@ -57,50 +71,53 @@ def _damped(moments: Array) -> Array:
     return moments + (share + (diagonal + share <= 0))[..., None] * np.eye(moments.shape[1])
 
 
-def _first(weight: Array, importance: Array, fmt: IntFormat, per_row: bool) -> Rows:
+def _first(weight: Array, importance: Array, grids: Grids) -> Rows:
     """Nearest codes on the best of grids around the middle of each row's weights."""
-    axis = 2 if per_row else None
+    axis = 2 if grids.per_row else None
     low, high = (np.broadcast_to(f(weight, axis=axis), weight.shape[:2]) for f in (np.min, np.max))
-    found, least = None, np.full(weight.shape[:2], np.inf)
-    for share in SHARES if fmt.bits < 2 * HALF_BITS else SHARES[:1]:
-        rows = _on_grid(weight, share * (high - low) / fmt.qmax, (high + low) / 2, fmt)
-        error = np.matmul((rows.values() - weight) ** 2, importance[..., None])[..., 0]
-        error = error if per_row else np.full_like(error, error.sum())
-        better, least = error < least, np.minimum(error, least)
-        found = rows if found is None else _chosen(better, rows, found)
-    assert found is not None
-    return found
+    tried = [_grid(share * (high - low), (high + low) / 2, grids) for share in SHARES]
+    errors = np.stack([_error(weight, importance, *grid, grids.format) for grid in tried])
+    if not grids.per_row:
+        errors = np.broadcast_to(errors.sum(axis=(1, 2), keepdims=True), errors.shape)
+    scale, zero = (np.choose(errors.argmin(axis=0), numbers) for numbers in zip(*tried, strict=True))
+    return Rows(_nearest(weight, scale, zero, grids.format), scale, zero)
 
 
-def _on_grid(weight: Array, scale: Array, middle: Array, fmt: IntFormat) -> Rows:
-    scale, zero = _storable(scale, fmt.qmax / 2 - middle / np.where(scale > 0, scale, 1.0), fmt)
-    return Rows(_nearest(weight, scale, zero, fmt), scale, zero)
+def _grid(width: Array, middle: Array, grids: Grids) -> tuple[Array, Array]:
+    """Scale and zero of grids as wide as `width` about `middle`; without width, `middle` itself is one of their values."""
+    qmax = grids.format.qmax
+    wide = width > SMALLEST_SCALE * qmax
+    scale = np.where(wide, width / qmax, np.where(middle == 0, 1.0, np.abs(middle)))
+    return _storable(scale, np.where(wide, qmax / 2, qmax // 2) - middle / scale, grids)
+
+
+def _error(weight: Array, importance: Array, scale: Array, zero: Array, fmt: IntFormat) -> Array:
+    errors = Rows(_nearest(weight, scale, zero, fmt), scale, zero).values() - weight
+    weighted: Array = np.matmul(errors**2, importance[..., None])[..., 0]
+    return weighted
 
 
 def _nearest(weight: Array, scale: Array, zero: Array, fmt: IntFormat) -> Array:
     return np.clip(np.rint(weight / scale[..., None] + zero[..., None]), fmt.qmin, fmt.qmax)
 
 
-def _chosen(take: Array, new: Rows, old: Rows) -> Rows:
-    codes = np.where(take[..., None], new.codes, old.codes)
-    return Rows(codes, np.where(take, new.scale, old.scale), np.where(take, new.zero, old.zero))
-
-
-def _storable(scale: Array, zero: Array, fmt: IntFormat) -> tuple[Array, Array]:
-    """The nearest numbers of the type they are stored in; float16 where its range allows."""
-    scale = np.where(scale < SMALLEST_SCALE, 1.0, scale)
-    small = scale.min() < np.finfo(np.float16).smallest_normal or scale.max() > 60000 or np.abs(zero).max() > 2048
-    dtype = np.float32 if fmt.bits > HALF_BITS or small else np.float16
+def _storable(scale: Array, zero: Array, grids: Grids) -> tuple[Array, Array]:
+    """The nearest grid that the file holds: float16 where its range allows."""
+    if grids.integer_zero:
+        zero = np.clip(np.rint(zero), 0, grids.format.qmax)
+    half = np.finfo(np.float16)
+    fits = half.smallest_normal <= scale.min() and max(scale.max(), np.abs(zero).max()) <= half.max
+    dtype = np.float16 if fits and grids.format.bits <= HALF_BITS else np.float32
     return scale.astype(dtype).astype(np.float64), zero.astype(dtype).astype(np.float64)
 
 
-def _refitted(weight: Array, moments: Array | None, rows: Rows, fmt: IntFormat, per_row: bool) -> Rows:
+def _refitted(weight: Array, moments: Array | None, rows: Rows, grids: Grids) -> Rows:
     """The same codes on the grids with the least error: weight = scale code + offset, by least squares."""
     codes, ones = rows.codes, np.ones_like(rows.codes)
     m_codes, m_ones = (x if moments is None else np.matmul(x, moments) for x in (codes, ones))
     sums = [(a * b).sum(axis=2) for a, b in ((codes, m_codes), (codes, m_ones), (ones, m_ones))]
     sums += [(weight * m).sum(axis=2) for m in (m_codes, m_ones)]
-    if not per_row:
+    if not grids.per_row:
         sums = [np.full_like(x, x.sum()) for x in sums]
     qq, q1, one, qw, w1 = sums
     determinant = qq * one - q1**2
@@ -109,7 +126,7 @@ def _refitted(weight: Array, moments: Array | None, rows: Rows, fmt: IntFormat, 
     scale, offset = (one * qw - q1 * w1) / determinant, (qq * w1 - q1 * qw) / determinant
     safe &= scale > SMALLEST_SCALE
     scale = np.where(safe, scale, rows.scale)
-    return Rows(codes, *_storable(scale, np.where(safe, -offset / scale, rows.zero), fmt))
+    return Rows(codes, *_storable(scale, np.where(safe, -offset / scale, rows.zero), grids))
 
 
 def _descended(weight: Array, moments: Array | None, rows: Rows, fmt: IntFormat) -> Rows:

@@ -8,7 +8,7 @@ themselves are fitted.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -18,8 +18,8 @@ import onnx_ir as ir
 from calib.affine import Array, QParams, dequantize
 from calib.samples import Dataset
 from converter.algorithms.matrices import View, view_of
-from converter.algorithms.row_fit import Rows, fit
-from converter.emit.stored import as_floats, emit_stored, planned
+from converter.algorithms.row_fit import Grids, Rows, fit, with_variance
+from converter.emit.stored import as_floats, bias_of, emit_stored, planned
 from converter.job import Resources, Watch
 from converter.layerwise import Walk
 from converter.model import constant
@@ -28,121 +28,179 @@ from converter.plan import NodePlan, QuantizedWeight, QuantPlan, WeightPlan
 
 # Inputs drawn for a layer's second moments, over all samples.
 COLUMNS_PER_WEIGHT = 16
-LEAST_COLUMNS, MOST_COLUMNS = 8192, 16384
-# Share of the mean second moment that holds a layer's target near its float weights.
-RIDGE = 0.1
+LEAST_COLUMNS, MOST_COLUMNS = 2048, 8192
+# Share of the inputs' mean second moment that holds a layer's target near its float weights.
+RIDGE = 1.0
+# Widths that a relative error is turned into.
+WIDTHS = range(1, 17)
 
 
 @dataclass(frozen=True)
-class _ChannelView:
-    """A weight whose channels stand along `axis`, all along one row where None."""
+class Options:
+    """How weights are fitted.
+
+    `correct` keeps means (and, without data, variances); `integer_zero` is for DequantizeLinear; `max_error` chooses
+    the fewest bits with no more relative error a weight, None keeps the plan's.
+    """
+
+    correct: bool = True
+    integer_zero: bool = False
+    max_error: float | None = None
+
+
+@dataclass(frozen=True)
+class _RowView:
+    """A weight of `shape` as rows, one a channel of `axis`, one for all where None, or one for every `block` of a channel."""
 
     shape: tuple[int, ...]
     axis: int | None
+    block: int | None
 
     def matrix(self, weight: Array) -> Array:
-        return (
-            weight.reshape(1, 1, -1)
-            if self.axis is None
-            else np.moveaxis(weight, self.axis, 0).reshape(1, weight.shape[self.axis], -1)
-        )
+        if self.axis is None:
+            return weight.reshape(1, 1, -1)
+        moved = np.moveaxis(weight, self.axis, 0)
+        return moved.reshape(1, -1, self.block or moved[0].size)
 
     def weight(self, matrix: Array) -> Array:
         if self.axis is None:
             return matrix.reshape(self.shape)
-        moved = [self.shape[self.axis], *np.delete(self.shape, self.axis)]
-        return np.moveaxis(matrix.reshape(moved), 0, self.axis)
+        others = [size for axis, size in enumerate(self.shape) if axis != self.axis]
+        return np.moveaxis(matrix.reshape(self.shape[self.axis], *others), 0, self.axis)
 
 
-def store_by_weights(model: ir.Model, plan: QuantPlan, watch: Watch) -> QuantPlan:
+def store_by_weights(model: ir.Model, plan: QuantPlan, options: Options, watch: Watch) -> QuantPlan:
     """The plan with every weight fitted by itself; one that several nodes share is fitted once."""
     found: dict[ir.Value, QuantizedWeight] = {}
-    stored = {}
+    stored: dict[tuple[str, int], QuantizedWeight] = {}
     pairs = list(planned(model, plan))
-    for node, unit in watch.track(pairs, "Rounding weights", len(pairs)):
+    for node, unit in watch.track(pairs, "Fitting weights", len(pairs)):
         for wanted in unit.weights:
-            value = node.inputs[wanted.index]
+            value, array = node.inputs[wanted.index], constant(node.inputs[wanted.index])
             assert value is not None
+            assert array is not None
             if value not in found:
-                array = constant(value)
-                view = _ChannelView(array.shape, wanted.axis)
-                rows = fit(view.matrix(array), None, wanted.format, wanted.axis is not None)
-                found[value] = _packed(rows, view.weight(rows.codes), wanted)
+                found[value] = _stored_alone(array, wanted, options)
             stored[unit.name, wanted.index] = found[value]
     return replace(plan, stored=stored)
 
 
-def store_by_outputs(model: ir.Model, plan: QuantPlan, data: Dataset, resources: Resources, watch: Watch) -> QuantPlan:
+def _stored_alone(array: Array, wanted: WeightPlan, options: Options) -> QuantizedWeight:
+    view = _RowView(array.shape, wanted.axis, wanted.block)
+    matrix = view.matrix(array)
+    rows = _fewest_bits(matrix, None, wanted, options)
+    if options.correct and not options.integer_zero:
+        rows = with_variance(matrix, rows)
+    return _packed(rows, view.weight(rows.codes), wanted)
+
+
+def store_by_outputs(
+    model: ir.Model, plan: QuantPlan, data: Dataset, resources: Resources, options: Options, watch: Watch
+) -> QuantPlan:
     """The plan with every layer's weights fitted to its outputs, and biases that keep their means."""
-    plan = store_by_weights(model, plan, watch)
-    walk = Walk(model, plan, data, resources, partial(emit_stored, write=as_floats))
-    float_walk = Walk(model, plan, data, resources, lambda model, plan: None)
-    nodes = {node.name: node for node in model.graph}
-    done: set[str] = set()
-    for position, step in enumerate(watch.track(walk.steps, "Rounding weights", len(walk.steps))):
-        unit = step.unit
-        if unit and unit.weight:
-            node = nodes[unit.name]
-            array = constant(node.inputs[unit.weight.index])
-            view = view_of(node, array.shape, unit.weight.index)
-            if view and unit.weight.name not in done:
-                plan = _layer(plan, unit, node, array, view, walk, float_walk)
-        walk.advance(position, plan)
-        float_walk.advance(position, plan)
-    return plan
+    return _Layers(model, plan, data, resources, options).decide(store_by_weights(model, plan, options, watch), watch)
 
 
-def _layer(plan, unit, node, array, view, walk, float_walk) -> QuantPlan:
-    wanted = unit.weight
-    matrix = view.matrix(array.astype(np.float64))
-    count = int(np.clip(COLUMNS_PER_WEIGHT * matrix.shape[2], LEAST_COLUMNS, MOST_COLUMNS))
-    moments, cross = _joint(*(w.draw(unit, view, count, plan)[0] for w in (walk, float_walk)), _has_bias(unit))
-    target = _target(matrix, moments, cross)
-    rows = fit(target, moments, wanted.format, wanted.axis is not None)
-    weight = _packed(rows, view.weight(rows.codes), wanted)
-    plan = replace(plan, stored={**plan.stored, (unit.name, wanted.index): weight})
-    if not _has_bias(unit):
+class _Layers:
+    """A walk with stored weights beside one of the float model."""
+
+    def __init__(self, model: ir.Model, plan: QuantPlan, data: Dataset, resources: Resources, options: Options) -> None:
+        self.walk = Walk(model, plan, data, resources, partial(emit_stored, write=as_floats))
+        self.float_walk = Walk(model, plan, data, resources, lambda model, plan: None)
+        self.options, self.nodes = options, {node.name: node for node in model.graph}
+        self.decided: set[ir.Value] = set()
+
+    def decide(self, plan: QuantPlan, watch: Watch) -> QuantPlan:
+        """The plan with every matrix product decided anew; a weight that several share suits the first."""
+        steps = self.walk.steps
+        for position, step in enumerate(watch.track(steps, "Rounding weights", len(steps))):
+            if step.unit:
+                plan = self._decided(step.unit, plan)
+            self.walk.advance(position, plan)
+            self.float_walk.advance(position, plan)
         return plan
-    index = OPS[unit.op_type].bias
-    bias = _bias_of(node, unit)
-    shift = float_walk.mean_product(unit, array, plan) - walk.mean_product(
-        unit, dequantize(weight.codes, weight.qparams), plan
-    )
-    return plan.with_weights({}, {unit.name: bias + shift})
+
+    def _decided(self, unit: NodePlan, plan: QuantPlan) -> QuantPlan:
+        wanted, node = plan.nodes[unit.name].weight, self.nodes[unit.name]
+        assert wanted is not None
+        value, array = node.inputs[wanted.index], constant(node.inputs[wanted.index])
+        assert value is not None
+        assert array is not None
+        view = view_of(node, array.shape, wanted.index)
+        if view and wanted.block is None and value not in self.decided:
+            self.decided.add(value)
+            rows = self._rows(unit, view, array.astype(np.float64), plan)
+            weight = _packed(rows, view.weight(rows.codes), wanted)
+            shared = {(use.node.name or "", use.idx): weight for use in value.uses()}
+            plan = replace(plan, stored={key: shared.get(key, old) for key, old in plan.stored.items()})
+        return self._with_bias(unit, node, array, plan) if view else plan
+
+    def _rows(self, unit: NodePlan, view: View, array: Array, plan: QuantPlan) -> Rows:
+        assert unit.weight is not None
+        matrix = view.matrix(array)
+        count = int(np.clip(COLUMNS_PER_WEIGHT * matrix.shape[2], LEAST_COLUMNS, MOST_COLUMNS))
+        drawn = [walk.draw(unit, view, count, plan)[0] for walk in (self.walk, self.float_walk)]
+        moments, cross = _joint(*drawn, centered=self._corrects(unit))
+        return _fewest_bits(_target(matrix, moments, cross), moments, unit.weight, self.options)
+
+    def _corrects(self, unit: NodePlan) -> bool:
+        return self.options.correct and (OPS[unit.op_type].bias is not None or bool(unit.absorbed))
+
+    def _with_bias(self, unit: NodePlan, node: ir.Node, array: Array, plan: QuantPlan) -> QuantPlan:
+        """The plan with the bias that gives the stored layer the float layer's mean output in every channel."""
+        if not self._corrects(unit) or unit.weight is None:
+            return plan
+        weight = plan.stored[unit.name, unit.weight.index]
+        reached = self.walk.mean_product(unit, dequantize(weight.codes, weight.qparams), plan)
+        shift = self.float_walk.mean_product(unit, array, plan) - reached
+        bias = bias_of(node, unit)
+        return plan.with_weights({}, {unit.name: shift if bias is None else bias.reshape(-1) + shift})
 
 
-def _bias_of(node, unit):
-    if unit.absorbed:
-        add = next(use.node for use in node.outputs[0].uses())
-        return next(a for v in add.inputs if (a := constant(v)) is not None).reshape(-1)
-    a = constant(node.inputs[2]) if len(node.inputs) > 2 else None
-    return 0.0 if a is None else a
+def _fewest_bits(weight: Array, moments: Array | None, wanted: WeightPlan, options: Options) -> Rows:
+    """The fit in the planned bits or, if an error is given, in the fewest that keep it."""
+    grids = Grids(wanted.format, wanted.axis is not None, options.integer_zero)
+    if options.max_error is None:
+        return fit(weight, moments, grids)
 
+    def within(bits: int) -> Rows | None:
+        rows = fit(weight, moments, replace(grids, format=replace(wanted.format, bits=bits)))
+        keeps = rows.relative_error(weight, moments) <= (options.max_error or 0.0)
+        return rows if keeps or bits == WIDEST else None
 
-def _has_bias(unit: NodePlan) -> bool:
-    return OPS[unit.op_type].bias is not None or bool(unit.absorbed)
+    return fewest(WIDEST, within)
 
 
 def _joint(x: Array, reference: Array, centered: bool) -> tuple[Array, Array]:
     """E[x x'] and E[reference x'] over drawn inputs (groups, drawn, columns), about their means where `centered`."""
-    both = np.concatenate([x, reference], axis=2)
+    both, size = np.concatenate([x, reference], axis=2), x.shape[2]
     if centered:
         both -= both.mean(axis=1, keepdims=True)
     # One product of an array with itself: BLAS has a fast way for it, for many small groups above all.
-    sums = np.matmul(both.transpose(0, 2, 1), both) / np.float32(x.shape[1])
-    size = x.shape[2]
-    return sums[:, :size, :size].astype(np.float64), sums[:, size:, :size].astype(np.float64)
+    sums = (np.matmul(both.transpose(0, 2, 1), both) / np.float32(x.shape[1])).astype(np.float64)
+    return sums[:, :size, :size], sums[:, size:, :size]
 
 
 def _target(weight: Array, moments: Array, cross: Array) -> Array:
-    """The weights that on inputs x come nearest to `weight` on the reference: weight E[ref x'] E[x x']^-1, with a ridge."""
+    """The weights V that on inputs x come nearest to `weight` W on the reference r: V = W E[r x'] E[x x']^-1.
+
+    A ridge draws V to W: V = W + W (E[r x'] - E[x x']) (E[x x'] + ridge)^-1.
+    """
     size = moments.shape[1]
-    ridge = RIDGE * np.einsum("gkk->g", moments)[:, None, None] / size * np.eye(size) + 1e-30 * np.eye(size)
+    ridge = RIDGE * np.einsum("gkk->g", moments)[:, None, None] / size
+    damped = moments + np.where(ridge > 0, ridge, 1.0) * np.eye(size)
     change = np.matmul(weight, cross - moments)
-    return weight + np.linalg.solve(moments + ridge, change.swapaxes(1, 2)).swapaxes(1, 2)
+    target: Array = weight + np.linalg.solve(damped, change.swapaxes(1, 2)).swapaxes(1, 2)
+    return target
 
 
 def _packed(rows: Rows, codes: Array, wanted: WeightPlan) -> QuantizedWeight:
-    scale, zero = ((x.reshape(-1) if wanted.axis is not None else x.flat[0]) for x in (rows.scale, rows.zero))
-    q = QParams(np.asarray(scale, np.float32), np.asarray(zero, np.float32), wanted.format, wanted.axis)
-    return QuantizedWeight(np.ascontiguousarray(codes).astype(wanted.format.dtype), q)
+    fmt = replace(wanted.format, bits=rows.bits)
+    q = QParams(*(_parameter(x, wanted) for x in (rows.scale, rows.zero)), fmt, wanted.axis, wanted.block)
+    return QuantizedWeight(np.ascontiguousarray(codes).astype(fmt.dtype), q)
+
+
+def _parameter(numbers: Array, wanted: WeightPlan) -> Array:
+    """The rows' numbers as they stand along the weight: one, one a channel, or (blocks, channels)."""
+    flat = numbers.astype(np.float32).reshape(-1)
+    return flat[0] if wanted.axis is None else flat.reshape(-1, ) if wanted.block is None else flat

@@ -6,6 +6,7 @@ from converter.config.keys import (
     DataPreprocessParam,
     FullQuantParam,
     MixedBitWeightQuantParam,
+    WeightQuantParam,
 )
 from converter.config.reader import load_config
 from converter.config.reference import reference_markdown
@@ -16,6 +17,7 @@ __all__ = [
     "DataPreprocessParam",
     "FullQuantParam",
     "MixedBitWeightQuantParam",
+    "WeightQuantParam",
     "load_config",
     "reference_markdown",
 ]

@@ -69,15 +69,15 @@ def _value(key: Key, place: Place) -> Any:
         return key.kind.locate(key.kind.parse(place.text), place.file.parent)
     except ValueError:
         value = _nearest(place.text, key.kind.choices) or key.kind.example
-        place.reject(f"must be {key.kind.allowed}", f"write for example {key.name} = {value}")
+        place.reject(f"must be {key.kind.allowed}", f"write for example {place.key} = {value}")
 
 
 def _fill(section: Section, values: dict[tuple[str, str], Any], document: Document) -> Any:
     """Return the section's dataclass with the file's values and the table's defaults."""
-    for key in section.keys.values():
-        if key.default is MISSING and (section.name, key.name) not in values:
-            place = document.place(section.name, key.name)
-            place.reject(f"is missing and must be {key.kind.allowed}", f"write {key.name} = {key.kind.example}")
+    for name, key in section.keys.items():
+        if key.default is MISSING and (section.name, name) not in values:
+            place = document.place(section.name, name)
+            place.reject(f"is missing and must be {key.kind.allowed}", f"write {name} = {key.kind.example}")
     return section.table(**{key: value for (name, key), value in values.items() if name == section.name})
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import MISSING
 from typing import Any
 
-from converter.config.keys import QUANT_TYPES, SECTIONS, Key, Section
+from converter.config.keys import SECTIONS, Key, Section
 
 
 def reference_markdown() -> str:
@@ -20,12 +20,11 @@ def _table(section: Section) -> str:
         _row("Key", "Default", "Allowed", "Applies to", "Meaning"),
         _row(*["---"] * 5),
     ]
-    return "\n".join([*head, *(_key_row(key) for key in section.keys.values()), ""])
+    return "\n".join([*head, *(_key_row(*row) for row in section.keys.items()), ""])
 
 
-def _key_row(key: Key) -> str:
-    modes = "all" if key.scope.modes == QUANT_TYPES and not key.scope.condition else str(key.scope)
-    return _row(f"`{key.name}`", _default(key.default), key.kind.allowed, modes, key.meaning)
+def _key_row(name: str, key: Key) -> str:
+    return _row(f"`{name}`", _default(key.default), key.kind.allowed, str(key.scope), key.meaning)
 
 
 def _default(value: Any) -> str:

@@ -32,10 +32,16 @@ def _bits_fit_the_mode(config: Config) -> Iterator[Complaint]:
         yield Complaint(_COMMON, "bit_num", f"must be 8 for {common.quant_type}", "write bit_num = 8")
 
 
-def _full_quant_has_data(config: Config) -> Iterator[Complaint]:
+def _data_is_whole(config: Config) -> Iterator[Complaint]:
+    reasons = {
+        "for FULL_QUANT": config.common.quant_type == "FULL_QUANT",
+        "for quant_strategy = GPTQ": config.weight_quant.quant_strategy == "GPTQ",
+        "beside calibrate_path": bool(config.preprocess.calibrate_path),
+    }
+    reason = next((reason for reason, holds in reasons.items() if holds), None)
     for key in ("calibrate_path", "calibrate_size", "input_type"):
-        if config.common.quant_type == "FULL_QUANT" and not getattr(config.preprocess, key):
-            yield _missing(key, "for FULL_QUANT")
+        if reason and not getattr(config.preprocess, key):
+            yield _missing(key, reason)
 
 
 def _pairs_are_whole(config: Config) -> Iterator[Complaint]:
@@ -79,7 +85,7 @@ def _crop_fits(config: Config) -> Iterator[Complaint]:
 
 RULES: tuple[Callable[[Config], Iterator[Complaint]], ...] = (
     _bits_fit_the_mode,
-    _full_quant_has_data,
+    _data_is_whole,
     _pairs_are_whole,
     _channels_agree,
     _resize_is_clear,

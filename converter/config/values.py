@@ -76,6 +76,19 @@ def integer(low: int, high: int, example: int | None = None) -> Kind:
     return Kind(f"an integer from {low} to {high}", str(low if example is None else example), parse)
 
 
+def power_of_two(low: int, high: int, example: int) -> Kind:
+    """A power of two from `low` to `high`, both included."""
+    whole = integer(low, high)
+
+    def parse(text: str) -> int:
+        value: int = whole.parse(text)
+        if value & (value - 1):
+            raise ValueError
+        return value
+
+    return Kind(f"a power of two from {low} to {high}", str(example), parse)
+
+
 def _finite(text: str) -> float:
     text = unquote(text)
     if not _NUMBER.fullmatch(text) or not math.isfinite(float(text)):

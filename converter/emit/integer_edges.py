@@ -10,13 +10,10 @@ def feed_integers(graph: ir.Graph, name: str) -> None:
     old = next(value for value in graph.inputs if value.name == name)
     quantize = next(use.node for use in old.uses() if use.node.op_type == "QuantizeLinear")
     codes = quantize.outputs[0]
-    restored = next(use.node for use in codes.uses() if use.node.op_type == "DequantizeLinear").outputs[0]
-    for use in list(old.uses()):
-        if use.node is not quantize:
-            use.node.replace_input_with(use.idx, restored)
-    zero_point = quantize.inputs[2]
-    assert zero_point is not None
-    new = ir.Value(name=name, shape=old.shape, type=ir.TensorType(zero_point.dtype))
+    for use in [use for use in old.uses() if use.node is not quantize]:
+        restore = next(use.node for use in codes.uses() if use.node.op_type == "DequantizeLinear")
+        use.node.replace_input_with(use.idx, restore.outputs[0])
+    new = ir.Value(name=name, shape=old.shape, type=_integers_of(quantize))
     codes.replace_all_uses_with(new)
     graph.remove(quantize, safe=True)
     old.name = None
@@ -31,5 +28,13 @@ def hand_out_integers(graph: ir.Graph, name: str) -> None:
     codes = restore.inputs[0]
     assert codes is not None
     old.name, codes.name = codes.name, name
-    codes.type, codes.shape = ir.TensorType(restore.inputs[2].dtype), old.shape  # type: ignore[union-attr]
+    codes.type, codes.shape = _integers_of(restore), old.shape
     graph.outputs[list(graph.outputs).index(old)] = codes
+
+
+def _integers_of(conversion: ir.Node) -> ir.TensorType:
+    """The type of the integers on one side of a QuantizeLinear or DequantizeLinear: that of its zero point."""
+    zero_point = conversion.inputs[2]
+    assert zero_point is not None
+    assert zero_point.dtype is not None
+    return ir.TensorType(zero_point.dtype)

@@ -91,9 +91,15 @@ class _Emitter:
         node.outputs[0].type = ir.TensorType(zero_point.dtype)  # type: ignore[arg-type]
         quantize_again.outputs[0].replace_all_uses_with(node.outputs[0])
         self.graph.remove(quantize_again, safe=True)
-        if not restore.outputs[0].uses():
+        self._drop_unread(restore)
+
+    def _drop_unread(self, restore: ir.Node) -> None:
+        """Removes a conversion that nothing reads; floats read beside it may yet have to come from its integers."""
+        value, source = restore.outputs[0], restore.inputs[0].producer() if restore.inputs[0] else None
+        beside = source is not None and source.inputs[0] is not None and len(source.inputs[0].uses()) > 1
+        if not (beside or value.uses() or value.is_graph_output()):
             self.graph.remove(restore, safe=True)
-            self.restored = {name: value for name, value in self.restored.items() if value.producer() is not restore}
+            self.restored = {name: kept for name, kept in self.restored.items() if kept is not value}
 
     # --- weights and biases ------------------------------------------------------------------------------------------
 

@@ -29,8 +29,8 @@ def emit_stored(model: ir.Model, plan: QuantPlan, write: Writer) -> None:
         if unit.name in plan.biases:
             _write_bias(node, unit, plan, names)
     for value in written:
-        if not value.uses():
-            del value.graph.initializers[value.name]  # type: ignore[union-attr, index]
+        if not value.uses() and isinstance(value.graph, ir.Graph):
+            del value.graph.initializers[value.name or ""]
 
 
 def as_floats(graph: ir.Graph, name: str, weight: QuantizedWeight) -> ir.Value:

@@ -16,8 +16,10 @@ class DropIdentitiesPass(ir.passes.InPlacePass):
 
     def call(self, model: ir.Model) -> ir.passes.PassResult:
         """Removes in place."""
-        dropped = [_drop(node) for graph in model.graphs() for node in list(graph) if _removable(node)]
-        return ir.passes.PassResult(model, bool(dropped))
+        removable = [node for graph in model.graphs() for node in graph if _removable(node)]
+        for node in removable:
+            _drop(node)
+        return ir.passes.PassResult(model, bool(removable))
 
 
 def _removable(node: ir.Node) -> bool:

@@ -17,6 +17,7 @@ def _worth_folding(node: ir.Node) -> bool | None:
 
 def fold_constants_pass() -> ir.passes.PassBase:
     """The configured pass; quantization nodes are never folded."""
-    return FoldConstantsPass(
+    folding: ir.passes.PassBase = FoldConstantsPass(
         shape_inference=True, input_size_limit=INPUT_LIMIT, output_size_limit=OUTPUT_LIMIT, should_fold=_worth_folding
     )
+    return folding

@@ -28,12 +28,19 @@ class NormalGemmPass(ir.passes.InPlacePass):
 
 
 def _join(matmul: ir.Node) -> bool:
-    add, x = bias_add(matmul), matmul.inputs[0]
-    if add is None or x is None or x.dtype != ir.DataType.FLOAT or x.shape is None or x.shape.rank() != 2:
+    add, x, graph = bias_add(matmul), matmul.inputs[0], matmul.graph
+    if (
+        graph is None
+        or add is None
+        or x is None
+        or x.dtype != ir.DataType.FLOAT
+        or x.shape is None
+        or x.shape.rank() != 2
+    ):
         return False
     bias = next(value for value in add.inputs if value is not matmul.outputs[0])
     gemm = ir.node("Gemm", [*matmul.inputs, bias], name=matmul.name, outputs=[ir.Value()])
-    ir.convenience.replace_nodes_and_values(matmul.graph, add, [matmul, add], [gemm], add.outputs, gemm.outputs)
+    ir.convenience.replace_nodes_and_values(graph, add, [matmul, add], [gemm], add.outputs, gemm.outputs)
     return True
 
 

@@ -25,7 +25,8 @@ def raise_opset(model: ir.Model) -> ir.Model:
     if opset_of(model) >= LEAST_OPSET:
         return model
     try:
-        return ir.from_proto(onnx.version_converter.convert_version(ir.to_proto(model), LEAST_OPSET))
+        raised: ir.Model = ir.from_proto(onnx.version_converter.convert_version(ir.to_proto(model), LEAST_OPSET))
+        return raised
     except Exception as error:
         msg = (
             f"The model's opset {opset_of(model)} cannot be converted to {LEAST_OPSET} ({first_line(error)}); "
