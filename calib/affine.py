@@ -64,7 +64,8 @@ class Range:
 class QParams:
     """scale (float32) and zero_point, both of shape () or (channels,); `axis` is None per tensor.
 
-    The zero point is an integer of the format; stored weights that are floats again before use may have any.
+    The zero point is an integer of the format. Stored weights that are floats again before use may have any, and
+    parameters for every block of a channel: an array with as many axes as the weight.
     """
 
     scale: Array
@@ -109,25 +110,29 @@ def _not_beyond(scale: Array, span: Array, fmt: IntFormat) -> Array:
     return np.where(levels * scale > span.astype(np.float32), np.nextafter(scale, np.float32(0)), scale)
 
 
-def along(values: Array, axis: int | None, rank: int) -> Array:
-    """Per-channel `values` shaped to broadcast along `axis` of a tensor of `rank` dimensions."""
+def along(values: Array, axis: int | None, shape: tuple[int, ...]) -> Array:
+    """`values` a channel shaped to broadcast along `axis` of a tensor of `shape`, `values` a block repeated to it."""
     if axis is None or values.ndim == 0:
         return values
-    return values.reshape([-1 if i == axis % rank else 1 for i in range(rank)])
+    if values.ndim > 1:
+        for block_axis, size in enumerate(shape):
+            values = np.repeat(values, size // values.shape[block_axis], block_axis)
+        return values
+    return values.reshape([-1 if i == axis % len(shape) else 1 for i in range(len(shape))])
 
 
 def quantize(x: Array, q: QParams) -> Array:
     """Integer codes of `x`: rint(x / scale) + zero_point, clipped; same shape as `x`."""
-    scale = along(q.scale, q.axis, x.ndim)
-    zero_point = along(q.zero_point, q.axis, x.ndim).astype(np.float64)
+    scale = along(q.scale, q.axis, x.shape)
+    zero_point = along(q.zero_point, q.axis, x.shape).astype(np.float64)
     codes = np.rint(np.asarray(x, np.float64) / scale) + zero_point
     return np.clip(codes, q.format.qmin, q.format.qmax).astype(q.format.dtype)
 
 
 def dequantize(codes: Array, q: QParams) -> Array:
     """Real values (float32) of integer `codes`."""
-    scale = along(q.scale, q.axis, codes.ndim)
-    zero_point = along(q.zero_point, q.axis, codes.ndim)
+    scale = along(q.scale, q.axis, codes.shape)
+    zero_point = along(q.zero_point, q.axis, codes.shape)
     return ((codes.astype(np.float64) - zero_point) * scale.astype(np.float64)).astype(np.float32)
 
 

@@ -17,26 +17,21 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL.Image import DecompressionBombError, DecompressionBombWarning, Resampling
 
 from calib import CalibError
 
 Pixels = NDArray[np.float32]
 
 FORMAT_CHANNELS = {"RGB": 3, "BGR": 3, "GRAY": 1}
-RESIZE_METHODS = {
-    "NEAREST": Image.Resampling.NEAREST,
-    "LINEAR": Image.Resampling.BILINEAR,
-    "CUBIC": Image.Resampling.BICUBIC,
-}
+RESIZE_METHODS = {"NEAREST": Resampling.NEAREST, "LINEAR": Resampling.BILINEAR, "CUBIC": Resampling.BICUBIC}
 # ITU-R BT.601 luma of red, green and blue.
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 # A larger picture, or resize, is refused: 89 million pixels are a gigabyte of float32 RGB.
 MAX_PIXELS = 1024**3 // 12
-GREY_MODES = ("1", "L", "LA")
-WIDE_MODES = ("I", "I;16", "I;16B", "I;16L", "I;16N")
 
 # Pillow has a limit of its own and only warns above it; as an error it becomes the sentence below.
-warnings.simplefilter("error", Image.DecompressionBombWarning)
+warnings.simplefilter("error", DecompressionBombWarning)
 
 
 @dataclass(frozen=True)
@@ -118,22 +113,22 @@ def _decode(path: Path) -> Pixels:
         except UnidentifiedImageError as error:
             msg = f"{path}: is broken or not a picture of a known format."
             raise CalibError(msg) from error
-        except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        except (DecompressionBombError, DecompressionBombWarning) as error:
             msg = f"{path}: has more than the {MAX_PIXELS:,} pixels allowed; make the picture smaller."
             raise CalibError(msg) from error
 
 
 def _pixels(image: Image.Image) -> Pixels:
-    if image.mode in WIDE_MODES:
+    if image.mode.startswith("I"):
         return _wide_grey(np.asarray(image))[..., None]
     if image.mode == "F":
         msg = "its pixels are floats of unknown scale; save it with 8 or 16 bits a channel"
         raise ValueError(msg)
     # Pillow would warn of a transparency that the conversion loses; losing it is meant.
     image.info.pop("transparency", None)
-    grey = image.mode in GREY_MODES
-    pixels = np.asarray(image.convert("L" if grey else "RGB"), np.float32)
-    return pixels[..., None] if grey else pixels
+    if image.mode in ("1", "L", "LA"):
+        return np.asarray(image.convert("L"), np.float32)[..., None]
+    return np.asarray(image.convert("RGB"), np.float32)
 
 
 def _wide_grey(values: NDArray[Any]) -> Pixels:
@@ -156,22 +151,16 @@ def _convert(pixels: Pixels, to_format: str) -> Pixels:
 
 def _resize(pixels: Pixels, options: ImageOptions, path: Path) -> Pixels:
     height, width = pixels.shape[:2]
-    size = _resized(width, height, options)
+    size = (options.resize_width or width, options.resize_height or height)
+    if short := options.resize_short_side:
+        factor = short / min(width, height)
+        size = (max(short, round(width * factor)), max(short, round(height * factor)))
     if size == (width, height):
         return pixels
     _limit(path, size, "would be resized to")
     method = RESIZE_METHODS[options.resize_method]
     planes = [Image.fromarray(plane).resize(size, method) for plane in np.moveaxis(pixels, 2, 0)]
     return np.stack([np.asarray(plane) for plane in planes], axis=2)
-
-
-def _resized(width: int, height: int, options: ImageOptions) -> tuple[int, int]:
-    """Width and height after the resize; `resize_short_side` keeps the picture's proportions."""
-    short = options.resize_short_side
-    if short is None:
-        return options.resize_width or width, options.resize_height or height
-    factor = short / min(width, height)
-    return max(short, round(width * factor)), max(short, round(height * factor))
 
 
 def _crop(pixels: Pixels, options: ImageOptions, path: Path) -> Pixels:

@@ -25,6 +25,8 @@ from calib.sources import KINDS, Array, InputSpec, Source
 __all__ = ["Dataset", "Folder", "ImageOptions", "InputSpec", "Sample", "open_dataset"]
 
 Sample = Mapping[str, Array]
+# The number of a usable candidate, with its arrays if they are in the cache.
+Choice = tuple[int, Sample | None]
 
 # Samples kept in memory, so that a second pass over the data need not decode them again.
 CACHE_BYTES = 256 << 20
@@ -46,12 +48,9 @@ class Dataset:
     `warnings` holds one sentence for each file left out and each way in which the data falls short.
     """
 
-    def __init__(
-        self, sources: Sequence[Source], chosen: Sequence[int], cache: Mapping[int, Sample], warnings: Sequence[str]
-    ) -> None:
+    def __init__(self, sources: Sequence[Source], chosen: Sequence[Choice], warnings: Sequence[str]) -> None:
         self._sources = sources
         self._chosen = chosen
-        self._cache = cache
         self.warnings = tuple(warnings)
 
     def __len__(self) -> int:
@@ -62,12 +61,12 @@ class Dataset:
 
         Raises CalibError if a file has become unreadable since the dataset was opened.
         """
-        candidate = self._chosen[index]
-        return self._cache.get(candidate) or _load(self._sources, candidate)
+        candidate, cached = self._chosen[index]
+        return cached or _load(self._sources, candidate)
 
     def files(self, index: int) -> tuple[Path, ...]:
         """The files that sample `index` is made of, input by input."""
-        return tuple(chain.from_iterable(source.files[self._chosen[index]] for source in self._sources))
+        return tuple(chain.from_iterable(source.files[self._chosen[index][0]] for source in self._sources))
 
     def fingerprint(self) -> str:
         """SHA-256 over all samples as the model sees them: it follows the files' contents and the preprocessing.
@@ -98,7 +97,7 @@ def open_dataset(
     """
     sources = [KINDS[kind](spec, folder.path, image) for spec, folder in _pair(specs, folders)]
     counts = {source.spec.name: len(source.files) for source in sources}
-    chosen, cache, skipped = _select(sources, min(counts.values()), size, workers)
+    chosen, skipped = _select(sources, min(counts.values()), size, workers)
     if not chosen:
         paths = " and ".join(str(folder.path) for folder in folders)
         msg = f"{paths}: none of the {len(skipped)} sample(s) can be used, the first for this reason: {skipped[0]}"
@@ -109,37 +108,27 @@ def open_dataset(
         warnings.append(f"The inputs have different numbers of samples ({found}); the surplus is not used.")
     if len(chosen) < size:
         warnings.append(f"calibrate_size is {size} but only {len(chosen)} sample(s) are usable.")
-    return Dataset(sources, chosen, cache, warnings)
+    return Dataset(sources, chosen, warnings)
 
 
-def _select(
-    sources: Sequence[Source], count: int, size: int, workers: int | None
-) -> tuple[list[int], dict[int, Sample], list[str]]:
-    """The first `size` of `count` candidates that load, the samples that fit the cache, and why others do not load."""
-    chosen: list[int] = []
-    cache: dict[int, Sample] = {}
+def _select(sources: Sequence[Source], count: int, size: int, workers: int | None) -> tuple[list[Choice], list[str]]:
+    """The first `size` of `count` candidates that load, and why others do not."""
+    chosen: list[Choice] = []
     skipped: list[str] = []
     room, start = CACHE_BYTES, 0
     with ThreadPoolExecutor(workers) as pool:
         while start < count and len(chosen) < size:
             wave = range(start, min(count, start + min(WAVE, size - len(chosen))))
-            for candidate, result in zip(wave, pool.map(lambda k: _attempt(sources, k), wave), strict=True):
-                if isinstance(result, CalibError):
-                    skipped.append(str(result))
+            for candidate, loading in [(k, pool.submit(_load, sources, k)) for k in wave]:
+                try:
+                    sample = loading.result()
+                except CalibError as error:
+                    skipped.append(str(error))
                     continue
-                chosen.append(candidate)
-                room -= sum(array.nbytes for array in result.values())
-                if room >= 0:
-                    cache[candidate] = result
+                room -= sum(array.nbytes for array in sample.values())
+                chosen.append((candidate, sample if room >= 0 else None))
             start = wave.stop
-    return chosen, cache, skipped
-
-
-def _attempt(sources: Sequence[Source], candidate: int) -> Sample | CalibError:
-    try:
-        return _load(sources, candidate)
-    except CalibError as error:
-        return error
+    return chosen, skipped
 
 
 def _load(sources: Sequence[Source], candidate: int) -> Sample:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 from typing import TypeVar
 
@@ -17,6 +18,8 @@ from calib.affine import Array
 
 Sample = Mapping[str, Array]
 Result = TypeVar("Result")
+# Samples a worker takes at a time: enough to make handing them out cheap.
+SLICE = 16
 CPU_PROVIDERS = ("CPUExecutionProvider",)
 
 
@@ -41,6 +44,8 @@ def open_session(
 
 def run(session: ort.InferenceSession, outputs: Sequence[str], sample: Sample) -> dict[str, Array]:
     """The named outputs for one sample; CalibError if the model fails on it."""
+    if not outputs:
+        return {}  # to ONNX Runtime no names mean all
     try:
         return dict(zip(outputs, session.run(list(outputs), dict(sample)), strict=True))
     except Exception as error:
@@ -50,12 +55,22 @@ def run(session: ort.InferenceSession, outputs: Sequence[str], sample: Sample) -
 
 
 def over_samples(count: int, step: Callable[[int], Result], threads: int) -> Iterator[Result]:
-    """step(0), step(1), … step(count - 1), computed on `threads` workers and handed out in this order."""
+    """step(0), step(1), … step(count - 1), computed on `threads` workers and handed out in this order.
+
+    `step` must not call over_samples itself.
+    """
+    width = max(1, min(SLICE, count // threads))
+    slices = [range(start, min(start + width, count)) for start in range(0, count, width)]
     # A wave bounds how many results wait for a slow one before them.
-    wave = 4 * threads
-    with ThreadPoolExecutor(threads) as pool:
-        for start in range(0, count, wave):
-            yield from pool.map(step, range(start, min(start + wave, count)))
+    for start in range(0, len(slices), 2 * threads):
+        wave = slices[start : start + 2 * threads]
+        for results in _pool(threads).map(lambda part: [step(i) for i in part], wave):
+            yield from results
+
+
+@cache
+def _pool(threads: int) -> ThreadPoolExecutor:
+    return ThreadPoolExecutor(threads, thread_name_prefix="samples")
 
 
 def _first_line(error: BaseException) -> str:

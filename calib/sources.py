@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -57,13 +56,12 @@ class Source:
 def list_files(folder: Path) -> list[Path]:
     """The folder's visible files in natural order; a dangling link is listed, so that it is named when it fails."""
     try:
-        with os.scandir(folder) as entries:
-            names = [entry.name for entry in entries if entry.is_file() or not Path(entry).exists()]
+        files = [path for path in folder.iterdir() if path.is_file() or not path.exists()]
     except OSError as error:
         msg = f"{folder}: is not a readable folder of calibration data ({error.strerror}); correct calibrate_path."
         raise CalibError(msg) from error
-    names = [name for name in names if not name.startswith(".") and name.lower() not in CLUTTER]
-    return [folder / name for name in sorted(names, key=_natural)]
+    visible = [path for path in files if not path.name.startswith(".") and path.name.lower() not in CLUTTER]
+    return sorted(visible, key=lambda path: _natural(path.name))
 
 
 def _natural(name: str) -> tuple[list[str | int], str]:
@@ -72,16 +70,17 @@ def _natural(name: str) -> tuple[list[str | int], str]:
     return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
 
 
-def _groups(spec: InputSpec, folder: Path, each: int = 1) -> tuple[list[tuple[Path, ...]], tuple[str, ...]]:
-    """The folder's files in groups of `each`, and a sentence about those that fill none."""
+def _from_folder(spec: InputSpec, folder: Path, read: Callable[[Sequence[Path]], Array], each: int = 1) -> Source:
+    """The folder's files in groups of `each`, which `read` makes samples of; those that fill none are warned of."""
     files = list_files(folder)
     whole = len(files) - len(files) % each
     if not whole:
         msg = f"{folder}: holds {len(files)} file(s) but one sample of input {spec} takes {each}; add files."
         raise CalibError(msg)
+    groups = [tuple(files[i : i + each]) for i in range(0, whole, each)]
     rest = ", ".join(path.name for path in files[whole:])
     note = (f"{folder}: {rest} cannot fill a batch of {each} and are not used.",) if rest else ()
-    return [tuple(files[i : i + each]) for i in range(0, whole, each)], note
+    return Source(spec, groups, lambda k: read(groups[k]), note)
 
 
 def image_source(spec: InputSpec, folder: Path, image: ImageOptions) -> Source:
@@ -91,8 +90,7 @@ def image_source(spec: InputSpec, folder: Path, image: ImageOptions) -> Source:
         msg = f"The model's input {spec} takes no pictures, only {', '.join(PIXEL_DTYPES)} do; write input_type = NPY."
         raise CalibError(msg)
     image.check(_channels(spec, axes))
-    files, note = _groups(spec, folder, spec.batch)
-    return Source(spec, files, lambda k: _image_batch(spec, axes, files[k], image), note)
+    return _from_folder(spec, folder, lambda files: _image_batch(spec, axes, files, image), spec.batch)
 
 
 def _image_axes(spec: InputSpec) -> str:
@@ -106,10 +104,9 @@ def _image_axes(spec: InputSpec) -> str:
             "or fix its open dimensions with --inputShape."
         )
         raise CalibError(msg)
-    if spec.layout in fits:
-        return spec.layout
-    if spec.layout is None and len(fits) == 1:
-        return fits[0]
+    meant = [axes for axes in fits if spec.layout in (None, axes)]
+    if len(meant) == 1:
+        return meant[0]
     usable = " or ".join(f"--inputDataFormat={axes}" for axes in fits)
     msg = f"The channel axis of the model's input {spec} is not clear or not where said; write {usable}."
     raise CalibError(msg)
@@ -146,8 +143,7 @@ def bin_source(spec: InputSpec, folder: Path, _: ImageOptions) -> Source:
     if spec.shape[1:].count(None) > 1:
         msg = f"The model's input {spec} has several open dimensions, which raw files cannot fill; give --inputShape."
         raise CalibError(msg)
-    files, _note = _groups(spec, folder)
-    return Source(spec, files, lambda k: _read_bin(spec, files[k][0]))
+    return _from_folder(spec, folder, lambda files: _read_bin(spec, files[0]))
 
 
 def _read_bin(spec: InputSpec, path: Path) -> Array:
@@ -172,8 +168,7 @@ def npy_source(spec: InputSpec, path: Path, _: ImageOptions) -> Source:
     _check_numeric(spec)
     if path.is_file():
         return _row_source(spec, path)
-    files, _note = _groups(spec, path)
-    return Source(spec, files, lambda k: _fit(_read_npy(spec, files[k][0]), spec, str(files[k][0])))
+    return _from_folder(spec, path, lambda files: _fit(_read_npy(spec, files[0]), spec, str(files[0])))
 
 
 def _row_source(spec: InputSpec, path: Path) -> Source:
@@ -184,11 +179,8 @@ def _row_source(spec: InputSpec, path: Path) -> Source:
         raise CalibError(msg)
     rest = len(rows) - count * batch
     note = (f"{path}: the last {rest} row(s) cannot fill a batch of {batch} and are not used.",) if rest else ()
-
-    def read(k: int) -> Array:
-        return _fit(rows[k * batch : (k + 1) * batch], spec, f"{path}, row {k * batch}")
-
-    return Source(spec, [(path,)] * count, read, note)
+    files = [(path,)] * count
+    return Source(spec, files, lambda k: _fit(rows[k * batch :][:batch], spec, f"{path}, row {k * batch}"), note)
 
 
 def _read_npy(spec: InputSpec, path: Path) -> Array:

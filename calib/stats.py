@@ -8,6 +8,7 @@ alone. Counts are int64 and there are no floating point sums.
 
 from __future__ import annotations
 
+import copy
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -88,12 +89,8 @@ class TensorStats:
     """
 
     def __init__(self, histogram: bool, samples: bool = False) -> None:
-        self.count = 0
-        self.nan_count = 0
-        self.inf_count = 0
-        self.zero_count = 0
-        self._lo = math.inf
-        self._hi = -math.inf
+        self.count = self.nan_count = self.inf_count = self.zero_count = 0
+        self._lo, self._hi = math.inf, -math.inf
         self._exponent = LEAST_EXPONENT
         self._counts = np.zeros(2 * SIDE, np.int64) if histogram else None
         self._samples = np.empty((0, 2), np.float32) if samples else None
@@ -123,28 +120,26 @@ class TensorStats:
         if self._counts is None:
             msg = "these statistics were made without a histogram"
             raise ValueError(msg)
-        used = np.flatnonzero(self._counts)
-        if not used.size:
+        if not self.count:
             msg = "there is no histogram without finite values"
             raise ValueError(msg)
-        first, last = int(used[0]), int(used[-1])
+        first, last = np.flatnonzero(self._counts)[[0, -1]].tolist()
         return Histogram(self._counts[first : last + 1].copy(), first - SIDE, 2.0**self._exponent, self.zero_count)
 
     def update(self, x: Array, index: int) -> None:
         """Take in `x`, an array of any shape, as sample number `index` or a part of it."""
         with np.errstate(over="ignore"):
             values: Array = np.asarray(x).astype(np.float32, copy=False).ravel()
-        if values.size and not math.isfinite(float(values.max()) - float(values.min())):
+        lo, hi = _extremes(values)
+        if not math.isfinite(hi - lo):
             values = self._finite(values)
+            lo, hi = _extremes(values)
         self.count += values.size
         if not values.size:
             return
-        # + 0.0 makes a minimum of -0.0, which would tell of the order of the values, 0.0.
-        lo, hi = float(values.min()) + 0.0, float(values.max()) + 0.0
         self._lo, self._hi = min(self._lo, lo), max(self._hi, hi)
         if self._samples is not None:
-            self._samples = _with_rows(self._samples, index + 1)
-            _widen(self._samples[index : index + 1], np.array([[lo, hi]], np.float32))
+            self._samples = _widened(self._samples, index, np.array([[lo, hi]], np.float32))
         if self._counts is not None:
             self.zero_count += values.size - int(np.count_nonzero(values))
             self._coarsen(_exponent_for(max(-lo, hi)))
@@ -152,9 +147,20 @@ class TensorStats:
 
     def merge(self, other: TensorStats) -> TensorStats:
         """The statistics of both streams together, a new object; ValueError if the two keep different things."""
-        merged = TensorStats(self._counts is not None, self._samples is not None)
-        merged._add(self)
-        merged._add(other)
+        if (self._counts is None, self._samples is None) != (other._counts is None, other._samples is None):
+            msg = "statistics that keep different things cannot be merged"
+            raise ValueError(msg)
+        merged = copy.deepcopy(self)
+        merged.count += other.count
+        merged.nan_count += other.nan_count
+        merged.inf_count += other.inf_count
+        merged.zero_count += other.zero_count
+        merged._lo, merged._hi = min(self._lo, other._lo), max(self._hi, other._hi)
+        if merged._samples is not None and other._samples is not None:
+            merged._samples = _widened(merged._samples, 0, other._samples)
+        if merged._counts is not None and other._counts is not None:
+            merged._coarsen(other._exponent)
+            merged._counts += _coarsened(other._counts, merged._exponent - other._exponent)
         return merged
 
     def to_arrays(self) -> dict[str, Array]:
@@ -172,8 +178,13 @@ class TensorStats:
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Array]) -> TensorStats:
         """The statistics that `to_arrays` made `arrays` of; CalibError if it cannot have made them."""
-        _check(arrays)
         stats = cls("counts" in arrays, "samples" in arrays)
+        for name, like in stats.to_arrays().items():
+            found = arrays.get(name, np.empty(0))
+            shape = (*found.shape[:1], 2) if name == "samples" else like.shape
+            if (found.shape, found.dtype) != (shape, like.dtype):
+                msg = f"saved statistics hold no valid {name!r}; delete the file they come from and calibrate again."
+                raise CalibError(msg)
         stats.count, stats.nan_count, stats.inf_count, stats.zero_count, stats._exponent = arrays["totals"].tolist()
         stats._lo, stats._hi = arrays["extremes"].tolist()
         if stats._counts is not None:
@@ -212,48 +223,22 @@ class TensorStats:
             found = np.bincount(index.astype(np.intp))
             self._counts[first + SIDE : first + SIDE + found.size] += found
 
-    def _add(self, other: TensorStats) -> None:
-        if (self._counts is None, self._samples is None) != (other._counts is None, other._samples is None):
-            msg = "statistics that keep different things cannot be merged"
-            raise ValueError(msg)
-        self.count += other.count
-        self.nan_count += other.nan_count
-        self.inf_count += other.inf_count
-        self.zero_count += other.zero_count
-        self._lo, self._hi = min(self._lo, other._lo), max(self._hi, other._hi)
-        if self._samples is not None and other._samples is not None:
-            self._samples = _with_rows(self._samples, len(other._samples))
-            _widen(self._samples[: len(other._samples)], other._samples)
-        if self._counts is not None and other._counts is not None:
-            self._coarsen(other._exponent)
-            self._counts += _coarsened(other._counts, self._exponent - other._exponent)
+
+def _extremes(values: Array) -> tuple[float, float]:
+    """The least and the largest of `values`, NaN if any is; inf and -inf of none."""
+    # + 0.0 makes a minimum of -0.0, which would tell of the order of the values, 0.0.
+    return float(values.min(initial=np.inf)) + 0.0, float(values.max(initial=-np.inf)) + 0.0
 
 
-def _with_rows(samples: Array, rows: int) -> Array:
-    """`samples` with at least `rows` rows (lo, hi); new ones are empty. Doubles, so that growing costs little."""
-    if rows <= len(samples):
-        return samples
-    grown = np.tile(np.array([np.inf, -np.inf], np.float32), (max(rows, 2 * len(samples)), 1))
-    grown[: len(samples)] = samples
-    return grown
-
-
-def _widen(rows: Array, others: Array) -> None:
-    """Let each (lo, hi) of `rows` contain that of `others`."""
+def _widened(samples: Array, first: int, others: Array) -> Array:
+    """`samples`, rows of (lo, hi), with those from `first` on widened to contain `others`; new rows are empty."""
+    end = first + len(others)
+    if end > len(samples):
+        # Doubles, so that growing costs little.
+        grown = np.tile(np.array([np.inf, -np.inf], np.float32), (max(end, 2 * len(samples)), 1))
+        grown[: len(samples)] = samples
+        samples = grown
+    rows = samples[first:end]
     np.minimum(rows[:, 0], others[:, 0], out=rows[:, 0])
     np.maximum(rows[:, 1], others[:, 1], out=rows[:, 1])
-
-
-def _check(arrays: Mapping[str, Array]) -> None:
-    rows = len(arrays["samples"]) if "samples" in arrays else 0
-    layout: dict[str, Array] = {
-        "totals": np.empty(5, np.int64),
-        "extremes": np.empty(2, np.float32),
-        "counts": np.empty(2 * SIDE, np.int64),
-        "samples": np.empty((rows, 2), np.float32),
-    }
-    for name, like in layout.items():
-        found = arrays.get(name, like if name in ("counts", "samples") else np.empty(0))
-        if found.shape != like.shape or found.dtype != like.dtype:
-            msg = f"saved statistics hold no valid {name!r}; delete the file they come from and calibrate again."
-            raise CalibError(msg)
+    return samples

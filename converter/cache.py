@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
-import os
 import tempfile
+import zlib
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import onnx_ir as ir
@@ -32,6 +33,8 @@ def observe_with_cache(
         return observe(model, wanted, data, resources, watch)
     fingerprint = _fingerprint(model, data)
     known = _load(path, fingerprint, watch)
+    if known.first != wanted.first:
+        known = Evidence(known.statistics, {}, wanted.first)
     missing = replace(
         wanted,
         tensors=tuple(name for name in wanted.tensors if name not in known.statistics),
@@ -43,8 +46,11 @@ def observe_with_cache(
         watch.say(f"All ranges come from the calibration cache {path}.")
         return known
     found = observe(model, missing, data, resources, watch)
-    known = Evidence({**known.statistics, **found.statistics}, {**known.means, **found.means})
-    _save(path, fingerprint, known)
+    known = Evidence({**known.statistics, **found.statistics}, {**known.means, **found.means}, wanted.first)
+    try:
+        _save(path, fingerprint, known)
+    except OSError as error:
+        watch.warn(f"The calibration cache {path} cannot be written ({error.strerror}).")
     return known
 
 
@@ -59,13 +65,13 @@ def _load(path: Path, fingerprint: str, watch: Watch) -> Evidence:
     if not path.exists():
         return NOTHING
     try:
-        with np.load(path, allow_pickle=False) as file:
+        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
             arrays = dict(file)
         if arrays["fingerprint"].item() != fingerprint:
             watch.warn(f"The calibration cache {path} is of another model, data or version; it is made anew.")
             return NOTHING
         return _evidence(arrays)
-    except (CalibError, OSError, ValueError, KeyError, EOFError) as error:
+    except (CalibError, OSError, ValueError, LookupError, TypeError, EOFError, BadZipFile, zlib.error) as error:
         watch.warn(f"The calibration cache {path} cannot be read ({error}); it is made anew.")
         return NOTHING
 
@@ -77,13 +83,14 @@ def _evidence(arrays: Mapping[str, Array]) -> Evidence:
         fields = {key.removeprefix(prefix): array for key, array in arrays.items() if key.startswith(prefix)}
         statistics[name] = TensorStats.from_arrays(fields)
     means = {name: arrays[f"mean{number}"] for number, name in enumerate(arrays["means"].tolist())}
-    return Evidence(statistics, means)
+    return Evidence(statistics, means, arrays["first"].item())
 
 
 def _save(path: Path, fingerprint: str, evidence: Evidence) -> None:
     arrays: dict[str, Array] = {
         "fingerprint": np.array(fingerprint),
         "tensors": np.array(list(evidence.statistics), dtype=np.str_),
+        "first": np.array(evidence.first),
         "means": np.array(list(evidence.means), dtype=np.str_),
     }
     for number, stats in enumerate(evidence.statistics.values()):
@@ -93,4 +100,4 @@ def _save(path: Path, fingerprint: str, evidence: Evidence) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         draft = Path(folder) / "cache.npz"
         np.savez_compressed(draft, **arrays)  # type: ignore[arg-type]
-        os.replace(draft, path)
+        draft.replace(path)

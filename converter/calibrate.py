@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
@@ -25,12 +26,16 @@ PROBED = 16
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to find out about a float model: statistics of `tensors`, channel means of others (name → channel axis)."""
+    """What to find out about a float model: statistics of `tensors`, channel means of others (name → channel axis).
+
+    The means are over the `first` samples only, those that they will be compared on.
+    """
 
     tensors: tuple[str, ...]
     means: Mapping[str, int]
     histogram: bool
     samples: bool
+    first: int = sys.maxsize
 
     def new_stats(self) -> TensorStats:
         """Empty statistics that hold what is wanted."""
@@ -39,10 +44,11 @@ class Wanted:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What was found; `means` are float64 of shape (channels,)."""
+    """What was found; `means` are float64 of shape (channels,), over the `first` samples."""
 
     statistics: Mapping[str, TensorStats]
     means: Mapping[str, Array]
+    first: int = sys.maxsize
 
 
 def observe(model: ir.Model, wanted: Wanted, data: Dataset, resources: Resources, watch: Watch) -> Evidence:
@@ -59,7 +65,9 @@ def observe(model: ir.Model, wanted: Wanted, data: Dataset, resources: Resources
     watch.say(f"Calibrating {len(computed)} tensors of {total:.0f} MB a sample, {len(groups)} pass(es) over the data.")
     for group in groups:
         found = _observe_group(model, group, wanted, data, resources, watch)
-        evidence = Evidence({**evidence.statistics, **found.statistics}, {**evidence.means, **found.means})
+        evidence = Evidence(
+            {**evidence.statistics, **found.statistics}, {**evidence.means, **found.means}, wanted.first
+        )
     for sentence in _oddities(evidence.statistics):
         watch.warn(sentence)
     return evidence
@@ -107,27 +115,30 @@ def _observe_group(
     axes = {name: wanted.means[name] for name in group if name in wanted.means}
     inputs = {value.name for value in model.graph.inputs}
     taps = [name for name in group if name not in inputs]
+    watched_taps = [name for name in taps if name in watched]
     # A worker takes whichever statistics are idle: they merge into the same result however the samples were spread.
     idle: SimpleQueue[Statistics] = SimpleQueue()
     for _ in range(resources.threads):
         idle.put({name: wanted.new_stats() for name in watched})
     with saved(model, taps) as path:
-        session = open_session(path, providers=resources.providers)
+        # Which operators ONNX Runtime fuses depends on what is tapped; without that, groups do not change a bit.
+        session = open_session(path, optimize=False, providers=resources.providers)
 
         def step(index: int) -> dict[str, Array]:
-            sample = data.sample(index)
-            tensors = {**sample, **run(session, taps, sample)}
+            sample, compared = data.sample(index), index < wanted.first
+            tensors = {**sample, **run(session, taps if compared else watched_taps, sample)}
             mine = idle.get()
             for name, stats in mine.items():
                 stats.update(tensors[name], index)
             idle.put(mine)
-            return {name: channel_mean(tensors[name], axis) for name, axis in axes.items()}
+            return {name: channel_mean(tensors[name], axis) for name, axis in axes.items() if compared}
 
         totals = {name: np.zeros(()) for name in axes}
         for found in watch.track(over_samples(len(data), step, resources.threads), "Calibrating", len(data)):
-            totals = {name: totals[name] + mean for name, mean in found.items()}
+            totals.update((name, totals[name] + mean) for name, mean in found.items())
     parts = [idle.get() for _ in range(resources.threads)]
-    return Evidence({n: _merged(p[n] for p in parts) for n in watched}, {n: x / len(data) for n, x in totals.items()})
+    means = {name: total / min(wanted.first, len(data)) for name, total in totals.items()}
+    return Evidence({name: _merged(part[name] for part in parts) for name in watched}, means, wanted.first)
 
 
 def _merged(parts: Iterable[TensorStats]) -> TensorStats:

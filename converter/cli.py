@@ -112,6 +112,8 @@ def command(fmk: str, model: Path, output: str | None, config: Path, shapes: str
 
 def run(job: Job, terminal: Terminal, dry: bool) -> None:
     """Converts, or shows what a conversion would do."""
+    # Our own workers use the cores; one thread in BLAS also makes sums the same on any machine.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
     from converter import pipeline  # imports what takes long, which --help must not wait for
     from converter.report.text import plan_lines, summary_lines
 

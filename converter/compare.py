@@ -7,10 +7,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+import onnx_ir as ir
 
 from calib.affine import Array
 from calib.samples import Dataset
 from calib.session import open_session, over_samples, run
+from converter.model import saved
 
 
 @dataclass(frozen=True)
@@ -22,41 +24,52 @@ class TensorError:
     sqnr_db: float
 
 
-@dataclass
-class _Sums:
-    """Inner products of reference x and other y, which cosine and signal-to-noise ratio follow from."""
-
-    xx: float = 0.0
-    yy: float = 0.0
-    xy: float = 0.0
-    noise: float = 0.0
-
-    def add(self, x: Array, y: Array) -> None:
-        x, y = x.astype(np.float64).ravel(), y.astype(np.float64).ravel()
-        self.xx += float(x @ x)
-        self.yy += float(y @ y)
-        self.xy += float(x @ y)
-        self.noise += float((x - y) @ (x - y))
-
-    def error(self, name: str) -> TensorError:
-        norms = np.sqrt(self.xx * self.yy)
-        cosine = self.xy / norms if norms > 0 else float(self.xx == self.yy)
-        sqnr = 10 * np.log10(self.xx / self.noise) if self.noise > 0 and self.xx > 0 else np.inf
-        return TensorError(name, float(cosine), float(sqnr))
-
-
 def compare(
     reference: Path, other: Path, tensors: Mapping[str, str], data: Dataset, count: int, threads: int
 ) -> list[TensorError]:
     """The error of each tensor over the first `count` samples; `tensors` maps names of the one file to the other's."""
     sessions = open_session(reference), open_session(other)
-    sums = {name: _Sums() for name in tensors}
 
-    def step(index: int) -> tuple[dict[str, Array], dict[str, Array]]:
+    def step(index: int) -> Array:
         sample = data.sample(index)
-        return run(sessions[0], list(tensors), sample), run(sessions[1], list(tensors.values()), sample)
+        left = run(sessions[0], list(tensors), sample)
+        right = run(sessions[1], list(tensors.values()), sample)
+        return np.array([_products(left[name], right[counterpart]) for name, counterpart in tensors.items()])
 
-    for left, right in over_samples(min(count, len(data)), step, threads):
-        for name, counterpart in tensors.items():
-            sums[name].add(left[name], right[counterpart])
-    return [found.error(name) for name, found in sums.items()]
+    sums = sum(over_samples(min(count, len(data)), step, threads))
+    return [_error(name, *products) for name, products in zip(tensors, np.asarray(sums), strict=True)]
+
+
+def _products(x: Array, y: Array) -> tuple[float, float, float, float]:
+    """The inner products that cosine and signal-to-noise ratio follow from: xx, yy, xy and that of the difference."""
+    x, y = x.astype(np.float64).ravel(), y.astype(np.float64).ravel()
+    return float(x @ x), float(y @ y), float(x @ y), float((x - y) @ (x - y))
+
+
+def _error(name: str, xx: float, yy: float, xy: float, noise: float) -> TensorError:
+    norms = np.sqrt(xx * yy)
+    cosine = xy / norms if norms > 0 else float(xx == yy)
+    # Noise where there should be nothing, or that is no number, is the worst there is.
+    sqnr = np.inf if noise == 0 else 10 * np.log10(xx / noise) if xx > 0 and noise > 0 else -np.inf
+    return TensorError(name, float(cosine), float(sqnr))
+
+
+def largest_difference(model: ir.Model, other: ir.Model) -> float:
+    """Largest difference of any output on one random sample, relative to the largest value; runs both unoptimized.
+
+    Dynamic dimensions are 1. Raises CalibError where a model does not run on such a sample.
+    """
+    with saved(model) as left, saved(other) as right:
+        sessions = [open_session(path, optimize=False) for path in (left, right)]
+    sample = {value.name or "": _random(value) for value in model.graph.inputs if not value.is_initializer()}
+    names = [value.name or "" for value in model.graph.outputs]
+    results = [run(session, names, sample) for session in sessions]
+    pairs = [(results[0][name].astype(np.float64), results[1][name].astype(np.float64)) for name in names]
+    return max(float(np.abs(x - y).max(initial=0) / (np.abs(x).max(initial=0) or 1)) for x, y in pairs)
+
+
+def _random(value: ir.Value) -> Array:
+    shape = [d if isinstance(d, int) and d > 0 else 1 for d in value.shape or ()]
+    dtype = (value.dtype or ir.DataType.FLOAT).numpy()
+    noise = np.random.default_rng(0).normal(size=shape)
+    return (noise if dtype.kind == "f" else np.zeros(shape)).astype(dtype)

@@ -4,20 +4,23 @@ from __future__ import annotations
 
 import os
 
+import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 
 from calib import CalibError
+from calib.affine import Array
 from calib.images import ImageOptions
 from calib.samples import Dataset, Folder, InputSpec, open_dataset
 from calib.session import CPU_PROVIDERS
 from converter.config import DataPreprocessParam
 from converter.errors import ConfigError, DataError, ModelError
 from converter.job import Job, Resources, Watch
+from converter.model import constant
 
 
 def open_data(model: ir.Model, job: Job, watch: Watch, wanted: DataPreprocessParam | None = None) -> Dataset:
-    """The calibration samples as the config, or `wanted`, describes them; raises DataError, and warns of files that cannot be used."""
+    """The calibration samples as the config, or `wanted`, describes them; warns of unusable files, raises DataError."""
     wanted = wanted or job.config.preprocess
     image = ImageOptions(
         to_format=wanted.image_to_format,
@@ -55,8 +58,39 @@ def resources_of(job: Job) -> Resources:
                 f"have; write one of {', '.join(available)}."
             )
             raise ConfigError(msg)
-    threads = common.thread_num or len(os.sched_getaffinity(0))
+    threads = common.thread_num or _processors()
     return Resources(threads, common.providers or CPU_PROVIDERS, common.calibration_memory << 20)
+
+
+def synthetic_data(model: ir.Model, count: int = 8, length: int = 1) -> Dataset:
+    """Random samples: numbers from -1 to 1, or 0 and 1 where integers are wanted, or rows of the table they index.
+
+    A dynamic dimension becomes `length`, the first one 1.
+    """
+    rng = np.random.default_rng(0)
+    specs = [(_spec(value, None), _rows_indexed(value) or 2) for value in model.graph.inputs]
+
+    def sample() -> dict[str, Array]:
+        found = {}
+        for spec, rows in specs:
+            shape = [size or (length if axis else 1) for axis, size in enumerate(spec.shape)]
+            numbers = rng.uniform(-1, 1, shape) if spec.dtype.kind == "f" else rng.integers(0, rows, shape)
+            found[spec.name] = numbers.astype(spec.dtype)
+        return found
+
+    return Dataset((), [(index, sample()) for index in range(count)], ())
+
+
+def _rows_indexed(value: ir.Value) -> int | None:
+    """The number of rows of the constant table in which `value` looks up."""
+    tables = (constant(use.node.inputs[0]) for use in value.uses() if use.node.op_type == "Gather" and use.idx == 1)
+    return next((len(table) for table in tables if table is not None), None)
+
+
+def _processors() -> int:
+    """Processors that this process may use, or, on systems that do not say, that there are."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1
 
 
 def _spec(value: ir.Value, layout: str | None) -> InputSpec:

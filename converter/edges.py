@@ -38,7 +38,7 @@ def fold_normalisation(model: ir.Model, wanted: DataPreprocessParam) -> Pixels:
     """Makes the model's image inputs take pixels, in place; raises UsageError where that cannot be exact."""
     mean, std = wanted.normalize_mean or (0.0,), wanted.normalize_std or (1.0,)
     whole = len(set(mean)) == 1 and float(mean[0]).is_integer() and 0 <= mean[0] <= 255
-    if whole and len(set(std)) == 1:
+    if whole and len(set(std)) == 1 and std[0] > 0:
         return Pixels(_pixel_qparams(1 / std[0], mean[0]), wanted.normalize_mean, wanted.normalize_std)
     readers = [conv for value in model.graph.inputs for conv in _first_convolutions(value)]
     padded = [conv.name for conv in readers if any(conv.attributes.get_ints("pads", ())) or _pads_itself(conv)]
@@ -62,6 +62,8 @@ def take_integers(model: ir.Model, name: str, kind: str, pixels: Pixels | None) 
     pair = next((use.node for use in value.uses() if use.node.op_type == "QuantizeLinear"), None)
     zero_point = constant(pair.inputs[2]) if pair and len(pair.inputs) > 2 else None
     direct = zero_point is not None and ir.DataType.from_numpy(zero_point.dtype) == TYPES[kind]
+    if pixels and kind == "INT8":
+        direct = False  # the plan's own int8 codes are no pixels
     if direct and len(value.uses()) == 1:
         feed_integers(model.graph, name)
     elif pixels:
@@ -95,7 +97,7 @@ def _first_convolutions(value: ir.Value) -> list[ir.Node]:
     for use in value.uses():
         if use.node.op_type == "Transpose":
             found += _first_convolutions(use.node.outputs[0])
-        elif use.node.op_type == "Conv" and constant(use.node.inputs[1]) is not None:
+        elif _can_fold(use.node):
             found.append(use.node)
         else:
             msg = (
@@ -104,6 +106,13 @@ def _first_convolutions(value: ir.Value) -> list[ir.Node]:
             )
             raise UsageError(msg)
     return found
+
+
+def _can_fold(node: ir.Node) -> bool:
+    """Whether it is a convolution, not in groups, of constants alone."""
+    operands = [value for value in node.inputs[1:] if value is not None]
+    plain = node.op_type == "Conv" and node.attributes.get_int("group", 1) == 1
+    return plain and all(constant(value) is not None for value in operands)
 
 
 def _pads_itself(conv: ir.Node) -> bool:

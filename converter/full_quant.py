@@ -90,9 +90,9 @@ class _Work:
         method = RANGE_METHODS[full.activation_quant_method]
         means = products(model.graph, plan) if full.bias_correction else {}
         outputs = [v.name or "" for v in model.graph.outputs if job.output_type in TYPES and is_float(v)]
-        wanted = Wanted(
-            tuple(dict.fromkeys([*plan.groups(), *outputs])), means, method.needs_histogram, method.needs_samples
-        )
+        tensors = tuple(dict.fromkeys([*plan.groups(), *outputs]))
+        first = Walk(model, plan, data, resources).count
+        wanted = Wanted(tensors, means, method.needs_histogram, method.needs_samples, first)
         evidence = observe_with_cache(model, wanted, data, resources, watch, job.config.common.calibration_cache)
         return cls(model, job.config, _target(job.config), data, resources, watch, method, evidence, pixels)
 
@@ -125,7 +125,7 @@ class _Work:
         if mixed := _mixed_concats(plan):
             wishes = replace(wishes, kept_float={**kept_float, **mixed})
             plan = self._with_ranges(build_plan(self.model.graph, self.target, wishes))
-        walk = Walk(self.model, plan, self.data, self.resources)
+        walk = Walk(self.model, plan, self.data, self.resources, most=self.evidence.first)
         self.watch.say(f"Weights are decided on {walk.count} of {len(self.data)} samples.")
         options = Options(self.config.full_quant.weight_rounding == "GPTQ", self.config.full_quant.power_of_two_scale)
         plan = decide_weights(self.model, plan, walk, self.evidence.means, options, self.watch)

@@ -7,7 +7,7 @@ of all that was quantized before them without ever running the whole model again
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -16,17 +16,21 @@ import onnx_ir as ir
 from calib.affine import Array, quantize
 from calib.samples import Dataset
 from calib.session import open_session, over_samples, run
-from converter.algorithms.matrices import View
+from converter.algorithms.matrices import View, view_of
 from converter.calibrate import channel_mean, tensor_bytes
 from converter.emit.integer_edges import feed_integers, hand_out_integers
 from converter.emit.qdq import emit
 from converter.job import Resources
-from converter.model import constant, serialized, submodel
+from converter.model import constant, serialized, submodel, values_read
 from converter.ops import OPS
 from converter.plan import NodePlan, QuantPlan
 
 # Bytes of activations kept between steps; as many samples take part as fit.
 STORE_BYTES = 192 << 20
+# And no more than these: weights change less with further samples than from one choice of samples to another.
+MOST_SAMPLES = 64
+# Parts in which second moments are summed, side by side.
+PARTS = 4
 
 
 Emit = Callable[[ir.Model, QuantPlan], object]
@@ -47,8 +51,11 @@ def steps_of(graph: ir.Graph, plan: QuantPlan) -> list[Step]:
     cut = list(_cut(graph, plan))
     while cut and cut[-1][1] is None:
         cut.pop()
-    kept = {node for nodes, _ in cut for node in nodes}
-    return [_step(nodes, unit, kept) for nodes, unit in cut]
+    readers: dict[ir.Value, set[ir.Node]] = {}
+    for node in (node for nodes, _ in cut for node in nodes):
+        for value in values_read(node):
+            readers.setdefault(value, set()).add(node)
+    return [_step(nodes, unit, readers) for nodes, unit in cut]
 
 
 def _cut(graph: ir.Graph, plan: QuantPlan) -> Iterator[tuple[list[ir.Node], NodePlan | None]]:
@@ -70,11 +77,10 @@ def _cut(graph: ir.Graph, plan: QuantPlan) -> Iterator[tuple[list[ir.Node], Node
         yield between, None
 
 
-def _step(nodes: list[ir.Node], unit: NodePlan | None, kept: set[ir.Node]) -> Step:
-    mine = set(nodes)
+def _step(nodes: list[ir.Node], unit: NodePlan | None, readers: Mapping[ir.Value, set[ir.Node]]) -> Step:
     made = [value for node in nodes for value in node.outputs]
-    read = [v for node in nodes for v in node.inputs if v is not None and v not in made and constant(v) is None]
-    handed_on = [v for v in made if any(use.node in kept and use.node not in mine for use in v.uses())]
+    read = [v for node in nodes for v in values_read(node) if v not in made and constant(v) is None]
+    handed_on = [v for v in made if readers.get(v, set()) - set(nodes)]
     return Step(tuple(node.name or "" for node in nodes), _names(read), _names(handed_on), unit)
 
 
@@ -86,13 +92,21 @@ class Walk:
     """The activations that later steps still read, sample by sample: integer codes where the plan computes them."""
 
     def __init__(
-        self, model: ir.Model, plan: QuantPlan, data: Dataset, resources: Resources, write: Emit = emit
+        self,
+        model: ir.Model,
+        plan: QuantPlan,
+        data: Dataset,
+        resources: Resources,
+        write: Emit = emit,
+        store_bytes: int = STORE_BYTES,
+        most: int = MOST_SAMPLES,
     ) -> None:
         self.model, self.resources, self.threads, self._write = model, resources, resources.threads, write
+        self._nodes = {node.name or "": node for node in model.graph}
         self.steps = steps_of(model.graph, plan)
         self._codes = {name for unit in plan.units() for name in unit.outputs if name in plan.tensors}
         self._last_reader = {name: i for i, step in enumerate(self.steps) for name in step.reads}
-        self.count = max(1, min(len(data), STORE_BYTES // self._peak_bytes(data)))
+        self.count = max(1, min(len(data), most, store_bytes // self._peak_bytes(data)))
         read = set(self._last_reader)
         self._store = [{k: x for k, x in data.sample(i).items() if k in read} for i in range(self.count)]
 
@@ -110,13 +124,12 @@ class Walk:
         return peak
 
     def moments(self, unit: NodePlan, view: View, count: int, plan: QuantPlan) -> Array:
-        """E[x x'] over about `count` inputs x of the unit's product as it reads them: float64 (groups, columns, columns)."""
+        """E[x x'] over about `count` inputs x of the unit's product as it reads them, (groups, columns, columns)."""
         drawn, scale = self.draw(unit, view, count, plan)
-        sums = np.matmul(drawn.transpose(0, 2, 1), drawn)
-        return sums.astype(np.float64) * (scale**2 / drawn.shape[1])
+        return second_moments(drawn, self.threads) * scale**2
 
     def draw(self, unit: NodePlan, view: View, count: int, plan: QuantPlan) -> tuple[Array, float]:
-        """About `count` inputs of the unit's product as it reads them, float32 (groups, drawn, columns), and their scale.
+        """About `count` inputs of the unit's product as it reads them (groups, drawn, columns), and their scale.
 
         Two walks over the same data draw the same ones.
         """
@@ -135,7 +148,13 @@ class Walk:
 
     def mean_product(self, unit: NodePlan, weight: Array, plan: QuantPlan) -> Array:
         """Mean a channel (float64) of the unit's product with float `weight`, before bias and activation."""
+        assert unit.weight is not None
         name, axis = unit.inputs[0], OPS[unit.op_type].output_axis
+        view = view_of(self._nodes[unit.name], weight.shape, unit.weight.index)
+        if view and view.input_axis is not None and name in self._codes:
+            q, along = plan.params(name), view.input_axis
+            means = list(over_samples(self.count, lambda i: channel_mean(self._store[i][name], along), self.threads))
+            return product_of_mean(view, weight, (np.mean(means, axis=0) - float(q.zero_point)) * float(q.scale))
         model = self._product(unit, weight, plan)
         output = model.graph.outputs[0].name or ""
         session = open_session(serialized(model))
@@ -143,14 +162,13 @@ class Walk:
         def work(index: int) -> Array:
             return channel_mean(run(session, [output], {name: self._store[index][name]})[output], axis)
 
-        means: Array = np.mean(list(over_samples(self.count, work, self.threads)), axis=0)
-        return means
+        return np.asarray(np.mean(list(over_samples(self.count, work, self.threads)), axis=0))
 
     def _product(self, unit: NodePlan, weight: Array, plan: QuantPlan) -> ir.Model:
         """The unit's weighted node alone, without bias, on another weight and its quantized input."""
         assert unit.weight is not None
         name = unit.inputs[0]
-        node = next(node for node in self.model.graph if node.name == unit.name)
+        node = self._nodes[unit.name]
         part = submodel(self.model, [name], [node.outputs[0].name or ""])
         bias, alone = OPS[unit.op_type].bias, part.graph[0]
         if bias is not None and bias < len(node.inputs):
@@ -193,6 +211,20 @@ class Walk:
         for name in sorted(self._codes.intersection(step.writes)):
             hand_out_integers(model.graph, name)
         return model
+
+
+def second_moments(drawn: Array, threads: int) -> Array:
+    """E[x x'] over x drawn: float32 (groups, drawn, columns) to float64 (groups, columns, columns)."""
+    # Always the same parts, so that the sum does not depend on the number of workers.
+    parts = np.array_split(drawn, PARTS, axis=1)
+    sums = over_samples(PARTS, lambda i: np.matmul(parts[i].transpose(0, 2, 1), parts[i]), threads)
+    return np.asarray(np.sum(list(sums), axis=0, dtype=np.float64) / drawn.shape[1])
+
+
+def product_of_mean(view: View, weight: Array, mean: Array) -> Array:
+    """Mean a channel (float64) of the product whose inputs have this `mean` a channel; for views with an input_axis."""
+    matrix = view.matrix(weight.astype(np.float64))
+    return np.einsum("grk,gk->gr", matrix, mean.reshape(matrix.shape[0], -1)).reshape(-1)
 
 
 def _restricted(plan: QuantPlan, step: Step) -> QuantPlan:

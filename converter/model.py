@@ -95,7 +95,8 @@ def serialized_parts(model: ir.Model) -> Iterator[bytes]:
     """The graph and then every weight as bytes, for fingerprints: a model of any size."""
     for graph in model.graphs():
         for node in graph:
-            yield repr((node.op_identifier(), [v and v.name for v in node.inputs], node.attributes)).encode()
+            names = [v and v.name for v in (*node.inputs, *node.outputs)]
+            yield repr((node.op_identifier(), names, node.attributes)).encode()
         for name, value in graph.initializers.items():
             yield (name or "").encode()
             yield value.const_value.tobytes() if value.const_value else b""
@@ -105,6 +106,13 @@ def values_by_name(graph: ir.Graph) -> dict[str, ir.Value]:
     """Every named value of the top-level graph: inputs, initializers and node outputs."""
     values = [*graph.inputs, *graph.initializers.values(), *(v for node in graph for v in node.outputs)]
     return {value.name: value for value in values if value.name}
+
+
+def values_read(node: ir.Node) -> list[ir.Value]:
+    """The values of its own graph that `node` reads, those that its subgraphs take from there included."""
+    graphs = [a.as_graph() for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH]
+    inner = [n for graph in graphs for n in graph.all_nodes()]
+    return [v for n in (node, *inner) for v in n.inputs if v is not None and v.graph is node.graph]
 
 
 def weight_bytes(model: ir.Model) -> int:
@@ -151,9 +159,9 @@ class Names:
         return name
 
 
-def add_constant(graph: ir.Graph, name: str, array: Array) -> ir.Value:
-    """Registers an initializer; `name` must be free (see Names)."""
-    tensor = ir.tensor(np.asarray(array, order="C"), name=name)
+def add_constant(graph: ir.Graph, name: str, array: Array, kind: ir.DataType | None = None) -> ir.Value:
+    """Registers an initializer, stored as `kind` where given; `name` must be free (see Names)."""
+    tensor = ir.tensor(np.asarray(array, order="C"), kind, name=name)
     value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
     graph.register_initializer(value)
     return value

@@ -91,6 +91,11 @@ def _gemm_axis(node: ir.Node) -> int:
     return 0 if node.attributes.get_int("transB", 0) else 1
 
 
+def _matmul_weight(node: ir.Node) -> str | None:
+    weight = constant(node.inputs[1])
+    return None if weight is None or weight.ndim == 2 else "its weight is not one matrix"
+
+
 def _matmul_axis(node: ir.Node) -> int | None:
     weight = node.inputs[1]
     rank = weight.shape.rank() if weight and weight.shape else 0
@@ -129,7 +134,7 @@ OPS: dict[str, OpRule] = {
         channel_axis=_gemm_axis,
         obstacle=_all_of(_gemm_attributes, _weight_computed, _bias_computed, _gemm_bias),
     ),
-    "MatMul": OpRule(data=(0, 1), weight=1, channel_axis=_matmul_axis, output_axis=-1),
+    "MatMul": OpRule(data=(0, 1), weight=1, channel_axis=_matmul_axis, output_axis=-1, obstacle=_matmul_weight),
     **dict.fromkeys(("Add", "Sub", "Mul", "Div", "Max", "Min", "Concat", "PRelu"), OpRule(data=None)),
     **dict.fromkeys(
         (

@@ -8,19 +8,22 @@ from pathlib import Path
 import onnx_ir as ir
 
 from calib import CalibError
-from converter import full_quant, weight_quant
+from converter import dynamic_quant, full_quant, weight_quant
 from converter import model as models
-from converter.compare import TensorError
+from converter.compare import TensorError, largest_difference
 from converter.config import Config
 from converter.emit.half import store_constants_as_half
-from converter.errors import ConfigError, QConvertError, UsageError
+from converter.errors import ConfigError, ModelError, QConvertError, UsageError
 from converter.job import Job, Silent, Watch
+from converter.placement import check_skips
 from converter.plan import QuantPlan
 from converter.prepare import prepare
 from converter.prepare.inputs import set_input_shapes
 from converter.prepare.opset import opset_of, raise_opset
 
-MODES = {"FULL_QUANT": full_quant, "WEIGHT_QUANT": weight_quant}
+MODES = {"FULL_QUANT": full_quant, "WEIGHT_QUANT": weight_quant, "DYNAMIC_QUANT": dynamic_quant}
+# Float32 outputs may differ in their last bits after an opset conversion.
+RAISED_TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True)
@@ -64,8 +67,30 @@ def read(job: Job, watch: Watch) -> ir.Model:
     set_input_shapes(model, job.input_shapes)
     raised = raise_opset(model)
     if raised is not model:
-        watch.say(f"Opset {opset_of(model)} converted to {opset_of(raised)}.")
-    return prepare(raised)
+        _check_raised(model, raised, watch)
+    nodes = _nodes(model)
+    prepared = prepare(raised)
+    check_skips(job.config, nodes | _nodes(prepared))
+    return prepared
+
+
+def _nodes(model: ir.Model) -> set[tuple[str, str]]:
+    """Name and operator type of every node, subgraphs included."""
+    return {(node.name or "", node.op_type) for graph in model.graphs() for node in graph}
+
+
+def _check_raised(model: ir.Model, raised: ir.Model, watch: Watch) -> None:
+    """Raises ModelError where a conversion to a newer opset changed what the model computes."""
+    change = f"Opset {opset_of(model)} converted to {opset_of(raised)}"
+    try:
+        difference = largest_difference(model, raised)
+    except CalibError as error:
+        watch.warn(f"{change}, unchecked: {error}")
+        return
+    if not difference <= RAISED_TOLERANCE:
+        msg = f"{change}, which changes the outputs by {difference:.2g} of their largest value; export the model anew."
+        raise ModelError(msg)
+    watch.say(f"{change}; the outputs differ by {difference:.1e} of their largest value.")
 
 
 def _check_built(config: Config) -> None:
@@ -73,7 +98,6 @@ def _check_built(config: Config) -> None:
     quant_type = config.common.quant_type
     missing = (
         (quant_type not in MODES, f"quant_type = {quant_type}", f"write quant_type = {' or '.join(MODES)}"),
-        (config.common.bit_num == 0, "bit_num = 0", "write a number of bits from 1 to 16"),
         (config.common.debug_info_save_path, "debug_info_save_path", "remove the line"),
     )
     for asked, key, advice in missing:

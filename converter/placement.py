@@ -8,12 +8,15 @@ save nothing.
 
 from __future__ import annotations
 
+import difflib
 import fnmatch
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 
 import onnx_ir as ir
 
+from converter.config import Config
+from converter.errors import ConfigError
 from converter.model import bias_add, constant, is_float, only_consumer
 from converter.ops import OPS, OpRule
 from converter.plan import NodePlan, QuantPlan, TensorPlan, WeightPlan
@@ -105,6 +108,22 @@ def skipped(node: ir.Node, wishes: Wishes) -> str | None:
     if node.op_type in wishes.skip_types:
         return "named in skip_quant_type"
     return wishes.kept_float.get(node.name or "")
+
+
+def check_skips(config: Config, nodes: Collection[tuple[str, str]]) -> None:
+    """Raises ConfigError for a wish to skip that is of none of the `nodes` (name, operator type)."""
+    names, types = sorted({name for name, _ in nodes}), sorted({op_type for _, op_type in nodes})
+    for pattern in config.common.skip_quant_node:
+        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+            raise _unknown(config, "skip_quant_node", f"no node is named '{pattern}'", pattern, names)
+    for op_type in config.common.skip_quant_type:
+        if op_type not in types:
+            raise _unknown(config, "skip_quant_type", f"no node is of type '{op_type}'", op_type, types)
+
+
+def _unknown(config: Config, key: str, what: str, wish: str, known: list[str]) -> ConfigError:
+    nearest = difflib.get_close_matches(wish, known, 1, cutoff=0.0)[0]
+    return ConfigError(f"{config.path}: [common_quant_param] {key}: {what} in this model; the nearest is '{nearest}'.")
 
 
 def _obstacle(node: ir.Node, target: Target, wishes: Wishes) -> str | None:

@@ -27,6 +27,7 @@ class TensorPlan:
 class WeightPlan:
     """A constant operand that becomes integers; `axis` is the channel axis, None for one scale.
 
+    `block` is the number of weights of a channel that share a scale where it is stored, None for all.
     `pair_limit` bounds the sum of two codes that a kernel multiplies and adds in 16 bits; None if it does not.
     """
 
@@ -35,6 +36,7 @@ class WeightPlan:
     format: IntFormat
     axis: int | None
     pair_limit: int | None = None
+    block: int | None = None
 
 
 @dataclass(frozen=True)
@@ -66,6 +68,11 @@ class NodePlan:
     def weights(self) -> tuple[WeightPlan, ...]:
         """All its weights."""
         return (self.weight, *self.further) if self.weight else ()
+
+    def in_bits(self, bits: int) -> NodePlan:
+        """A copy whose weights are `bits` wide."""
+        first, *further = (replace(w, format=replace(w.format, bits=bits)) for w in self.weights)
+        return replace(self, weight=first, further=tuple(further))
 
 
 @dataclass(frozen=True)
@@ -109,3 +116,7 @@ class QuantPlan:
     def with_weights(self, weights: Mapping[str, QuantizedWeight], biases: Mapping[str, Array]) -> QuantPlan:
         """A copy with more weights and biases."""
         return replace(self, weights={**self.weights, **weights}, biases={**self.biases, **biases})
+
+    def with_bits(self, bits: Mapping[str, int]) -> QuantPlan:
+        """A copy in which the weights of the nodes named have other widths."""
+        return replace(self, nodes={**self.nodes, **{name: self.nodes[name].in_bits(n) for name, n in bits.items()}})

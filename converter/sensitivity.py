@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -17,6 +18,7 @@ from converter.compare import TensorError, compare
 from converter.emit.qdq import emit
 from converter.errors import DataError
 from converter.job import Resources, Watch
+from converter.layerwise import Emit
 from converter.model import saved
 from converter.plan import NodePlan, QuantPlan
 
@@ -35,7 +37,7 @@ class Sensitivity:
 
 
 def sensitivities(
-    model: ir.Model, plan: QuantPlan, data: Dataset, resources: Resources, watch: Watch
+    model: ir.Model, plan: QuantPlan, data: Dataset, resources: Resources, watch: Watch, write: Emit = emit
 ) -> list[Sensitivity]:
     """Every unit's sensitivity, the most harmful first."""
     found = []
@@ -43,7 +45,7 @@ def sensitivities(
     with saved(model) as reference:
         for unit in watch.track(plan.units(), "Ranking nodes", len(plan.units())):
             alone = model.clone()
-            emit(alone, only(plan, unit))
+            write(alone, only(plan, unit))
             with saved(alone) as path:
                 errors = compare(reference, path, outputs, data, RANKED_ON, resources.threads)
             found.append(Sensitivity(unit, min(e.cosine for e in errors), min(e.sqnr_db for e in errors)))
@@ -70,12 +72,15 @@ def output_drop(
 
 
 def top1(path: Path, data: Dataset, labels: Mapping[str, int], resources: Resources) -> float:
-    """Share of the samples whose first output is largest at the label of their first file."""
+    """Share of the samples whose first output, of one row, is largest at the label of their first file."""
     session = open_session(path)
     output = session.get_outputs()[0].name
 
     def right(index: int) -> bool:
         scores = run(session, [output], data.sample(index))[output]
+        if scores.ndim > 1 and len(scores) > 1:
+            msg = f"label_file: output '{output}' has {len(scores)} rows a sample; give --inputShape with a batch of 1."
+            raise DataError(msg)
         return int(np.argmax(scores)) == labels[data.files(index)[0].name]
 
     return float(np.mean(list(over_samples(len(data), right, resources.threads))))
@@ -89,9 +94,12 @@ def read_labels(path: Path, data: Dataset) -> dict[str, int]:
     except (OSError, KeyError, ValueError, TypeError) as error:
         msg = f"{path}: the label file needs a header 'file,label' and an integer class a line ({error!r})."
         raise DataError(msg) from error
-    for index in range(len(data)):
-        if (name := data.files(index)[0].name) not in labels:
-            msg = f"{path}: there is no label for {name}; add a line '{name},<class>'."
+    for file, times in Counter(data.files(index)[0] for index in range(len(data))).items():
+        if file.name not in labels:
+            msg = f"{path}: there is no label for {file.name}; add a line '{file.name},<class>'."
+            raise DataError(msg)
+        if times > 1:
+            msg = f"{path}: {file} holds {times} samples, which one label cannot serve; give each a file of its own."
             raise DataError(msg)
     return labels
 

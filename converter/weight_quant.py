@@ -5,80 +5,94 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from calib.affine import IntFormat
-from converter.algorithms.stored_weights import store_by_outputs, store_by_weights
+from converter.algorithms.bit_search import Search
+from converter.algorithms.stored_weights import Options
 from converter.compare import TensorError
-from converter.data import open_data, resources_of
+from converter.data import open_data, resources_of, synthetic_data
+from converter.emit.dequantize import DequantizeWriter, type_of
 from converter.emit.planes import PlaneWriter, stored_bytes
 from converter.emit.stored import emit_stored
 from converter.job import Job, Watch
 from converter.model import bias_add, constant
-from converter.ops import OPS, weights_of
+from converter.ops import weights_of
 from converter.placement import Wishes, skipped
 from converter.plan import NodePlan, QuantPlan, WeightPlan
+from converter.prepare.opset import raise_opset
+
+# The width in a plan whose widths are not found yet.
+UNKNOWN_BITS = 8
 
 
 def make_plan(model: ir.Model, job: Job) -> QuantPlan:
     """The plan without numbers."""
-    common = job.config.common
     nodes: dict[str, NodePlan] = {}
     for node in (node for graph in model.graphs() for node in graph):
-        name = node.name or ""
-        nodes.setdefault(name, _node_plan(node, job))
-        for inner in nodes[name].absorbed:
-            nodes[inner] = NodePlan(inner, "Add", False, f"computed inside {name}", inside=name)
+        unit = nodes.setdefault(node.name or "", _node_plan(node, job))
+        for name in unit.absorbed:
+            nodes[name] = NodePlan(name, "Add", False, f"computed inside {unit.name}", inside=unit.name)
     return QuantPlan(nodes, {})
 
 
 def quantize(model: ir.Model, job: Job, watch: Watch) -> tuple[ir.Model, QuantPlan, list[TensorError]]:
     """The quantized copy of a prepared float model, the decisions, and what they cost each tensor, worst first."""
-    plan = make_plan(model, job)
-    if job.config.preprocess.calibrate_path:
-        data = open_data(model, job, watch)
-        plan = store_by_outputs(model, plan, data, resources_of(job), watch)
+    wanted, given = job.config.weight_quant, bool(job.config.preprocess.calibrate_path)
+    data = open_data(model, job, watch) if given else synthetic_data(model)
+    by_outputs = given and wanted.quant_strategy != "MAX_MIN"
+    options = Options(wanted.bias_correction, wanted.on_the_fly)
+    search = Search(model, make_plan(model, job), data, by_outputs, options, resources_of(job), watch)
+    plan = search.decided() if job.config.common.bit_num else search.mixed(job.config.mixed_bit)
+    if wanted.on_the_fly:
+        opset = max((type_of(weight)[1] for weight in plan.stored.values()), default=0)
+        quantized = raise_opset(model.clone(), opset)
+        emit_stored(quantized, plan, DequantizeWriter(quantized))
     else:
-        plan = store_by_weights(model, plan, watch)
-    quantized = model.clone()
-    emit_stored(quantized, plan, PlaneWriter(quantized))
+        quantized = model.clone()
+        emit_stored(quantized, plan, PlaneWriter(quantized))
     return quantized, plan, []
 
 
 def _node_plan(node: ir.Node, job: Job) -> NodePlan:
-    common, name = job.config.common, node.name or ""
+    common, name, axes = job.config.common, node.name or "", weights_of(node)
+    weights = [_weight_plan(node, index, axis, job) for index, axis in axes.items()]
+    reasons = (_obstacle(node, weight, job) for weight in weights)
     wishes = Wishes(common.skip_quant_node, common.skip_quant_type)
-    axes = weights_of(node)
-    weights = {
-        i: WeightPlan(node.inputs[i].name or "", i, IntFormat(common.bit_num or 8, False), axis)
-        for i, axis in axes.items()
-    }
-    reason = skipped(node, wishes) or _obstacle(node, weights, job)
+    reason = skipped(node, wishes) or next(filter(None, reasons), None if weights else "no constant weight")
     if reason:
         return NodePlan(name, node.op_type, False, reason)
-    add = bias_add(node)
-    first, *further = weights.values()
-    data = next((v.name or "" for i, v in enumerate(node.inputs) if v is not None and i not in weights), "")
+    add, data = bias_add(node), next(v for i, v in enumerate(node.inputs) if v is not None and i not in axes)
     return NodePlan(
         name,
         node.op_type,
-        True,
-        f"weights in {common.bit_num} bits",
-        inputs=(data,),
+        quantized=True,
+        reason=f"weights stored in {common.bit_num or 'as few bits as they need'}",
+        inputs=(data.name or "",),
         absorbed=(add.name or "",) if add else (),
-        weight=first,
-        further=tuple(further),
+        weight=weights[0],
+        further=tuple(weights[1:]),
     )
 
 
-def _obstacle(node: ir.Node, weights, job: Job) -> str | None:
-    common = job.config.common
-    if not weights:
-        return "no constant weight"
-    for w in weights.values():
-        array = constant(node.inputs[w.index])
-        channels = array.shape[w.axis] if w.axis is not None else 1
-        if array.size <= common.min_quant_weight_size:
-            return f"not more than min_quant_weight_size = {common.min_quant_weight_size} weights"
-        if node.op_type.startswith("Conv") and channels <= common.min_quant_weight_channel:
-            return f"not more than min_quant_weight_channel = {common.min_quant_weight_channel} channels"
-        if stored_bytes(array.size, channels, w.format.bits) >= array.nbytes:
-            return f"in {w.format.bits} bits it would take no less space"
-    return None
+def _weight_plan(node: ir.Node, index: int, axis: int | None, job: Job) -> WeightPlan:
+    wanted, value, array = job.config.weight_quant, node.inputs[index], constant(node.inputs[index])
+    assert value is not None
+    assert array is not None
+    axis = axis % array.ndim if axis is not None and wanted.per_channel else None
+    columns = (
+        array.shape[1 - axis] if node.op_type in {"MatMul", "Gemm"} and array.ndim == 2 and axis is not None else 0
+    )
+    block = wanted.block_size if wanted.block_size and columns and columns % wanted.block_size == 0 else None
+    fmt = IntFormat(job.config.common.bit_num or UNKNOWN_BITS, signed=False)
+    return WeightPlan(value.name or "", index, fmt, axis, block=block)
+
+
+def _obstacle(node: ir.Node, weight: WeightPlan, job: Job) -> str | None:
+    common, array = job.config.common, constant(node.inputs[weight.index])
+    assert array is not None
+    channels = array.shape[weight.axis] if weight.axis is not None else 1
+    few, narrow = common.min_quant_weight_size, common.min_quant_weight_channel
+    if array.size <= few:
+        return f"not more than min_quant_weight_size = {few} weights"
+    if node.op_type in {"Conv", "ConvTranspose"} and array.shape[weights_of(node)[weight.index] or 0] <= narrow:
+        return f"not more than min_quant_weight_channel = {narrow} channels"
+    bits = weight.format.bits
+    return f"no smaller in {bits} bits" if stored_bytes(array.size, channels, bits) >= array.nbytes else None

@@ -29,6 +29,10 @@ class View(Protocol):
     def columns(self, x: Array, count: int, zero: int, rng: np.random.Generator) -> Array:
         """(groups, count, columns): inputs of `count` outputs (or all, if fewer) drawn at random; padding is `zero`."""
 
+    @property
+    def input_axis(self) -> int | None:
+        """Axis of the input's channels, where every input value enters every output channel's sum once; else None."""
+
 
 @dataclass(frozen=True)
 class ConvView:
@@ -71,6 +75,12 @@ class ConvView:
         grouped = values.reshape(*inside.shape, self.groups, -1)
         return grouped.transpose(2, 0, 1, 3).reshape(self.groups, batch.size, -1)
 
+    @property
+    def input_axis(self) -> int | None:
+        """1 for kernels of one position, without strides or padding."""
+        pointwise = set(self.shape[2:]) | set(self.strides) <= {1} and not any(self.pads)
+        return 1 if pointwise else None
+
     def _axis(self, axis: int, size: int) -> tuple[int, int]:
         """Output size and begin pad along a spatial axis of `size`."""
         extent = self.dilations[axis] * (self.shape[2 + axis] - 1) + 1
@@ -102,10 +112,28 @@ class ProductView:
         flat = x.reshape(1, -1, x.shape[-1])
         return flat.take(_drawn(flat.shape[1], count, rng), axis=1)
 
+    @property
+    def input_axis(self) -> int | None:
+        """The last."""
+        return -1
+
 
 def _drawn(total: int, count: int, rng: np.random.Generator) -> Array:
     """At most `count` different numbers below `total`, in ascending order."""
     return np.sort(rng.choice(total, min(count, total), replace=False, shuffle=False))
+
+
+def plain_matrix(weight: Array, axis: int | None) -> Array:
+    """(1, channels of `axis`, rest) of any weight, or (1, 1, all) where `axis` is None."""
+    return weight.reshape(1, 1, -1) if axis is None else np.moveaxis(weight, axis, 0).reshape(1, weight.shape[axis], -1)
+
+
+def plain_weight(matrix: Array, shape: Sequence[int], axis: int | None) -> Array:
+    """The inverse of plain_matrix for a weight of `shape`."""
+    if axis is None:
+        return matrix.reshape(shape)
+    moved = [shape[axis], *(size for i, size in enumerate(shape) if i != axis % len(shape))]
+    return np.moveaxis(matrix.reshape(moved), 0, axis)
 
 
 def view_of(node: ir.Node, shape: Sequence[int], weight_index: int) -> View | None:

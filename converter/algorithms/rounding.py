@@ -26,10 +26,13 @@ BLOCK = 32
 # Weights of one search step: few enough to stay in cache.
 CHUNK = 1 << 15
 # Scales tried, as multiples of the one that covers the largest weight, in steps of 10 %; the first wins a tie.
+# With many codes, clipping more than a quarter of the range never pays.
 SHRINK = np.geomspace(1.0, 0.1, 25)
+MANY_BITS, LEAST_OF_MANY = 7, 0.74
 WIDEN = np.geomspace(1.1, 2.0, 7)
-# Then multiples of the best of them: short rows gain most from a scale that happens to suit them.
+# Then multiples of the best of them: short rows gain from a scale that happens to suit them, long ones average out.
 REFINE = np.concatenate([[1.0], np.linspace(0.95, 1.05, 30)])
+LONG_ROW, REFINE_LONG = 128, np.concatenate([[1.0], np.linspace(0.95, 1.05, 6)])
 
 
 @dataclass(frozen=True)
@@ -55,7 +58,9 @@ def search_scales(weight: Array, importance: Array, grid: Grid, per_channel: boo
     unit = (weight / widest[..., None]).astype(np.float32)
     relative = (importance / (importance.max() or 1.0)).astype(np.float32)
     best = np.ones_like(widest)
-    for factors in (SHRINK if grid.pair_limit is None else np.concatenate([SHRINK, WIDEN]), REFINE):
+    shrink = SHRINK[SHRINK > LEAST_OF_MANY] if grid.format.bits >= MANY_BITS else SHRINK
+    refine = REFINE if weight.shape[2] < LONG_ROW else REFINE_LONG
+    for factors in (shrink if grid.pair_limit is None else np.concatenate([shrink, WIDEN]), refine):
         tried = factors[:, None, None] * best
         errors = _errors(unit, relative, tried, grid)
         if not per_channel:

@@ -14,6 +14,7 @@ import numpy as np
 
 from calib.affine import SMALLEST_SCALE, Array, IntFormat
 from converter.algorithms.rounding import DAMPING, Grid, compensated
+from converter.emit.planes import HALF_BITS
 
 # Widths tried for the first grid, as shares of the one that covers all weights of a row.
 SHARES = (1.0, 0.93, 0.86, 0.79, 0.72, 0.65, 0.55)
@@ -21,17 +22,16 @@ SHARES = (1.0, 0.93, 0.86, 0.79, 0.72, 0.65, 0.55)
 ROUNDS = 6
 # Columns whose codes change before the others hear of it.
 BLOCK = 64
-# Codes of up to this many bits are worth scales and zeros of float16.
-HALF_BITS = 8
 
 
 @dataclass(frozen=True)
 class Rows:
-    """`codes` (groups, rows, columns) on the grids `scale`, `zero` (groups, rows)."""
+    """`codes` (groups, rows, columns) of `format` on the grids `scale`, `zero` (groups, rows)."""
 
     codes: Array
     scale: Array
     zero: Array
+    format: IntFormat
 
     def values(self) -> Array:
         """The weights they stand for."""
@@ -61,14 +61,28 @@ def fit(weight: Array, moments: Array | None, grids: Grids) -> Rows:
         shifted = weight + (rows.scale * rows.zero)[..., None]
         rows = replace(rows, codes=compensated(shifted, rows.scale, moments, Grid(grids.format)))
     for _ in range(ROUNDS if grids.format.bits < HALF_BITS else 1):
-        rows = _descended(weight, moments, _refitted(weight, moments, rows, grids), grids.format)
+        rows = _descended(weight, moments, _refitted(weight, moments, rows, grids))
     return rows
+
+
+def with_variance(weight: Array, rows: Rows, grids: Grids) -> Rows:
+    """The same codes with scales and zeros that give every row of `weight` its mean and standard deviation back.
+
+    A factor beyond 0.1 to 10 would follow from a row that is lost: it stays as it is.
+    """
+    values = rows.values()
+    ratio = weight.std(axis=2) / np.maximum(values.std(axis=2), SMALLEST_SCALE)
+    ratio = np.where((ratio > 0.1) & (ratio < 10), ratio, 1.0)
+    scale = rows.scale * ratio
+    scale, zero = _storable(scale, rows.codes.mean(axis=2) - weight.mean(axis=2) / scale, grids)
+    return replace(rows, scale=scale, zero=zero)
 
 
 def _damped(moments: Array) -> Array:
     diagonal = np.einsum("gkk->gk", moments)
     share = DAMPING * diagonal.mean(axis=1, keepdims=True)
-    return moments + (share + (diagonal + share <= 0))[..., None] * np.eye(moments.shape[1])
+    damped: Array = moments + (share + (diagonal + share <= 0))[..., None] * np.eye(moments.shape[1])
+    return damped
 
 
 def _first(weight: Array, importance: Array, grids: Grids) -> Rows:
@@ -80,11 +94,11 @@ def _first(weight: Array, importance: Array, grids: Grids) -> Rows:
     if not grids.per_row:
         errors = np.broadcast_to(errors.sum(axis=(1, 2), keepdims=True), errors.shape)
     scale, zero = (np.choose(errors.argmin(axis=0), numbers) for numbers in zip(*tried, strict=True))
-    return Rows(_nearest(weight, scale, zero, grids.format), scale, zero)
+    return Rows(_nearest(weight, scale, zero, grids.format), scale, zero, grids.format)
 
 
 def _grid(width: Array, middle: Array, grids: Grids) -> tuple[Array, Array]:
-    """Scale and zero of grids as wide as `width` about `middle`; without width, `middle` itself is one of their values."""
+    """Scale and zero of grids as wide as `width` about `middle`, which is on them itself where there is no width."""
     qmax = grids.format.qmax
     wide = width > SMALLEST_SCALE * qmax
     scale = np.where(wide, width / qmax, np.where(middle == 0, 1.0, np.abs(middle)))
@@ -92,7 +106,7 @@ def _grid(width: Array, middle: Array, grids: Grids) -> tuple[Array, Array]:
 
 
 def _error(weight: Array, importance: Array, scale: Array, zero: Array, fmt: IntFormat) -> Array:
-    errors = Rows(_nearest(weight, scale, zero, fmt), scale, zero).values() - weight
+    errors = Rows(_nearest(weight, scale, zero, fmt), scale, zero, fmt).values() - weight
     weighted: Array = np.matmul(errors**2, importance[..., None])[..., 0]
     return weighted
 
@@ -126,11 +140,12 @@ def _refitted(weight: Array, moments: Array | None, rows: Rows, grids: Grids) ->
     scale, offset = (one * qw - q1 * w1) / determinant, (qq * w1 - q1 * qw) / determinant
     safe &= scale > SMALLEST_SCALE
     scale = np.where(safe, scale, rows.scale)
-    return Rows(codes, *_storable(scale, np.where(safe, -offset / scale, rows.zero), grids))
+    return Rows(codes, *_storable(scale, np.where(safe, -offset / scale, rows.zero), grids), grids.format)
 
 
-def _descended(weight: Array, moments: Array | None, rows: Rows, fmt: IntFormat) -> Rows:
+def _descended(weight: Array, moments: Array | None, rows: Rows) -> Rows:
     """The same grids with every code moved once to its optimum, given all others."""
+    fmt = rows.format
     if moments is None:
         return replace(rows, codes=_nearest(weight, rows.scale, rows.zero, fmt))
     # Columns first: (columns, groups, rows).

@@ -8,7 +8,6 @@ themselves are fitted.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -21,18 +20,23 @@ from converter.algorithms.matrices import View, view_of
 from converter.algorithms.row_fit import Grids, Rows, fit, with_variance
 from converter.emit.stored import as_floats, bias_of, emit_stored, planned
 from converter.job import Resources, Watch
-from converter.layerwise import Walk
+from converter.layerwise import Walk, second_moments
 from converter.model import constant
 from converter.ops import OPS
 from converter.plan import NodePlan, QuantizedWeight, QuantPlan, WeightPlan
+from converter.sensitivity import fewest
 
 # Inputs drawn for a layer's second moments, over all samples.
 COLUMNS_PER_WEIGHT = 16
 LEAST_COLUMNS, MOST_COLUMNS = 2048, 8192
 # Share of the inputs' mean second moment that holds a layer's target near its float weights.
 RIDGE = 1.0
-# Widths that a relative error is turned into.
-WIDTHS = range(1, 17)
+# Share of the mean second moment added to each, times columns per input drawn.
+SHRINKAGE = 0.1
+# Bytes of activations that each of the two walks keeps: accuracy grows with the samples that take part.
+STORE_BYTES = 384 << 20
+# The most bits that a relative error is turned into.
+WIDEST = 16
 
 
 @dataclass(frozen=True)
@@ -50,7 +54,7 @@ class Options:
 
 @dataclass(frozen=True)
 class _RowView:
-    """A weight of `shape` as rows, one a channel of `axis`, one for all where None, or one for every `block` of a channel."""
+    """A weight of `shape` as rows: one for all channels, one a channel of `axis`, or one for every `block` of one."""
 
     shape: tuple[int, ...]
     axis: int | None
@@ -90,23 +94,36 @@ def _stored_alone(array: Array, wanted: WeightPlan, options: Options) -> Quantiz
     matrix = view.matrix(array)
     rows = _fewest_bits(matrix, None, wanted, options)
     if options.correct and not options.integer_zero:
-        rows = with_variance(matrix, rows)
+        rows = with_variance(matrix, rows, Grids(rows.format))
     return _packed(rows, view.weight(rows.codes), wanted)
 
 
 def store_by_outputs(
-    model: ir.Model, plan: QuantPlan, data: Dataset, resources: Resources, options: Options, watch: Watch
+    model: ir.Model,
+    plan: QuantPlan,
+    data: Dataset,
+    resources: Resources,
+    options: Options,
+    watch: Watch,
+    alone: bool = False,
 ) -> QuantPlan:
-    """The plan with every layer's weights fitted to its outputs, and biases that keep their means."""
-    return _Layers(model, plan, data, resources, options).decide(store_by_weights(model, plan, options, watch), watch)
+    """The plan with every layer's weights fitted to its outputs, and biases that keep their means.
+
+    `alone` fits every layer as if all others were float.
+    """
+    layers = _Layers(model, plan, data, resources, options, alone)
+    return layers.decide(store_by_weights(model, plan, options, watch), watch)
 
 
 class _Layers:
     """A walk with stored weights beside one of the float model."""
 
-    def __init__(self, model: ir.Model, plan: QuantPlan, data: Dataset, resources: Resources, options: Options) -> None:
-        self.walk = Walk(model, plan, data, resources, partial(emit_stored, write=as_floats))
-        self.float_walk = Walk(model, plan, data, resources, lambda model, plan: None)
+    def __init__(
+        self, model: ir.Model, plan: QuantPlan, data: Dataset, resources: Resources, options: Options, alone: bool
+    ) -> None:
+        self.float_walk = Walk(model, plan, data, resources, lambda model, plan: None, STORE_BYTES)
+        write = partial(emit_stored, write=as_floats)
+        self.walk = self.float_walk if alone else Walk(model, plan, data, resources, write, STORE_BYTES)
         self.options, self.nodes = options, {node.name: node for node in model.graph}
         self.decided: set[ir.Value] = set()
 
@@ -116,8 +133,8 @@ class _Layers:
         for position, step in enumerate(watch.track(steps, "Rounding weights", len(steps))):
             if step.unit:
                 plan = self._decided(step.unit, plan)
-            self.walk.advance(position, plan)
-            self.float_walk.advance(position, plan)
+            for walk in {self.walk, self.float_walk}:
+                walk.advance(position, plan)
         return plan
 
     def _decided(self, unit: NodePlan, plan: QuantPlan) -> QuantPlan:
@@ -139,8 +156,8 @@ class _Layers:
         assert unit.weight is not None
         matrix = view.matrix(array)
         count = int(np.clip(COLUMNS_PER_WEIGHT * matrix.shape[2], LEAST_COLUMNS, MOST_COLUMNS))
-        drawn = [walk.draw(unit, view, count, plan)[0] for walk in (self.walk, self.float_walk)]
-        moments, cross = _joint(*drawn, centered=self._corrects(unit))
+        x, reference = (walk.draw(unit, view, count, plan)[0] for walk in (self.walk, self.float_walk))
+        moments, cross = _joint(x, reference, self._corrects(unit), self.walk.threads)
         return _fewest_bits(_target(matrix, moments, cross), moments, unit.weight, self.options)
 
     def _corrects(self, unit: NodePlan) -> bool:
@@ -171,14 +188,17 @@ def _fewest_bits(weight: Array, moments: Array | None, wanted: WeightPlan, optio
     return fewest(WIDEST, within)
 
 
-def _joint(x: Array, reference: Array, centered: bool) -> tuple[Array, Array]:
+def _joint(x: Array, reference: Array, centered: bool, threads: int) -> tuple[Array, Array]:
     """E[x x'] and E[reference x'] over drawn inputs (groups, drawn, columns), about their means where `centered`."""
     both, size = np.concatenate([x, reference], axis=2), x.shape[2]
     if centered:
         both -= both.mean(axis=1, keepdims=True)
     # One product of an array with itself: BLAS has a fast way for it, for many small groups above all.
-    sums = (np.matmul(both.transpose(0, 2, 1), both) / np.float32(x.shape[1])).astype(np.float64)
-    return sums[:, :size, :size], sums[:, size:, :size]
+    sums = second_moments(both, threads)
+    # Few inputs say little about how many columns go together.
+    shrink = SHRINKAGE * size / x.shape[1] * np.einsum("gkk->g", sums[:, :size, :size])[:, None, None] / size
+    shrunk = np.eye(size) * shrink
+    return sums[:, :size, :size] + shrunk, sums[:, size:, :size] + shrunk
 
 
 def _target(weight: Array, moments: Array, cross: Array) -> Array:
@@ -195,12 +215,14 @@ def _target(weight: Array, moments: Array, cross: Array) -> Array:
 
 
 def _packed(rows: Rows, codes: Array, wanted: WeightPlan) -> QuantizedWeight:
-    fmt = replace(wanted.format, bits=rows.bits)
-    q = QParams(*(_parameter(x, wanted) for x in (rows.scale, rows.zero)), fmt, wanted.axis, wanted.block)
-    return QuantizedWeight(np.ascontiguousarray(codes).astype(fmt.dtype), q)
+    scale, zero = (_as_stored(x.astype(np.float32), codes.shape, wanted) for x in (rows.scale, rows.zero))
+    q = QParams(scale, zero, rows.format, wanted.axis)
+    return QuantizedWeight(np.ascontiguousarray(codes).astype(rows.format.dtype), q)
 
 
-def _parameter(numbers: Array, wanted: WeightPlan) -> Array:
-    """The rows' numbers as they stand along the weight: one, one a channel, or (blocks, channels)."""
-    flat = numbers.astype(np.float32).reshape(-1)
-    return flat[0] if wanted.axis is None else flat.reshape(-1, ) if wanted.block is None else flat
+def _as_stored(numbers: Array, shape: tuple[int, ...], wanted: WeightPlan) -> Array:
+    """A number a row as it stands along the weight: one, one a channel, or one a block with a weight's axes."""
+    if wanted.axis is None:
+        return numbers.reshape(())
+    by_channel = numbers.reshape(shape[wanted.axis], -1)
+    return by_channel[:, 0] if wanted.block is None else np.moveaxis(by_channel, 0, wanted.axis)

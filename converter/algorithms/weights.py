@@ -9,10 +9,10 @@ import numpy as np
 import onnx_ir as ir
 
 from calib.affine import Array, QParams, dequantize
-from converter.algorithms.matrices import View, view_of
+from converter.algorithms.matrices import View, plain_matrix, plain_weight, view_of
 from converter.algorithms.rounding import Grid, compensated, nearest, search_scales
 from converter.job import Watch
-from converter.layerwise import Walk
+from converter.layerwise import Walk, product_of_mean
 from converter.model import constant, values_by_name
 from converter.ops import OPS
 from converter.plan import NodePlan, QuantizedWeight, QuantPlan, WeightPlan
@@ -52,7 +52,7 @@ def decide_weights(
         if step.unit:
             layer = _layer(step.unit, nodes[step.unit.name], values)
             weight = _rounded(layer, plan, walk, options)
-            mean = means.get(layer.node.outputs[0].name or "")
+            mean = means.get(_source(layer.unit, layer.node)[0])
             bias = _corrected(layer, weight, mean, plan, walk) if mean is not None else layer.bias
             plan = plan.with_weights({layer.unit.name: weight}, {} if bias is None else {layer.unit.name: bias})
         walk.advance(position, plan)
@@ -60,10 +60,25 @@ def decide_weights(
 
 
 def products(graph: ir.Graph, plan: QuantPlan) -> dict[str, int]:
-    """The tensors whose channel means bias correction compares, with their channel axes."""
+    """The tensors whose channel means bias correction needs of the float model, with their channel axes."""
     nodes = {node.name: node for node in graph}
     correctable = [unit for unit in plan.units() if unit.weight and (OPS[unit.op_type].bias is not None or unit.bias)]
-    return {nodes[unit.name].outputs[0].name or "": OPS[unit.op_type].output_axis for unit in correctable}
+    return dict(_source(unit, nodes[unit.name]) for unit in correctable)
+
+
+def _source(unit: NodePlan, node: ir.Node) -> tuple[str, int]:
+    """What the mean of the product follows from: its input, which is watched anyway, where possible, or the product."""
+    view = _view(unit, node)
+    if view and view.input_axis is not None:
+        return unit.inputs[0], view.input_axis
+    return node.outputs[0].name or "", OPS[unit.op_type].output_axis
+
+
+def _view(unit: NodePlan, node: ir.Node) -> View | None:
+    assert unit.weight is not None
+    weight = constant(node.inputs[unit.weight.index])
+    assert weight is not None
+    return view_of(node, weight.shape, unit.weight.index)
 
 
 def _layer(unit: NodePlan, node: ir.Node, values: Mapping[str, ir.Value]) -> _Layer:
@@ -78,18 +93,28 @@ def _rounded(layer: _Layer, plan: QuantPlan, walk: Walk, options: Options) -> Qu
     wanted = layer.unit.weight
     assert wanted is not None
     grid = Grid(wanted.format, wanted.pair_limit)
-    view = view_of(layer.node, layer.weight.shape, wanted.index)
+    view = _view(layer.unit, layer.node)
+    if view is None:
+        # Not known as a matrix product of its inputs: least squares in the weights themselves.
+        matrix = plain_matrix(layer.weight.astype(np.float64), wanted.axis)
+        scale = _scales(layer, plan, matrix, np.ones(matrix.shape[::2]), grid, options)
+        codes = nearest(matrix / scale[..., None], grid)
+        return packed(plain_weight(codes, layer.weight.shape, wanted.axis), scale, wanted)
     matrix = view.matrix(layer.weight.astype(np.float64))
     moments = _moments(layer, view, matrix.shape[2], plan, walk)
-    importance = np.einsum("gkk->gk", moments)
-    scale = search_scales(matrix, importance, grid, wanted.axis is not None)
-    scale = np.maximum(scale, _scale_floor(layer, plan, scale)).astype(np.float32).astype(np.float64)
-    if options.power_of_two:
-        scale = np.exp2(np.ceil(np.log2(scale)))
+    scale = _scales(layer, plan, matrix, np.einsum("gkk->gk", moments), grid, options)
     codes = (
         compensated(matrix, scale, moments, grid) if options.compensate else nearest(matrix / scale[..., None], grid)
     )
-    return _packed(view.weight(codes), scale, wanted)
+    return packed(view.weight(codes), scale, wanted)
+
+
+def _scales(layer: _Layer, plan: QuantPlan, matrix: Array, importance: Array, grid: Grid, options: Options) -> Array:
+    """The scale of each row, as float32 stores it."""
+    assert layer.unit.weight is not None
+    scale = search_scales(matrix, importance, grid, layer.unit.weight.axis is not None)
+    scale = np.maximum(scale, _scale_floor(layer, plan, scale)).astype(np.float32).astype(np.float64)
+    return np.exp2(np.ceil(np.log2(scale))) if options.power_of_two else scale
 
 
 def _moments(layer: _Layer, view: View, columns: int, plan: QuantPlan, walk: Walk) -> Array:
@@ -107,7 +132,8 @@ def _scale_floor(layer: _Layer, plan: QuantPlan, scale: Array) -> Array:
     return floor.reshape(scale.shape) if per_channel else np.full_like(scale, floor.max())
 
 
-def _packed(codes: Array, scale: Array, wanted: WeightPlan) -> QuantizedWeight:
+def packed(codes: Array, scale: Array, wanted: WeightPlan) -> QuantizedWeight:
+    """Whole-number `codes` in the weight's shape with the scales (groups, rows) of the rows they are columns of."""
     scales = np.asarray(scale.reshape(-1) if wanted.axis is not None else scale.flat[0], np.float32)
     q = QParams(scales, np.zeros(scales.shape, wanted.format.dtype), wanted.format, wanted.axis)
     return QuantizedWeight(np.ascontiguousarray(codes).astype(wanted.format.dtype), q)
@@ -119,6 +145,10 @@ def _corrected(layer: _Layer, weight: QuantizedWeight, mean: Array, plan: QuantP
     Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction" (2019), section 4.2, with
     measured means.
     """
-    inside = layer.bias if OPS[layer.unit.op_type].bias is not None and layer.bias is not None else 0.0
-    shift = (mean - inside) - walk.mean_product(layer.unit, dequantize(weight.codes, weight.qparams), plan)
-    return shift if layer.bias is None else np.asarray(layer.bias + shift)
+    view = _view(layer.unit, layer.node)
+    if view and view.input_axis is not None:
+        target = product_of_mean(view, layer.weight, mean)
+    else:
+        target = mean - (layer.bias if OPS[layer.unit.op_type].bias is not None and layer.bias is not None else 0.0)
+    shift = target - walk.mean_product(layer.unit, dequantize(weight.codes, weight.qparams), plan)
+    return np.asarray(shift if layer.bias is None else layer.bias + shift)

@@ -35,6 +35,7 @@ WeightRounding = Literal["GPTQ", "NEAREST"]
 ResizeMethod = Literal["NEAREST", "LINEAR", "CUBIC"]
 DequantStrategy = Literal["ON_LOAD", "ON_THE_FLY"]
 QuantStrategy = Literal["MAX_MIN", "GPTQ"]
+ActivationStrategy = Literal["ALWC", "ACWL"]
 BitSearch = Literal["ERROR", "SENSITIVITY"]
 
 QUANT_TYPES: tuple[QuantType, ...] = get_args(QuantType)
@@ -55,22 +56,20 @@ class Scope:
         return config.common.quant_type in self.modes and self.test(config)
 
     def __str__(self) -> str:
-        return ("all" if self.modes == QUANT_TYPES else ", ".join(self.modes)) + self.condition
+        return "all" if self == _ALWAYS else ", ".join(self.modes) + self.condition
 
 
 _ALWAYS = Scope(QUANT_TYPES)
 _WEIGHT = Scope(("WEIGHT_QUANT",))
-_MIXED_BIT = Scope(("WEIGHT_QUANT",), " with bit_num = 0", lambda config: config.common.bit_num == 0)
+_MIXED_BIT = Scope(_WEIGHT.modes, " with bit_num = 0", lambda config: config.common.bit_num == 0)
 _SENSITIVITY = Scope(
-    ("WEIGHT_QUANT",), " with search = SENSITIVITY", lambda config: config.mixed_bit.search == "SENSITIVITY"
+    _WEIGHT.modes, " with search = SENSITIVITY", lambda config: config.mixed_bit.search == "SENSITIVITY"
 )
 _FULL = Scope(("FULL_QUANT",))
-_STORED = Scope(("WEIGHT_QUANT",), " with dequant_strategy = ON_THE_FLY", lambda config: config.weight_quant.on_the_fly)
-_DATA = Scope(("WEIGHT_QUANT", "FULL_QUANT"))
-_IMAGES = Scope(_DATA.modes, " with input_type = IMAGE", lambda config: config.preprocess.input_type == "IMAGE")
-_RESIZED = Scope(
-    _DATA.modes, " with input_type = IMAGE and a size to resize to", lambda config: config.preprocess.resizes
-)
+_STORED = Scope(_WEIGHT.modes, " with dequant_strategy = ON_THE_FLY", lambda config: config.weight_quant.on_the_fly)
+_DYNAMIC = Scope(("DYNAMIC_QUANT",))
+_IMAGES = Scope(QUANT_TYPES, " with input_type = IMAGE", lambda config: config.preprocess.input_type == "IMAGE")
+_RESIZED = Scope(QUANT_TYPES, _IMAGES.condition + " and a size to resize to", lambda config: config.preprocess.resizes)
 
 
 @dataclass(frozen=True)
@@ -93,8 +92,8 @@ class Section:
     keys: dict[str, Key]
 
 
-def _key(kind: Kind, meaning: str, default: Any = MISSING, scope: Scope | None = None) -> Any:
-    """A row: a field of its section's dataclass, required without a default, with the section's scope without one."""
+def _key(kind: Kind, meaning: str, default: Any = None, scope: Scope | None = None) -> Any:
+    """A row: a field of its section's dataclass; without a scope it has the section's."""
     return field(default=default, metadata={"kind": kind, "meaning": meaning, "scope": scope})
 
 
@@ -106,6 +105,7 @@ class CommonQuantParam:
         one_of(*QUANT_TYPES),
         "WEIGHT_QUANT stores the weights in fewer bits; FULL_QUANT computes in integers; DYNAMIC_QUANT does so "
         "with activation ranges measured at run time.",
+        MISSING,
     )
     bit_num: int = _key(
         replace(integer(0, 16, 8), allowed="an integer from 0 to 16 (8 for FULL_QUANT and DYNAMIC_QUANT)"),
@@ -127,9 +127,9 @@ class CommonQuantParam:
         names("Gemm,MatMul"), "Operator types to leave in float, as ONNX writes them.", ()
     )
     debug_info_save_path: Path | None = _key(
-        path("debug"), "Folder for the debug reports, seen from the current folder; unset: no reports.", None
+        path("debug"), "Folder for the debug reports, seen from the current folder; unset: no reports."
     )
-    thread_num: int | None = _key(integer(1, 1024, 4), "Threads to compute with; unset: all cores.", None)
+    thread_num: int | None = _key(integer(1, 1024, 4), "Threads to compute with; unset: all cores.")
     providers: tuple[str, ...] = _key(
         names("CPUExecutionProvider"), "ONNX Runtime execution providers to calibrate with; unset: the CPU.", (), _FULL
     )
@@ -140,8 +140,7 @@ class CommonQuantParam:
         path("calibration.npz"),
         "File that keeps what calibration found, so that the next conversion of the same model and data, with "
         "other range methods, targets or skips, need not calibrate; unset: none.",
-        None,
-        _FULL,
+        scope=_FULL,
     )
 
 
@@ -169,8 +168,7 @@ class MixedBitWeightQuantParam:
     target_ratio: float | None = _key(
         number_between(1, 32, 8),
         "How many times smaller SENSITIVITY makes the weights; unset: as small as min_cosine allows.",
-        None,
-        _SENSITIVITY,
+        scope=_SENSITIVITY,
     )
 
 
@@ -196,19 +194,29 @@ class WeightQuantParam:
         one_of(*get_args(QuantStrategy)),
         "GPTQ rounds weights for least error of the outputs on calibration data, MAX_MIN for least error of the "
         "weights; unset: GPTQ if there is data.",
-        None,
     )
     block_size: int | None = _key(
         power_of_two(16, 256, 32),
         "Weights of a matrix product that share a scale; unset: a whole channel.",
-        None,
-        _STORED,
+        scope=_STORED,
     )
 
     @property
     def on_the_fly(self) -> bool:
         """Whether weights stay integers in memory."""
         return self.dequant_strategy == "ON_THE_FLY"
+
+
+@dataclass(frozen=True)
+class DynamicQuantParam:
+    """`[dynamic_quant_param]`: what activations and weights share a scale."""
+
+    quant_strategy: ActivationStrategy = _key(
+        one_of(*get_args(ActivationStrategy)),
+        "ALWC: one scale for an activation, one for every output channel of a weight, which is the fastest; ACWL: one "
+        "for every row of an activation, one for a weight.",
+        "ALWC",
+    )
 
 
 @dataclass(frozen=True)
@@ -247,10 +255,9 @@ class FullQuantParam:
         number_between(0, 1, 0.01),
         "Most that the output may lose over the calibration data: of its cosine similarity, or of the share of "
         "right answers if label_file is given; the fewest nodes that achieve it stay float. Unset: no bound.",
-        None,
     )
     target_device: TargetDevice | None = _key(
-        one_of(*get_args(TargetDevice)), "Hardware that sets the integer types and operators; unset: CPU.", None
+        one_of(*get_args(TargetDevice)), "Hardware that sets the integer types and operators; unset: CPU."
     )
 
 
@@ -265,24 +272,20 @@ class DataPreprocessParam:
         (),
     )
     calibrate_size: int | None = _key(
-        integer(1, 65535, 100), "Number of samples to calibrate with, beside calibrate_path.", None
+        integer(1, 65535, 100), "Number of samples to calibrate with, beside calibrate_path."
     )
     input_type: InputType | None = _key(
-        one_of(*get_args(InputType)),
-        "Type of the files: pictures, raw buffers or NumPy arrays; beside calibrate_path.",
-        None,
+        one_of(*get_args(InputType)), "Type of the files: pictures, raw buffers or NumPy arrays; beside calibrate_path."
     )
     label_file: Path | None = _key(
         path("labels.csv"),
         "CSV with a line `file,label` for every calibration file; label is a class index.",
-        None,
-        _FULL,
+        scope=_FULL,
     )
     image_to_format: ImageFormat | None = _key(
         one_of(*get_args(ImageFormat)),
         "Channels of the preprocessed picture; unset: RGB, or GRAY for a model input of one channel.",
-        None,
-        _IMAGES,
+        scope=_IMAGES,
     )
     normalize_mean: tuple[float, ...] = _key(
         channel_values(), "Mean of each channel: (pixel - mean) / std, with pixels from 0 to 255.", (), _IMAGES
@@ -290,19 +293,19 @@ class DataPreprocessParam:
     normalize_std: tuple[float, ...] = _key(
         channel_values(nonzero=True), "Standard deviation of each channel, beside the mean.", (), _IMAGES
     )
-    resize_width: int | None = _key(_PIXELS, "Width to resize to, beside resize_height.", None, _IMAGES)
-    resize_height: int | None = _key(_PIXELS, "Height to resize to, beside resize_width.", None, _IMAGES)
+    resize_width: int | None = _key(_PIXELS, "Width to resize to, beside resize_height.", scope=_IMAGES)
+    resize_height: int | None = _key(_PIXELS, "Height to resize to, beside resize_width.", scope=_IMAGES)
     resize_short_side: int | None = _key(
-        _PIXELS, "Shorter side to resize to, keeping the proportions; instead of width and height.", None, _IMAGES
+        _PIXELS, "Shorter side to resize to, keeping the proportions; instead of width and height.", scope=_IMAGES
     )
     resize_method: ResizeMethod = _key(
         one_of(*get_args(ResizeMethod), NEARST="NEAREST"), "Interpolation when resizing.", "LINEAR", _RESIZED
     )
     center_crop_width: int | None = _key(
-        _PIXELS, "Width cut from the centre after resizing, beside center_crop_height.", None, _IMAGES
+        _PIXELS, "Width cut from the centre after resizing, beside center_crop_height.", scope=_IMAGES
     )
     center_crop_height: int | None = _key(
-        _PIXELS, "Height cut from the centre after resizing, beside center_crop_width.", None, _IMAGES
+        _PIXELS, "Height cut from the centre after resizing, beside center_crop_width.", scope=_IMAGES
     )
 
     @property
@@ -324,7 +327,8 @@ class Config:
     mixed_bit: MixedBitWeightQuantParam = _section("mixed_bit_weight_quant_param", _MIXED_BIT)
     weight_quant: WeightQuantParam = _section("weight_quant_param", _WEIGHT)
     full_quant: FullQuantParam = _section("full_quant_param", _FULL)
-    preprocess: DataPreprocessParam = _section("data_preprocess_param", _DATA)
+    dynamic_quant: DynamicQuantParam = _section("dynamic_quant_param", _DYNAMIC)
+    preprocess: DataPreprocessParam = _section("data_preprocess_param", _ALWAYS)
     path: Path
     warnings: tuple[str, ...] = ()
 

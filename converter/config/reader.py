@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import MISSING, replace
 from difflib import get_close_matches
 from pathlib import Path
@@ -16,15 +17,13 @@ from converter.config.rules import RULES
 def load_config(path: Path) -> Config:
     """Read and check a configuration file.
 
-    Raises:
-        ConfigError: the file cannot be read, or something in it is wrong; the sentence names file, line, section and
-            key, and says what to write instead.
+    Raises ConfigError if it cannot be read or something in it is wrong: the sentence names file, line, section and key.
     """
     document = read_document(path)
-    for place in document.sections.values():
+    for place in document.places.values():
         _check_section(place)
-    keys = {name: _key_at(place) for name, place in document.entries.items()}
-    values = {name: _value(keys[name], place) for name, place in document.entries.items()}
+    keys = {name: _key_at(place) for name, place in document.places.items() if place.key}
+    values = {name: _value(key, document.places[name]) for name, key in keys.items()}
     config = Config(path=path, **{row.attribute: _fill(row, values, document) for row in SECTIONS.values()})
     for complaint in (complaint for rule in RULES for complaint in rule(config)):
         document.place(complaint.section, complaint.key).reject(complaint.problem, complaint.advice)
@@ -65,11 +64,13 @@ def _advice_for_unknown(name: str, section: str) -> str:
 
 
 def _value(key: Key, place: Place) -> Any:
-    try:
-        return key.kind.locate(key.kind.parse(place.text), place.file.parent)
-    except ValueError:
-        value = _nearest(place.text, key.kind.choices) or key.kind.example
-        place.reject(f"must be {key.kind.allowed}", f"write for example {place.key} = {value}")
+    kind = key.kind
+    with suppress(ValueError, KeyError):
+        value = kind.parse(place.text)
+        if kind.holds(value):
+            return kind.locate(value, place.file.parent)
+    example = _nearest(place.text, kind.choices) or kind.example
+    place.reject(f"must be {kind.allowed}", f"write for example {place.key} = {example}")
 
 
 def _fill(section: Section, values: dict[tuple[str, str], Any], document: Document) -> Any:
@@ -84,4 +85,4 @@ def _fill(section: Section, values: dict[tuple[str, str], Any], document: Docume
 def _idle(config: Config, keys: dict[tuple[str, str], Key], document: Document) -> Iterator[str]:
     for name, key in keys.items():
         if not key.scope.holds(config):
-            yield document.entries[name].says(f"has no effect, as it is for {key.scope}", "remove the line")
+            yield document.places[name].says(f"has no effect, as it is for {key.scope}", "remove the line")

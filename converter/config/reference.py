@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import MISSING
 from typing import Any
 
-from converter.config.keys import SECTIONS, Key, Section
+from converter.config.keys import SECTIONS, Section
 
 
 def reference_markdown() -> str:
@@ -14,17 +14,12 @@ def reference_markdown() -> str:
 
 
 def _table(section: Section) -> str:
-    head = [
-        f"### `[{section.name}]`",
-        "",
-        _row("Key", "Default", "Allowed", "Applies to", "Meaning"),
-        _row(*["---"] * 5),
+    head = [("Key", "Default", "Allowed", "Applies to", "Meaning"), ("---",) * 5]
+    rows = [
+        (f"`{name}`", _default(key.default), key.kind.allowed, str(key.scope), key.meaning)
+        for name, key in section.keys.items()
     ]
-    return "\n".join([*head, *(_key_row(*row) for row in section.keys.items()), ""])
-
-
-def _key_row(name: str, key: Key) -> str:
-    return _row(f"`{name}`", _default(key.default), key.kind.allowed, str(key.scope), key.meaning)
+    return "\n".join([f"### `[{section.name}]`", "", *(_row(*cells) for cells in [*head, *rows]), ""])
 
 
 def _default(value: Any) -> str:

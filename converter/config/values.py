@@ -6,11 +6,12 @@ import math
 import os
 import re
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from converter.config.quotes import mask, split_items, unquote
+from converter.config.grammar import mask, unquote
 
 InputFolders = tuple[tuple[str, Path], ...]
 
@@ -19,39 +20,28 @@ _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
 _BEFORE_DRIVE = re.compile(r":\s*[A-Za-z]:[\\/]")
 
 
-def _stay(value: Any, folder: Path) -> Any:
-    """Leave a value that holds no path as it is."""
-    return value
-
-
 @dataclass(frozen=True)
 class Kind:
     """A kind of value.
 
-    `allowed` completes the sentence "must be …"; `example` is a text that is allowed; `parse` turns a text into the
-    value and raises ValueError for a text that is not allowed; `locate` resolves the value's relative paths against
-    the configuration file's folder; `choices` are the names to look for a near miss in.
+    `allowed` completes the sentence "must be …"; `example` is a text that is allowed; `parse` turns a text into a
+    value, or raises ValueError or KeyError; `holds` says whether the value is allowed; `locate` resolves its relative
+    paths against the configuration file's folder; `choices` are the names to look for a near miss in.
     """
 
     allowed: str
     example: str
     parse: Callable[[str], Any]
-    locate: Callable[[Any, Path], Any] = _stay
+    holds: Callable[[Any], bool] = lambda value: True
+    locate: Callable[[Any, Path], Any] = lambda value, folder: value
     choices: tuple[str, ...] = ()
 
 
 def one_of(*names: str, **aliases: str) -> Kind:
     """One of a few names, whatever the case and with or without underscores; an alias stands for a name."""
     known = {_folded(name): name for name in names} | {_folded(alias): name for alias, name in aliases.items()}
-
-    def parse(text: str) -> str:
-        name = known.get(_folded(unquote(text)))
-        if name is None:
-            raise ValueError
-        return name
-
     *others, last = names
-    return Kind(f"{', '.join(others)} or {last}", names[0], parse, choices=names)
+    return Kind(f"{', '.join(others)} or {last}", names[0], lambda text: known[_folded(unquote(text))], choices=names)
 
 
 def _folded(name: str) -> str:
@@ -61,32 +51,31 @@ def _folded(name: str) -> str:
 def boolean() -> Kind:
     """`true` or `false`, in any case."""
     choice = one_of("true", "false")
-    return Kind(choice.allowed, choice.example, lambda text: choice.parse(text) == "true", choices=choice.choices)
+    return replace(choice, parse=lambda text: choice.parse(text) == "true")
 
 
 def integer(low: int, high: int, example: int | None = None) -> Kind:
     """A decimal integer from `low` to `high`, both included."""
-
-    def parse(text: str) -> int:
-        text = unquote(text)
-        if not _INTEGER.fullmatch(text) or not low <= int(text) <= high:
-            raise ValueError
-        return int(text)
-
-    return Kind(f"an integer from {low} to {high}", str(low if example is None else example), parse)
+    example = low if example is None else example
+    return Kind(f"an integer from {low} to {high}", str(example), _integer, lambda value: low <= value <= high)
 
 
 def power_of_two(low: int, high: int, example: int) -> Kind:
     """A power of two from `low` to `high`, both included."""
-    whole = integer(low, high)
+    allowed = f"a power of two from {low} to {high}"
+    return Kind(allowed, str(example), _integer, lambda value: low <= value <= high and value.bit_count() == 1)
 
-    def parse(text: str) -> int:
-        value: int = whole.parse(text)
-        if value & (value - 1):
-            raise ValueError
-        return value
 
-    return Kind(f"a power of two from {low} to {high}", str(example), parse)
+def _integer(text: str) -> int:
+    text = unquote(text)
+    if not _INTEGER.fullmatch(text):
+        raise ValueError
+    return int(text)
+
+
+def number_between(low: float, high: float, example: float) -> Kind:
+    """A number above `low` and below `high`, neither included."""
+    return Kind(f"a number above {low:g} and below {high:g}", f"{example:g}", _finite, lambda value: low < value < high)
 
 
 def _finite(text: str) -> float:
@@ -96,18 +85,6 @@ def _finite(text: str) -> float:
     return float(text)
 
 
-def number_between(low: float, high: float, example: float) -> Kind:
-    """A number above `low` and below `high`, neither included."""
-
-    def parse(text: str) -> float:
-        value = _finite(text)
-        if not low < value < high:
-            raise ValueError
-        return value
-
-    return Kind(f"a number above {low:g} and below {high:g}", f"{example:g}", parse)
-
-
 def channel_values(nonzero: bool = False) -> Kind:
     """One number a channel, 1 or 3 channels: `[127.5]`, `[104, 117, 123]`; the brackets may be left out."""
 
@@ -115,21 +92,27 @@ def channel_values(nonzero: bool = False) -> Kind:
         text = unquote(text)
         if text.startswith("[") and text.endswith("]"):
             text = text[1:-1]
-        numbers = tuple(_finite(item) for item in text.split(","))
-        if len(numbers) not in (1, 3) or (nonzero and 0 in numbers):
-            raise ValueError
-        return numbers
+        return tuple(_finite(item) for item in text.split(","))
 
-    return Kind(f"1 or 3 finite numbers{' other than 0' if nonzero else ''}", "[127.5, 127.5, 127.5]", parse)
+    def holds(numbers: tuple[float, ...]) -> bool:
+        return len(numbers) in (1, 3) and not (nonzero and 0 in numbers)
+
+    allowed = f"1 or 3 finite numbers{' other than 0' if nonzero else ''}"
+    return Kind(allowed, "[127.5, 127.5, 127.5]", parse, holds)
 
 
 def names(example: str) -> Kind:
     """A comma list of names, each trimmed; a name in quotes may hold commas."""
+    return Kind("names separated by commas", example, lambda text: tuple(unquote(item) for item in _items(text)))
 
-    def parse(text: str) -> tuple[str, ...]:
-        return tuple(unquote(item) for item in split_items(text))
 
-    return Kind("names separated by commas", example, parse)
+def _items(text: str) -> list[str]:
+    """Split at the commas outside quotes; ValueError if an item, which keeps its quotes, is empty."""
+    cuts = [-1, *(i for i, char in enumerate(mask(text)) if char == ","), len(text)]
+    items = [text[start + 1 : end].strip() for start, end in pairwise(cuts)]
+    if not all(unquote(item) for item in items):
+        raise ValueError
+    return items
 
 
 def path(example: str) -> Kind:
@@ -145,12 +128,13 @@ def input_folders() -> Kind:
     """
 
     def parse(text: str) -> InputFolders:
-        pairs = tuple(_input_folder(item) for item in split_items(unquote(text)))
-        if len({name for name, _ in pairs}) < len(pairs):
-            raise ValueError
-        return pairs
+        return tuple(_input_folder(item) for item in _items(unquote(text)))
 
-    return Kind("input_name:folder pairs separated by commas, each input once", "image:calib", parse, _located)
+    def holds(pairs: InputFolders) -> bool:
+        return len(dict(pairs)) == len(pairs)
+
+    allowed = "input_name:folder pairs separated by commas, each input once"
+    return Kind(allowed, "image:calib", parse, holds, _located)
 
 
 def _input_folder(item: str) -> tuple[str, Path]:
@@ -166,10 +150,6 @@ def _input_folder(item: str) -> tuple[str, Path]:
 
 
 def _located(pairs: InputFolders, folder: Path) -> InputFolders:
-    return tuple((name, _near(path, folder)) for name, path in pairs)
-
-
-def _near(path: Path, folder: Path) -> Path:
-    """Return the path seen from `folder` if it exists there, else the path as it is, seen from the current folder."""
+    """See each path from `folder` if it exists there, else as it is, from the current folder."""
     # Path.exists raises where a name is too long for the file system; os.path.exists says no.
-    return folder / path if os.path.exists(folder / path) else path  # noqa: PTH110
+    return tuple((name, folder / path if os.path.exists(folder / path) else path) for name, path in pairs)  # noqa: PTH110

@@ -21,8 +21,8 @@ from converter.plan import QuantizedWeight
 
 # Widths that integer types of ONNX hold as they are.
 PLAIN_BITS = (8, 16)
-# Codes of up to this many bits are exact enough with scales and zero points of float16.
-HALF_SCALE_BITS = 8
+# Codes of up to this many bits are worth scales and zeros of float16.
+HALF_BITS = 8
 # Bytes the file grows by for the nodes of one weight, about.
 OVERHEAD = 900
 
@@ -36,7 +36,7 @@ def to_planes(codes: Array, bits: int) -> Array:
 
 def stored_bytes(size: int, channels: int, bits: int) -> int:
     """Bytes that `size` weights with a scale and a zero point for each of `channels` take in the file."""
-    return -(-size * bits // 8) + channels * (4 if bits <= HALF_SCALE_BITS else 8) + OVERHEAD
+    return -(-size * bits // 8) + channels * (4 if bits <= HALF_BITS else 8) + OVERHEAD
 
 
 class PlaneWriter:
@@ -55,8 +55,8 @@ class PlaneWriter:
         else:
             self._unpack(chain, codes, bits)
         q = weight.qparams
-        chain.add("Sub", chain.cast("zero", along(q.zero_point, q.axis, codes.ndim)))
-        chain.add("Mul", chain.cast("scale", along(q.scale, q.axis, codes.ndim)))
+        chain.add("Sub", chain.cast("zero", along(q.zero_point, q.axis, codes.shape)))
+        chain.add("Mul", chain.cast("scale", along(q.scale, q.axis, codes.shape)))
         return chain.finish()
 
     def _unpack(self, chain: _Chain, codes: Array, bits: int) -> None:
@@ -84,7 +84,8 @@ def _sums(bits: int) -> Array:
     return np.kron(2.0 ** np.arange(bits)[:, None], difference).astype(np.float32)
 
 
-def _half_if_exact(array: Array) -> Array:
+def half_if_exact(array: Array) -> Array:
+    """`array` as float16 if that loses nothing."""
     with np.errstate(over="ignore"):
         half = array.astype(np.float16)
     return half if np.array_equal(half, array) else array
@@ -103,7 +104,7 @@ class _Chain:
 
     def cast(self, what: str, array: Array) -> ir.Value:
         """The constant `array` as float32, stored in the narrower type it has, or in float16 if that loses nothing."""
-        narrow = _half_if_exact(array) if array.dtype == np.float32 else array
+        narrow = half_if_exact(array) if array.dtype == np.float32 else array
         value = add_constant(self.graph, self.names.fresh(f"{self.name}_{what}"), narrow)
         return value if narrow.dtype == np.float32 else self._node("Cast", [value], {"to": ir.DataType.FLOAT})
 

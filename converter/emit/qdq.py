@@ -143,8 +143,9 @@ class _Emitter:
         if q.format == INT32:
             return [scale]  # runtimes look for the absence of a bias's zero point
         zero_point = q.zero_point.astype(q.format.dtype)
-        size = f"_x{zero_point.size}" if zero_point.ndim else ""
-        return [scale, self._constant(f"zero_point_{zero_point.dtype}_{int(zero_point.flat[0])}{size}", zero_point)]
+        # ONNX Runtime's exact int8 mode rewrites the zero points of signed weights in place: each needs its own.
+        name = f"{name}_zero_point" if q.format.signed else f"zero_point_{zero_point.dtype}_{zero_point}"
+        return [scale, self._constant(name, zero_point)]
 
     def _constant(self, name: str, array: Array) -> ir.Value:
         """An initializer; equal ones of one name are stored once, as a tied weight's."""

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 
+import numpy as np
 import onnx_ir as ir
 
-from calib.affine import dequantize
+from calib.affine import Array, dequantize
 from converter.model import Names, add_constant, constant, replace_constant
 from converter.plan import NodePlan, QuantizedWeight, QuantPlan
 
@@ -27,7 +28,7 @@ def emit_stored(model: ir.Model, plan: QuantPlan, write: Writer) -> None:
                 written[old].shape, written[old].type = old.shape, old.type
             node.replace_input_with(weight.index, written[old])
         if unit.name in plan.biases:
-            _write_bias(node, unit, plan, names)
+            write_bias(node, unit, plan, names)
     for value in written:
         if not value.uses() and isinstance(value.graph, ir.Graph):
             del value.graph.initializers[value.name or ""]
@@ -47,10 +48,23 @@ def planned(model: ir.Model, plan: QuantPlan) -> Iterator[tuple[ir.Node, NodePla
                 yield node, unit
 
 
-def _write_bias(node: ir.Node, unit: NodePlan, plan: QuantPlan, names: Names) -> None:
-    bias, index = plan.biases[unit.name], 2
-    if unit.absorbed:
-        product, node = node.outputs[0], next(use.node for use in node.outputs[0].uses())
-        index = int(node.inputs[0] is product)
-    old = constant(node.inputs[index]) if index < len(node.inputs) else None
-    replace_constant(node, index, bias.reshape(-1 if old is None else old.shape).astype("float32"), names)
+def bias_of(node: ir.Node, unit: NodePlan) -> Array | None:
+    """The unit's constant bias."""
+    owner, index = _bias_place(node, unit)
+    return constant(owner.inputs[index]) if index < len(owner.inputs) else None
+
+
+def write_bias(node: ir.Node, unit: NodePlan, plan: QuantPlan, names: Names) -> None:
+    """Gives the unit the plan's bias."""
+    old, bias = bias_of(node, unit), plan.biases[unit.name].astype(np.float32)
+    owner, index = _bias_place(node, unit)
+    replace_constant(owner, index, bias if old is None else bias.reshape(old.shape), names)
+
+
+def _bias_place(node: ir.Node, unit: NodePlan) -> tuple[ir.Node, int]:
+    """The node that adds the bias, and at which input."""
+    if not unit.absorbed:
+        return node, 2
+    product = node.outputs[0]
+    add = next(use.node for use in product.uses())
+    return add, int(add.inputs[0] is product)

@@ -42,7 +42,8 @@ def _pairs(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Node]]:
 
 
 def _is_convolution(node: ir.Node) -> bool:
-    return node.op_type == "Conv" and not node.domain and constant(node.inputs[1]) is not None
+    operands = [value for value in node.inputs[1:] if value is not None]
+    return node.op_type == "Conv" and not node.domain and all(constant(value) is not None for value in operands)
 
 
 def _reads_channels(node: ir.Node) -> bool:

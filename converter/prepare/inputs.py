@@ -15,8 +15,8 @@ def set_input_shapes(model: ir.Model, shapes: Mapping[str, tuple[int | None, ...
     inputs = {v.name or "": v for v in model.graph.inputs if v.name not in model.graph.initializers}
     for name, shape in shapes.items():
         if name not in inputs:
-            near = difflib.get_close_matches(name, inputs, 1, 0.0)
-            msg = f"--inputShape: the model has no input '{name}'; write '{near[0]}' or another of {', '.join(inputs)}."
+            near = ", ".join(difflib.get_close_matches(name, inputs, len(inputs), 0.0))
+            msg = f"--inputShape: the model has no input '{name}'; write one of {near}."
             raise UsageError(msg)
         _set_shape(inputs[name], shape)
 
@@ -28,6 +28,8 @@ def _set_shape(value: ir.Value, shape: tuple[int | None, ...]) -> None:
         and all(not isinstance(was, int) or now in (was, None) for was, now in zip(old, shape, strict=True))
     )
     if not fits:
-        msg = f"--inputShape: input '{value.name}' has the shape {list(old or ())}, which {list(shape)} contradicts."
+        known = ", ".join(str(d) if isinstance(d, int) else "?" for d in old or ())
+        given = ", ".join("?" if d is None else str(d) for d in shape)
+        msg = f"--inputShape: input '{value.name}' has the shape [{known}], which [{given}] contradicts."
         raise UsageError(msg)
     value.shape = ir.Shape([was if now is None else now for was, now in zip(old or shape, shape, strict=True)])

@@ -1,0 +1,60 @@
+"""Weights that stay integers in memory, behind a DequantizeLinear.
+
+ONNX Runtime turns the one before a MatMul into MatMulNBits, which is faster than float for few rows; elsewhere it is
+computed anew at every run.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from calib.affine import Array, QParams
+from converter.model import Names, add_constant
+from converter.plan import QuantizedWeight
+
+# Bits up to which a type serves, the type, and the opset that DequantizeLinear takes it from.
+TYPES = (
+    (2, ir.DataType.UINT2, 25),
+    (4, ir.DataType.UINT4, 21),
+    (8, ir.DataType.UINT8, 13),
+    (16, ir.DataType.UINT16, 21),
+)
+# Parameters a block came with the same opset as the 4-bit types.
+BLOCK_OPSET = 21
+
+
+def type_of(weight: QuantizedWeight) -> tuple[ir.DataType, int]:
+    """The narrowest type that holds the codes of `weight`, and the opset it needs."""
+    found = next((kind, opset) for bits, kind, opset in TYPES if weight.qparams.format.bits <= bits)
+    return found[0], max(found[1], BLOCK_OPSET if weight.qparams.scale.ndim > 1 else 0)
+
+
+class DequantizeWriter:
+    """Writes weights with integer zero points into the graphs of one model."""
+
+    def __init__(self, model: ir.Model) -> None:
+        self.names = Names(model)
+
+    def __call__(self, graph: ir.Graph, name: str, weight: QuantizedWeight) -> ir.Value:
+        """The value of the weight `name` as floats, restored from its codes by a node at the start of `graph`."""
+        q, (kind, _) = weight.qparams, type_of(weight)
+        arrays = (weight.codes, q.scale, q.zero_point.astype(weight.codes.dtype))
+        inputs = [
+            add_constant(graph, self.names.fresh(f"{name}_{what}"), array, None if what == "scale" else kind)
+            for what, array in zip(("codes", "scale", "zero"), arrays, strict=True)
+        ]
+        output = ir.Value(name=self.names.fresh(f"{name}_restored"))
+        node_name = self.names.fresh(f"{name}_DequantizeLinear")
+        node = ir.node("DequantizeLinear", inputs, _attributes(weight.codes, q), name=node_name, outputs=[output])
+        graph.insert_before(graph[0], node)
+        return output
+
+
+def _attributes(codes: Array, q: QParams) -> dict[str, int]:
+    if q.axis is None:
+        return {}
+    if q.scale.ndim == 1:
+        return {"axis": q.axis}
+    ratios = np.floor_divide(codes.shape, q.scale.shape)
+    return {"axis": int(ratios.argmax()), "block_size": int(ratios.max())}

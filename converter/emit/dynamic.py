@@ -1,0 +1,151 @@
+"""Writes integer products whose activations are quantized when the model runs, as runtimes fuse them.
+
+    x -> DynamicQuantizeLinear -> MatMulInteger -> Cast -> Mul(scale of x * scales of the weight) [-> Add(bias)]
+
+All products that read x share its DynamicQuantizeLinear. Tables are looked up as integers; what a lookup finds becomes
+floats. Every other weight of the plan is restored when the model is loaded.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from calib.affine import INT8_NARROW, SMALLEST_SCALE, UINT8, Array, QParams
+from converter.emit.planes import PlaneWriter, half_if_exact
+from converter.emit.stored import emit_stored, planned, write_bias
+from converter.model import Names, add_constant
+from converter.plan import NodePlan, QuantPlan
+
+# ReduceMax takes its axes as an input from this opset on.
+AXES_AS_INPUT = 18
+
+
+def emit_dynamic(model: ir.Model, plan: QuantPlan, by_row: bool) -> None:
+    """Changes `model` into the quantized one; with `by_row` every row of an activation gets a scale of its own."""
+    emitter = _Emitter(model, plan, by_row)
+    for node, unit in list(planned(model, plan)):
+        if unit.name in plan.weights:
+            emitter.product(node, unit)
+        elif looks_up(node):
+            emitter.lookup(node, plan.stored[unit.name, 0].qparams, plan.stored[unit.name, 0].codes)
+    emitter.drop_unread()
+    emit_stored(model, plan, PlaneWriter(model))
+    _forget_shapes(model.graph)
+
+
+def looks_up(node: ir.Node) -> bool:
+    """Whether `node` picks rows of a table."""
+    return node.op_type == "Gather" and not node.domain and node.attributes.get_int("axis", 0) == 0
+
+
+def _forget_shapes(graph: ir.Graph) -> None:
+    # Where shapes are declared, ONNX Runtime merges Add and LayerNormalization into a kernel slower than the two.
+    outputs = set(graph.outputs)
+    for value in (value for node in graph for value in node.outputs if value not in outputs):
+        value.shape = None
+
+
+class _Emitter:
+    def __init__(self, model: ir.Model, plan: QuantPlan, by_row: bool) -> None:
+        self.model, self.plan, self.by_row, self.names = model, plan, by_row, Names(model)
+        self.constants: dict[tuple[str, bytes], ir.Value] = {}
+        self.activations: dict[tuple[ir.Graph, ir.Value], Sequence[ir.Value]] = {}
+        self.weights: list[ir.Value] = []
+        self.at: ir.Node  # new nodes stand before this one
+
+    def product(self, node: ir.Node, unit: NodePlan) -> None:
+        self.at, weight = node, self.plan.weights[unit.name]
+        if unit.name in self.plan.biases:
+            write_bias(node, unit, self.plan, self.names)
+        codes, scale = weight.codes, weight.qparams.scale
+        codes = codes.T if node.attributes.get_int("transB", 0) else codes
+        x, x_scale, zero = self._activation(node)
+        products = self._node("MatMulInteger", x, self._of_weight(1, "codes", codes), zero)
+        scales = self._node("Mul", x_scale, self._of_weight(1, "scale", scale))
+        y = self._node("Mul", self._cast(products, ir.DataType.FLOAT), scales)
+        bias = node.inputs[2] if node.op_type == "Gemm" and len(node.inputs) > 2 else None
+        self._replace(y if bias is None else self._node("Add", y, bias))
+
+    def lookup(self, node: ir.Node, q: QParams, codes: Array) -> None:
+        self.at, shape = node, (-1,) + (1,) * (codes.ndim - 1)
+        found = self._looked_up("codes", codes)
+        zero, scale = (half_if_exact(x.reshape(shape).astype(np.float32)) for x in (q.zero_point, q.scale))
+        y = self._node("Sub", found, self._looked_up("zero", zero))
+        self._replace(self._node("Mul", y, self._looked_up("scale", scale)))
+
+    def drop_unread(self) -> None:
+        """Removes the float weights that nothing reads any more."""
+        for weight in self.weights:
+            graph = weight.graph
+            if isinstance(graph, ir.Graph) and not weight.uses() and weight.name in graph.initializers:
+                del graph.initializers[weight.name]
+
+    def _activation(self, node: ir.Node) -> Sequence[ir.Value]:
+        """Codes, scale and zero point of the product's input."""
+        x, graph = node.inputs[0], node.graph
+        assert x is not None
+        assert isinstance(graph, ir.Graph)
+        if (graph, x) not in self.activations:
+            quantized = self._rows(x) if self.by_row else self._outputs("DynamicQuantizeLinear", [x], 3)
+            self.activations[graph, x] = quantized
+        return self.activations[graph, x]
+
+    def _rows(self, x: ir.Value) -> Sequence[ir.Value]:
+        """x / scale + 128 in uint8, with scale = max |x| / 127 over a row."""
+        middle, magnitude = 1 << (UINT8.bits - 1), self._node("Abs", x)
+        if self.model.graph.opset_imports[""] >= AXES_AS_INPUT:
+            largest = self._node("ReduceMax", magnitude, self._constant("last_axis", np.array([-1])))
+        else:
+            largest = self._outputs("ReduceMax", [magnitude], 1, {"axes": [-1]})[0]
+        scale = self._node("Mul", largest, self._constant("per_code", np.float32(1 / INT8_NARROW.qmax)))
+        scale = self._node("Max", scale, self._constant("least_scale", np.float32(SMALLEST_SCALE)))
+        steps = self._node("Round", self._node("Div", x, scale))
+        codes = self._node("Add", steps, self._constant("middle", np.float32(middle)))
+        return self._cast(codes, ir.DataType.UINT8), scale, self._constant("zero_point", np.uint8(middle))
+
+    def _looked_up(self, what: str, table: Array) -> ir.Value:
+        """The rows that the node picks, of a table beside its own, as float32."""
+        rows = self._node("Gather", self._of_weight(0, what, table), self.at.inputs[1])
+        return rows if table.dtype == np.float32 else self._cast(rows, ir.DataType.FLOAT)
+
+    def _of_weight(self, index: int, what: str, array: Array) -> ir.Value:
+        weight = self.at.inputs[index]
+        assert weight is not None
+        self.weights.append(weight)
+        return self._constant(f"{weight.name}_{what}", array)
+
+    def _constant(self, name: str, array: Array | np.generic) -> ir.Value:
+        """An initializer of the main graph, which all graphs see; equal ones of one name are stored once."""
+        key = (name, array.tobytes())
+        if key not in self.constants:
+            self.constants[key] = add_constant(self.model.graph, self.names.fresh(name), np.asarray(array))
+        return self.constants[key]
+
+    def _cast(self, value: ir.Value, to: ir.DataType) -> ir.Value:
+        return self._outputs("Cast", [value], 1, {"to": to})[0]
+
+    def _node(self, op_type: str, *inputs: ir.Value | None) -> ir.Value:
+        return self._outputs(op_type, inputs, 1)[0]
+
+    def _outputs(
+        self, op_type: str, inputs: Sequence[ir.Value | None], count: int, attributes: Mapping[str, Any] | None = None
+    ) -> Sequence[ir.Value]:
+        name = self.names.fresh(f"{self.at.name}_{op_type}")
+        outputs = [ir.Value(name=self.names.fresh(f"{name}_output")) for _ in range(count)]
+        node = ir.node(op_type, inputs, attributes, name=name, outputs=outputs)
+        assert isinstance(self.at.graph, ir.Graph)
+        self.at.graph.insert_before(self.at, node)
+        return outputs
+
+    def _replace(self, y: ir.Value) -> None:
+        """Lets `y` stand for the node's output, under its name."""
+        old, graph = self.at.outputs[0], self.at.graph
+        y.type, y.shape, name, old.name = old.type, old.shape, old.name, None
+        old.replace_all_uses_with(y, replace_graph_outputs=True)
+        y.name = name
+        assert isinstance(graph, ir.Graph)
+        graph.remove(self.at, safe=True)

@@ -1,0 +1,86 @@
+"""Conversions inside a test: data in memory, jobs from a few lines of config, and what is said meanwhile."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from graphs import frozen
+
+from calib.affine import Array
+from calib.samples import Dataset, Sample
+from calib.session import CPU_PROVIDERS
+from converter.config import load_config
+from converter.job import Job, Resources, Silent
+
+Keys = Mapping[str, object]
+
+
+class InMemory(Dataset):
+    """Samples that need no files, though they may be said to come from some."""
+
+    def __init__(self, samples: Sequence[Sample], names: Sequence[str] = ()) -> None:
+        self._samples, self._names, self.warnings = samples, names, ()
+
+    def __len__(self) -> int:
+        return len(self._samples)
+
+    def sample(self, index: int) -> Sample:
+        return self._samples[index]
+
+    def files(self, index: int) -> tuple[Path, ...]:
+        return (Path(self._names[index]),)
+
+
+def resources(threads: int = 1, memory: int = 64 << 20) -> Resources:
+    """One processor's."""
+    return Resources(threads, CPU_PROVIDERS, memory)
+
+
+class Ear(Silent):
+    """Keeps what is said."""
+
+    def __init__(self) -> None:
+        self.said: list[str] = []
+        self.told: list[str] = []
+        self.warned: list[str] = []
+
+    def say(self, text: str) -> None:
+        self.said.append(text)
+
+    def tell(self, text: str) -> None:
+        self.told.append(text)
+
+    def warn(self, text: str) -> None:
+        self.warned.append(text)
+
+
+def write_config(path: Path, **sections: Keys) -> Path:
+    """An INI file; `full_quant={"equalize": "false"}` is the line `equalize = false` of [full_quant_param]."""
+    lines = []
+    for name, keys in sections.items():
+        lines += [f"[{name}_param]", *(f"{key} = {value}" for key, value in keys.items())]
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def job(
+    folder: Path, model: ir.Model, data: Mapping[str, Array], common: Keys | None = None, **full_quant: object
+) -> Job:
+    """The full quantization of `model` with `data` (input name → samples along the first axis), files in `folder`."""
+    (folder / "model.onnx").write_bytes(frozen(model))
+    for name, samples in data.items():
+        np.save(folder / f"{name}.npy", samples)
+    config = write_config(
+        folder / "c.cfg",
+        common_quant={"quant_type": "FULL_QUANT", "thread_num": 1, **(common or {})},
+        full_quant=full_quant,
+        data_preprocess={
+            "calibrate_path": ",".join(f"{name}:{folder / name}.npy" for name in data),
+            "calibrate_size": min(map(len, data.values())),
+            "input_type": "NPY",
+        },
+    )
+    return Job(folder / "model.onnx", folder / "quantized.onnx", load_config(config))
