@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 from collections.abc import Iterable, Iterator
@@ -114,6 +115,8 @@ def run(job: Job, terminal: Terminal, dry: bool) -> None:
     """Converts, or shows what a conversion would do."""
     # Our own workers use the cores; one thread in BLAS also makes sums the same on any machine.
     os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # Libraries log tracebacks of what is handled here.
+    logging.disable(logging.CRITICAL)
     from converter import pipeline  # imports what takes long, which --help must not wait for
     from converter.report.text import plan_lines, summary_lines
 

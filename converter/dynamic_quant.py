@@ -7,7 +7,7 @@ up, with random tokens.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -17,9 +17,9 @@ from calib import CalibError
 from calib.affine import INT8_NARROW, UINT8, Array
 from calib.samples import Dataset
 from converter import weight_quant
-from converter.algorithms.matrices import view_of
+from converter.algorithms.matrices import ProductView
 from converter.algorithms.rounding import Grid, nearest, search_scales
-from converter.algorithms.smoothing import factors_of, observe_channels
+from converter.algorithms.smoothing import observe_channels, smoothing_factors
 from converter.algorithms.stored_weights import Options as StoredOptions
 from converter.algorithms.stored_weights import store_by_weights
 from converter.algorithms.weights import Options, decide_weights, packed, products
@@ -44,16 +44,14 @@ COMPARED_SAMPLES = 4
 
 
 def make_plan(model: ir.Model, job: Job) -> QuantPlan:
-    """The plan without numbers."""
+    """The plan without numbers: integer products have a pair limit, weights that are only stored have none."""
     common = replace(job.config.common, min_quant_weight_size=0, min_quant_weight_channel=0)
     config = replace(job.config, common=common, weight_quant=WeightQuantParam())
     plan = weight_quant.make_plan(model, replace(job, config=config))
     nodes, tensors = dict(plan.nodes), dict[str, TensorPlan]()
-    values = {node.name: node for graph in model.graphs() for node in graph}
     for node, unit in planned(model, plan):
-        if _is_product(node, unit):
-            last = values[unit.absorbed[0]] if unit.absorbed else node
-            nodes[unit.name] = _product_plan(node, unit, last, job.config.dynamic_quant.quant_strategy == "ALWC")
+        if _multiplies(node):
+            nodes[unit.name] = _product_plan(node, unit, per_channel=not _by_row(job))
             x, why = unit.inputs[0], f"read by {unit.name}; its range is found at run time"
             tensors.setdefault(x, TensorPlan(x, UINT8, False, x, why))
     return QuantPlan(nodes, tensors)
@@ -63,111 +61,124 @@ def quantize(model: ir.Model, job: Job, watch: Watch) -> tuple[ir.Model, QuantPl
     """The quantized copy of a prepared float model, the decisions, and what they cost each tensor, worst first."""
     resources = resources_of(job)
     data = open_data(model, job, watch) if job.config.preprocess.calibrate_path else None
-    by_row = job.config.dynamic_quant.quant_strategy == "ACWL"
     quantized = model.clone()
-    if not by_row:  # a row's own scale and a weight's only one leave nothing to gain
+    if not _by_row(job):  # rows with scales of their own, before weights with one for all, gain little
         _smooth(quantized, make_plan(quantized, job), data, resources, watch)
-    plan = _with_weights(quantized, make_plan(quantized, job), watch)
+    plan = _by_themselves(quantized, make_plan(quantized, job), watch)
     if data is not None:
-        plan = _with_data(quantized, plan, data, resources, watch)
-    emit_dynamic(quantized, plan, by_row)
+        plan = _by_outputs(quantized, plan, data, resources, watch)
+    emit_dynamic(quantized, plan, _by_row(job))
     return quantized, plan, _errors(model, quantized, data, resources) if data else []
 
 
-def _is_product(node: ir.Node, unit: NodePlan) -> bool:
+def _by_row(job: Job) -> bool:
+    return job.config.dynamic_quant.quant_strategy == "ACWL"
+
+
+def _multiplies(node: ir.Node) -> bool:
     """Whether `node` multiplies rows with a constant matrix, so that runtimes have an integer kernel for it."""
-    weight, rule = unit.weight, OPS.get(node.op_type)
-    view = view_of(node, node.inputs[1].shape, 1) if node.op_type in {"MatMul", "Gemm"} and node.inputs[1].shape else None
-    return bool(weight and weight.index == 1 and view and rule and rule.obstacle(node) is None)
+    known = node.op_type in {"MatMul", "Gemm"} and not node.domain and OPS[node.op_type].obstacle(node) is None
+    weight = constant(node.inputs[1]) if known else None
+    return weight is not None and weight.ndim == 2
 
 
-def _product_plan(node: ir.Node, unit: NodePlan, last: ir.Node, per_channel: bool) -> NodePlan:
-    """`unit` as an integer product; `last` is the Add behind it, or itself."""
+def _product_plan(node: ir.Node, unit: NodePlan, per_channel: bool) -> NodePlan:
     assert unit.weight is not None
-    operands = last.inputs if last is not node else node.inputs[2:]
+    last = next(use.node for use in node.outputs[0].uses()) if unit.absorbed else node
+    biases = [v.name for v in (last.inputs if unit.absorbed else node.inputs[2:]) if v and constant(v) is not None]
+    axis = unit.weight.axis if per_channel else None
     return replace(
         unit,
         reason="integer product, activations quantized at run time",
         outputs=(last.outputs[0].name or "",),
-        weight=WeightPlan(
-            unit.weight.name, 1, INT8_NARROW, unit.weight.axis if per_channel else None, CPU.pair_limit
-        ),
-        bias=next((value.name for value in operands if constant(value) is not None), None),
+        weight=WeightPlan(unit.weight.name, 1, INT8_NARROW, axis, CPU.pair_limit),
+        bias=biases[0] if biases else None,
     )
+
+
+def _is_integer(unit: NodePlan) -> bool:
+    return unit.weight is not None and unit.weight.pair_limit is not None
 
 
 # --- outlier channels ------------------------------------------------------------------------------------------------
 
 
 def _smooth(model: ir.Model, plan: QuantPlan, data: Dataset | None, resources: Resources, watch: Watch) -> None:
-    readers = _readers(model.graph, plan)
-    data = data or _random_tokens(model)
-    if not readers or data is None:
+    """Moves the channels that stand out in the main graph's activations into the weights, in place."""
+    weights = {name: _side_by_side(nodes) for name, nodes in _readers(model.graph, plan).items()}
+    if data is None and all(value.dtype is not None and value.dtype.is_integer() for value in model.graph.inputs):
+        data = synthetic_data(model, RANDOM_SAMPLES, RANDOM_LENGTH)
+    if data is None or not weights:
         return
     try:
-        channels = observe_channels(model, list(readers), data, resources.threads)
+        channels = observe_channels(model, list(weights), data, resources.threads)
     except CalibError as error:
-        watch.warn(f"Channels that stand out stay as they are, give calibrate_path: {error}")
+        watch.warn(f"Channels that stand out stay, as the model cannot be probed; give calibrate_path: {error}")
         return
-    factors = factors_of(channels, {name: _weights_behind(nodes) for name, nodes in readers.items()})
-    watch.say(f"Channels that stand out in {len(factors)} of {len(readers)} tensors are moved into the weights.")
-    SmoothPass(factors, readers)(model)
+    found = {name: smoothing_factors(channels[name], weight) for name, weight in weights.items()}
+    factors = {name: values for name, values in found.items() if values is not None}
+    watch.say(f"Channels that stand out in {len(factors)} of {len(weights)} tensors are moved into the weights.")
+    SmoothPass(factors, _readers(model.graph, plan))(model)
 
 
-def _readers(graph: ir.Graph, plan: QuantPlan) -> dict[str, list[ir.Node]]:
+def _readers(graph: ir.Graph, plan: QuantPlan) -> Mapping[str, list[ir.Node]]:
     """By tensor the products that read it, where their weights are theirs alone."""
     readers: dict[str, list[ir.Node]] = {}
-    for node in graph:
-        unit = plan.nodes[node.name or ""]
-        if unit.quantized and unit.weight and unit.weight.pair_limit:
-            readers.setdefault(unit.inputs[0], []).append(node)
-    return {name: nodes for name, nodes in readers.items() if all(len(n.inputs[1].uses()) == 1 for n in nodes)}
+    for node in (node for node in graph if _is_integer(plan.nodes[node.name or ""])):
+        readers.setdefault(plan.nodes[node.name or ""].inputs[0], []).append(node)
+    return {name: nodes for name, nodes in readers.items() if all(_weight_uses(node) == 1 for node in nodes)}
 
 
-def _weights_behind(nodes: Sequence[ir.Node]) -> Array:
-    """The weights of products that read one tensor, side by side: (channels, columns)."""
-    matrices = [view_of(node, node.inputs[1].shape, 1).matrix(constant(node.inputs[1]))[0] for node in nodes]
-    return np.concatenate(matrices).T.astype(np.float64)
+def _weight_uses(node: ir.Node) -> int:
+    weight = node.inputs[1]
+    return len(weight.uses()) if weight else 0
 
 
-def _random_tokens(model: ir.Model) -> Dataset | None:
-    """Random samples for a model all of whose inputs are integers, None for another."""
-    if all(value.dtype is not None and value.dtype.is_integer() for value in model.graph.inputs):
-        return synthetic_data(model, RANDOM_SAMPLES, RANDOM_LENGTH)
-    return None
+def _side_by_side(nodes: list[ir.Node]) -> Array:
+    """The weights of products that read one tensor: float64 (channels, columns)."""
+    return np.concatenate([_matrix(node)[0] for node in nodes]).T
+
+
+def _matrix(node: ir.Node) -> Array:
+    """The product's weight in float64 as (1, rows, columns)."""
+    weight = constant(node.inputs[1])
+    assert weight is not None
+    return _view(node).matrix(weight.astype(np.float64))
+
+
+def _view(node: ir.Node) -> ProductView:
+    return ProductView(bool(node.attributes.get_int("transB", 0)))
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
-def _with_weights(model: ir.Model, plan: QuantPlan, watch: Watch) -> QuantPlan:
+def _by_themselves(model: ir.Model, plan: QuantPlan, watch: Watch) -> QuantPlan:
     """The plan with every weight fitted by itself."""
-    integer = {name: unit for name, unit in plan.nodes.items() if unit.weight and unit.weight.pair_limit}
-    others = {name: unit for name, unit in plan.nodes.items() if name not in integer}
+    others = {name: unit for name, unit in plan.nodes.items() if not _is_integer(unit)}
     stored = store_by_weights(model, replace(plan, nodes=others), StoredOptions(), watch).stored
-    fitted = {unit.name: _fitted(node, unit) for node, unit in planned(model, replace(plan, nodes=integer))}
+    fitted = {unit.name: _fitted(node, unit.weight) for node, unit in planned(model, plan) if _is_integer(unit)}
     return replace(plan, stored=stored, weights=fitted)
 
 
-def _fitted(node: ir.Node, unit: NodePlan) -> QuantizedWeight:
-    wanted, weight = unit.weight, constant(node.inputs[1])
-    view, grid = view_of(node, weight.shape, 1), Grid(wanted.format, wanted.pair_limit)
-    matrix = view.matrix(weight.astype(np.float64))
+def _fitted(node: ir.Node, wanted: WeightPlan | None) -> QuantizedWeight:
+    assert wanted is not None
+    matrix, grid = _matrix(node), Grid(wanted.format, wanted.pair_limit)
     scale = search_scales(matrix, np.ones(matrix.shape[::2]), grid, wanted.axis is not None).astype(np.float32)
-    return packed(view.weight(nearest(matrix / scale[..., None].astype(np.float64), grid)), scale, wanted)
+    codes = nearest(matrix / scale[..., None].astype(np.float64), grid)
+    return packed(_view(node).weight(codes), scale, wanted)
 
 
-def _with_data(model: ir.Model, plan: QuantPlan, data: Dataset, resources: Resources, watch: Watch) -> QuantPlan:
+def _by_outputs(model: ir.Model, plan: QuantPlan, data: Dataset, resources: Resources, watch: Watch) -> QuantPlan:
     """The plan with the main graph's products decided on what the layers before them hand on, and biases corrected."""
-    main = {
-        node.name or "": unit if unit.weight and unit.weight.pair_limit else replace(unit, quantized=False)
-        for node in model.graph
-        if (unit := plan.nodes[node.name or ""])
-    }
-    part = replace(plan, nodes=main, tensors={})
-    wanted = Wanted((), products(model.graph, part), histogram=False, samples=False)
+    units = [plan.nodes[node.name or ""] for node in model.graph]
+    nodes = {unit.name: unit if _is_integer(unit) else replace(unit, quantized=False) for unit in units}
+    part = replace(plan, nodes=nodes, tensors={})
+    # A sentence has few rows: all samples take part.
+    walk = Walk(model, part, data, resources, most=len(data))
+    wanted = Wanted((), products(model.graph, part), histogram=False, samples=False, first=walk.count)
     means = observe(model, wanted, data, resources, watch).means
-    decided = decide_weights(model, part, Walk(model, part, data, resources), means, Options(), watch)
+    decided = decide_weights(model, part, walk, means, Options(), watch)
     return plan.with_weights(decided.weights, decided.biases)
 
 

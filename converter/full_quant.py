@@ -46,6 +46,8 @@ def quantize(model: ir.Model, job: Job, watch: Watch) -> tuple[ir.Model, QuantPl
     quantized, plan, restored = work.within_drop()
     check(quantized, plan, work.target)
     _require_full_integer(plan, job.config)
+    if not plan.units():
+        watch.warn("No node could be quantized: the output is the float model in another form.")
     errors = _errors(model, quantized, plan, restored, work.data, work.resources)
     work.set_edges(quantized, job)
     return quantized, plan, errors

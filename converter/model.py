@@ -115,6 +115,12 @@ def values_read(node: ir.Node) -> list[ir.Value]:
     return [v for n in (node, *inner) for v in n.inputs if v is not None and v.graph is node.graph]
 
 
+def file_bytes(path: Path) -> int:
+    """Bytes of a model file and of its tensors in other files."""
+    tensors = [v.const_value for g in ir.load(path).graphs() for v in g.initializers.values()]
+    return path.stat().st_size + sum(t.nbytes for t in tensors if isinstance(t, ir.ExternalTensor))
+
+
 def weight_bytes(model: ir.Model) -> int:
     """Bytes of all initializers, subgraphs included."""
     return sum(v.const_value.nbytes for g in model.graphs() for v in g.initializers.values() if v.const_value)

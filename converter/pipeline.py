@@ -47,7 +47,7 @@ def convert(job: Job, watch: Watch | None = None) -> Outcome:
     if job.fp16:
         store_constants_as_half(quantized)
     models.save(quantized, job.output)
-    return Outcome(plan, _size(job.model), _size(job.output), tuple(errors))
+    return Outcome(plan, models.file_bytes(job.model), models.file_bytes(job.output), tuple(errors))
 
 
 def make_plan(job: Job, watch: Watch) -> QuantPlan:
@@ -104,9 +104,3 @@ def _check_built(config: Config) -> None:
         if asked:
             msg = f"{config.path}: [common_quant_param] {key}: is not built yet; {advice}."
             raise ConfigError(msg)
-
-
-def _size(path: Path) -> int:
-    """Bytes of a model file with its external data."""
-    external = path.with_name(f"{path.name}.data")
-    return path.stat().st_size + (external.stat().st_size if external.is_file() else 0)

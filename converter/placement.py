@@ -130,6 +130,8 @@ def _obstacle(node: ir.Node, target: Target, wishes: Wishes) -> str | None:
     rule = OPS.get(node.op_type)
     if reason := skipped(node, wishes):
         return reason
+    if any(isinstance(attribute.value, ir.Graph) for attribute in node.attributes.values()):
+        return "FULL_QUANT leaves the bodies of control flow float"
     if node.domain:
         return f"operator of the domain {node.domain}"
     if rule is None or node.op_type not in target.integer | target.bare:

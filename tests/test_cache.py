@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import replace
+from io import BytesIO
+from zipfile import ZipFile
 
 import numpy as np
 import onnx_ir as ir
@@ -72,6 +74,16 @@ def test_what_is_missing_is_added(observed, tmp_path):
     assert ear.warned == []
 
 
+def test_means_of_fewer_samples_are_found_anew(observed, tmp_path):
+    path, fewer = tmp_path / "cache.npz", replace(EVERYTHING, first=3)
+    seen(path)
+    evidence, _ = seen(path, fewer)
+    assert (observed[1].tensors, dict(observed[1].means)) == ((), {"m": 1, "s": -1})
+    assert_equal(evidence, plainly(fewer))
+    assert_equal(seen(path, fewer)[0], evidence)
+    assert len(observed) == 2
+
+
 def test_every_range_method_finds_what_it_needs(tmp_path):
     path = tmp_path / "cache.npz"
     seen(path, FEW)
@@ -136,9 +148,11 @@ def damaged(data):
 
 
 def flipped(data):
-    """One byte in the middle of the compressed counts is another."""
-    middle = len(data) // 2
-    return data[:middle] + bytes([data[middle] ^ 255]) + data[middle + 1 :]
+    """A byte in the middle of the largest array is another."""
+    with ZipFile(BytesIO(data)) as archive:
+        largest = max(archive.infolist(), key=lambda member: member.compress_size)
+    at = data.index(largest.filename.encode()) + largest.compress_size // 2 + 64
+    return data[:at] + bytes([data[at] ^ 255]) + data[at + 1 :]
 
 
 @pytest.mark.parametrize("kind", range(6))

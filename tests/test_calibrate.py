@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx_ir as ir
 import pytest
@@ -78,6 +80,13 @@ def test_means_are_those_of_the_channels():
     assert {name: mean.dtype for name, mean in means.items()} == {"m": np.float64, "s": np.float64}
     for name, mean in means.items():
         np.testing.assert_allclose(mean, truth()[name].mean(axis=(0, 1)), rtol=1e-5, atol=1e-6)
+
+
+def test_means_are_of_the_first_samples_only_where_asked():
+    evidence = seen(replace(EVERYTHING, first=3))[0]
+    np.testing.assert_allclose(evidence.means["m"], truth()["m"][:3].mean(axis=(0, 1)), rtol=1e-5, atol=1e-6)
+    assert evidence.statistics["m"].count == truth()["m"].size
+    assert evidence.first == 3
 
 
 def test_what_was_not_asked_for_is_not_kept():

@@ -16,6 +16,7 @@ from converter.errors import ConfigError
 
 COMMON, MIXED = "common_quant_param", "mixed_bit_weight_quant_param"
 WEIGHT = "weight_quant_param"
+DYNAMIC = "dynamic_quant_param"
 FULL, DATA = "full_quant_param", "data_preprocess_param"
 WEIGHT_ONLY = "[common_quant_param]\nquant_type=WEIGHT_QUANT\n"
 FULL_QUANT = """[common_quant_param]
@@ -52,6 +53,7 @@ MISTAKES = {
     (FULL, "bias_correction"): [("on", "true or false")],
     (FULL, "per_channel"): [("no", "true or false")],
     (FULL, "target_device"): [("KIRIN", "CPU, NVGPU or DSP")],
+    (DYNAMIC, "quant_strategy"): [("ALWL", "ALWC or ACWL")],
     (DATA, "calibrate_path"): [
         (bad, "input_name:folder pairs")
         for bad in ("pictures", ":pictures", "image:", "a:x,", "a:x,a:y", r"C:\pictures", "a:x,pictures")

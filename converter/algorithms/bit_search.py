@@ -19,9 +19,10 @@ from calib.affine import SMALLEST_SCALE, Array, dequantize
 from calib.samples import Dataset
 from converter.algorithms.stored_weights import Options, store_by_outputs, store_by_weights
 from converter.config.keys import MixedBitWeightQuantParam
+from converter.emit.planes import stored_bytes
 from converter.emit.stored import as_floats, emit_stored, planned
 from converter.job import Resources, Watch
-from converter.model import constant
+from converter.model import constant, weight_bytes
 from converter.plan import NodePlan, QuantPlan
 from converter.sensitivity import fewest, output_drop, sensitivities
 
@@ -111,10 +112,9 @@ class Search:
         floats = {unit.name: _arrays(node, unit) for node, unit in planned(self.model, self.plan)}
         sizes = {name: sum(array.size for array in arrays) for name, arrays in floats.items()}
         path = pareto(self._effects(floats), sizes)
-        for step in path[:: max(1, len(path) // 10)]:
-            self.watch.say(
-                f"{_ratio(sizes, step):.2f} times smaller weights: {-10 * np.log10(step.error):.1f} dB expected."
-            )
+        ratios = [self._ratio(step.size, sizes, floats) for step in path]
+        for step, ratio in list(zip(path, ratios, strict=True))[:: max(1, len(path) // 10)]:
+            self.watch.say(f"{ratio:.2f} times smaller: {-10 * np.log10(step.error):.1f} dB expected.")
 
         def decide(count: int) -> QuantPlan:
             narrow = dict.fromkeys(floats, WIDTHS[0])
@@ -122,7 +122,13 @@ class Search:
 
         if wanted.target_ratio is None:
             return self._least(len(path), wanted, decide)
-        return decide(sum(_ratio(sizes, step) >= wanted.target_ratio for step in path))
+        return decide(sum(ratio >= wanted.target_ratio for ratio in ratios))
+
+    def _ratio(self, bits: int, sizes: Mapping[str, int], floats: Mapping[str, list[Array]]) -> float:
+        """How many times smaller the model's constants get where the units' weights take `bits` in all."""
+        before = weight_bytes(self.model)
+        overheads = (stored_bytes(0, len(array), WIDTHS[0]) for arrays in floats.values() for array in arrays)
+        return before / (before - 4 * sum(sizes.values()) + bits / 8 + sum(overheads))
 
     def _effects(self, floats: Mapping[str, list[Array]]) -> dict[str, list[float]]:
         """The outputs' relative squared error that each unit alone causes in each of WIDTHS, from a few samples."""
@@ -149,7 +155,3 @@ def _squared_error(arrays: list[Array], name: str, plan: QuantPlan) -> float:
     stored = [plan.stored[name, weight.index] for weight in plan.nodes[name].weights]
     errors = [w - dequantize(s.codes, s.qparams) for w, s in zip(arrays, stored, strict=True)]
     return max(sum(float(np.vdot(e, e)) for e in errors), SMALLEST_SCALE)
-
-
-def _ratio(sizes: Mapping[str, int], step: Step) -> float:
-    return 32 * sum(sizes.values()) / step.size

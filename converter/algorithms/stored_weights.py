@@ -31,8 +31,6 @@ COLUMNS_PER_WEIGHT = 16
 LEAST_COLUMNS, MOST_COLUMNS = 2048, 8192
 # Share of the inputs' mean second moment that holds a layer's target near its float weights.
 RIDGE = 1.0
-# Share of the mean second moment added to each, times columns per input drawn.
-SHRINKAGE = 0.1
 # Bytes of activations that each of the two walks keeps: accuracy grows with the samples that take part.
 STORE_BYTES = 384 << 20
 # The most bits that a relative error is turned into.
@@ -196,7 +194,7 @@ def _joint(x: Array, reference: Array, centered: bool, threads: int) -> tuple[Ar
     # One product of an array with itself: BLAS has a fast way for it, for many small groups above all.
     sums = second_moments(both, threads)
     # Few inputs say little about how many columns go together.
-    shrink = SHRINKAGE * size / x.shape[1] * np.einsum("gkk->g", sums[:, :size, :size])[:, None, None] / size
+    shrink = (size / x.shape[1]) ** 2 * np.einsum("gkk->g", sums[:, :size, :size])[:, None, None] / size
     shrunk = np.eye(size) * shrink
     return sums[:, :size, :size] + shrunk, sums[:, size:, :size] + shrunk
 

@@ -12,7 +12,7 @@ from calib.affine import Array, QParams, dequantize
 from converter.algorithms.matrices import View, plain_matrix, plain_weight, view_of
 from converter.algorithms.rounding import Grid, compensated, nearest, search_scales
 from converter.job import Watch
-from converter.layerwise import Walk, product_of_mean
+from converter.layerwise import Walk, product_of_mean, second_moments
 from converter.model import constant, values_by_name
 from converter.ops import OPS
 from converter.plan import NodePlan, QuantizedWeight, QuantPlan, WeightPlan
@@ -22,6 +22,8 @@ BIAS_LIMIT = 2.0**30
 # Inputs drawn for a layer's second moments, over all samples: enough for a stable estimate of its columns.
 COLUMNS_PER_WEIGHT = 8
 LEAST_COLUMNS, MOST_COLUMNS = 1024, 8192
+# Longer rows are rounded to the nearest code: the second moments of more columns take gigabytes and minutes.
+MOST_COMPENSATED = 8192
 
 
 @dataclass(frozen=True)
@@ -101,12 +103,19 @@ def _rounded(layer: _Layer, plan: QuantPlan, walk: Walk, options: Options) -> Qu
         codes = nearest(matrix / scale[..., None], grid)
         return packed(plain_weight(codes, layer.weight.shape, wanted.axis), scale, wanted)
     matrix = view.matrix(layer.weight.astype(np.float64))
-    moments = _moments(layer, view, matrix.shape[2], plan, walk)
-    scale = _scales(layer, plan, matrix, np.einsum("gkk->gk", moments), grid, options)
-    codes = (
-        compensated(matrix, scale, moments, grid) if options.compensate else nearest(matrix / scale[..., None], grid)
-    )
+    columns = matrix.shape[2]
+    drawn, unit_scale = walk.draw(layer.unit, view, _columns_to_draw(columns), plan)
+    importance = np.square(drawn).mean(axis=1, dtype=np.float64) * unit_scale**2
+    scale = _scales(layer, plan, matrix, importance, grid, options)
+    if options.compensate and columns <= MOST_COMPENSATED:
+        codes = compensated(matrix, scale, second_moments(drawn, walk.threads) * unit_scale**2, grid)
+    else:
+        codes = nearest(matrix / scale[..., None], grid)
     return packed(view.weight(codes), scale, wanted)
+
+
+def _columns_to_draw(columns: int) -> int:
+    return int(np.clip(COLUMNS_PER_WEIGHT * columns, LEAST_COLUMNS, MOST_COLUMNS))
 
 
 def _scales(layer: _Layer, plan: QuantPlan, matrix: Array, importance: Array, grid: Grid, options: Options) -> Array:
@@ -115,11 +124,6 @@ def _scales(layer: _Layer, plan: QuantPlan, matrix: Array, importance: Array, gr
     scale = search_scales(matrix, importance, grid, layer.unit.weight.axis is not None)
     scale = np.maximum(scale, _scale_floor(layer, plan, scale)).astype(np.float32).astype(np.float64)
     return np.exp2(np.ceil(np.log2(scale))) if options.power_of_two else scale
-
-
-def _moments(layer: _Layer, view: View, columns: int, plan: QuantPlan, walk: Walk) -> Array:
-    count = int(np.clip(COLUMNS_PER_WEIGHT * columns, LEAST_COLUMNS, MOST_COLUMNS))
-    return walk.moments(layer.unit, view, count, plan)
 
 
 def _scale_floor(layer: _Layer, plan: QuantPlan, scale: Array) -> Array:

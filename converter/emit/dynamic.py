@@ -64,9 +64,14 @@ class _Emitter:
         codes, scale = weight.codes, weight.qparams.scale
         codes = codes.T if node.attributes.get_int("transB", 0) else codes
         x, x_scale, zero = self._activation(node)
-        products = self._node("MatMulInteger", x, self._of_weight(1, "codes", codes), zero)
-        scales = self._node("Mul", x_scale, self._of_weight(1, "scale", scale))
-        y = self._node("Mul", self._cast(products, ir.DataType.FLOAT), scales)
+        products = self._cast(
+            self._node("MatMulInteger", x, self._of_weight(1, "codes", codes), zero), ir.DataType.FLOAT
+        )
+        w_scale = self._of_weight(1, "scale", scale)
+        if self.by_row:  # one by one: ONNX Runtime takes the scale in the product of scales for one of the whole tensor
+            y = self._node("Mul", self._node("Mul", products, x_scale), w_scale)
+        else:
+            y = self._node("Mul", products, self._node("Mul", x_scale, w_scale))
         bias = node.inputs[2] if node.op_type == "Gemm" and len(node.inputs) > 2 else None
         self._replace(y if bias is None else self._node("Add", y, bias))
 
@@ -80,9 +85,8 @@ class _Emitter:
     def drop_unread(self) -> None:
         """Removes the float weights that nothing reads any more."""
         for weight in self.weights:
-            graph = weight.graph
-            if isinstance(graph, ir.Graph) and not weight.uses() and weight.name in graph.initializers:
-                del graph.initializers[weight.name]
+            if not weight.uses() and isinstance(weight.graph, ir.Graph):
+                weight.graph.initializers.pop(weight.name or "", None)
 
     def _activation(self, node: ir.Node) -> Sequence[ir.Value]:
         """Codes, scale and zero point of the product's input."""

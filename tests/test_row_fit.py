@@ -1,0 +1,116 @@
+"""Codes and grids of rows against brute force and plain least squares."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from calib.affine import IntFormat
+from converter.algorithms.row_fit import Grids, fit, with_variance
+
+
+def grids(bits, **options):
+    return Grids(IntFormat(bits, signed=False), **options)
+
+
+def problem(seed, rows=6, columns=5, samples=40):
+    rng = np.random.default_rng(seed)
+    x = rng.normal(size=(samples, columns)) @ rng.normal(size=(columns, columns)) + rng.normal(size=columns)
+    return rng.normal(size=(1, rows, columns)), (x.T @ x / samples)[None]
+
+
+def errors(weight, rows, moments):
+    difference = rows.values() - weight
+    return np.einsum("grk,gkl,grl->gr", difference, moments, difference)
+
+
+def best_possible(row, moments, levels):
+    """Least e' M e over all codes, each with its best scale and zero by plain least squares."""
+    root = np.linalg.cholesky(moments).T
+    least = np.inf
+    for codes in itertools.product(range(levels), repeat=len(row)):
+        design = root @ np.stack([codes, np.ones(len(row))], axis=1)
+        solution = np.linalg.lstsq(design, root @ row, rcond=None)[0]
+        least = min(least, float(np.square(design @ solution - root @ row).sum()))
+    return least
+
+
+@pytest.mark.parametrize("bits", [1, 2])
+def test_the_fit_is_near_the_best_of_all_codes(bits):
+    found, best = 0.0, 0.0
+    for seed in range(6):
+        weight, moments = problem(seed, rows=3, columns=4)
+        found += errors(weight, fit(weight, moments, grids(bits)), moments).sum()
+        best += sum(best_possible(row, moments[0], 1 << bits) for row in weight[0])
+    assert best <= found * (1 + 1e-3) <= 1.6 * best
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 6])
+def test_moments_lower_the_error_of_the_outputs(bits):
+    with_data = without = 0.0
+    for seed in range(10):
+        weight, moments = problem(seed, columns=16)
+        with_data += errors(weight, fit(weight, moments, grids(bits)), moments).sum()
+        without += errors(weight, fit(weight, None, grids(bits)), moments).sum()
+    assert with_data < 0.6 * without
+
+
+@settings(deadline=None)
+@given(
+    st.integers(1, 16),
+    st.integers(0, 1000),
+    st.sampled_from([1e-12, 1e-5, 1.0, 1e6]),
+    st.booleans(),
+    st.booleans(),
+    st.booleans(),
+)
+def test_any_weight_gets_codes_of_the_format(bits, seed, size, per_row, integer_zero, data):
+    weight, moments = problem(seed)
+    weight = weight * size
+    weight[0, 0], weight[0, 1] = 0.0, size
+    wanted = grids(bits, per_row=per_row, integer_zero=integer_zero)
+    rows = fit(weight, moments if data else None, wanted)
+    assert (rows.codes == np.rint(rows.codes)).all()
+    assert rows.codes.min() >= 0
+    assert rows.codes.max() < 1 << bits
+    assert np.isfinite(rows.values()).all()
+    assert (rows.scale > 0).all()
+    if integer_zero:
+        assert set(rows.zero.ravel()) <= set(range(1 << bits))
+    if not per_row:
+        assert len({*rows.scale.ravel()}) == len({*rows.zero.ravel()}) == 1
+    elif not data and not integer_zero:
+        half_steps = np.abs(rows.values() - weight) / rows.scale[..., None]
+        inner = (rows.codes > 0) & (rows.codes < (1 << bits) - 1)
+        assert half_steps[inner].max(initial=0) <= 0.5 + 1e-6
+
+
+def test_a_constant_row_is_kept():
+    weight = np.full((1, 1, 9), -0.375)
+    np.testing.assert_allclose(fit(weight, None, grids(3)).values(), weight, rtol=1e-3)
+
+
+@pytest.mark.parametrize("bits", range(2, 12))
+def test_every_bit_halves_the_error(bits):
+    weight = np.random.default_rng(1).normal(size=(1, 4, 4096))
+    narrow, wide = (fit(weight, None, grids(b)).relative_error(weight, None) for b in (bits, bits + 1))
+    assert 0.4 < wide / narrow < 0.65
+
+
+def test_relative_error_is_that_of_the_outputs():
+    weight, moments = problem(3)
+    rows = fit(weight, moments, grids(3))
+    root = np.linalg.cholesky(moments[0])
+    expected = np.linalg.norm((rows.values() - weight)[0] @ root) / np.linalg.norm(weight[0] @ root)
+    assert rows.relative_error(weight, moments) == pytest.approx(expected)
+
+
+def test_variance_correction_gives_mean_and_deviation_back():
+    weight = np.random.default_rng(2).normal(0.3, 1.0, size=(1, 5, 500))
+    rows = with_variance(weight, fit(weight, None, grids(2)), grids(2))
+    np.testing.assert_allclose(rows.values().mean(axis=2), weight.mean(axis=2), atol=2e-3)
+    np.testing.assert_allclose(rows.values().std(axis=2), weight.std(axis=2), rtol=2e-3)

@@ -1,0 +1,251 @@
+"""Weights and biases: means are kept, codes are near and within the target's bounds, scales are what was asked for."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from graphs import normal, prepared
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from running import Ear, InMemory, resources
+
+from calib.affine import UINT8, dequantize
+from calib.ranges import RANGE_METHODS, RangeSpec
+from calib.session import open_session, run
+from converter.algorithms.weights import BIAS_LIMIT, Options, decide_weights, products
+from converter.calibrate import Wanted, activation_qparams, observe
+from converter.emit.qdq import bias_qparams, emit
+from converter.layerwise import Walk
+from converter.model import saved
+from converter.placement import Wishes, build_plan
+from converter.targets import TARGETS
+
+IMAGE = "g (float[1,4,7,7] x) => (float[] y)"
+TABLE = "g (float[2,3,8] x) => (float[] y)"
+ROWS = "g (float[5,8] x) => (float[] y)"
+IMAGES = [{"x": normal(1, 4, 7, 7, seed=i) + 0.3} for i in range(6)]
+TABLES = [{"x": normal(2, 3, 8, seed=i) + 0.3} for i in range(6)]
+BATCHES = [{"x": normal(5, 8, seed=i) + 0.3} for i in range(6)]
+CONSTANTS = {
+    "w": normal(6, 4, 3, 3),
+    "v": normal(6, 6, 1, 1, seed=1),
+    "d": normal(6, 1, 3, 3, seed=2),
+    "b": normal(6, seed=3) * 3,
+    "m": normal(8, 6, seed=4),
+    "t": normal(6, 6, seed=5),
+}
+# Name → graph, samples, and the tensors that are a product with its bias, with their channel axes.
+LAYERS = {
+    "conv": (f"{IMAGE} {{ a = Conv (x, w, b)  y = Conv (a, v) }}", IMAGES, {"a": 1}),
+    "conv without bias": (f"{IMAGE} {{ a = Conv (x, w)  r = Relu (a)  y = Conv (r, v) }}", IMAGES, {"a": 1}),
+    "padded": (f"{IMAGE} {{ a = Conv <pads=[1,1,1,1]> (x, w, b)  y = Conv (a, v) }}", IMAGES, {"a": 1}),
+    "depthwise": (
+        f"{IMAGE} {{ f = Conv (x, w, b)  a = Conv <group=6> (f, d)  y = Conv (a, v) }}",
+        IMAGES,
+        {"f": 1, "a": 1},
+    ),
+    "strided 1 x 1": (
+        f"{IMAGE} {{ f = Conv (x, w, b)  a = Conv <strides=[2,2]> (f, v)  y = Conv (a, v) }}",
+        IMAGES,
+        {"a": 1},
+    ),
+    "gemm": (f"{ROWS} {{ a = Gemm (x, m, b)  y = Gemm <transB=1> (a, t, b) }}", BATCHES, {"a": 1, "y": 1}),
+    "gemm without bias": (f"{ROWS} {{ a = Gemm (x, m)  r = Relu (a)  y = Gemm (r, t) }}", BATCHES, {"a": 1, "y": 1}),
+    "matmul and add": (
+        f"{TABLE} {{ p = MatMul (x, m)  a = Add (p, b)  r = Relu (a)  q = MatMul (r, t)  y = Add (b, q) }}",
+        TABLES,
+        {"a": -1, "y": -1},
+    ),
+    "shared weight and bias": (
+        f"{IMAGE} {{ f = Conv (x, w, b)  a = Conv (f, v, b)  r = Relu (a)  c = Conv (r, v, b)  y = Conv (c, v) }}",
+        IMAGES,
+        {"f": 1, "a": 1, "c": 1},
+    ),
+    "residual": (
+        f"{IMAGE} {{ f = Conv (x, w, b)  a = Conv (f, v, b)  s = Add (f, a)  c = Conv (s, v)  y = Conv (c, v) }}",
+        IMAGES,
+        {"f": 1, "a": 1, "c": 1},
+    ),
+}
+
+
+def decided(graph, samples, target="CPU", options=None, correct=True, per_channel=True, **constants):
+    """The float model and its plan with all numbers."""
+    model, data = prepared(graph, **{**CONSTANTS, **constants}), InMemory(samples)
+    plan = build_plan(model.graph, TARGETS[target], Wishes(per_channel=per_channel))
+    means = products(model.graph, plan) if correct else {}
+    options = options or Options()
+    evidence = observe(model, Wanted(tuple(plan.groups()), means, False, False), data, resources(), Ear())
+    spec = RangeSpec(UINT8, False, options.power_of_two)
+    plan = plan.with_qparams(activation_qparams(plan, evidence.statistics, RANGE_METHODS["MAX_MIN"], spec))
+    walk = Walk(model, plan, data, resources())
+    return model, decide_weights(model, plan, walk, evidence.means, options, Ear())
+
+
+def channel_means(model, names, samples):
+    """float64 means of the tensors by channel, runtime optimizations off."""
+    with saved(model, names) as path:
+        session = open_session(path, optimize=False)
+        found = [run(session, list(names), sample) for sample in samples]
+    means = {}
+    for name, axis in names.items():
+        x = np.stack([np.moveaxis(one[name], axis, 0).astype(np.float64) for one in found], axis=1)
+        means[name] = x.reshape(len(x), -1).mean(axis=1)
+    return means
+
+
+def steps_of_biases(plan, unit):
+    """The step of each channel's int32 bias."""
+    return bias_qparams(plan.params(unit.inputs[0]), plan.weights[unit.name], plan.biases[unit.name].size).scale
+
+
+@pytest.mark.parametrize("per_channel", [True, False])
+@pytest.mark.parametrize("target", ["CPU", "NVGPU"])
+@pytest.mark.parametrize("name", LAYERS)
+def test_channel_means_are_kept(name, target, per_channel):
+    graph, samples, tensors = LAYERS[name]
+    model, plan = decided(graph, samples, target, per_channel=per_channel)
+    quantized = model.clone()
+    restored = emit(quantized, plan)
+    made = {value.name: value for node in quantized.graph for value in node.outputs}
+    # Where a tensor is handed on as integers, the product is what is converted to them.
+    names = {
+        n: made[restored[n]].producer().inputs[0].producer().inputs[0].name if n in restored else n for n in tensors
+    }
+    wanted = channel_means(model, tensors, samples)
+    found = channel_means(quantized, {names[n]: axis for n, axis in tensors.items()}, samples)
+    for tensor in tensors:
+        unit = next(u for u in plan.units() if u.weight and tensor in outputs_of(model, (u.name, *u.absorbed)))
+        # The bias of an Add behind a MatMul stays float, and so do all where the target wants it.
+        step = steps_of_biases(plan, unit) if unit.integer_bias and unit.op_type != "MatMul" else np.zeros(6)
+        np.testing.assert_array_less(np.abs(found[names[tensor]] - wanted[tensor]), step.astype(float) / 2 + 2e-5)
+
+
+def outputs_of(model, names):
+    return [value.name for node in model.graph if node.name in names for value in node.outputs]
+
+
+def test_without_correction_means_shift():
+    graph, samples, _ = LAYERS["depthwise"]
+    model, plan = decided(graph, samples, correct=False)
+    quantized = model.clone()
+    emit(quantized, plan)
+    wanted, found = (channel_means(m, {"a": 1}, samples)["a"] for m in (model, quantized))
+    assert np.abs(found - wanted).max() > 1e-3
+    assert plan.biases.keys() == {unit.name for unit in plan.units() if unit.bias}
+    (bias,) = plan.biases.values()
+    np.testing.assert_array_equal(bias, CONSTANTS["b"].astype(np.float64))
+
+
+def test_shared_constants_get_a_bias_for_each_reader():
+    _, plan = decided(*LAYERS["shared weight and bias"][:2])
+    biases = list(plan.biases.values())
+    assert len(biases) == 4
+    assert len({bias.tobytes() for bias in biases}) == 4
+
+
+# --- codes -----------------------------------------------------------------------------------------------------------
+
+
+def pairs(codes):
+    """Codes that a kernel multiplies and adds in pairs: kernel positions first, then channels of the group."""
+    rows = np.moveaxis(codes.astype(np.int64), 1, -1).reshape(len(codes), -1)
+    return rows[:, : rows.shape[1] - 1 : 2] + rows[:, 1::2]
+
+
+@pytest.mark.parametrize("compensate", [True, False])
+def test_pairs_of_codes_stay_within_what_the_target_adds_exactly(compensate):
+    # A positive weight whose largest codes would otherwise stand side by side.
+    heavy = {"w": np.abs(normal(6, 4, 3, 3)) + 1}
+    graph = f"{IMAGE} {{ a = Conv (x, w)  y = Conv (a, v) }}"
+    found = {}
+    for target in ("CPU", "CPU_VNNI", "ARM"):
+        _, plan = decided(graph, IMAGES, target, Options(compensate), **heavy)
+        found[target] = next(w.codes for w in plan.weights.values() if w.codes.shape == (6, 4, 3, 3))
+    assert np.abs(pairs(found["CPU"])).max() <= 128
+    assert np.abs(pairs(found["CPU_VNNI"])).max() > 128
+    assert np.abs(found["CPU_VNNI"]).max() == 127
+    np.testing.assert_array_equal(found["ARM"], found["CPU_VNNI"])
+
+
+def test_a_depthwise_weight_uses_the_full_range():
+    graph = f"{IMAGE} {{ f = Conv (x, w)  a = Conv <group=6> (f, d)  y = Conv (a, v) }}"
+    _, plan = decided(graph, IMAGES, d=np.abs(CONSTANTS["d"]) + 1, options=Options(compensate=False))
+    codes = next(w.codes for w in plan.weights.values() if w.codes.shape == (6, 1, 3, 3))
+    assert np.abs(pairs(codes)).max() > 128
+
+
+def test_nearest_codes_are_nearest():
+    model, plan = decided(LAYERS["conv"][0], IMAGES, "ARM", Options(compensate=False))
+    for unit in plan.units():
+        weight = next(n for n in model.graph if n.name == unit.name).inputs[1].const_value.numpy()
+        stored = plan.weights[unit.name]
+        scale = stored.qparams.scale.reshape(-1, 1, 1, 1).astype(np.float64)
+        error = np.abs(dequantize(stored.codes, stored.qparams) - weight)
+        inside = np.abs(weight) <= 127 * scale
+        assert (error <= scale / 2 * (1 + 1e-5))[inside].all()
+        assert (np.abs(stored.codes[~inside]) == 127).all()
+
+
+def test_compensated_codes_give_nearer_outputs():
+    graph = f"{ROWS} {{ a = Gemm (x, m)  y = Gemm (a, t) }}"
+    # Inputs of few directions: most of a rounding error can be made up for.
+    samples = [{"x": (normal(5, 2, seed=i) @ normal(2, 8, seed=9)).astype(np.float32)} for i in range(8)]
+    x = np.concatenate([sample["x"] for sample in samples]).astype(np.float64)
+    errors = {}
+    for compensate in (True, False):
+        _, plan = decided(graph, samples, "ARM", Options(compensate), correct=False)
+        stored = next(w for w in plan.weights.values() if w.codes.shape == (8, 6))
+        errors[compensate] = np.square(x @ (dequantize(stored.codes, stored.qparams) - CONSTANTS["m"])).mean()
+    assert errors[True] < 0.5 * errors[False]
+
+
+@pytest.mark.parametrize("name", ["conv", "gemm"])
+def test_scales_that_are_powers_of_two(name):
+    graph, samples, _ = LAYERS[name]
+    _, plan = decided(graph, samples, options=Options(power_of_two=True))
+    scales = [q.scale for q in plan.qparams.values()] + [w.qparams.scale for w in plan.weights.values()]
+    for scale in scales:
+        np.testing.assert_array_equal(np.exp2(np.rint(np.log2(scale))), scale)
+
+
+@pytest.mark.parametrize("target", ["NVGPU", "DSP"])
+@pytest.mark.parametrize("group", [1, 2])
+def test_a_transposed_convolution(target, group):
+    graph = f"{IMAGE} {{ c = ConvTranspose <group={group}> (x, u)  y = Conv (c, v) }}"
+    weight = normal(4, 6 // group, 2, 2)
+    _, plan = decided(graph, IMAGES, target, u=weight)
+    stored = next(w for w in plan.weights.values() if w.codes.shape == weight.shape)
+    assert stored.qparams.axis == (1 if group == 1 else None)
+    scale = stored.qparams.scale.reshape(1, -1, 1, 1) if group == 1 else stored.qparams.scale
+    inside = np.abs(weight) <= 127 * scale
+    error = np.abs(dequantize(stored.codes, stored.qparams) - weight)
+    assert (error <= scale / 2 * (1 + 1e-5))[inside].all()
+    assert inside.mean() > 0.9
+
+
+def test_a_huge_bias_widens_the_scale_until_int32_holds_it():
+    graph = f"{IMAGE} {{ a = Conv (x, w, b)  y = Conv (a, v) }}"
+    huge = np.array([1e9, -1e9, 1, 2, 3, 4], np.float32)
+    _, plan = decided(graph, IMAGES, b=huge, correct=False)
+    unit = next(unit for unit in plan.units() if unit.bias)
+    codes = huge / steps_of_biases(plan, unit)
+    assert np.abs(codes).max() <= BIAS_LIMIT * (1 + 1e-6)
+    _, whole = decided(graph, IMAGES, b=huge, correct=False, per_channel=False)
+    assert np.abs(huge / steps_of_biases(whole, unit)).max() <= BIAS_LIMIT * (1 + 1e-6)
+
+
+@settings(max_examples=20, deadline=None)
+@given(st.integers(0, 2**32 - 1), st.sampled_from(["CPU", "ARM"]), st.booleans())
+def test_any_weight_gets_finite_scales_and_codes_in_range(seed, target, per_channel):
+    rng = np.random.default_rng(seed)
+    weight = (rng.standard_normal((6, 4, 3, 3)) * 10.0 ** rng.integers(-20, 10, (6, 1, 1, 1))).astype(np.float32)
+    weight[rng.integers(6)] = 0
+    _, plan = decided(
+        f"{IMAGE} {{ a = Conv (x, w)  y = Conv (a, v) }}", IMAGES[:1], target, per_channel=per_channel, w=weight
+    )
+    for stored in plan.weights.values():
+        assert np.isfinite(stored.qparams.scale).all()
+        assert (stored.qparams.scale > 0).all()
+        assert np.abs(stored.codes.astype(int)).max() <= 127
+        assert not stored.qparams.zero_point.any()
