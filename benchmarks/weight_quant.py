@@ -1,11 +1,11 @@
 #!/usr/bin/env python3
-"""WEIGHT_QUANT: every width's accuracy, size, speed and load time; mixed bits beside fixed ones; a sentence transformer.
+"""WEIGHT_QUANT: accuracy, size, speed and load time of every width; mixed bits; a sentence transformer.
 
     python benchmarks/weight_quant.py [MODEL ...] [--bits 1 2 …] [--mixed] [--transformer]
 
-Columns: top-1 on the dev split, agreement with the float model's best class, times smaller and what that should at least
-be, speed-up over float (1 thread, median of interleaved runs), seconds to load and to convert, and the largest difference
-of OpenVINO's outputs from ONNX Runtime's where openvino is installed.
+Columns: top-1 on the dev split, agreement with the float model's best class, times smaller and how many that should at
+least be, speed-up over float (1 thread, median of interleaved runs), seconds to load and to convert, and the largest
+difference of OpenVINO's outputs from ONNX Runtime's where openvino is installed.
 """
 
 from __future__ import annotations

@@ -123,11 +123,6 @@ class Walk:
             held -= {name for name in step.reads if self._last_reader[name] == position}
         return peak
 
-    def moments(self, unit: NodePlan, view: View, count: int, plan: QuantPlan) -> Array:
-        """E[x x'] over about `count` inputs x of the unit's product as it reads them, (groups, columns, columns)."""
-        drawn, scale = self.draw(unit, view, count, plan)
-        return second_moments(drawn, self.threads) * scale**2
-
     def draw(self, unit: NodePlan, view: View, count: int, plan: QuantPlan) -> tuple[Array, float]:
         """About `count` inputs of the unit's product as it reads them (groups, drawn, columns), and their scale.
 

@@ -35,20 +35,36 @@ def make_plan(model: ir.Model, job: Job) -> QuantPlan:
 
 def quantize(model: ir.Model, job: Job, watch: Watch) -> tuple[ir.Model, QuantPlan, list[TensorError]]:
     """The quantized copy of a prepared float model, the decisions, and what they cost each tensor, worst first."""
-    wanted, given = job.config.weight_quant, bool(job.config.preprocess.calibrate_path)
-    data = open_data(model, job, watch) if given else synthetic_data(model)
-    by_outputs = given and wanted.quant_strategy != "MAX_MIN"
-    options = Options(wanted.bias_correction, wanted.on_the_fly)
-    search = Search(model, make_plan(model, job), data, by_outputs, options, resources_of(job), watch)
-    plan = search.decided() if job.config.common.bit_num else search.mixed(job.config.mixed_bit)
+    wanted, data, resources = job.config.weight_quant, _data(model, job, watch), resources_of(job)
+    given = bool(job.config.preprocess.calibrate_path)
+    options = Options(given and wanted.quant_strategy != "MAX_MIN", wanted.bias_correction, wanted.on_the_fly)
+    fitter = Fitter(model, data, resources, options, watch)
+    plan, mixed = make_plan(model, job), job.config.common.bit_num == 0
+    plan = Search(fitter, plan, job.config.mixed_bit).mixed() if mixed else fitter.fitted(plan)
+    widths = Counter(weight.qparams.format.bits for weight in plan.stored.values())
+    watch.tell(f"Bits of weights: {', '.join(f'{bits} ({count})' for bits, count in sorted(widths.items()))}.")
+    quantized = model.clone()
     if wanted.on_the_fly:
-        opset = max((type_of(weight)[1] for weight in plan.stored.values()), default=0)
-        quantized = raise_opset(model.clone(), opset)
-        emit_stored(quantized, plan, DequantizeWriter(quantized))
-    else:
-        quantized = model.clone()
-        emit_stored(quantized, plan, PlaneWriter(quantized))
-    return quantized, plan, []
+        quantized = raise_opset(quantized, max((type_of(weight)[1] for weight in plan.stored.values()), default=0))
+    emit_stored(quantized, plan, (DequantizeWriter if wanted.on_the_fly else PlaneWriter)(quantized))
+    return quantized, plan, _errors(model, quantized, data, resources) if given else []
+
+
+def _data(model: ir.Model, job: Job, watch: Watch) -> Dataset:
+    """The calibration samples, random ones where a search must compare outputs without, or none."""
+    if job.config.preprocess.calibrate_path:
+        return open_data(model, job, watch)
+    searches = job.config.mixed_bit.auto_tune or job.config.mixed_bit.search == "SENSITIVITY"
+    if job.config.common.bit_num or not searches:
+        return Dataset((), (), {}, ())
+    watch.warn("There is no calibration data: bits are chosen by what random inputs show; give calibrate_path.")
+    return synthetic_data(model)
+
+
+def _errors(model: ir.Model, quantized: ir.Model, data: Dataset, resources: Resources) -> list[TensorError]:
+    outputs = {value.name or "": value.name or "" for value in model.graph.outputs}
+    with saved(model) as reference, saved(quantized) as other:
+        return compare(reference, other, outputs, data, len(data), resources.threads)
 
 
 def _node_plan(node: ir.Node, job: Job) -> NodePlan:

@@ -13,9 +13,8 @@ from converter.algorithms.bit_search import WIDTHS, pareto
 def noise(seed, count=3):
     rng = np.random.default_rng(seed)
     names = [f"w{i}" for i in range(count)]
-    errors = {
-        name: list(rng.uniform(0.1, 9) * 4.0 ** -np.array(WIDTHS) * rng.uniform(0.5, 2, len(WIDTHS))) for name in names
-    }
+    falling = rng.uniform(0.1, 9, (count, 1)) * 4.0 ** -np.array(WIDTHS) * rng.uniform(0.5, 2, (count, len(WIDTHS)))
+    errors = {name: row.tolist() for name, row in zip(names, falling, strict=True)}
     return errors, dict(zip(names, map(int, rng.integers(1, 500, count)), strict=True))
 
 

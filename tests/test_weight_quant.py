@@ -1,4 +1,4 @@
-"""WEIGHT_QUANT from config to file: what is stored how, what is left float, and that runtimes unpack it when they load."""
+"""WEIGHT_QUANT from config to file: what is stored how, what is left float, what runtimes make of it."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from collections import Counter
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from graphs import build, frozen, normal, run
@@ -19,24 +20,15 @@ CONV = """g (float[2,8,9,9] x) => (float[2,10] y) {
     a = Conv <pads=[1,1,1,1]> (x, w1, b1)  r = Relu (a)
     d = Conv <group=24, pads=[1,1,1,1]> (r, w2)  p = GlobalAveragePool (d)
     f = Flatten (p)  m = MatMul (f, w3)  y = Add (m, b3) }"""
-WEIGHTS = {
-    "w1": normal(24, 8, 3, 3),
-    "b1": normal(24),
-    "w2": normal(24, 1, 3, 3),
-    "w3": normal(24, 10),
-    "b3": normal(10),
-}
+SHAPES = {"w1": (24, 8, 3, 3), "b1": (24,), "w2": (24, 1, 3, 3), "w3": (24, 10), "b3": (10,)}
+WEIGHTS = {name: normal(*shape) for name, shape in SHAPES.items()}
+FIXED = {"quant_type": "WEIGHT_QUANT", "min_quant_weight_channel": 0, "thread_num": 1}
 
 
 def job(folder, model, data=None, common=None, weight=None, mixed=None):
     (folder / "model.onnx").write_bytes(frozen(model))
     sections = {
-        "common_quant": {
-            "quant_type": "WEIGHT_QUANT",
-            "min_quant_weight_channel": 0,
-            "thread_num": 1,
-            **(common or {}),
-        },
+        "common_quant": {**FIXED, **(common or {})},
         "weight_quant": weight or {},
         "mixed_bit_weight_quant": mixed or {},
     }
@@ -56,6 +48,10 @@ def converted(*arguments, watch=None, **options):
 def relative_error(model, quantized, feeds):
     wanted, found = run(model, feeds), run(quantized, feeds, optimize=True)
     return max(float(np.linalg.norm(found[k] - wanted[k]) / np.linalg.norm(wanted[k])) for k in wanted)
+
+
+def all_outputs(model, x):
+    return np.concatenate([run(model, {"x": x[i : i + 2]})["y"].ravel() for i in range(0, len(x), 2)])
 
 
 def optimized(folder, data):
@@ -119,7 +115,8 @@ def test_limits_are_strict_and_named(tmp_path, key, value, reason):
 
 
 def test_a_tied_weight_is_stored_once(tmp_path):
-    text = "g (int64[3] i, float[2,16] x) => (float[3,16] y, float[2,64] z) { y = Gather (w, i)  z = Gemm <transB=1> (x, w) }"
+    text = """g (int64[3] i, float[2,16] x) => (float[3,16] y, float[2,64] z) {
+        y = Gather (w, i)  z = Gemm <transB=1> (x, w) }"""
     weight = normal(64, 16)
     _, data = converted(tmp_path, build(text, w=weight), common={"bit_num": 6})
     assert sum(tensor.name.endswith("codes") for tensor in onnx.load_from_string(data).graph.initializer) == 1
@@ -140,8 +137,6 @@ def test_bodies_of_control_flow_are_stored_inside_and_captured(tmp_path):
     proto.graph.node[0].attribute.extend(onnx.helper.make_attribute(name, graph) for name, graph in branches)
     proto.graph.initializer.append(onnx.numpy_helper.from_array(normal(16, 32, seed=1), "captured"))
     model = onnx.load_model_from_string(proto.SerializeToString())
-    import onnx_ir as ir
-
     outcome, data = converted(tmp_path, ir.from_proto(model), common={"bit_num": 7})
     assert sum(node.quantized for node in outcome.plan.nodes.values()) == 2
     for taken in (True, False):
@@ -193,9 +188,6 @@ def test_a_search_keeps_the_cosine(tmp_path, mixed):
     x, model = normal(8, 8, 9, 9), build(CONV, **WEIGHTS)
     ear = Ear()
     _, data = converted(tmp_path, model, x, {"bit_num": 0}, mixed={**mixed, "min_cosine": 0.99}, watch=ear)
-    wanted, found = (
-        np.concatenate([run(m, {"x": x[i : i + 2]})["y"].ravel() for i in range(0, 8, 2)])
-        for m in (frozen(model), data)
-    )
+    wanted, found = all_outputs(frozen(model), x), all_outputs(data, x)
     assert wanted @ found / np.linalg.norm(wanted) / np.linalg.norm(found) >= 0.99
     assert any("cosine" in line for line in ear.said)

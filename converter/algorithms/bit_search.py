@@ -8,9 +8,11 @@ steps first: an optimal allocation wherever a step ends).
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import accumulate
 
 import numpy as np
 import onnx_ir as ir
@@ -116,13 +118,19 @@ class Search:
         for step, ratio in list(zip(path, ratios, strict=True))[:: max(1, len(path) // 10)]:
             self.watch.say(f"{ratio:.2f} times smaller: {-10 * np.log10(step.error):.1f} dB expected.")
 
-        def decide(count: int) -> QuantPlan:
-            narrow = dict.fromkeys(floats, WIDTHS[0])
-            return self.decided(self.plan.with_bits(narrow | {step.name: step.bits for step in path[:count]}))
-
+        narrow = dict.fromkeys(floats, WIDTHS[0])
         if wanted.target_ratio is None:
-            return self._least(len(path), wanted, decide)
-        return decide(sum(ratio >= wanted.target_ratio for ratio in ratios))
+            steps = [{step.name: step.bits} for step in path]
+            widths = list(accumulate(steps, operator.or_, initial=narrow))
+            return self._least(len(path), wanted, lambda n: self.decided(self.plan.with_bits(widths[n])))
+        for step in path:
+            wider = narrow | {step.name: step.bits}
+            if (
+                self._ratio(sum(sizes[name] * bits for name, bits in wider.items()), sizes, floats)
+                >= wanted.target_ratio
+            ):
+                narrow = wider
+        return self.decided(self.plan.with_bits(narrow))
 
     def _ratio(self, bits: int, sizes: Mapping[str, int], floats: Mapping[str, list[Array]]) -> float:
         """How many times smaller the model's constants get where the units' weights take `bits` in all."""

@@ -30,6 +30,8 @@ def hand_out_integers(graph: ir.Graph, name: str) -> None:
     old.name, codes.name = codes.name, name
     codes.type, codes.shape = _integers_of(restore), old.shape
     graph.outputs[list(graph.outputs).index(old)] = codes
+    if not old.uses():
+        graph.remove(restore, safe=True)
 
 
 def _integers_of(conversion: ir.Node) -> ir.TensorType:

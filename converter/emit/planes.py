@@ -12,6 +12,8 @@ are wrong in OpenVINO. Codes of 8 and 16 bits are stored as they are.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import numpy as np
 import onnx_ir as ir
 
@@ -43,12 +45,13 @@ class PlaneWriter:
     """Writes weights into the graphs of one model."""
 
     def __init__(self, model: ir.Model) -> None:
-        self.names = Names(model)
+        self.model, self.names = model, Names(model)
         self._shared: dict[tuple[int, str], ir.Value] = {}
+        self._stored: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
 
     def __call__(self, graph: ir.Graph, name: str, weight: QuantizedWeight) -> ir.Value:
         """The value of the weight `name` as floats, unpacked from its codes by nodes at the start of `graph`."""
-        chain = _Chain(graph, name, self.names)
+        chain = _Chain(graph, name, self.names, self._store)
         codes, bits = weight.codes, weight.qparams.format.bits
         if bits in PLAIN_BITS:
             chain.start(codes)
@@ -70,6 +73,13 @@ class PlaneWriter:
             bounds = (self._constant(chain.graph, f"to_{end}", np.array([end])) for end in (0, codes.size))
             chain.add("Slice", *bounds)
         chain.add("Reshape", self._constant(chain.graph, f"shape_{codes.shape}", np.array(codes.shape)))
+
+    def _store(self, name: str, array: Array) -> ir.Value:
+        """A constant of the main graph; equal ones, as in the branches of an If, are stored once."""
+        key = (array.dtype.str, array.shape, array.tobytes())
+        if key not in self._stored:
+            self._stored[key] = add_constant(self.model.graph, self.names.fresh(name), array)
+        return self._stored[key]
 
     def _constant(self, graph: ir.Graph, name: str, array: Array) -> ir.Value:
         """A constant that all weights of a graph share."""
@@ -94,8 +104,8 @@ def half_if_exact(array: Array) -> Array:
 class _Chain:
     """Nodes one behind the other."""
 
-    def __init__(self, graph: ir.Graph, name: str, names: Names) -> None:
-        self.graph, self.name, self.names = graph, name, names
+    def __init__(self, graph: ir.Graph, name: str, names: Names, store: Callable[[str, Array], ir.Value]) -> None:
+        self.graph, self.name, self.names, self.store = graph, name, names, store
         self.nodes: list[ir.Node] = []
         self.value: ir.Value
 
@@ -105,7 +115,7 @@ class _Chain:
     def cast(self, what: str, array: Array) -> ir.Value:
         """The constant `array` as float32, stored in the narrower type it has, or in float16 if that loses nothing."""
         narrow = half_if_exact(array) if array.dtype == np.float32 else array
-        value = add_constant(self.graph, self.names.fresh(f"{self.name}_{what}"), narrow)
+        value = self.store(f"{self.name}_{what}", narrow)
         return value if narrow.dtype == np.float32 else self._node("Cast", [value], {"to": ir.DataType.FLOAT})
 
     def add(self, op_type: str, *operands: ir.Value) -> None:

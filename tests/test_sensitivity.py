@@ -1,0 +1,182 @@
+"""Which nodes cost the output most: ranked by what they do alone, measured as cosine or as right answers."""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+import pytest
+from graphs import build, normal, types
+from hypothesis import given
+from hypothesis import strategies as st
+from running import Ear, InMemory, resources
+from test_weights import BATCHES, IMAGES, decided
+
+from converter.emit.qdq import emit
+from converter.errors import DataError
+from converter.model import saved
+from converter.sensitivity import fewest, only, output_drop, read_labels, sensitivities, top1
+
+ROWS = "g (float[5,8] x) => (float[] y)"
+
+
+def test_the_node_with_the_coarsest_integers_comes_first():
+    # One column of the second weight is far larger than the others: with one scale a weight, these lose all bits.
+    rough = normal(6, 6)
+    rough[:, 0] *= 3000
+    graph = f"{ROWS} {{ [fine] a = Gemm (x, m)  [rough] c = Gemm (a, k)  [last] y = Gemm (c, t) }}"
+    flat = normal(6, 6, seed=5)
+    flat[0] = 0  # what the large column computes does not reach the output
+    model, plan = decided(graph, BATCHES, per_channel=False, k=rough, t=flat)
+    found = sensitivities(model, plan, InMemory(BATCHES), resources(), Ear())
+    assert {s.node.name for s in found} == {"fine", "rough", "last"}
+    assert found[0].node.name == "rough"
+    assert [s.sqnr_db for s in found] == sorted(s.sqnr_db for s in found)
+    assert found[0].sqnr_db < 20 < found[-1].sqnr_db
+    assert found[0].cosine < min(s.cosine for s in found[1:]) < 1
+
+
+def test_one_unit_is_quantized_alone():
+    graph = """g (float[1,4,7,7] x) => (float[] y) {
+        [one] a = Conv (x, w)  r = Relu (a)  p = Pad (r, edges)  [two] c = Conv (p, v)  [three] y = Add (c, p)
+    }"""
+    model, plan = decided(graph, IMAGES, edges=np.array([0, 0, 1, 1, 0, 0, 1, 1]))
+    for unit in plan.units():
+        alone = model.clone()
+        part = only(plan, unit)
+        emit(alone, part)
+        assert [node.name for node in part.units()] == [unit.name]
+        converted = types(alone).count("QuantizeLinear")
+        assert converted == len({*unit.inputs, *unit.outputs} & plan.tensors.keys())
+    assert {unit.op_type for unit in plan.units()} == {"Conv", "Pad"}
+
+
+def test_a_node_that_costs_nothing_is_infinitely_good():
+    # Whole numbers that are codes as they are.
+    graph = f"{ROWS} {{ [one] y = Gemm (x, m) }}"
+    whole = np.diag([127] * 8)[:, :6].astype(np.float32)
+    samples = [{"x": np.tile(np.array([0, 255] * 4, np.float32), (5, 1))}]
+    model, plan = decided(graph, samples, m=whole, correct=False)
+    (found,) = sensitivities(model, plan, InMemory(samples), resources(), Ear())
+    assert found.sqnr_db > 100
+    assert found.cosine == pytest.approx(1)
+
+
+# --- what the output loses -------------------------------------------------------------------------------------------
+
+
+def scores(*rows):
+    """A model that adds a constant to its input."""
+    return build("g (float[1,3] x) => (float[1,3] y) { y = Add (x, k) }", k=np.array([rows], np.float32).reshape(1, 3))
+
+
+DATA = InMemory(
+    [{"x": np.array([row], np.float32)} for row in ([3, 1, 0], [0, 2, 1], [1, 0, 4], [5, 4, 0])],
+    ["a.png", "b.png", "c.png", "d.png"],
+)
+LABELS = {"a.png": 0, "b.png": 1, "c.png": 2, "d.png": 1, "unused.png": 7}
+
+
+@pytest.mark.parametrize(
+    ("shift", "share"), [((0, 0, 0), 3 / 4), ((0, 1.5, 0), 1), ((9, 0, 0), 1 / 4), ((0, 9, 0), 2 / 4)]
+)
+def test_right_answers(shift, share):
+    with saved(scores(*shift)) as path:
+        assert top1(path, DATA, LABELS, resources(2)) == share
+    assert output_drop(scores(0, 0, 0), scores(*shift), DATA, LABELS, resources()) == 3 / 4 - share
+
+
+def test_without_labels_the_cosine_counts():
+    x = np.concatenate([DATA.sample(i)["x"] for i in range(4)]).astype(np.float64)
+    y = x + np.array([0, 1.5, 0])
+    cosine = np.sum(x * y) / math.sqrt(np.sum(x * x) * np.sum(y * y))
+    assert output_drop(scores(0, 0, 0), scores(0, 1.5, 0), DATA, None, resources()) == pytest.approx(1 - cosine)
+
+
+def test_the_worst_output_counts():
+    graph = "g (float[1,3] x) => (float[1,3] y, float[1,3] z) {{ y = Neg (x)  z = {} (x) }}"
+    assert output_drop(
+        build(graph.format("Abs")), build(graph.format("Neg")), DATA, None, resources()
+    ) == pytest.approx(2)
+
+
+def test_several_rows_a_sample_have_no_one_label():
+    data, model = (
+        InMemory([{"x": normal(2, 3)}], ["a.png"]),
+        build("g (float[2,3] x) => (float[2,3] y) { y = Neg (x) }"),
+    )
+    words = "label_file: output 'y' has 2 rows a sample; give --inputShape"
+    with saved(model) as path, pytest.raises(DataError, match=words):
+        top1(path, data, LABELS, resources())
+
+
+# --- labels ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "file,label\na.png,0\nb.png,1\nc.png,2\nd.png,1\n",
+        "label,file\r\n0,a.png\r\n1,b.png\r\n2,c.png\r\n1,d.png\r\n",
+        'file,label,note\n"a.png",0,x\nb.png, 1,y\nc.png,2,\nd.png,1,\nmore.png,9,\n',
+    ],
+)
+def test_labels_are_read(tmp_path, text):
+    (tmp_path / "labels.csv").write_bytes(text.encode())
+    labels = read_labels(tmp_path / "labels.csv", DATA)
+    assert {name: labels[name] for name in ("a.png", "b.png", "c.png", "d.png")} == {
+        name: LABELS[name] for name in ("a.png", "b.png", "c.png", "d.png")
+    }
+
+
+BAD = {
+    "no header": ("a.png,0\nb.png,1\n", "needs a header 'file,label' and an integer class a line"),
+    "another header": ("name,label\na.png,0\n", "needs a header 'file,label'"),
+    "words": ("file,label\na.png,cat\n", "an integer class a line"),
+    "no class": ("file,label\na.png\n", "an integer class a line"),
+    "not text": (b"file,label\n\xff\xfe,0\n", "needs a header 'file,label'"),
+    "empty": ("", "there is no label for a.png; add a line 'a.png,<class>'."),
+    "one missing": (
+        "file,label\na.png,0\nb.png,1\nd.png,1\n",
+        "there is no label for c.png; add a line 'c.png,<class>'.",
+    ),
+}
+
+
+@pytest.mark.parametrize(("text", "words"), BAD.values(), ids=BAD)
+def test_labels_that_do_not_fit(tmp_path, text, words):
+    path = tmp_path / "labels.csv"
+    path.write_bytes(text if isinstance(text, bytes) else text.encode())
+    with pytest.raises(DataError) as caught:
+        read_labels(path, DATA)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert words in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_label_file_that_is_not_there(tmp_path):
+    with pytest.raises(DataError, match=r"none\.csv"):
+        read_labels(tmp_path / "none.csv", DATA)
+
+
+def test_one_file_of_many_samples_has_no_one_label(tmp_path):
+    (tmp_path / "labels.csv").write_text("file,label\nx.npy,0\n")
+    data = InMemory([{"x": normal(1, 3)}] * 4, ["x.npy"] * 4)
+    with pytest.raises(DataError, match=r"x\.npy holds 4 samples, which one label cannot serve"):
+        read_labels(tmp_path / "labels.csv", data)
+
+
+# --- bisection -------------------------------------------------------------------------------------------------------
+
+
+@given(st.integers(1, 300), st.data())
+def test_the_fewest_are_found_with_few_attempts(most, data):
+    enough, tried = data.draw(st.integers(1, most)), []
+
+    def attempt(count):
+        tried.append(count)
+        return f"{count} float" if count >= enough else None
+
+    assert fewest(most, attempt) == f"{enough} float"
+    assert len(tried) <= 2 + math.log2(most)
+    assert min(tried) >= 1
