@@ -3,7 +3,8 @@
 
     python benchmarks/calibration.py [--model mobilenet_v2_1.0_224] [--quick]
 
-The floor is ONNX Runtime's time for the 100 decoded pictures once. Growth is shown over samples, input size and tensors.
+The floor is ONNX Runtime's time for the 100 decoded pictures once. Growth is shown over samples, input size and
+tensors.
 """
 
 from __future__ import annotations
@@ -85,7 +86,7 @@ def cached(classifier: Classifier, folder: Path) -> None:
 
 def samples(classifier: Classifier, folder: Path, quick: bool) -> None:
     """Growth with the number of samples; pictures are linked under new names beyond the 100 there are."""
-    source = sorted((classifier.samples("calib", 100)[0].files(i)[0] for i in range(100)))
+    source = sorted(classifier.samples("calib", 100)[0].files(i)[0] for i in range(100))
     many = folder / "many"
     many.mkdir()
     for i in range(1000):

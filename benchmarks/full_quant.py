@@ -105,7 +105,7 @@ def compare(classifier: Classifier, args: argparse.Namespace, folder: Path) -> N
         row("NNCF, full bias correction", classifier, out, reference, labels, data)
 
 
-def row(label, classifier, out, reference, labels, data) -> None:  # noqa: ANN001
+def row(label, classifier, out, reference, labels, data) -> None:
     """One line of the table."""
     top1, agree = score(reference, outputs(out, data), labels)
     exact = score(reference, outputs(out, data, exact=True), labels)[1]

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import logging
 import tempfile
 import time
 from pathlib import Path
@@ -115,6 +116,7 @@ def peer(model: Path, out: Path, bits: int) -> None:
     import onnx
     from onnxruntime.quantization.matmul_nbits_quantizer import MatMulNBitsQuantizer
 
+    logging.disable(logging.INFO)
     quantizer = MatMulNBitsQuantizer(onnx.load(model), bits=bits, block_size=32, is_symmetric=False)
     quantizer.process()
     quantizer.model.save_model_to_file(str(out))

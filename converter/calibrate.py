@@ -163,7 +163,7 @@ def channel_mean(x: Array, axis: int) -> Array:
     """Mean over all axes but `axis`: float64 of shape (channels,)."""
     moved = np.moveaxis(x, axis, 1 if x.ndim > 1 else 0)
     inner = moved.mean(axis=tuple(range(2, x.ndim)))  # float32, pairwise along contiguous memory
-    return inner.astype(np.float64).mean(axis=0) if x.ndim > 1 else inner.astype(np.float64)
+    return np.asarray(inner.mean(axis=0, dtype=np.float64) if x.ndim > 1 else inner, np.float64)
 
 
 def activation_qparams(

@@ -20,18 +20,18 @@ from converter import weight_quant
 from converter.algorithms.matrices import ProductView
 from converter.algorithms.rounding import Grid, nearest, search_scales
 from converter.algorithms.smoothing import observe_channels, smoothing_factors
+from converter.algorithms.stored_weights import Fitter
 from converter.algorithms.stored_weights import Options as StoredOptions
-from converter.algorithms.stored_weights import store_by_weights
 from converter.algorithms.weights import Options, decide_weights, packed, products
 from converter.calibrate import Wanted, observe
-from converter.compare import TensorError, compare
+from converter.compare import TensorError
 from converter.config.keys import WeightQuantParam
 from converter.data import open_data, resources_of, synthetic_data
 from converter.emit.dynamic import emit_dynamic
 from converter.emit.stored import planned
 from converter.job import Job, Resources, Watch
 from converter.layerwise import Walk
-from converter.model import constant, saved
+from converter.model import constant
 from converter.ops import OPS
 from converter.plan import NodePlan, QuantizedWeight, QuantPlan, TensorPlan, WeightPlan
 from converter.prepare.smooth import SmoothPass
@@ -39,8 +39,6 @@ from converter.targets import CPU
 
 # Random samples that show which channels stand out, and the tokens in each.
 RANDOM_SAMPLES, RANDOM_LENGTH = 32, 32
-# Samples on which the tensors of both models are compared for the summary.
-COMPARED_SAMPLES = 4
 
 
 def make_plan(model: ir.Model, job: Job) -> QuantPlan:
@@ -64,11 +62,11 @@ def quantize(model: ir.Model, job: Job, watch: Watch) -> tuple[ir.Model, QuantPl
     quantized = model.clone()
     if not _by_row(job):  # rows with scales of their own, before weights with one for all, gain little
         _smooth(quantized, make_plan(quantized, job), data, resources, watch)
-    plan = _by_themselves(quantized, make_plan(quantized, job), watch)
+    plan = _by_themselves(quantized, make_plan(quantized, job), resources, watch)
     if data is not None:
         plan = _by_outputs(quantized, plan, data, resources, watch)
     emit_dynamic(quantized, plan, _by_row(job))
-    return quantized, plan, _errors(model, quantized, data, resources) if data else []
+    return quantized, plan, weight_quant.output_errors(model, quantized, data, resources) if data else []
 
 
 def _by_row(job: Job) -> bool:
@@ -153,10 +151,11 @@ def _view(node: ir.Node) -> ProductView:
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
-def _by_themselves(model: ir.Model, plan: QuantPlan, watch: Watch) -> QuantPlan:
+def _by_themselves(model: ir.Model, plan: QuantPlan, resources: Resources, watch: Watch) -> QuantPlan:
     """The plan with every weight fitted by itself."""
     others = {name: unit for name, unit in plan.nodes.items() if not _is_integer(unit)}
-    stored = store_by_weights(model, replace(plan, nodes=others), StoredOptions(), watch).stored
+    fitter = Fitter(model, Dataset((), (), ()), resources, StoredOptions(by_outputs=False), watch)
+    stored = fitter.by_weights(replace(plan, nodes=others)).stored
     fitted = {unit.name: _fitted(node, unit.weight) for node, unit in planned(model, plan) if _is_integer(unit)}
     return replace(plan, stored=stored, weights=fitted)
 
@@ -180,9 +179,3 @@ def _by_outputs(model: ir.Model, plan: QuantPlan, data: Dataset, resources: Reso
     means = observe(model, wanted, data, resources, watch).means
     decided = decide_weights(model, part, walk, means, Options(), watch)
     return plan.with_weights(decided.weights, decided.biases)
-
-
-def _errors(model: ir.Model, quantized: ir.Model, data: Dataset, resources: Resources) -> list[TensorError]:
-    pairs = {value.name or "": value.name or "" for value in model.graph.outputs}
-    with saved(model, pairs) as reference, saved(quantized, pairs) as other:
-        return compare(reference, other, pairs, data, COMPARED_SAMPLES, resources.threads)

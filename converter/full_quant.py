@@ -23,6 +23,7 @@ from converter.errors import ConfigError
 from converter.job import Job, Resources, Watch
 from converter.layerwise import Walk
 from converter.model import is_float, saved
+from converter.ops import OPS
 from converter.placement import Wishes, build_plan
 from converter.plan import QuantPlan
 from converter.prepare.equalize import EqualizePass
@@ -103,7 +104,9 @@ class _Work:
         first, bound = self.attempt({}), self.config.full_quant.max_drop
         if bound is None or self._drop(first) <= bound:
             return first
-        worst = sensitivities(self.model, first[1], self.data, self.resources, self.watch)
+        ranked = sensitivities(self.model, first[1], self.data, self.resources, self.watch)
+        # What only moves values has its neighbours' integers, or none where they are float.
+        worst = [found for found in ranked if not OPS[found.node.op_type].moves]
 
         def attempt(count: int) -> Attempt | None:
             kept = {s.node.name: f"kept float for max_drop: alone it leaves {s.sqnr_db:.1f} dB" for s in worst[:count]}

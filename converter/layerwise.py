@@ -27,8 +27,8 @@ from converter.plan import NodePlan, QuantPlan
 
 # Bytes of activations kept between steps; as many samples take part as fit.
 STORE_BYTES = 192 << 20
-# And no more than these: weights change less with further samples than from one choice of samples to another.
-MOST_SAMPLES = 64
+# Samples that are enough, if they are this many bytes: short sentences need more of them than pictures.
+ENOUGH_SAMPLES, ENOUGH_BYTES = 64, 48 << 20
 # Parts in which second moments are summed, side by side.
 PARTS = 4
 
@@ -99,14 +99,15 @@ class Walk:
         resources: Resources,
         write: Emit = emit,
         store_bytes: int = STORE_BYTES,
-        most: int = MOST_SAMPLES,
+        most: int | None = None,
     ) -> None:
         self.model, self.resources, self.threads, self._write = model, resources, resources.threads, write
         self._nodes = {node.name or "": node for node in model.graph}
         self.steps = steps_of(model.graph, plan)
         self._codes = {name for unit in plan.units() for name in unit.outputs if name in plan.tensors}
         self._last_reader = {name: i for i, step in enumerate(self.steps) for name in step.reads}
-        self.count = max(1, min(len(data), most, store_bytes // self._peak_bytes(data)))
+        each = self._peak_bytes(data)
+        self.count = max(1, min(len(data), most or max(ENOUGH_SAMPLES, ENOUGH_BYTES // each), store_bytes // each))
         read = set(self._last_reader)
         self._store = [{k: x for k, x in data.sample(i).items() if k in read} for i in range(self.count)]
 
@@ -219,7 +220,7 @@ def second_moments(drawn: Array, threads: int) -> Array:
 def product_of_mean(view: View, weight: Array, mean: Array) -> Array:
     """Mean a channel (float64) of the product whose inputs have this `mean` a channel; for views with an input_axis."""
     matrix = view.matrix(weight.astype(np.float64))
-    return np.einsum("grk,gk->gr", matrix, mean.reshape(matrix.shape[0], -1)).reshape(-1)
+    return np.asarray(np.einsum("grk,gk->gr", matrix, mean.reshape(matrix.shape[0], -1))).reshape(-1)
 
 
 def _restricted(plan: QuantPlan, step: Step) -> QuantPlan:

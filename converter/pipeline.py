@@ -51,7 +51,8 @@ def convert(job: Job, watch: Watch | None = None) -> Outcome:
 
 def make_plan(job: Job, watch: Watch) -> QuantPlan:
     """The decisions a conversion would make before it looks at any data; runs nothing."""
-    return MODES[job.config.common.quant_type].make_plan(read(job, watch), job)
+    plan: QuantPlan = MODES[job.config.common.quant_type].make_plan(read(job, watch), job)
+    return plan
 
 
 def read(job: Job, watch: Watch) -> ir.Model:

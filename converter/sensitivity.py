@@ -89,8 +89,8 @@ def top1(path: Path, data: Dataset, labels: Mapping[str, int], resources: Resour
 def read_labels(path: Path, data: Dataset) -> dict[str, int]:
     """The class index of every sample's file from a CSV with the columns file and label; raises DataError."""
     try:
-        with path.open(newline="", encoding="utf-8") as file:
-            labels = {row["file"]: int(row["label"]) for row in csv.DictReader(file)}
+        with path.open(newline="", encoding="utf-8") as table:
+            labels = {row["file"]: int(row["label"]) for row in csv.DictReader(table)}
     except (OSError, KeyError, ValueError, TypeError) as error:
         msg = f"{path}: the label file needs a header 'file,label' and an integer class a line ({error!r})."
         raise DataError(msg) from error

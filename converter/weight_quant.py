@@ -2,18 +2,21 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import onnx_ir as ir
 
 from calib.affine import IntFormat
+from calib.samples import Dataset
 from converter.algorithms.bit_search import Search
-from converter.algorithms.stored_weights import Options
-from converter.compare import TensorError
+from converter.algorithms.stored_weights import Fitter, Options
+from converter.compare import TensorError, compare
 from converter.data import open_data, resources_of, synthetic_data
 from converter.emit.dequantize import DequantizeWriter, type_of
 from converter.emit.planes import PlaneWriter, stored_bytes
 from converter.emit.stored import emit_stored
-from converter.job import Job, Watch
-from converter.model import bias_add, constant
+from converter.job import Job, Resources, Watch
+from converter.model import bias_add, constant, saved
 from converter.ops import weights_of
 from converter.placement import Wishes, skipped
 from converter.plan import NodePlan, QuantPlan, WeightPlan
@@ -47,7 +50,7 @@ def quantize(model: ir.Model, job: Job, watch: Watch) -> tuple[ir.Model, QuantPl
     if wanted.on_the_fly:
         quantized = raise_opset(quantized, max((type_of(weight)[1] for weight in plan.stored.values()), default=0))
     emit_stored(quantized, plan, (DequantizeWriter if wanted.on_the_fly else PlaneWriter)(quantized))
-    return quantized, plan, _errors(model, quantized, data, resources) if given else []
+    return quantized, plan, output_errors(model, quantized, data, resources) if given else []
 
 
 def _data(model: ir.Model, job: Job, watch: Watch) -> Dataset:
@@ -56,12 +59,13 @@ def _data(model: ir.Model, job: Job, watch: Watch) -> Dataset:
         return open_data(model, job, watch)
     searches = job.config.mixed_bit.auto_tune or job.config.mixed_bit.search == "SENSITIVITY"
     if job.config.common.bit_num or not searches:
-        return Dataset((), (), {}, ())
+        return Dataset((), (), ())
     watch.warn("There is no calibration data: bits are chosen by what random inputs show; give calibrate_path.")
     return synthetic_data(model)
 
 
-def _errors(model: ir.Model, quantized: ir.Model, data: Dataset, resources: Resources) -> list[TensorError]:
+def output_errors(model: ir.Model, quantized: ir.Model, data: Dataset, resources: Resources) -> list[TensorError]:
+    """What the outputs lost, over all samples."""
     outputs = {value.name or "": value.name or "" for value in model.graph.outputs}
     with saved(model) as reference, saved(quantized) as other:
         return compare(reference, other, outputs, data, len(data), resources.threads)
@@ -93,12 +97,15 @@ def _weight_plan(node: ir.Node, index: int, axis: int | None, job: Job) -> Weigh
     assert value is not None
     assert array is not None
     axis = axis % array.ndim if axis is not None and wanted.per_channel else None
-    columns = (
-        array.shape[1 - axis] if node.op_type in {"MatMul", "Gemm"} and array.ndim == 2 and axis is not None else 0
-    )
-    block = wanted.block_size if wanted.block_size and columns and columns % wanted.block_size == 0 else None
     fmt = IntFormat(job.config.common.bit_num or UNKNOWN_BITS, signed=False)
-    return WeightPlan(value.name or "", index, fmt, axis, block=block)
+    return WeightPlan(value.name or "", index, fmt, axis, block=_block(node, array.shape, axis, wanted.block_size))
+
+
+def _block(node: ir.Node, shape: tuple[int, ...], axis: int | None, wanted: int | None) -> int | None:
+    """The block size, where a channel is a whole number of blocks of a matrix product's weights."""
+    if axis is None or wanted is None or len(shape) != 2 or node.op_type not in {"MatMul", "Gemm"}:
+        return None
+    return wanted if shape[1 - axis] % wanted == 0 else None
 
 
 def _obstacle(node: ir.Node, weight: WeightPlan, job: Job) -> str | None:

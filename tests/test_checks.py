@@ -20,6 +20,15 @@ GRAPH = """g (float[1,4,7,7] x) => (float[] y) {
 }"""
 
 
+def pairs_of(codes):
+    """The sums of what a kernel multiplies and adds together: kernel positions first, then channels."""
+    if codes.ndim == 2:
+        rows = codes.astype(np.int64)
+    else:
+        rows = np.moveaxis(codes.astype(np.int64), 1, -1).reshape(len(codes), -1)
+    return rows[:, : rows.shape[1] - 1 : 2] + rows[:, 1::2]
+
+
 def quantized(target, **constants):
     model, plan = decided(GRAPH, IMAGES, target, **constants)
     emit(model, plan)

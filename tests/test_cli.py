@@ -279,8 +279,6 @@ CONFIG_MISTAKES = {
     "bits of another mode": (("bit_num = 8", "bit_num = 4"), "write bit_num = 8"),
     "missing key": (("quant_type = FULL_QUANT", ""), "write quant_type = "),
     "missing data": (("input_type = IMAGE", ""), "input_type: is missing"),
-    "mode to come": (("quant_type = FULL_QUANT", "quant_type = DYNAMIC_QUANT"), "write quant_type = FULL_QUANT"),
-    "mixed bits to come": (("FULL_QUANT\nbit_num = 8", "WEIGHT_QUANT\nbit_num = 0"), "from 1 to 16"),
     "reports to come": (("bit_num = 8", "debug_info_save_path = ."), "remove the line"),
     "unknown input": (("image:", "img:"), "'image'"),
     "no such folder": (("digits/calib", "digits/nowhere"), "nowhere"),

@@ -191,7 +191,8 @@ def test_second_moments_of_all_positions(pads):
     walk, unit, view, plan = walk_of(graph, IMAGES, **CONSTANTS)
     q = plan.params("x")
     rows = np.concatenate([windows(dequantize(quantize(s["x"][0], q), q).astype(np.float64), 3, pads) for s in IMAGES])
-    moments = walk.moments(unit, view, len(rows), plan)
+    drawn, scale = walk.draw(unit, view, len(rows), plan)
+    moments = second_moments(drawn, 2) * scale**2
     assert moments.shape == (1, 36, 36)
     np.testing.assert_allclose(moments[0], rows.T @ rows / len(rows), rtol=1e-5, atol=1e-6)
 
@@ -202,7 +203,8 @@ def test_second_moments_of_a_matrix_product():
     walk, unit, view, plan = walk_of(graph, samples, m=CONSTANTS["m"], n=CONSTANTS["n"])
     q = plan.params("x")
     rows = np.concatenate([dequantize(quantize(s["x"], q), q).astype(np.float64).reshape(-1, 4) for s in samples])
-    np.testing.assert_allclose(walk.moments(unit, view, 24, plan)[0], rows.T @ rows / 24, rtol=1e-5, atol=1e-6)
+    drawn, scale = walk.draw(unit, view, 24, plan)
+    np.testing.assert_allclose(second_moments(drawn, 1)[0] * scale**2, rows.T @ rows / 24, rtol=1e-5, atol=1e-6)
 
 
 def test_fewer_positions_are_drawn_than_there_are():

@@ -209,12 +209,12 @@ def test_dynamic_dimensions_are_set(given, expected):
 
 @pytest.mark.parametrize("given", [(3, 5), (3,), (3, 4, 1)])
 def test_contradicting_shapes_are_refused(given):
-    with pytest.raises(UsageError, match=r"input 'x' has the shape \[.*N.*4\], which .* contradicts"):
+    with pytest.raises(UsageError, match=r"input 'x' has the shape \[\?, 4\], which \[3.*\] contradicts\."):
         set_input_shapes(build(DYNAMIC), {"x": given})
 
 
 def test_unknown_inputs_are_refused():
-    with pytest.raises(UsageError, match="the model has no input 'xx'; write 'x' or another of x, z"):
+    with pytest.raises(UsageError, match=r"--inputShape: the model has no input 'xx'; write one of x, z\."):
         set_input_shapes(build(DYNAMIC), {"xx": (1, 4)})
 
 

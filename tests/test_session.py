@@ -10,7 +10,7 @@ import pytest
 from graphs import build, frozen, normal
 
 from calib import CalibError
-from calib.session import open_session, over_samples, run
+from calib.session import SLICE, open_session, over_samples, run
 
 MODEL = build("g (float[N,4] x) => (float[N,4] y, float[N,4] z) { y = Relu (x)  z = Neg (x) }")
 
@@ -22,6 +22,17 @@ def test_outputs_are_named_and_chosen(optimize, tmp_path):
         found = run(open_session(source, optimize=optimize), ["z"], {"x": normal(2, 4)})
         assert list(found) == ["z"]
         np.testing.assert_array_equal(found["z"], -normal(2, 4))
+
+
+def test_no_outputs_are_none():
+    assert run(open_session(frozen(MODEL)), [], {"x": normal(2, 4)}) == {}
+
+
+def test_one_session_serves_many_workers():
+    session = open_session(frozen(MODEL))
+    samples = [normal(3, 4, seed=i) for i in range(200)]
+    found = list(over_samples(200, lambda i: run(session, ["y"], {"x": samples[i]})["y"], 3))
+    np.testing.assert_array_equal(found, np.maximum(samples, 0))
 
 
 def test_a_model_that_cannot_be_loaded(tmp_path):
@@ -59,7 +70,7 @@ def test_few_results_wait_to_be_taken():
     results = over_samples(1000, started.append, 2)
     next(results)
     time.sleep(0.05)
-    assert len(started) <= 8
+    assert len(started) <= 2 * 2 * SLICE
     results.close()
 
 

@@ -18,12 +18,10 @@ import numpy as np
 import onnx_ir as ir
 
 from calib.affine import SMALLEST_SCALE, Array, dequantize
-from calib.samples import Dataset
-from converter.algorithms.stored_weights import Options, store_by_outputs, store_by_weights
+from converter.algorithms.stored_weights import Fitter
 from converter.config.keys import MixedBitWeightQuantParam
 from converter.emit.planes import stored_bytes
 from converter.emit.stored import as_floats, emit_stored, planned
-from converter.job import Resources, Watch
 from converter.model import constant, weight_bytes
 from converter.plan import NodePlan, QuantPlan
 from converter.sensitivity import fewest, output_drop, sensitivities
@@ -73,85 +71,67 @@ def _hull(errors: Sequence[float], size: int) -> Iterator[tuple[int, int, float]
 
 @dataclass(frozen=True)
 class Search:
-    """One model, its plan and data, and how weights are fitted."""
+    """The search that a config wants for the widths of a plan."""
 
-    model: ir.Model
+    fitter: Fitter
     plan: QuantPlan
-    data: Dataset
-    by_outputs: bool
-    options: Options
-    resources: Resources
-    watch: Watch
+    wanted: MixedBitWeightQuantParam
 
-    def decided(self, plan: QuantPlan | None = None, max_error: float | None = None) -> QuantPlan:
-        """`plan`, or the search's own, with all weights in its widths or in the fewest bits that keep `max_error`."""
-        plan, options = plan or self.plan, replace(self.options, max_error=max_error)
-        if self.by_outputs:
-            return store_by_outputs(self.model, plan, self.data, self.resources, options, self.watch)
-        return store_by_weights(self.model, plan, options, self.watch)
+    def mixed(self) -> QuantPlan:
+        """The plan with the widths found."""
+        if self.wanted.search == "SENSITIVITY":
+            return self._by_sensitivity()
+        if self.wanted.auto_tune:
+            return self._least(len(SCALES) - 1, lambda n: self._by_error(float(SCALES[n])))
+        return self._by_error(self.wanted.init_scale)
 
-    def mixed(self, wanted: MixedBitWeightQuantParam) -> QuantPlan:
-        """The plan with the widths that the config's search finds."""
-        if wanted.search == "SENSITIVITY":
-            return self._by_sensitivity(wanted)
-        if wanted.auto_tune:
-            return self._least(len(SCALES) - 1, wanted, lambda i: self.decided(max_error=float(SCALES[i])))
-        return self.decided(max_error=wanted.init_scale)
+    def _by_error(self, bound: float) -> QuantPlan:
+        return replace(self.fitter, options=replace(self.fitter.options, max_error=bound)).fitted(self.plan)
 
-    def _least(self, most: int, wanted: MixedBitWeightQuantParam, decide: Callable[[int], QuantPlan]) -> QuantPlan:
+    def _least(self, most: int, decide: Callable[[int], QuantPlan]) -> QuantPlan:
         """decide(n) for the least n up to `most` whose outputs keep the cosine, or decide(most)."""
 
         def attempt(n: int) -> QuantPlan | None:
-            plan, quantized = decide(n), self.model.clone()
+            plan, quantized = decide(n), self.fitter.model.clone()
             emit_stored(quantized, plan, as_floats)
-            cosine = 1 - output_drop(self.model, quantized, self.data, None, self.resources)
-            self.watch.say(f"Attempt {n}: cosine {cosine:.5f}.")
-            return plan if cosine >= wanted.min_cosine or n == most else None
+            cosine = 1 - output_drop(self.fitter.model, quantized, self.fitter.data, None, self.fitter.resources)
+            self.fitter.watch.say(f"Attempt {n} of {most}: cosine {cosine:.5f}.")
+            return plan if cosine >= self.wanted.min_cosine or n == most else None
 
         return fewest(most, attempt)
 
-    def _by_sensitivity(self, wanted: MixedBitWeightQuantParam) -> QuantPlan:
-        floats = {unit.name: _arrays(node, unit) for node, unit in planned(self.model, self.plan)}
+    def _by_sensitivity(self) -> QuantPlan:
+        floats = {unit.name: _arrays(node, unit) for node, unit in planned(self.fitter.model, self.plan)}
         sizes = {name: sum(array.size for array in arrays) for name, arrays in floats.items()}
         path = pareto(self._effects(floats), sizes)
-        ratios = [self._ratio(step.size, sizes, floats) for step in path]
-        for step, ratio in list(zip(path, ratios, strict=True))[:: max(1, len(path) // 10)]:
-            self.watch.say(f"{ratio:.2f} times smaller: {-10 * np.log10(step.error):.1f} dB expected.")
+        before = weight_bytes(self.fitter.model)
+        overhead = sum(stored_bytes(0, len(array), WIDTHS[0]) for arrays in floats.values() for array in arrays)
 
-        narrow = dict.fromkeys(floats, WIDTHS[0])
-        if wanted.target_ratio is None:
-            steps = [{step.name: step.bits} for step in path]
-            widths = list(accumulate(steps, operator.or_, initial=narrow))
-            return self._least(len(path), wanted, lambda n: self.decided(self.plan.with_bits(widths[n])))
+        def ratio(bits: int) -> float:
+            return before / (before - 4 * sum(sizes.values()) + bits / 8 + overhead)
+
+        for step in path[:: max(1, len(path) // 10)]:
+            noise = -10 * np.log10(step.error)
+            self.fitter.watch.say(f"{ratio(step.size):.2f} times smaller: signal to noise {noise:.1f} dB expected.")
+        widths = dict.fromkeys(floats, WIDTHS[0])
+        if self.wanted.target_ratio is None:
+            narrow = list(accumulate(({step.name: step.bits} for step in path), operator.or_, initial=widths))
+            return self._least(len(path), lambda n: self.fitter.fitted(self.plan.with_bits(narrow[n])))
         for step in path:
-            wider = narrow | {step.name: step.bits}
-            if (
-                self._ratio(sum(sizes[name] * bits for name, bits in wider.items()), sizes, floats)
-                >= wanted.target_ratio
-            ):
-                narrow = wider
-        return self.decided(self.plan.with_bits(narrow))
-
-    def _ratio(self, bits: int, sizes: Mapping[str, int], floats: Mapping[str, list[Array]]) -> float:
-        """How many times smaller the model's constants get where the units' weights take `bits` in all."""
-        before = weight_bytes(self.model)
-        overheads = (stored_bytes(0, len(array), WIDTHS[0]) for arrays in floats.values() for array in arrays)
-        return before / (before - 4 * sum(sizes.values()) + bits / 8 + sum(overheads))
+            wider = widths | {step.name: step.bits}
+            if ratio(sum(sizes[name] * bits for name, bits in wider.items())) >= self.wanted.target_ratio:
+                widths = wider
+        return self.fitter.fitted(self.plan.with_bits(widths))
 
     def _effects(self, floats: Mapping[str, list[Array]]) -> dict[str, list[float]]:
         """The outputs' relative squared error that each unit alone causes in each of WIDTHS, from a few samples."""
-
-        def in_bits(bits: int) -> QuantPlan:
-            plan = self.plan.with_bits(dict.fromkeys(floats, bits))
-            return store_by_weights(self.model, plan, self.options, self.watch)
-
-        plans = {bits: in_bits(bits) for bits in WIDTHS}
-        own = {name: [_squared_error(arrays, name, plan) for plan in plans.values()] for name, arrays in floats.items()}
-        plan, write = plans[MEASURED_BITS], partial(emit_stored, write=as_floats)
-        if self.by_outputs:
-            plan = store_by_outputs(self.model, plan, self.data, self.resources, self.options, self.watch, alone=True)
-        found = sensitivities(self.model, plan, self.data, self.resources, self.watch, write)
-        noise = {s.node.name: 10 ** (-s.sqnr_db / 10) / own[s.node.name][WIDTHS.index(MEASURED_BITS)] for s in found}
+        plans = [self.plan.with_bits(dict.fromkeys(floats, bits)) for bits in WIDTHS]
+        stored, at = [self.fitter.by_weights(plan) for plan in plans], WIDTHS.index(MEASURED_BITS)
+        own = {name: [_squared_error(arrays, name, plan) for plan in stored] for name, arrays in floats.items()}
+        measured, fitter = self.fitter.fitted(plans[at], alone=True), self.fitter
+        write = partial(emit_stored, write=as_floats)
+        found = sensitivities(fitter.model, measured, fitter.data, fitter.resources, fitter.watch, write)
+        noise = {s.node.name: 10 ** (-s.sqnr_db / 10) / own[s.node.name][at] for s in found}
         return {name: [noise[name] * error for error in errors] for name, errors in own.items()}
 
 

@@ -32,6 +32,8 @@ MANY_BITS, LEAST_OF_MANY = 7, 0.74
 WIDEN = np.geomspace(1.1, 2.0, 7)
 # Then multiples of the best of them: short rows gain from a scale that happens to suit them, long ones average out.
 REFINE = np.concatenate([[1.0], np.linspace(0.95, 1.05, 30)])
+# Columns whose inputs are next to nothing do not decide the scale.
+SILENT = 1e-6
 LONG_ROW, REFINE_LONG = 128, np.concatenate([[1.0], np.linspace(0.95, 1.05, 6)])
 
 
@@ -52,7 +54,10 @@ def search_scales(weight: Array, importance: Array, grid: Grid, per_channel: boo
     Tries scales below the one that covers the largest weight and, where pairs are bounded, up to twice that. With
     `per_channel` false all rows get one scale. A row without weights gets scale 1.
     """
-    largest = np.abs(weight).max(axis=2) if per_channel else np.full(weight.shape[:2], np.abs(weight).max())
+    loudest = importance.max(axis=1, keepdims=True)
+    heard = (importance > SILENT * loudest) | (loudest == 0)
+    magnitude = np.abs(weight) * heard[:, None]
+    largest = magnitude.max(axis=2) if per_channel else np.full(weight.shape[:2], magnitude.max())
     widest = largest / grid.format.qmax
     widest = np.where(widest < SMALLEST_SCALE, 1.0, widest)
     unit = (weight / widest[..., None]).astype(np.float32)

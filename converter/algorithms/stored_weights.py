@@ -20,7 +20,7 @@ from converter.algorithms.matrices import View, view_of
 from converter.algorithms.row_fit import Grids, Rows, fit, with_variance
 from converter.emit.stored import as_floats, bias_of, emit_stored, planned
 from converter.job import Resources, Watch
-from converter.layerwise import Walk, second_moments
+from converter.layerwise import Emit, Walk, second_moments
 from converter.model import constant
 from converter.ops import OPS
 from converter.plan import NodePlan, QuantizedWeight, QuantPlan, WeightPlan
@@ -41,149 +41,129 @@ WIDEST = 16
 class Options:
     """How weights are fitted.
 
-    `correct` keeps means (and, without data, variances); `integer_zero` is for DequantizeLinear; `max_error` chooses
-    the fewest bits with no more relative error a weight, None keeps the plan's.
+    `by_outputs` needs data; `correct` keeps means and, by weights, variances; `integer_zero` is for DequantizeLinear;
+    `max_error` chooses the fewest bits with no more relative error a weight, None keeps the plan's.
     """
 
+    by_outputs: bool = False
     correct: bool = True
     integer_zero: bool = False
     max_error: float | None = None
 
 
 @dataclass(frozen=True)
-class _RowView:
-    """A weight of `shape` as rows: one for all channels, one a channel of `axis`, or one for every `block` of one."""
+class Fitter:
+    """What every fit of one model's weights shares."""
 
-    shape: tuple[int, ...]
-    axis: int | None
-    block: int | None
+    model: ir.Model
+    data: Dataset
+    resources: Resources
+    options: Options
+    watch: Watch
 
-    def matrix(self, weight: Array) -> Array:
-        if self.axis is None:
-            return weight.reshape(1, 1, -1)
-        moved = np.moveaxis(weight, self.axis, 0)
-        return moved.reshape(1, -1, self.block or moved[0].size)
+    def fitted(self, plan: QuantPlan, alone: bool = False) -> QuantPlan:
+        """The plan with all weights and, by outputs, biases; `alone` fits a layer as if all others were float."""
+        plan = self.by_weights(plan)
+        return _Layers(self, plan, alone).decide(plan) if self.options.by_outputs else plan
 
-    def weight(self, matrix: Array) -> Array:
-        if self.axis is None:
-            return matrix.reshape(self.shape)
-        others = [size for axis, size in enumerate(self.shape) if axis != self.axis]
-        return np.moveaxis(matrix.reshape(self.shape[self.axis], *others), 0, self.axis)
+    def by_weights(self, plan: QuantPlan) -> QuantPlan:
+        """The plan with every weight fitted by itself."""
+        return store_by_weights(self.model, plan, self.options, self.watch)
 
 
 def store_by_weights(model: ir.Model, plan: QuantPlan, options: Options, watch: Watch) -> QuantPlan:
     """The plan with every weight fitted by itself; one that several nodes share is fitted once."""
     found: dict[ir.Value, QuantizedWeight] = {}
     stored: dict[tuple[str, int], QuantizedWeight] = {}
-    pairs = list(planned(model, plan))
-    for node, unit in watch.track(pairs, "Fitting weights", len(pairs)):
-        for wanted in unit.weights:
-            value, array = node.inputs[wanted.index], constant(node.inputs[wanted.index])
-            assert value is not None
-            assert array is not None
-            if value not in found:
-                found[value] = _stored_alone(array, wanted, options)
-            stored[unit.name, wanted.index] = found[value]
+    pairs = [(node, unit, wanted) for node, unit in planned(model, plan) for wanted in unit.weights]
+    for node, unit, wanted in watch.track(pairs, "Fitting weights", len(pairs)):
+        value, array = _operand(node, wanted)
+        if value not in found:
+            found[value] = _stored_alone(array, wanted, options)
+        stored[unit.name, wanted.index] = found[value]
     return replace(plan, stored=stored)
 
 
 def _stored_alone(array: Array, wanted: WeightPlan, options: Options) -> QuantizedWeight:
-    view = _RowView(array.shape, wanted.axis, wanted.block)
-    matrix = view.matrix(array)
+    # Channels first, all in one row where they share a grid, in several where blocks have their own.
+    moved = np.moveaxis(array, wanted.axis or 0, 0)
+    matrix = moved.reshape(1, 1, -1) if wanted.axis is None else moved.reshape(1, -1, wanted.block or moved[0].size)
     rows = _fewest_bits(matrix, None, wanted, options)
     if options.correct and not options.integer_zero:
         rows = with_variance(matrix, rows, Grids(rows.format))
-    return _packed(rows, view.weight(rows.codes), wanted)
+    return _packed(rows, np.moveaxis(rows.codes.reshape(moved.shape), 0, wanted.axis or 0), wanted)
 
 
-def store_by_outputs(
-    model: ir.Model,
-    plan: QuantPlan,
-    data: Dataset,
-    resources: Resources,
-    options: Options,
-    watch: Watch,
-    alone: bool = False,
-) -> QuantPlan:
-    """The plan with every layer's weights fitted to its outputs, and biases that keep their means.
+def _fewest_bits(weight: Array, moments: Array | None, wanted: WeightPlan, options: Options) -> Rows:
+    """The fit of a matrix in the planned bits or, if an error is given, in the fewest that keep it."""
+    grids, bound = Grids(wanted.format, wanted.axis is not None, options.integer_zero), options.max_error
+    if bound is None:
+        return fit(weight, moments, grids)
 
-    `alone` fits every layer as if all others were float.
-    """
-    layers = _Layers(model, plan, data, resources, options, alone)
-    return layers.decide(store_by_weights(model, plan, options, watch), watch)
+    def within(bits: int) -> Rows | None:
+        rows = fit(weight, moments, replace(grids, format=replace(wanted.format, bits=bits)))
+        return rows if bits == WIDEST or rows.relative_error(weight, moments) <= bound else None
+
+    return fewest(WIDEST, within)
 
 
 class _Layers:
     """A walk with stored weights beside one of the float model."""
 
-    def __init__(
-        self, model: ir.Model, plan: QuantPlan, data: Dataset, resources: Resources, options: Options, alone: bool
-    ) -> None:
-        self.float_walk = Walk(model, plan, data, resources, lambda model, plan: None, STORE_BYTES)
-        write = partial(emit_stored, write=as_floats)
-        self.walk = self.float_walk if alone else Walk(model, plan, data, resources, write, STORE_BYTES)
-        self.options, self.nodes = options, {node.name: node for node in model.graph}
+    def __init__(self, fitter: Fitter, plan: QuantPlan, alone: bool) -> None:
+        def walk(write: Emit) -> Walk:
+            return Walk(fitter.model, plan, fitter.data, fitter.resources, write, STORE_BYTES)
+
+        self.fitter, self.nodes = fitter, {node.name: node for node in fitter.model.graph}
+        self.float_walk = walk(lambda model, plan: None)
+        self.walk = self.float_walk if alone else walk(partial(emit_stored, write=as_floats))
         self.decided: set[ir.Value] = set()
 
-    def decide(self, plan: QuantPlan, watch: Watch) -> QuantPlan:
+    def decide(self, plan: QuantPlan) -> QuantPlan:
         """The plan with every matrix product decided anew; a weight that several share suits the first."""
         steps = self.walk.steps
-        for position, step in enumerate(watch.track(steps, "Rounding weights", len(steps))):
-            if step.unit:
-                plan = self._decided(step.unit, plan)
+        for position, step in enumerate(self.fitter.watch.track(steps, "Rounding weights", len(steps))):
+            if step.unit and step.unit.weight:
+                plan = self._decided(step.unit, step.unit.weight, plan)
             for walk in {self.walk, self.float_walk}:
                 walk.advance(position, plan)
         return plan
 
-    def _decided(self, unit: NodePlan, plan: QuantPlan) -> QuantPlan:
-        wanted, node = plan.nodes[unit.name].weight, self.nodes[unit.name]
-        assert wanted is not None
-        value, array = node.inputs[wanted.index], constant(node.inputs[wanted.index])
-        assert value is not None
-        assert array is not None
+    def _decided(self, unit: NodePlan, wanted: WeightPlan, plan: QuantPlan) -> QuantPlan:
+        node = self.nodes[unit.name]
+        value, array = _operand(node, wanted)
         view = view_of(node, array.shape, wanted.index)
-        if view and wanted.block is None and value not in self.decided:
+        if view is None or wanted.block is not None:
+            return plan
+        if value not in self.decided:
             self.decided.add(value)
-            rows = self._rows(unit, view, array.astype(np.float64), plan)
+            rows = self._rows(unit, wanted, view, view.matrix(array.astype(np.float64)), plan)
             weight = _packed(rows, view.weight(rows.codes), wanted)
             shared = {(use.node.name or "", use.idx): weight for use in value.uses()}
             plan = replace(plan, stored={key: shared.get(key, old) for key, old in plan.stored.items()})
-        return self._with_bias(unit, node, array, plan) if view else plan
+        if not self._corrects(unit):
+            return plan
+        weight, bias = plan.stored[unit.name, wanted.index], bias_of(node, unit)
+        reached = self.walk.mean_product(unit, dequantize(weight.codes, weight.qparams), plan)
+        shift = self.float_walk.mean_product(unit, array, plan) - reached
+        return plan.with_weights({}, {unit.name: shift if bias is None else bias.reshape(-1) + shift})
 
-    def _rows(self, unit: NodePlan, view: View, array: Array, plan: QuantPlan) -> Rows:
-        assert unit.weight is not None
-        matrix = view.matrix(array)
+    def _rows(self, unit: NodePlan, wanted: WeightPlan, view: View, matrix: Array, plan: QuantPlan) -> Rows:
         count = int(np.clip(COLUMNS_PER_WEIGHT * matrix.shape[2], LEAST_COLUMNS, MOST_COLUMNS))
         x, reference = (walk.draw(unit, view, count, plan)[0] for walk in (self.walk, self.float_walk))
         moments, cross = _joint(x, reference, self._corrects(unit), self.walk.threads)
-        return _fewest_bits(_target(matrix, moments, cross), moments, unit.weight, self.options)
+        return _fewest_bits(_target(matrix, moments, cross), moments, wanted, self.fitter.options)
 
     def _corrects(self, unit: NodePlan) -> bool:
-        return self.options.correct and (OPS[unit.op_type].bias is not None or bool(unit.absorbed))
-
-    def _with_bias(self, unit: NodePlan, node: ir.Node, array: Array, plan: QuantPlan) -> QuantPlan:
-        """The plan with the bias that gives the stored layer the float layer's mean output in every channel."""
-        if not self._corrects(unit) or unit.weight is None:
-            return plan
-        weight = plan.stored[unit.name, unit.weight.index]
-        reached = self.walk.mean_product(unit, dequantize(weight.codes, weight.qparams), plan)
-        shift = self.float_walk.mean_product(unit, array, plan) - reached
-        bias = bias_of(node, unit)
-        return plan.with_weights({}, {unit.name: shift if bias is None else bias.reshape(-1) + shift})
+        return self.fitter.options.correct and (OPS[unit.op_type].bias is not None or bool(unit.absorbed))
 
 
-def _fewest_bits(weight: Array, moments: Array | None, wanted: WeightPlan, options: Options) -> Rows:
-    """The fit in the planned bits or, if an error is given, in the fewest that keep it."""
-    grids = Grids(wanted.format, wanted.axis is not None, options.integer_zero)
-    if options.max_error is None:
-        return fit(weight, moments, grids)
-
-    def within(bits: int) -> Rows | None:
-        rows = fit(weight, moments, replace(grids, format=replace(wanted.format, bits=bits)))
-        keeps = rows.relative_error(weight, moments) <= (options.max_error or 0.0)
-        return rows if keeps or bits == WIDEST else None
-
-    return fewest(WIDEST, within)
+def _operand(node: ir.Node, wanted: WeightPlan) -> tuple[ir.Value, Array]:
+    value = node.inputs[wanted.index]
+    array = constant(value)
+    assert value is not None
+    assert array is not None
+    return value, array
 
 
 def _joint(x: Array, reference: Array, centered: bool, threads: int) -> tuple[Array, Array]:

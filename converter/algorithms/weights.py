@@ -28,7 +28,7 @@ MOST_COMPENSATED = 8192
 
 @dataclass(frozen=True)
 class Options:
-    """How weights are rounded: with error compensation or each to its nearest code; on scales that are powers of two."""
+    """How weights are rounded: with error compensation or to nearest codes; whether scales are powers of two."""
 
     compensate: bool = True
     power_of_two: bool = False

@@ -167,7 +167,7 @@ class MixedBitWeightQuantParam:
     )
     target_ratio: float | None = _key(
         number_between(1, 32, 8),
-        "How many times smaller SENSITIVITY makes the weights; unset: as small as min_cosine allows.",
+        "How many times smaller SENSITIVITY makes the model; unset: as small as min_cosine allows.",
         scope=_SENSITIVITY,
     )
 

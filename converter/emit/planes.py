@@ -12,7 +12,9 @@ are wrong in OpenVINO. Codes of 8 and 16 bits are stored as they are.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import hashlib
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -41,59 +43,6 @@ def stored_bytes(size: int, channels: int, bits: int) -> int:
     return -(-size * bits // 8) + channels * (4 if bits <= HALF_BITS else 8) + OVERHEAD
 
 
-class PlaneWriter:
-    """Writes weights into the graphs of one model."""
-
-    def __init__(self, model: ir.Model) -> None:
-        self.model, self.names = model, Names(model)
-        self._shared: dict[tuple[int, str], ir.Value] = {}
-        self._stored: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
-
-    def __call__(self, graph: ir.Graph, name: str, weight: QuantizedWeight) -> ir.Value:
-        """The value of the weight `name` as floats, unpacked from its codes by nodes at the start of `graph`."""
-        chain = _Chain(graph, name, self.names, self._store)
-        codes, bits = weight.codes, weight.qparams.format.bits
-        if bits in PLAIN_BITS:
-            chain.start(codes)
-        else:
-            self._unpack(chain, codes, bits)
-        q = weight.qparams
-        chain.add("Sub", chain.cast("zero", along(q.zero_point, q.axis, codes.shape)))
-        chain.add("Mul", chain.cast("scale", along(q.scale, q.axis, codes.shape)))
-        return chain.finish()
-
-    def _unpack(self, chain: _Chain, codes: Array, bits: int) -> None:
-        chain.start(to_planes(codes, bits))
-        chain.add("Mul", self._constant(chain.graph, "bit_shifts", 0.5 ** np.arange(8, dtype=np.float32)))
-        chain.add("Floor")
-        chain.add("Reshape", self._constant(chain.graph, f"planes_{bits}", np.array([-1, 8 * bits])))
-        chain.add("MatMul", self._constant(chain.graph, f"sum_planes_{bits}", _sums(bits)))
-        if codes.size % 8:
-            chain.add("Reshape", self._constant(chain.graph, "flat", np.array([-1])))
-            bounds = (self._constant(chain.graph, f"to_{end}", np.array([end])) for end in (0, codes.size))
-            chain.add("Slice", *bounds)
-        chain.add("Reshape", self._constant(chain.graph, f"shape_{codes.shape}", np.array(codes.shape)))
-
-    def _store(self, name: str, array: Array) -> ir.Value:
-        """A constant of the main graph; equal ones, as in the branches of an If, are stored once."""
-        key = (array.dtype.str, array.shape, array.tobytes())
-        if key not in self._stored:
-            self._stored[key] = add_constant(self.model.graph, self.names.fresh(name), array)
-        return self._stored[key]
-
-    def _constant(self, graph: ir.Graph, name: str, array: Array) -> ir.Value:
-        """A constant that all weights of a graph share."""
-        if (id(graph), name) not in self._shared:
-            self._shared[id(graph), name] = add_constant(graph, self.names.fresh(name), array)
-        return self._shared[id(graph), name]
-
-
-def _sums(bits: int) -> Array:
-    """(8 bits, 8): from F_k of every plane to the code of every bit position."""
-    difference = np.eye(8) - 2 * np.eye(8, k=-1)
-    return np.kron(2.0 ** np.arange(bits)[:, None], difference).astype(np.float32)
-
-
 def half_if_exact(array: Array) -> Array:
     """`array` as float16 if that loses nothing."""
     with np.errstate(over="ignore"):
@@ -101,31 +50,55 @@ def half_if_exact(array: Array) -> Array:
     return half if np.array_equal(half, array) else array
 
 
-class _Chain:
-    """Nodes one behind the other."""
+class PlaneWriter:
+    """Writes weights into the graphs of one model."""
 
-    def __init__(self, graph: ir.Graph, name: str, names: Names, store: Callable[[str, Array], ir.Value]) -> None:
-        self.graph, self.name, self.names, self.store = graph, name, names, store
-        self.nodes: list[ir.Node] = []
-        self.value: ir.Value
+    def __init__(self, model: ir.Model) -> None:
+        self.model, self.names = model, Names(model)
+        self._stored: dict[tuple[str, tuple[int, ...], bytes], ir.Value] = {}
 
-    def start(self, codes: Array) -> None:
-        self.value = self.cast("codes", codes)
+    def __call__(self, graph: ir.Graph, name: str, weight: QuantizedWeight) -> ir.Value:
+        """The value of the weight `name` as floats, unpacked from its codes by nodes at the start of `graph`."""
+        codes, q, nodes = weight.codes, weight.qparams, list[ir.Node]()
+        plain = q.format.bits in PLAIN_BITS
+        value = self._cast(f"{name}_codes", codes if plain else to_planes(codes, q.format.bits), nodes)
+        for op_type, *operands in () if plain else _unpacking(codes, q.format.bits):
+            value = self._node(op_type, [value, *(self._store(f"{op_type}_by", x) for x in operands)], name, nodes)
+        for op_type, what, numbers in (("Sub", "zero", q.zero_point), ("Mul", "scale", q.scale)):
+            operand = half_if_exact(along(numbers, q.axis, codes.shape))
+            value = self._node(op_type, [value, self._cast(f"{name}_{what}", operand, nodes)], name, nodes)
+        graph.insert_before(graph[0], nodes)
+        return value
 
-    def cast(self, what: str, array: Array) -> ir.Value:
-        """The constant `array` as float32, stored in the narrower type it has, or in float16 if that loses nothing."""
-        narrow = half_if_exact(array) if array.dtype == np.float32 else array
-        value = self.store(f"{self.name}_{what}", narrow)
-        return value if narrow.dtype == np.float32 else self._node("Cast", [value], {"to": ir.DataType.FLOAT})
+    def _cast(self, name: str, array: Array, nodes: list[ir.Node]) -> ir.Value:
+        """The constant `array` as float32, stored in its own type."""
+        value = self._store(name, array)
+        return value if array.dtype == np.float32 else self._node("Cast", [value], name, nodes, ir.DataType.FLOAT)
 
-    def add(self, op_type: str, *operands: ir.Value) -> None:
-        self.value = self._node(op_type, [self.value, *operands], {})
+    def _store(self, name: str, array: Array) -> ir.Value:
+        """A constant of the main graph; equal ones, as in the branches of an If, are stored once."""
+        key = (array.dtype.str, array.shape, hashlib.sha256(array.tobytes()).digest())
+        if key not in self._stored:
+            self._stored[key] = add_constant(self.model.graph, self.names.fresh(name), array)
+        return self._stored[key]
 
-    def _node(self, op_type: str, inputs: list[ir.Value], attributes: dict[str, int]) -> ir.Value:
-        name = self.names.fresh(f"{self.name}_{op_type}")
-        self.nodes.append(ir.node(op_type, inputs, attributes, name=name, outputs=[ir.Value(name=name)]))
-        return self.nodes[-1].outputs[0]
+    def _node(
+        self, op_type: str, inputs: list[ir.Value], name: str, nodes: list[ir.Node], to: ir.DataType | None = None
+    ) -> ir.Value:
+        name = self.names.fresh(f"{name}_{op_type}")
+        attributes = {} if to is None else {"to": to}
+        nodes.append(ir.node(op_type, inputs, attributes, name=name, outputs=[ir.Value(name=name)]))
+        return nodes[-1].outputs[0]
 
-    def finish(self) -> ir.Value:
-        self.graph.insert_before(self.graph[0], self.nodes)
-        return self.value
+
+def _unpacking(codes: Array, bits: int) -> Iterator[tuple[Any, ...]]:
+    """Operators with their constant operands, from the planes to codes in the weight's shape."""
+    difference = np.eye(8) - 2 * np.eye(8, k=-1)
+    yield "Mul", 0.5 ** np.arange(8, dtype=np.float32)
+    yield ("Floor",)
+    yield "Reshape", np.array([-1, 8 * bits])
+    yield "MatMul", np.kron(2.0 ** np.arange(bits)[:, None], difference).astype(np.float32)
+    if codes.size % 8:
+        yield "Reshape", np.array([-1])
+        yield "Slice", np.array([0]), np.array([codes.size])
+    yield "Reshape", np.array(codes.shape)

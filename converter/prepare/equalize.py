@@ -78,4 +78,5 @@ def _input_shape(node: ir.Node, weight: Array) -> tuple[int, ...]:
 def _input_range(node: ir.Node, weight: Array) -> Array:
     groups = node.attributes.get_int("group", 1)
     by_channel = np.moveaxis(weight, 1, 0) if groups == 1 else weight
-    return np.abs(by_channel).reshape(weight.shape[1] if groups == 1 else groups, -1).max(axis=1).astype(np.float64)
+    by_channel = by_channel.reshape(weight.shape[1] if groups == 1 else groups, -1)
+    return np.asarray(np.abs(by_channel).max(axis=1), np.float64)

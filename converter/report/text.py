@@ -50,9 +50,9 @@ def _tensor_rows(plan: QuantPlan) -> Iterator[tuple[str, str, str]]:
         shared = "" if tensor.group == tensor.name else f", shares the range of {tensor.group}"
         yield tensor.name, str(tensor.format), tensor.reason + shared
     for unit in plan.units():
-        if unit.weight:
-            granularity = "one scale" if unit.weight.axis is None else f"a scale a channel of axis {unit.weight.axis}"
-            yield unit.weight.name, str(unit.weight.format), f"weight of {unit.name}, {granularity}"
+        for weight in unit.weights:
+            granularity = "one scale" if weight.axis is None else f"a scale a channel of axis {weight.axis}"
+            yield weight.name, str(weight.format), f"weight of {unit.name}, {granularity}"
         if unit.bias:
             yield unit.bias, "int32", f"bias of {unit.name}"
 
