@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """FULL_QUANT beside onnxruntime's and NNCF's static quantization: accuracy, agreement, speed and size in one run.
 
-    python benchmarks/full_quant.py [MODEL ...] [--ablation] [--nncf PYTHON]
+    python benchmarks/full_quant.py [MODEL ...] [--ablation] [--ours] [--nncf PYTHON]
 
 PYTHON is an interpreter of an environment with nncf installed. Columns: top-1 on the dev split, agreement with the
 float model's best class, agreement with kernels that cannot saturate (session.x64quantprecision=1), speed-up over float
@@ -45,6 +45,8 @@ import sys, numpy, nncf, onnx
 model, samples, out = sys.argv[1:]
 rows, loaded = numpy.load(samples), onnx.load(model)
 name = loaded.graph.input[0].name
+for i, node in enumerate(loaded.graph.node):
+    node.name = node.name or f"node_{i}"  # NNCF fails on nodes without names
 data = nncf.Dataset([{name: x} for x in rows])
 onnx.save(nncf.quantize(loaded, data, subset_size=len(rows), fast_bias_correction=False), out)
 """
@@ -97,7 +99,7 @@ def compare(classifier: Classifier, args: argparse.Namespace, folder: Path) -> N
     for label, extra in {**OURS, **(ABLATION if args.ablation else {})}.items():
         qconvert(classifier.path, classifier.config(folder, "FULL_QUANT", extra=extra), out)
         row(label, classifier, out, reference, labels, data)
-    for label, options in PEER_OPTIONS.items():
+    for label, options in ({} if args.ours else PEER_OPTIONS).items():
         peer(classifier, options, out)
         row(label, classifier, out, reference, labels, data)
     if args.nncf:
@@ -119,6 +121,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("models", nargs="*", default=list(CLASSIFIERS))
     parser.add_argument("--ablation", action="store_true")
+    parser.add_argument("--ours", action="store_true", help="leave out onnxruntime's tool")
     parser.add_argument("--nncf", metavar="PYTHON")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:

@@ -31,6 +31,8 @@ COLUMNS_PER_WEIGHT = 16
 LEAST_COLUMNS, MOST_COLUMNS = 2048, 8192
 # Share of the inputs' mean second moment that holds a layer's target near its float weights.
 RIDGE = 1.0
+# The most that is added to second moments of few inputs, as a share of their mean.
+MOST_SHRINKAGE = 4.0
 # Bytes of activations that each of the two walks keeps: accuracy grows with the samples that take part.
 STORE_BYTES = 384 << 20
 # The most bits that a relative error is turned into.
@@ -174,7 +176,7 @@ def _joint(x: Array, reference: Array, centered: bool, threads: int) -> tuple[Ar
     # One product of an array with itself: BLAS has a fast way for it, for many small groups above all.
     sums = second_moments(both, threads)
     # Few inputs say little about how many columns go together.
-    shrink = (size / x.shape[1]) ** 2 * np.einsum("gkk->g", sums[:, :size, :size])[:, None, None] / size
+    shrink = min((size / x.shape[1]) ** 2, MOST_SHRINKAGE) * np.einsum("gkk->g", sums[:, :size, :size])[:, None, None] / size
     shrunk = np.eye(size) * shrink
     return sums[:, :size, :size] + shrunk, sums[:, size:, :size] + shrunk
 
