@@ -38,7 +38,7 @@ def observe_with_cache(
     missing = replace(
         wanted,
         tensors=tuple(name for name in wanted.tensors if name not in known.statistics),
-        means={name: axis for name, axis in wanted.means.items() if name not in known.means},
+        means=tuple(mean for mean in wanted.means if mean not in known.means),
         histogram=True,  # whatever the next conversion may ask for
         samples=True,
     )
@@ -82,7 +82,8 @@ def _evidence(arrays: Mapping[str, Array]) -> Evidence:
         prefix = f"tensor{number}."
         fields = {key.removeprefix(prefix): array for key, array in arrays.items() if key.startswith(prefix)}
         statistics[name] = TensorStats.from_arrays(fields)
-    means = {name: arrays[f"mean{number}"] for number, name in enumerate(arrays["means"].tolist())}
+    keys = zip(arrays["means"].tolist(), arrays["axes"].tolist(), strict=True)
+    means = {key: arrays[f"mean{number}"] for number, key in enumerate(keys)}
     return Evidence(statistics, means, arrays["first"].item())
 
 
@@ -91,7 +92,8 @@ def _save(path: Path, fingerprint: str, evidence: Evidence) -> None:
         "fingerprint": np.array(fingerprint),
         "tensors": np.array(list(evidence.statistics), dtype=np.str_),
         "first": np.array(evidence.first),
-        "means": np.array(list(evidence.means), dtype=np.str_),
+        "means": np.array([name for name, _ in evidence.means], dtype=np.str_),
+        "axes": np.array([axis for _, axis in evidence.means], dtype=np.int64),
     }
     for number, stats in enumerate(evidence.statistics.values()):
         arrays.update((f"tensor{number}.{key}", array) for key, array in stats.to_arrays().items())

@@ -20,19 +20,21 @@ from converter.model import constant, saved, values_by_name
 from converter.plan import QuantPlan, TensorPlan
 
 Statistics = dict[str, TensorStats]
+# A tensor and its axis of channels: two operators may see channels along different axes of one tensor.
+Mean = tuple[str, int]
 # Tensors tapped at once while their sizes are found out.
 PROBED = 16
 
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to find out about a float model: statistics of `tensors`, channel means of others (name → channel axis).
+    """What to find out about a float model: statistics of `tensors`, `means` of tensors along channel axes.
 
     The means are over the `first` samples only, those that they will be compared on.
     """
 
     tensors: tuple[str, ...]
-    means: Mapping[str, int]
+    means: tuple[Mean, ...]
     histogram: bool
     samples: bool
     first: int = sys.maxsize
@@ -47,7 +49,7 @@ class Evidence:
     """What was found; `means` are float64 of shape (channels,), over the `first` samples."""
 
     statistics: Mapping[str, TensorStats]
-    means: Mapping[str, Array]
+    means: Mapping[Mean, Array]
     first: int = sys.maxsize
 
 
@@ -58,7 +60,8 @@ def observe(model: ir.Model, wanted: Wanted, data: Dataset, resources: Resources
     """
     values = values_by_name(model.graph)
     evidence = Evidence(_of_constants(wanted, values), {})
-    computed = [n for n in dict.fromkeys([*wanted.tensors, *wanted.means]) if n not in evidence.statistics]
+    names = dict.fromkeys([*wanted.tensors, *(name for name, _ in wanted.means)])
+    computed = [name for name in names if name not in evidence.statistics]
     sizes = tensor_bytes(model, computed, data.sample(0), resources)
     groups = list(_groups(sizes, resources.memory // resources.threads))
     total = sum(sizes.values()) / 1e6
@@ -112,7 +115,7 @@ def _observe_group(
     model: ir.Model, group: Sequence[str], wanted: Wanted, data: Dataset, resources: Resources, watch: Watch
 ) -> Evidence:
     watched = [name for name in group if name in wanted.tensors]
-    axes = {name: wanted.means[name] for name in group if name in wanted.means}
+    averaged = [mean for mean in wanted.means if mean[0] in group]
     inputs = {value.name for value in model.graph.inputs}
     taps = [name for name in group if name not in inputs]
     watched_taps = [name for name in taps if name in watched]
@@ -124,20 +127,20 @@ def _observe_group(
         # Which operators ONNX Runtime fuses depends on what is tapped; without that, groups do not change a bit.
         session = open_session(path, optimize=False, providers=resources.providers)
 
-        def step(index: int) -> dict[str, Array]:
+        def step(index: int) -> dict[Mean, Array]:
             sample, compared = data.sample(index), index < wanted.first
             tensors = {**sample, **run(session, taps if compared else watched_taps, sample)}
             mine = idle.get()
             for name, stats in mine.items():
                 stats.update(tensors[name], index)
             idle.put(mine)
-            return {name: channel_mean(tensors[name], axis) for name, axis in axes.items() if compared}
+            return {(name, axis): channel_mean(tensors[name], axis) for name, axis in averaged if compared}
 
-        totals = {name: np.zeros(()) for name in axes}
+        totals = {mean: np.zeros(()) for mean in averaged}
         for found in watch.track(over_samples(len(data), step, resources.threads), "Calibrating", len(data)):
-            totals.update((name, totals[name] + mean) for name, mean in found.items())
+            totals.update((mean, totals[mean] + x) for mean, x in found.items())
     parts = [idle.get() for _ in range(resources.threads)]
-    means = {name: total / min(wanted.first, len(data)) for name, total in totals.items()}
+    means = {mean: total / min(wanted.first, len(data)) for mean, total in totals.items()}
     return Evidence({name: _merged(part[name] for part in parts) for name in watched}, means, wanted.first)
 
 

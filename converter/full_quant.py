@@ -91,7 +91,7 @@ class _Work:
             wanted_data = pixels.preprocess(wanted_data)
         plan, data, resources = make_plan(model, job), open_data(model, job, watch, wanted_data), resources_of(job)
         method = RANGE_METHODS[full.activation_quant_method]
-        means = products(model.graph, plan) if full.bias_correction else {}
+        means = products(model.graph, plan) if full.bias_correction else ()
         outputs = [v.name or "" for v in model.graph.outputs if job.output_type in TYPES and is_float(v)]
         tensors = tuple(dict.fromkeys([*plan.groups(), *outputs]))
         first = Walk(model, plan, data, resources).count

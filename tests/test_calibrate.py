@@ -29,7 +29,7 @@ GRAPH = """g (float[N,4] x) => (float[N,6] y) {
 }"""
 CONSTANTS = {"w": normal(4, 6), "b": normal(6)}
 SAMPLES = [{"x": normal(3, 4, seed=i)} for i in range(7)]
-EVERYTHING = Wanted(("x", "m", "r", "b", "y"), {"m": 1, "s": -1}, histogram=True, samples=True)
+EVERYTHING = Wanted(("x", "m", "r", "b", "y"), (("m", 1), ("s", -1)), histogram=True, samples=True)
 
 
 def seen(wanted=EVERYTHING, samples=SAMPLES, threads=1, memory=64 << 20):
@@ -77,27 +77,34 @@ def test_statistics_are_those_of_the_tensors():
 
 def test_means_are_those_of_the_channels():
     means = seen()[0].means
-    assert {name: mean.dtype for name, mean in means.items()} == {"m": np.float64, "s": np.float64}
-    for name, mean in means.items():
+    assert {key: mean.dtype for key, mean in means.items()} == dict.fromkeys(EVERYTHING.means, np.float64)
+    for (name, _), mean in means.items():
         np.testing.assert_allclose(mean, truth()[name].mean(axis=(0, 1)), rtol=1e-5, atol=1e-6)
 
 
 def test_means_are_of_the_first_samples_only_where_asked():
     evidence = seen(replace(EVERYTHING, first=3))[0]
-    np.testing.assert_allclose(evidence.means["m"], truth()["m"][:3].mean(axis=(0, 1)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(evidence.means["m", 1], truth()["m"][:3].mean(axis=(0, 1)), rtol=1e-5, atol=1e-6)
     assert evidence.statistics["m"].count == truth()["m"].size
     assert evidence.first == 3
 
 
+def test_means_along_two_axes_of_one_tensor():
+    both = (("m", 0), ("m", 1))
+    means = seen(Wanted((), both, histogram=False, samples=False))[0].means
+    for key, others in zip(both, ((0, 2), (0, 1)), strict=True):
+        np.testing.assert_allclose(means[key], truth()["m"].mean(axis=others), rtol=1e-5, atol=1e-6)
+
+
 def test_what_was_not_asked_for_is_not_kept():
-    evidence, _ = seen(Wanted(("m",), {}, histogram=False, samples=False))
+    evidence, _ = seen(Wanted(("m",), (), histogram=False, samples=False))
     assert evidence.statistics.keys() == {"m"}
     assert evidence.means == {}
     assert evidence.statistics["m"].to_arrays().keys() == {"totals", "extremes"}
 
 
 def test_inputs_and_constants_alone_need_no_tap():
-    evidence, _ = seen(Wanted(("x", "b"), {}, histogram=False, samples=False))
+    evidence, _ = seen(Wanted(("x", "b"), (), histogram=False, samples=False))
     assert evidence.statistics["x"].count == 7 * 12
     assert evidence.statistics["b"].count == 6
 
@@ -159,7 +166,7 @@ def test_groups_fit_the_budget_and_keep_the_order(sizes, budget):
 def test_values_that_are_no_numbers_are_told_of_and_left_out():
     odd = SAMPLES[0]["x"].copy()
     odd[0, :3] = np.nan, np.inf, -np.inf
-    evidence, ear = seen(Wanted(("x",), {}, histogram=True, samples=False), [{"x": odd}, SAMPLES[1]])
+    evidence, ear = seen(Wanted(("x",), (), histogram=True, samples=False), [{"x": odd}, SAMPLES[1]])
     kept = np.concatenate([odd.ravel()[3:], SAMPLES[1]["x"].ravel()])
     assert (evidence.statistics["x"].lo, evidence.statistics["x"].hi) == (kept.min(), kept.max())
     assert ear.warned == [
@@ -169,7 +176,7 @@ def test_values_that_are_no_numbers_are_told_of_and_left_out():
 
 def test_tensors_without_any_number_are_told_of():
     empty = [{"x": np.zeros((0, 4), np.float32)}]
-    evidence, ear = seen(Wanted(("x", "m"), {}, histogram=True, samples=True), empty)
+    evidence, ear = seen(Wanted(("x", "m"), (), histogram=True, samples=True), empty)
     assert evidence.statistics["m"].count == 0
     assert ear.warned == [
         f"Tensor '{name}' had no finite value in the calibration data; its range is a guess." for name in "xm"
@@ -177,7 +184,7 @@ def test_tensors_without_any_number_are_told_of():
 
 
 def test_only_nan():
-    _, ear = seen(Wanted(("x",), {}, histogram=True, samples=True), [{"x": np.full((1, 4), np.nan, np.float32)}])
+    _, ear = seen(Wanted(("x",), (), histogram=True, samples=True), [{"x": np.full((1, 4), np.nan, np.float32)}])
     assert [sentence.split(";")[0] for sentence in ear.warned] == [
         "Tensor 'x' held 4 NaN and 0 infinite values in the calibration data",
         "Tensor 'x' had no finite value in the calibration data",

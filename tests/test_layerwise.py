@@ -74,7 +74,7 @@ def decided(model, samples, target="CPU", threads=1):
     """The plan with all numbers, and the walk that found them."""
     data = InMemory(samples)
     plan = build_plan(model.graph, TARGETS[target], Wishes())
-    evidence = observe(model, Wanted(tuple(plan.groups()), {}, False, False), data, resources(), Ear())
+    evidence = observe(model, Wanted(tuple(plan.groups()), (), False, False), data, resources(), Ear())
     spec = RangeSpec(UINT8, False)
     plan = plan.with_qparams(activation_qparams(plan, evidence.statistics, RANGE_METHODS["MAX_MIN"], spec))
     walk = Diary(model, plan, data, resources(threads))

@@ -73,7 +73,7 @@ def decided(graph, samples, target="CPU", options=None, correct=True, per_channe
     """The float model and its plan with all numbers."""
     model, data = prepared(graph, **{**CONSTANTS, **constants}), InMemory(samples)
     plan = build_plan(model.graph, TARGETS[target], Wishes(per_channel=per_channel))
-    means = products(model.graph, plan) if correct else {}
+    means = products(model.graph, plan) if correct else ()
     options = options or Options()
     evidence = observe(model, Wanted(tuple(plan.groups()), means, False, False), data, resources(), Ear())
     spec = RangeSpec(UINT8, False, options.power_of_two)
@@ -142,6 +142,20 @@ def test_shared_constants_get_a_bias_for_each_reader():
     biases = list(plan.biases.values())
     assert len(biases) == 4
     assert len({bias.tobytes() for bias in biases}) == 4
+
+
+def test_two_operators_may_see_channels_along_different_axes():
+    graph = """g (float[1,6,6] x) => (float[] y) {
+        f = Conv (x, n, b)  r = Relu (f)  p = MatMul (r, t)  q = Add (p, b)  s = Conv (r, n, b)  y = Add (q, s)
+    }"""
+    samples = [{"x": normal(1, 6, 6, seed=i) + 0.3} for i in range(6)]
+    model, plan = decided(graph, samples, n=normal(6, 6, 1, seed=7))
+    assert len(set(products(model.graph, plan))) == 3
+    quantized = model.clone()
+    emit(quantized, plan)
+    for name, axis in (("q", -1), ("s", 1)):
+        wanted, found = (channel_means(m, {name: axis}, samples)[name] for m in (model, quantized))
+        np.testing.assert_allclose(found, wanted, atol=2e-3)
 
 
 # --- codes -----------------------------------------------------------------------------------------------------------

@@ -96,15 +96,17 @@ def _stored_alone(array: Array, wanted: WeightPlan, options: Options) -> Quantiz
     return _packed(rows, np.moveaxis(rows.codes.reshape(moved.shape), 0, wanted.axis or 0), wanted)
 
 
-def _fewest_bits(weight: Array, moments: Array | None, wanted: WeightPlan, options: Options) -> Rows:
-    """The fit of a matrix in the planned bits or, if an error is given, in the fewest that keep it."""
+def _fewest_bits(
+    weight: Array, moments: Array | None, wanted: WeightPlan, options: Options, judged: Array | None = None
+) -> Rows:
+    """The fit of a matrix in the planned bits or in the fewest that keep an error, which `judged` moments measure."""
     grids, bound = Grids(wanted.format, wanted.axis is not None, options.integer_zero), options.max_error
     if bound is None:
         return fit(weight, moments, grids)
 
     def within(bits: int) -> Rows | None:
         rows = fit(weight, moments, replace(grids, format=replace(wanted.format, bits=bits)))
-        return rows if bits == WIDEST or rows.relative_error(weight, moments) <= bound else None
+        return rows if bits == WIDEST or rows.relative_error(weight, judged) <= bound else None
 
     return fewest(WIDEST, within)
 
@@ -154,7 +156,9 @@ class _Layers:
         count = int(np.clip(COLUMNS_PER_WEIGHT * matrix.shape[2], LEAST_COLUMNS, MOST_COLUMNS))
         x, reference = (walk.draw(unit, view, count, plan)[0] for walk in (self.walk, self.float_walk))
         moments, cross = _joint(x, reference, self._corrects(unit), self.walk.threads)
-        return _fewest_bits(_target(matrix, moments, cross), moments, wanted, self.fitter.options)
+        extra = _shrinkage(moments, x.shape[1])
+        target = _target(matrix, moments + extra, cross + extra)
+        return _fewest_bits(target, moments + extra, wanted, self.fitter.options, moments)
 
     def _corrects(self, unit: NodePlan) -> bool:
         return self.fitter.options.correct and (OPS[unit.op_type].bias is not None or bool(unit.absorbed))
@@ -175,10 +179,14 @@ def _joint(x: Array, reference: Array, centered: bool, threads: int) -> tuple[Ar
         both -= both.mean(axis=1, keepdims=True)
     # One product of an array with itself: BLAS has a fast way for it, for many small groups above all.
     sums = second_moments(both, threads)
-    # Few inputs say little about how many columns go together.
-    shrink = min((size / x.shape[1]) ** 2, MOST_SHRINKAGE) * np.einsum("gkk->g", sums[:, :size, :size])[:, None, None] / size
-    shrunk = np.eye(size) * shrink
-    return sums[:, :size, :size] + shrunk, sums[:, size:, :size] + shrunk
+    return sums[:, :size, :size], sums[:, size:, :size]
+
+
+def _shrinkage(moments: Array, drawn: int) -> Array:
+    """What is added to second moments, as few inputs say little about how many columns go together."""
+    size = moments.shape[1]
+    share = min((size / drawn) ** 2, MOST_SHRINKAGE) * np.einsum("gkk->g", moments) / size
+    return np.asarray(share[:, None, None] * np.eye(size))
 
 
 def _target(weight: Array, moments: Array, cross: Array) -> Array:

@@ -11,6 +11,7 @@ import onnx_ir as ir
 from calib.affine import Array, QParams, dequantize
 from converter.algorithms.matrices import View, plain_matrix, plain_weight, view_of
 from converter.algorithms.rounding import Grid, compensated, nearest, search_scales
+from converter.calibrate import Mean
 from converter.job import Watch
 from converter.layerwise import Walk, product_of_mean, second_moments
 from converter.model import constant, values_by_name
@@ -45,30 +46,30 @@ class _Layer:
 
 
 def decide_weights(
-    model: ir.Model, plan: QuantPlan, walk: Walk, means: Mapping[str, Array], options: Options, watch: Watch
+    model: ir.Model, plan: QuantPlan, walk: Walk, means: Mapping[Mean, Array], options: Options, watch: Watch
 ) -> QuantPlan:
-    """The plan with integer weights and biases; `means` are the float model's channel means of products, by tensor."""
+    """The plan with integer weights and biases; `means` are the float model's channel means of `products`."""
     values = values_by_name(model.graph)
     nodes = {node.name: node for node in model.graph}
     for position, step in enumerate(watch.track(walk.steps, "Rounding weights", len(walk.steps))):
         if step.unit:
             layer = _layer(step.unit, nodes[step.unit.name], values)
             weight = _rounded(layer, plan, walk, options)
-            mean = means.get(_source(layer.unit, layer.node)[0])
+            mean = means.get(_source(layer.unit, layer.node))
             bias = _corrected(layer, weight, mean, plan, walk) if mean is not None else layer.bias
             plan = plan.with_weights({layer.unit.name: weight}, {} if bias is None else {layer.unit.name: bias})
         walk.advance(position, plan)
     return plan
 
 
-def products(graph: ir.Graph, plan: QuantPlan) -> dict[str, int]:
-    """The tensors whose channel means bias correction needs of the float model, with their channel axes."""
+def products(graph: ir.Graph, plan: QuantPlan) -> tuple[Mean, ...]:
+    """The channel means that bias correction needs of the float model."""
     nodes = {node.name: node for node in graph}
     correctable = [unit for unit in plan.units() if unit.weight and (OPS[unit.op_type].bias is not None or unit.bias)]
-    return dict(_source(unit, nodes[unit.name]) for unit in correctable)
+    return tuple(dict.fromkeys(_source(unit, nodes[unit.name]) for unit in correctable))
 
 
-def _source(unit: NodePlan, node: ir.Node) -> tuple[str, int]:
+def _source(unit: NodePlan, node: ir.Node) -> Mean:
     """What the mean of the product follows from: its input, which is watched anyway, where possible, or the product."""
     view = _view(unit, node)
     if view and view.input_axis is not None:
