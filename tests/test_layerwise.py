@@ -207,6 +207,17 @@ def test_second_moments_of_a_matrix_product():
     np.testing.assert_allclose(second_moments(drawn, 1)[0] * scale**2, rows.T @ rows / 24, rtol=1e-5, atol=1e-6)
 
 
+def test_inputs_that_are_codes_already_are_drawn_as_they_are():
+    model = prepared(f"{HEAD} {{ a = Conv (x, w)  [second] y = Conv (a, q) }}", **CONSTANTS)
+    plan, walk = decided(model, IMAGES)
+    again = Walk(model, plan, InMemory(IMAGES), resources())
+    again.advance(0, plan)
+    drawn, scale = again.draw(plan.nodes["second"], view_of(model.graph[1], (6, 6, 1, 1), 1), 5 * 36, plan)
+    codes = np.stack([held["a"][0] for held in walk.held]).astype(np.float64) - plan.params("a").zero_point
+    np.testing.assert_array_equal(drawn[0], codes.transpose(0, 2, 3, 1).reshape(-1, 6))
+    assert scale == plan.params("a").scale
+
+
 def test_fewer_positions_are_drawn_than_there_are():
     walk, unit, view, plan = walk_of(f"{HEAD} {{ a = Conv (x, w)  y = Conv (a, q) }}", IMAGES, **CONSTANTS)
     drawn, scale = walk.draw(unit, view, 10, plan)
