@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -11,8 +12,10 @@ import onnx_ir as ir
 
 from calib.affine import Array
 from calib.samples import Dataset
-from calib.session import open_session, over_samples, run
+from calib.session import Sample, open_session, over_samples, run
 from converter.model import saved
+
+TIMED_SECONDS, LEAST_SECONDS = 0.2, 1e-3
 
 
 @dataclass(frozen=True)
@@ -52,6 +55,25 @@ def _error(name: str, xx: float, yy: float, xy: float, noise: float) -> TensorEr
     # Noise where there should be nothing, or that is no number, is the worst there is.
     sqnr = np.inf if noise == 0 else 10 * np.log10(xx / noise) if xx > 0 and noise > 0 else -np.inf
     return TensorError(name, float(cosine), float(sqnr))
+
+
+def speedup(reference: Path, other: Path, sample: Sample) -> float | None:
+    """Median time of `reference` over that of `other` on one thread, runs interleaved for about TIMED_SECONDS.
+
+    None where `reference` takes less than LEAST_SECONDS: then it is not the kernels that decide.
+    """
+    sessions = open_session(reference), open_session(other)
+    outputs = [output.name for output in sessions[0].get_outputs()]
+    times: tuple[list[float], list[float]] = ([], [])
+    end = time.perf_counter() + TIMED_SECONDS
+    while len(times[0]) < 3 or time.perf_counter() < end:
+        for session, taken in zip(sessions, times, strict=True):
+            start = time.perf_counter()
+            run(session, outputs, sample)
+            taken.append(time.perf_counter() - start)
+    # The first run of a session still sets things up.
+    reference_time, other_time = (float(np.median(taken[1:])) for taken in times)
+    return reference_time / other_time if reference_time >= LEAST_SECONDS else None
 
 
 def largest_difference(model: ir.Model, other: ir.Model) -> float:

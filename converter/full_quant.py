@@ -14,7 +14,7 @@ from converter.algorithms.weights import Options, decide_weights, products
 from converter.cache import observe_with_cache
 from converter.calibrate import Evidence, Wanted, activation_qparams
 from converter.checks import check
-from converter.compare import TensorError, compare
+from converter.compare import TensorError, compare, speedup
 from converter.config import Config
 from converter.data import open_data, resources_of
 from converter.edges import TYPES, Pixels, fold_normalisation, give_integers, take_integers
@@ -22,7 +22,7 @@ from converter.emit.qdq import emit
 from converter.errors import ConfigError
 from converter.job import Job, Resources, Watch
 from converter.layerwise import Walk
-from converter.model import is_float, saved
+from converter.model import is_float, saved, weight_bytes
 from converter.ops import OPS
 from converter.placement import Wishes, build_plan
 from converter.plan import QuantPlan
@@ -34,6 +34,10 @@ from converter.targets import TARGETS, Target
 COMPARED_SAMPLES = 4
 # A Concat whose inputs' ranges differ by more than this gives the small ones too few codes.
 MIXED_RANGES = 16.0
+# Models with more weights are not timed: writing and loading them would take longer than the conversion.
+TIMED_BYTES = 500_000_000
+# Less than this speed-up is called slower, not noise.
+SLOWER = 0.95
 
 
 def make_plan(model: ir.Model, job: Job) -> QuantPlan:
@@ -50,6 +54,8 @@ def quantize(model: ir.Model, job: Job, watch: Watch) -> tuple[ir.Model, QuantPl
     if not plan.units():
         watch.warn("No node could be quantized: the output is the float model in another form.")
     errors = _errors(model, quantized, plan, restored, work.data, work.resources)
+    if plan.units() and weight_bytes(model) < TIMED_BYTES:
+        _tell_speed(model, quantized, work)
     work.set_edges(quantized, job)
     return quantized, plan, errors
 
@@ -174,6 +180,20 @@ def _require_full_integer(plan: QuantPlan, config: Config) -> None:
         listed = "; ".join(f"{node.name} ({node.op_type}): {node.reason}" for node in left)
         msg = f"{config.path}: [full_quant_param] require_full_integer: {len(left)} node(s) would stay float: {listed}."
         raise ConfigError(msg)
+
+
+def _tell_speed(model: ir.Model, quantized: ir.Model, work: _Work) -> None:
+    """Says how much faster the quantized model is here, and warns where it is not."""
+    with saved(model) as reference, saved(quantized) as other:
+        ratio = speedup(reference, other, work.data.sample(0))
+    if ratio is None:
+        return
+    work.watch.tell(f"Speed {ratio:.2f} times the float model's, in ONNX Runtime on one thread of this machine.")
+    if ratio < SLOWER:
+        work.watch.warn(
+            "The quantized model is slower here than the float one: what converts to integers and back costs more than "
+            "integer kernels save; leave the operators around float nodes float (skip_quant_node) or use WEIGHT_QUANT."
+        )
 
 
 def _errors(

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from running import InMemory
 
-from converter.compare import TensorError, compare
+from converter.compare import TensorError, compare, speedup
 
 FLOAT = frozen(build("g (float[N,4] x) => (float[N,4] y) { h = Abs (x)  y = Neg (x) }"))
 
@@ -100,3 +100,20 @@ def test_any_difference(tmp_path_factory, row, addend):
         assert error.sqnr_db == pytest.approx(10 * math.log10(signal / noise), abs=1e-9)
     if signal and y.any():
         assert error.cosine == pytest.approx(np.dot(x, y) / np.sqrt(signal * np.dot(y, y)), abs=1e-9)
+
+
+@pytest.mark.parametrize(("each", "expected"), [(0.02, 2.0), (0.0002, None)])
+def test_speed_is_the_ratio_of_medians(tmp_path, monkeypatch, each, expected):
+    """The clock stands still but for the runs: the float model takes two units, the other one."""
+    paths = [tmp_path / "left.onnx", tmp_path / "right.onnx"]
+    for path in paths:
+        path.write_bytes(FLOAT)
+    clock, first = [0.0], []
+
+    def tick(session, outputs, sample):
+        first.append(session)
+        clock[0] += 2 * each if session is first[0] else each
+
+    monkeypatch.setattr("converter.compare.run", tick)
+    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
+    assert speedup(*paths, {}) == (expected and pytest.approx(expected))

@@ -66,6 +66,7 @@ _SENSITIVITY = Scope(
     _WEIGHT.modes, " with search = SENSITIVITY", lambda config: config.mixed_bit.search == "SENSITIVITY"
 )
 _FULL = Scope(("FULL_QUANT",))
+_LABELLED = Scope(_FULL.modes, " with max_drop", lambda config: config.full_quant.max_drop is not None)
 _STORED = Scope(_WEIGHT.modes, " with dequant_strategy = ON_THE_FLY", lambda config: config.weight_quant.on_the_fly)
 _DYNAMIC = Scope(("DYNAMIC_QUANT",))
 _IMAGES = Scope(QUANT_TYPES, " with input_type = IMAGE", lambda config: config.preprocess.input_type == "IMAGE")
@@ -279,8 +280,9 @@ class DataPreprocessParam:
     )
     label_file: Path | None = _key(
         path("labels.csv"),
-        "CSV with a line `file,label` for every calibration file; label is a class index.",
-        scope=_FULL,
+        "CSV with a line `file,label` for every calibration file, label being a class index; seen from the current "
+        "folder.",
+        scope=_LABELLED,
     )
     image_to_format: ImageFormat | None = _key(
         one_of(*get_args(ImageFormat)),
