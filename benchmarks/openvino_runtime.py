@@ -1,7 +1,7 @@
 #!/usr/bin/env python3
 """target_device=OPENVINO and the default target, in OpenVINO: accuracy, agreement and speed against float there.
 
-    pip install openvino && python benchmarks/openvino_runtime.py [MODEL ...] [--pictures 200]
+pip install openvino && python benchmarks/openvino_runtime.py [MODEL ...] [--pictures 200]
 """
 
 from __future__ import annotations

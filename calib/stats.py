@@ -216,10 +216,12 @@ class TensorStats:
         """Count finite `values`, `lo` the least of them; in float64, where the division by the width is exact."""
         assert self._counts is not None
         inverse = np.float64(2.0**-self._exponent)
-        first = math.floor(lo * inverse)
+        first = min(0, math.floor(lo * inverse))
         for start in range(0, values.size, BLOCK):
-            index = np.floor(values[start : start + BLOCK] * inverse)
-            index -= first
+            index = values[start : start + BLOCK] * inverse
+            if first < 0:  # else the conversion below cuts off what floor would
+                np.floor(index, out=index)
+                index -= first
             found = np.bincount(index.astype(np.intp))
             self._counts[first + SIDE : first + SIDE + found.size] += found
 

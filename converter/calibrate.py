@@ -170,10 +170,17 @@ def channel_mean(x: Array, axis: int) -> Array:
 
 
 def activation_qparams(
-    plan: QuantPlan, statistics: Mapping[str, TensorStats], method: RangeMethod, spec: RangeSpec
+    plan: QuantPlan, statistics: Mapping[str, TensorStats], method: RangeMethod, spec: RangeSpec, threads: int = 1
 ) -> dict[str, QParams]:
     """Parameters of every group of the plan; `spec` holds the methods' options."""
-    return {group: _qparams(tensor, statistics[group], method, spec) for group, tensor in plan.groups().items()}
+    groups = list(plan.groups().items())
+
+    def of(index: int) -> QParams:
+        group, tensor = groups[index]
+        return _qparams(tensor, statistics[group], method, spec)
+
+    found = over_samples(len(groups), of, threads)
+    return {group: q for (group, _), q in zip(groups, found, strict=True)}
 
 
 def _qparams(tensor: TensorPlan, stats: TensorStats, method: RangeMethod, spec: RangeSpec) -> QParams:

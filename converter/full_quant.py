@@ -146,7 +146,8 @@ class _Work:
     def _with_ranges(self, plan: QuantPlan) -> QuantPlan:
         full = self.config.full_quant
         spec = RangeSpec(UINT8, False, full.power_of_two_scale, full.outlier_ratio)
-        plan = plan.with_qparams(activation_qparams(plan, self.evidence.statistics, self.method, spec))
+        statistics, threads = self.evidence.statistics, self.resources.threads
+        plan = plan.with_qparams(activation_qparams(plan, statistics, self.method, spec, threads))
         if self.pixels is None or self.target.activation != UINT8:
             return plan
         inputs = {value.name for value in self.model.graph.inputs}
