@@ -59,7 +59,7 @@ def observe(model: ir.Model, wanted: Wanted, data: Dataset, resources: Resources
     Tensors are tapped in groups whose arrays fit the memory budget together; each group is one pass over the data.
     """
     values = values_by_name(model.graph)
-    evidence = Evidence(_of_constants(wanted, values), {})
+    evidence = Evidence(_of_constants(wanted, values), {}, wanted.first)
     names = dict.fromkeys([*wanted.tensors, *(name for name, _ in wanted.means)])
     computed = [name for name in names if name not in evidence.statistics]
     sizes = tensor_bytes(model, computed, data.sample(0), resources)

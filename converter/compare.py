@@ -15,7 +15,7 @@ from calib.samples import Dataset
 from calib.session import Sample, open_session, over_samples, run
 from converter.model import saved
 
-TIMED_SECONDS, LEAST_SECONDS = 0.2, 1e-3
+TIMED_SECONDS, LEAST_SECONDS = 0.1, 1e-3
 
 
 @dataclass(frozen=True)

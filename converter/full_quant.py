@@ -136,7 +136,7 @@ class _Work:
         if mixed := _mixed_concats(plan):
             wishes = replace(wishes, kept_float={**kept_float, **mixed})
             plan = self._with_ranges(build_plan(self.model.graph, self.target, wishes))
-        walk = Walk(self.model, plan, self.data, self.resources, most=self.evidence.first)
+        walk = Walk(self.model, plan, self.data, self.resources, samples=self.evidence.first)
         self.watch.say(f"Weights are decided on {walk.count} of {len(self.data)} samples.")
         options = Options(self.config.full_quant.weight_rounding == "GPTQ", self.config.full_quant.power_of_two_scale)
         plan = decide_weights(self.model, plan, walk, self.evidence.means, options, self.watch)

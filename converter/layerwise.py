@@ -89,7 +89,10 @@ def _names(values: Iterable[ir.Value]) -> tuple[str, ...]:
 
 
 class Walk:
-    """The activations that later steps still read, sample by sample: integer codes where the plan computes them."""
+    """The activations that later steps still read, sample by sample: integer codes where the plan computes them.
+
+    The first `samples` of the data take part; None for as many as are enough, at the most `most`, and fit.
+    """
 
     def __init__(
         self,
@@ -100,16 +103,21 @@ class Walk:
         write: Emit = emit,
         store_bytes: int = STORE_BYTES,
         most: int | None = None,
+        samples: int | None = None,
     ) -> None:
         self.model, self.resources, self.threads, self._write = model, resources, resources.threads, write
         self._nodes = {node.name or "": node for node in model.graph}
         self.steps = steps_of(model.graph, plan)
         self._codes = {name for unit in plan.units() for name in unit.outputs if name in plan.tensors}
         self._last_reader = {name: i for i, step in enumerate(self.steps) for name in step.reads}
-        each = self._peak_bytes(data)
-        self.count = max(1, min(len(data), most or max(ENOUGH_SAMPLES, ENOUGH_BYTES // each), store_bytes // each))
+        self.count = samples or self._fitting(data, store_bytes, most)
         read = set(self._last_reader)
         self._store = [{k: x for k, x in data.sample(i).items() if k in read} for i in range(self.count)]
+
+    def _fitting(self, data: Dataset, store_bytes: int, most: int | None) -> int:
+        """How many samples are enough and fit."""
+        each = self._peak_bytes(data)
+        return max(1, min(len(data), most or max(ENOUGH_SAMPLES, ENOUGH_BYTES // each), store_bytes // each))
 
     def _peak_bytes(self, data: Dataset) -> int:
         """The most bytes that one sample keeps between two steps."""
