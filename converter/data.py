@@ -54,7 +54,7 @@ def resources_of(job: Job) -> Resources:
     for name in common.providers:
         if name not in available:
             msg = (
-                f"{job.config.path}: [common_quant_param] providers names {name}, which this ONNX Runtime does not "
+                f"{job.config.at('common_quant_param', 'providers')} names {name}, which this ONNX Runtime does not "
                 f"have; write one of {', '.join(available)}."
             )
             raise ConfigError(msg)

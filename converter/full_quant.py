@@ -111,6 +111,8 @@ class _Work:
         if bound is None or self._drop(first) <= bound:
             return first
         ranked = sensitivities(self.model, first[1], self.data, self.resources, self.watch)
+        for found in ranked:
+            self.watch.say(f"Alone, {found.node.name} leaves the output {found.sqnr_db:.1f} dB, {found.cosine:.6f}.")
         # What only moves values has its neighbours' integers, or none where they are float.
         worst = [found for found in ranked if not OPS[found.node.op_type].moves]
 
@@ -179,7 +181,8 @@ def _require_full_integer(plan: QuantPlan, config: Config) -> None:
     left = [node for node in plan.nodes.values() if not node.quantized and not node.inside]
     if config.full_quant.require_full_integer and left:
         listed = "; ".join(f"{node.name} ({node.op_type}): {node.reason}" for node in left)
-        msg = f"{config.path}: [full_quant_param] require_full_integer: {len(left)} node(s) would stay float: {listed}."
+        where = config.at("full_quant_param", "require_full_integer")
+        msg = f"{where}: {len(left)} node(s) would stay float: {listed}."
         raise ConfigError(msg)
 
 

@@ -123,7 +123,7 @@ def check_skips(config: Config, nodes: Collection[tuple[str, str]]) -> None:
 
 def _unknown(config: Config, key: str, what: str, wish: str, known: list[str]) -> ConfigError:
     nearest = difflib.get_close_matches(wish, known, 1, cutoff=0.0)[0]
-    return ConfigError(f"{config.path}: [common_quant_param] {key}: {what} in this model; the nearest is '{nearest}'.")
+    return ConfigError(f"{config.at('common_quant_param', key)}: {what} in this model; the nearest is '{nearest}'.")
 
 
 def _obstacle(node: ir.Node, target: Target, wishes: Wishes) -> str | None:

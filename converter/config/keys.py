@@ -5,7 +5,7 @@ A new key is one row here: the reader, the messages, the warnings and the refere
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
@@ -333,6 +333,12 @@ class Config:
     preprocess: DataPreprocessParam = _section("data_preprocess_param", _ALWAYS)
     path: Path
     warnings: tuple[str, ...] = ()
+    lines: Mapping[tuple[str, str], int] = field(default_factory=dict)
+
+    def at(self, section: str, key: str) -> str:
+        """Where a message about a key points: `file:line: [section] key`, without the line of a key that is not set."""
+        line = self.lines.get((section, key))
+        return f"{self.path}:{line}: [{section}] {key}" if line else f"{self.path}: [{section}] {key}"
 
 
 def _as_section(row: Field[Any]) -> Section:

@@ -27,7 +27,8 @@ def load_config(path: Path) -> Config:
     config = Config(path=path, **{row.attribute: _fill(row, values, document) for row in SECTIONS.values()})
     for complaint in (complaint for rule in RULES for complaint in rule(config)):
         document.place(complaint.section, complaint.key).reject(complaint.problem, complaint.advice)
-    return replace(config, warnings=tuple(_idle(config, keys, document)))
+    lines = {name: document.places[name].line for name in keys}
+    return replace(config, warnings=tuple(_idle(config, keys, document)), lines=lines)
 
 
 def _nearest(name: str, known: Iterable[str]) -> str | None:
