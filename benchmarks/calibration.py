@@ -21,22 +21,10 @@ from common import CLASSIFIERS, Classifier, measure, qconvert, session
 
 PEER = """
 import sys
+from pathlib import Path
 sys.path.insert(0, sys.argv[1])
-import numpy as np
-from onnxruntime.quantization import CalibrationDataReader, CalibrationMethod, QuantFormat, QuantType, quantize_static
-from onnxruntime.quantization.shape_inference import quant_pre_process
-from common import CLASSIFIERS
-c = CLASSIFIERS[sys.argv[2]]
-data, _ = c.samples("calib", 100)
-class Reader(CalibrationDataReader):
-    def __init__(self): self.rows = iter(range(len(data)))
-    def get_next(self):
-        i = next(self.rows, None)
-        return None if i is None else dict(data.sample(i))
-quant_pre_process(c.path, sys.argv[3] + ".pre")
-quantize_static(sys.argv[3] + ".pre", sys.argv[3], Reader(), quant_format=QuantFormat.QDQ, per_channel=True,
-    activation_type=QuantType.QUInt8, weight_type=QuantType.QInt8,
-    calibrate_method=getattr(CalibrationMethod, sys.argv[4]))
+from full_quant import CLASSIFIERS, PEER_OPTIONS, peer
+peer(CLASSIFIERS[sys.argv[2]], {**PEER_OPTIONS["onnxruntime default"], "method": sys.argv[4]}, Path(sys.argv[3]))
 """
 
 

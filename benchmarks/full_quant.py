@@ -54,7 +54,13 @@ onnx.save(nncf.quantize(loaded, data, subset_size=len(rows), fast_bias_correctio
 
 def peer(classifier: Classifier, options: dict[str, object], out: Path) -> None:
     """onnxruntime.quantization with per-channel weights on the same samples."""
-    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization import (
+        CalibrationDataReader,
+        CalibrationMethod,
+        QuantFormat,
+        QuantType,
+        quantize_static,
+    )
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
     data, _ = classifier.samples("calib", 100)
@@ -78,6 +84,7 @@ def peer(classifier: Classifier, options: dict[str, object], out: Path) -> None:
         reduce_range=bool(options["reduce_range"]),
         activation_type=QuantType.QUInt8,
         weight_type=getattr(QuantType, str(options["weight_type"])),
+        calibrate_method=getattr(CalibrationMethod, str(options.get("method", "MinMax"))),
     )
 
 

@@ -134,8 +134,3 @@ def dequantize(codes: Array, q: QParams) -> Array:
     scale = along(q.scale, q.axis, codes.shape)
     zero_point = along(q.zero_point, q.axis, codes.shape)
     return ((codes.astype(np.float64) - zero_point) * scale.astype(np.float64)).astype(np.float32)
-
-
-def fake_quantize(x: Array, q: QParams) -> Array:
-    """What is left of `x` after quantization: dequantize(quantize(x)), float32."""
-    return dequantize(quantize(x, q), q)

@@ -43,6 +43,13 @@ def compare(
     return [_error(name, *products) for name, products in zip(tensors, np.asarray(sums), strict=True)]
 
 
+def output_errors(model: ir.Model, quantized: ir.Model, data: Dataset, threads: int) -> list[TensorError]:
+    """What the outputs lost over all samples."""
+    outputs = {value.name or "": value.name or "" for value in model.graph.outputs}
+    with saved(model) as reference, saved(quantized) as other:
+        return compare(reference, other, outputs, data, len(data), threads)
+
+
 def _products(x: Array, y: Array) -> tuple[float, float, float, float]:
     """The inner products that cosine and signal-to-noise ratio follow from: xx, yy, xy and that of the difference."""
     x, y = x.astype(np.float64).ravel(), y.astype(np.float64).ravel()

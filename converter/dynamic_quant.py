@@ -24,7 +24,7 @@ from converter.algorithms.stored_weights import Fitter
 from converter.algorithms.stored_weights import Options as StoredOptions
 from converter.algorithms.weights import Options, decide_weights, packed, products
 from converter.calibrate import Wanted, observe
-from converter.compare import TensorError
+from converter.compare import TensorError, output_errors
 from converter.config.keys import WeightQuantParam
 from converter.data import open_data, resources_of, synthetic_data
 from converter.emit.dynamic import emit_dynamic
@@ -66,7 +66,7 @@ def quantize(model: ir.Model, job: Job, watch: Watch) -> tuple[ir.Model, QuantPl
     if data is not None:
         plan = _by_outputs(quantized, plan, data, resources, watch)
     emit_dynamic(quantized, plan, _by_row(job))
-    return quantized, plan, weight_quant.output_errors(model, quantized, data, resources) if data else []
+    return quantized, plan, output_errors(model, quantized, data, resources.threads) if data else []
 
 
 def _by_row(job: Job) -> bool:

@@ -107,8 +107,12 @@ class _Work:
 
     def within_drop(self) -> Attempt:
         """The attempt that keeps the fewest nodes float and loses no more than max_drop."""
-        first, bound = self.attempt({}), self.config.full_quant.max_drop
-        if bound is None or self._drop(first) <= bound:
+        bound, path = self.config.full_quant.max_drop, self.config.preprocess.label_file
+        if bound is None:
+            return self.attempt({})
+        labels = read_labels(path, self.data) if path else None
+        first = self.attempt({})
+        if self._drop(first, labels) <= bound:
             return first
         ranked = sensitivities(self.model, first[1], self.data, self.resources, self.watch)
         for found in ranked:
@@ -119,16 +123,14 @@ class _Work:
         def attempt(count: int) -> Attempt | None:
             kept = {s.node.name: f"kept float for max_drop: alone it leaves {s.sqnr_db:.1f} dB" for s in worst[:count]}
             result = self.attempt(kept)
-            return result if self._drop(result) <= bound or count == len(worst) else None
+            return result if self._drop(result, labels) <= bound or count == len(worst) else None
 
         return fewest(len(worst), attempt)
 
-    def _drop(self, attempt: Attempt) -> float:
-        path = self.config.preprocess.label_file
-        labels = read_labels(path, self.data) if path else None
+    def _drop(self, attempt: Attempt, labels: Mapping[str, int] | None) -> float:
         drop = output_drop(self.model, attempt[0], self.data, labels, self.resources)
-        units = len(attempt[1].units())
-        self.watch.say(f"With {units} nodes quantized the output loses {drop:.5f} of {'top-1' if path else 'cosine'}.")
+        units, measure = len(attempt[1].units()), "cosine" if labels is None else "top-1"
+        self.watch.say(f"With {units} nodes quantized the output loses {drop:.5f} of {measure}.")
         return drop
 
     def attempt(self, kept_float: Mapping[str, str]) -> Attempt:

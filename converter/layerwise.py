@@ -181,8 +181,7 @@ class Walk:
         assert operand is not None
         operand.const_value = ir.tensor(weight, name=operand.name)
         only_input = replace(unit, weight=None, bias=None, outputs=(), absorbed=())
-        tensors = {name: plan.tensors[name]} if name in plan.tensors else {}
-        emit(part, replace(plan, nodes={unit.name: only_input}, tensors=tensors, biases={}))
+        emit(part, replace(plan.part([only_input]), biases={}))
         if name in self._codes:
             feed_integers(part.graph, name)
         return part
@@ -209,7 +208,7 @@ class Walk:
 
     def _step_model(self, step: Step, plan: QuantPlan) -> ir.Model:
         model = submodel(self.model, step.reads, step.writes)
-        self._write(model, _restricted(plan, step))
+        self._write(model, plan.part([plan.nodes[name] for name in step.nodes], step.reads))
         for name in sorted(self._codes.intersection(step.reads)):
             feed_integers(model.graph, name)
         for name in sorted(self._codes.intersection(step.writes)):
@@ -229,11 +228,3 @@ def product_of_mean(view: View, weight: Array, mean: Array) -> Array:
     """Mean a channel (float64) of the product whose inputs have this `mean` a channel; for views with an input_axis."""
     matrix = view.matrix(weight.astype(np.float64))
     return np.asarray(np.einsum("grk,gk->gr", matrix, mean.reshape(matrix.shape[0], -1))).reshape(-1)
-
-
-def _restricted(plan: QuantPlan, step: Step) -> QuantPlan:
-    """The part of `plan` that concerns the nodes of `step`."""
-    nodes = {name: plan.nodes[name] for name in step.nodes}
-    units = [node for node in nodes.values() if node.quantized]
-    named = {*step.reads, *(name for unit in units for name in (*unit.inputs, *unit.outputs))}
-    return replace(plan, nodes=nodes, tensors={name: plan.tensors[name] for name in plan.tensors if name in named})

@@ -6,7 +6,7 @@ integer operator. A plan is keyed by names, so that algorithms return changed co
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from calib.affine import Array, IntFormat, QParams
@@ -108,6 +108,13 @@ class QuantPlan:
     def params(self, tensor: str) -> QParams:
         """Scale and zero point of an activation tensor."""
         return self.qparams[self.tensors[tensor].group]
+
+    def part(self, nodes: Collection[NodePlan], tensors: Iterable[str] = ()) -> QuantPlan:
+        """A copy about `nodes` alone: with the tensors they read and make where they are quantized, and `tensors`."""
+        units = [node for node in nodes if node.quantized]
+        named = {*tensors, *(name for unit in units for name in (*unit.inputs, *unit.outputs))}
+        kept = {name: tensor for name, tensor in self.tensors.items() if name in named}
+        return replace(self, nodes={node.name: node for node in nodes}, tensors=kept)
 
     def with_qparams(self, qparams: Mapping[str, QParams]) -> QuantPlan:
         """A copy with more parameters."""

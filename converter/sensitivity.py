@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from calib.samples import Dataset
 from calib.session import open_session, over_samples, run
-from converter.compare import TensorError, compare
+from converter.compare import compare, output_errors
 from converter.emit.qdq import emit
 from converter.errors import DataError
 from converter.job import Resources, Watch
@@ -54,21 +54,17 @@ def sensitivities(
 
 def only(plan: QuantPlan, unit: NodePlan) -> QuantPlan:
     """The part of `plan` that quantizes one unit."""
-    named = {*unit.inputs, *unit.outputs}
-    tensors = {name: tensor for name, tensor in plan.tensors.items() if name in named}
-    return replace(plan, nodes={unit.name: replace(unit, bare=False)}, tensors=tensors)
+    return plan.part([replace(unit, bare=False)])
 
 
 def output_drop(
     model: ir.Model, quantized: ir.Model, data: Dataset, labels: Mapping[str, int] | None, resources: Resources
 ) -> float:
     """What the quantized model loses over all samples: top-1 share with `labels` by file name, else 1 - cosine."""
+    if labels is None:
+        return 1 - min(error.cosine for error in output_errors(model, quantized, data, resources.threads))
     with saved(model) as reference, saved(quantized) as other:
-        if labels is not None:
-            return top1(reference, data, labels, resources) - top1(other, data, labels, resources)
-        outputs = {value.name or "": value.name or "" for value in model.graph.outputs}
-        errors: list[TensorError] = compare(reference, other, outputs, data, len(data), resources.threads)
-    return 1 - min(error.cosine for error in errors)
+        return top1(reference, data, labels, resources) - top1(other, data, labels, resources)
 
 
 def top1(path: Path, data: Dataset, labels: Mapping[str, int], resources: Resources) -> float:

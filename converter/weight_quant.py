@@ -10,13 +10,13 @@ from calib.affine import IntFormat
 from calib.samples import Dataset
 from converter.algorithms.bit_search import Search
 from converter.algorithms.stored_weights import Fitter, Options
-from converter.compare import TensorError, compare
+from converter.compare import TensorError, output_errors
 from converter.data import open_data, resources_of, synthetic_data
 from converter.emit.dequantize import DequantizeWriter, type_of
 from converter.emit.planes import PlaneWriter, stored_bytes
 from converter.emit.stored import emit_stored
-from converter.job import Job, Resources, Watch
-from converter.model import bias_add, constant, saved
+from converter.job import Job, Watch
+from converter.model import bias_add, constant
 from converter.ops import weights_of
 from converter.placement import Wishes, skipped
 from converter.plan import NodePlan, QuantPlan, WeightPlan
@@ -50,7 +50,7 @@ def quantize(model: ir.Model, job: Job, watch: Watch) -> tuple[ir.Model, QuantPl
     if wanted.on_the_fly:
         quantized = raise_opset(quantized, max((type_of(weight)[1] for weight in plan.stored.values()), default=0))
     emit_stored(quantized, plan, (DequantizeWriter if wanted.on_the_fly else PlaneWriter)(quantized))
-    return quantized, plan, output_errors(model, quantized, data, resources) if given else []
+    return quantized, plan, output_errors(model, quantized, data, resources.threads) if given else []
 
 
 def _data(model: ir.Model, job: Job, watch: Watch) -> Dataset:
@@ -62,13 +62,6 @@ def _data(model: ir.Model, job: Job, watch: Watch) -> Dataset:
         return Dataset((), (), ())
     watch.warn("There is no calibration data: bits are chosen by what random inputs show; give calibrate_path.")
     return synthetic_data(model)
-
-
-def output_errors(model: ir.Model, quantized: ir.Model, data: Dataset, resources: Resources) -> list[TensorError]:
-    """What the outputs lost, over all samples."""
-    outputs = {value.name or "": value.name or "" for value in model.graph.outputs}
-    with saved(model) as reference, saved(quantized) as other:
-        return compare(reference, other, outputs, data, len(data), resources.threads)
 
 
 def _node_plan(node: ir.Node, job: Job) -> NodePlan:
