@@ -24,7 +24,6 @@ from converter.algorithms.stored_weights import Fitter
 from converter.algorithms.stored_weights import Options as StoredOptions
 from converter.algorithms.weights import Options, decide_weights, packed, products
 from converter.calibrate import Wanted, observe
-from converter.compare import TensorError, output_errors
 from converter.config.keys import WeightQuantParam
 from converter.data import open_data, resources_of, synthetic_data
 from converter.emit.dynamic import emit_dynamic
@@ -35,6 +34,7 @@ from converter.model import constant
 from converter.ops import OPS
 from converter.plan import NodePlan, QuantizedWeight, QuantPlan, TensorPlan, WeightPlan
 from converter.prepare.smooth import SmoothPass
+from converter.quantized import Quantized
 from converter.targets import CPU
 
 # Random samples that show which channels stand out, and the tokens in each.
@@ -55,8 +55,8 @@ def make_plan(model: ir.Model, job: Job) -> QuantPlan:
     return QuantPlan(nodes, tensors)
 
 
-def quantize(model: ir.Model, job: Job, watch: Watch) -> tuple[ir.Model, QuantPlan, list[TensorError]]:
-    """The quantized copy of a prepared float model, the decisions, and what they cost each tensor, worst first."""
+def quantize(model: ir.Model, job: Job, watch: Watch) -> Quantized:
+    """The quantized copy of a prepared float model."""
     resources = resources_of(job)
     data = open_data(model, job, watch) if job.config.preprocess.calibrate_path else None
     quantized = model.clone()
@@ -66,7 +66,7 @@ def quantize(model: ir.Model, job: Job, watch: Watch) -> tuple[ir.Model, QuantPl
     if data is not None:
         plan = _by_outputs(quantized, plan, data, resources, watch)
     emit_dynamic(quantized, plan, _by_row(job))
-    return quantized, plan, output_errors(model, quantized, data, resources.threads) if data else []
+    return Quantized(model, quantized, plan, data or Dataset((), (), ()))
 
 
 def _by_row(job: Job) -> bool:

@@ -14,7 +14,6 @@ from converter.algorithms.weights import Options, decide_weights, products
 from converter.cache import observe_with_cache
 from converter.calibrate import Evidence, Wanted, activation_qparams
 from converter.checks import check
-from converter.compare import TensorError, compare, speedup
 from converter.config import Config
 from converter.data import open_data, resources_of
 from converter.edges import TYPES, Pixels, fold_normalisation, give_integers, take_integers
@@ -22,22 +21,17 @@ from converter.emit.qdq import emit
 from converter.errors import ConfigError
 from converter.job import Job, Resources, Watch
 from converter.layerwise import Walk
-from converter.model import is_float, saved, weight_bytes
+from converter.model import is_float
 from converter.ops import OPS
 from converter.placement import Wishes, build_plan
 from converter.plan import QuantPlan
 from converter.prepare.equalize import EqualizePass
+from converter.quantized import Quantized
 from converter.sensitivity import fewest, output_drop, read_labels, sensitivities
 from converter.targets import TARGETS, Target
 
-# Samples on which the tensors of both models are compared for the summary.
-COMPARED_SAMPLES = 4
 # A Concat whose inputs' ranges differ by more than this gives the small ones too few codes.
 MIXED_RANGES = 16.0
-# Models with more weights are not timed: writing and loading them would take longer than the conversion.
-TIMED_BYTES = 500_000_000
-# Less than this speed-up is called slower, not noise.
-SLOWER = 0.95
 
 
 def make_plan(model: ir.Model, job: Job) -> QuantPlan:
@@ -45,19 +39,16 @@ def make_plan(model: ir.Model, job: Job) -> QuantPlan:
     return build_plan(model.graph, _target(job.config), _wishes(job.config))
 
 
-def quantize(model: ir.Model, job: Job, watch: Watch) -> tuple[ir.Model, QuantPlan, list[TensorError]]:
-    """The quantized copy of a prepared float model, the decisions, and what they cost each tensor, worst first."""
+def quantize(model: ir.Model, job: Job, watch: Watch) -> Quantized:
+    """The quantized copy of a prepared float model."""
     work = _Work.of(model, job, watch)
     quantized, plan, restored = work.within_drop()
     check(quantized, plan, work.target)
     _require_full_integer(plan, job.config)
     if not plan.units():
         watch.warn("No node could be quantized: the output is the float model in another form.")
-    errors = _errors(model, quantized, plan, restored, work.data, work.resources)
-    if plan.units() and weight_bytes(model) < TIMED_BYTES:
-        _tell_speed(model, quantized, work)
-    work.set_edges(quantized, job)
-    return quantized, plan, errors
+    computed = {name: restored[name] for unit in plan.units() for name in unit.outputs if name in restored}
+    return Quantized(model, quantized, plan, work.data, computed, lambda: work.set_edges(quantized, job))
 
 
 def _target(config: Config) -> Target:
@@ -186,28 +177,3 @@ def _require_full_integer(plan: QuantPlan, config: Config) -> None:
         where = config.at("full_quant_param", "require_full_integer")
         msg = f"{where}: {len(left)} node(s) would stay float: {listed}."
         raise ConfigError(msg)
-
-
-def _tell_speed(model: ir.Model, quantized: ir.Model, work: _Work) -> None:
-    """Says how much faster the quantized model is here, and warns where it is not."""
-    with saved(model) as reference, saved(quantized) as other:
-        ratio = speedup(reference, other, work.data.sample(0))
-    if ratio is None:
-        return
-    work.watch.tell(f"Speed {ratio:.2f} times the float model's, in ONNX Runtime on one thread of this machine.")
-    if ratio < SLOWER:
-        work.watch.warn(
-            "The quantized model is slower here than the float one: what converts to integers and back costs more than "
-            "integer kernels save; leave the operators around float nodes float (skip_quant_node) or use WEIGHT_QUANT."
-        )
-
-
-def _errors(
-    model: ir.Model, quantized: ir.Model, plan: QuantPlan, restored: dict[str, str], data: Dataset, resources: Resources
-) -> list[TensorError]:
-    outputs = {value.name or "": value.name or "" for value in model.graph.outputs}
-    computed = {name: restored[name] for unit in plan.units() for name in unit.outputs if name in restored}
-    pairs = {**computed, **outputs}
-    with saved(model, pairs) as reference, saved(quantized, pairs.values()) as other:
-        found = compare(reference, other, pairs, data, COMPARED_SAMPLES, resources.threads)
-    return sorted(found, key=lambda error: error.sqnr_db)

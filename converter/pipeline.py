@@ -11,6 +11,7 @@ from converter import dynamic_quant, full_quant, weight_quant
 from converter import model as models
 from converter.compare import TensorError, largest_difference
 from converter.config import Config
+from converter.data import resources_of
 from converter.emit.half import store_constants_as_half
 from converter.errors import ConfigError, ModelError, QConvertError, UsageError
 from converter.job import Job, Silent, Watch
@@ -19,6 +20,7 @@ from converter.plan import QuantPlan
 from converter.prepare import prepare
 from converter.prepare.inputs import set_input_shapes
 from converter.prepare.opset import opset_of, raise_opset
+from converter.verify import verify
 
 MODES = {"FULL_QUANT": full_quant, "WEIGHT_QUANT": weight_quant, "DYNAMIC_QUANT": dynamic_quant}
 # Float32 outputs may differ in their last bits after an opset conversion.
@@ -40,13 +42,15 @@ def convert(job: Job, watch: Watch | None = None) -> Outcome:
     watch = watch or Silent()
     model = read(job, watch)
     try:
-        quantized, plan, errors = MODES[job.config.common.quant_type].quantize(model, job, watch)
+        result = MODES[job.config.common.quant_type].quantize(model, job, watch)
+        errors = verify(result, resources_of(job), watch)
+        result.finish()
     except CalibError as error:
         raise QConvertError(str(error)) from error
     if job.fp16:
-        store_constants_as_half(quantized)
-    models.save(quantized, job.output)
-    return Outcome(plan, models.file_bytes(job.model), models.file_bytes(job.output), tuple(errors))
+        store_constants_as_half(result.model)
+    models.save(result.model, job.output)
+    return Outcome(result.plan, models.file_bytes(job.model), models.file_bytes(job.output), errors)
 
 
 def make_plan(job: Job, watch: Watch) -> QuantPlan:

@@ -10,7 +10,6 @@ from calib.affine import IntFormat
 from calib.samples import Dataset
 from converter.algorithms.bit_search import Search
 from converter.algorithms.stored_weights import Fitter, Options
-from converter.compare import TensorError, output_errors
 from converter.data import open_data, resources_of, synthetic_data
 from converter.emit.dequantize import DequantizeWriter, type_of
 from converter.emit.planes import PlaneWriter, stored_bytes
@@ -21,6 +20,7 @@ from converter.ops import weights_of
 from converter.placement import Wishes, skipped
 from converter.plan import NodePlan, QuantPlan, WeightPlan
 from converter.prepare.opset import raise_opset
+from converter.quantized import Quantized
 
 # The width in a plan whose widths are not found yet.
 UNKNOWN_BITS = 8
@@ -36,8 +36,8 @@ def make_plan(model: ir.Model, job: Job) -> QuantPlan:
     return QuantPlan(nodes, {})
 
 
-def quantize(model: ir.Model, job: Job, watch: Watch) -> tuple[ir.Model, QuantPlan, list[TensorError]]:
-    """The quantized copy of a prepared float model, the decisions, and what they cost each tensor, worst first."""
+def quantize(model: ir.Model, job: Job, watch: Watch) -> Quantized:
+    """The quantized copy of a prepared float model."""
     wanted, data, resources = job.config.weight_quant, _data(model, job, watch), resources_of(job)
     given = bool(job.config.preprocess.calibrate_path)
     options = Options(given and wanted.quant_strategy != "MAX_MIN", wanted.bias_correction, wanted.on_the_fly)
@@ -50,7 +50,7 @@ def quantize(model: ir.Model, job: Job, watch: Watch) -> tuple[ir.Model, QuantPl
     if wanted.on_the_fly:
         quantized = raise_opset(quantized, max((type_of(weight)[1] for weight in plan.stored.values()), default=0))
     emit_stored(quantized, plan, (DequantizeWriter if wanted.on_the_fly else PlaneWriter)(quantized))
-    return quantized, plan, output_errors(model, quantized, data, resources.threads) if given else []
+    return Quantized(model, quantized, plan, data if given else Dataset((), (), ()))
 
 
 def _data(model: ir.Model, job: Job, watch: Watch) -> Dataset:

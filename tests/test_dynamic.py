@@ -46,7 +46,8 @@ def quantized(
         }
     config = load_config(write_config(folder / "c.cfg", **sections))
     ear = Ear()
-    result, plan, _ = dynamic_quant.quantize(model, Job(Path("model.onnx"), Path("out.onnx"), config), ear)
+    made = dynamic_quant.quantize(model, Job(Path("model.onnx"), Path("out.onnx"), config), ear)
+    result, plan = made.model, made.plan
     onnx.checker.check_model(ir.to_proto(result), full_check=True)
     return result, plan, ear
 

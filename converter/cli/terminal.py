@@ -1,0 +1,40 @@
+"""What a person at a terminal sees while a job runs."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator
+from typing import TypeVar
+
+import click
+
+T = TypeVar("T")
+
+
+class Terminal:
+    """Shows progress on a terminal only, remarks when verbose, and warnings always."""
+
+    def __init__(self, quiet: bool, verbose: bool) -> None:
+        self.quiet, self.verbose = quiet, verbose
+
+    def track(self, items: Iterable[T], label: str, total: int) -> Iterator[T]:
+        """Hands the items on under a progress bar with the estimated time left."""
+        if self.quiet or not sys.stderr.isatty():
+            yield from items
+            return
+        with click.progressbar(items, length=total, label=label, file=sys.stderr, show_eta=True) as bar:
+            yield from bar
+
+    def say(self, text: str) -> None:
+        """A line for --verbose."""
+        if self.verbose:
+            click.echo(text, err=True)
+
+    def tell(self, text: str) -> None:
+        """A line of the result, unless quiet."""
+        if not self.quiet:
+            click.echo(text)
+
+    def warn(self, text: str) -> None:
+        """A line that starts with WARNING."""
+        click.echo(f"WARNING: {text}", err=True)

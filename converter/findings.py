@@ -1,0 +1,82 @@
+"""What is known of a quantized model beside its float one: plain data that every report is written from."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from calib.affine import Array
+from converter.compare import TensorError
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Both models run on the same samples.
+
+    `held_back` says whether calibration saw none of the samples; `fused_difference` is the largest difference between
+    the quantized model with and without the runtime's optimizations, relative to the output's largest value; `speedup`,
+    `top1` and `agreement` (shares from 0 to 1) are None where they were not measured. `kernels` counts the operators
+    that the runtime really executes by name, `conversions` names the Q/DQ nodes among them that stayed on their own,
+    and `saturated` the nodes whose weights let kernels of some processors saturate.
+    """
+
+    samples: int
+    held_back: bool
+    outputs: tuple[TensorError, ...]
+    fused_difference: float
+    speedup: float | None
+    top1: tuple[float, float] | None
+    agreement: float | None
+    kernels: Mapping[str, int]
+    conversions: tuple[str, ...]
+    saturated: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class NodeFinding:
+    """One node: what became of it, its own error, and what it alone costs the outputs (None where not measured).
+
+    `share` is its part of the outputs' squared error, from 0 to 1; `bits` is None for a float node.
+    """
+
+    name: str
+    op_type: str
+    quantized: bool
+    reason: str
+    bits: int | None
+    bytes_before: int
+    bytes_after: int
+    own: TensorError | None
+    output: TensorError | None
+    share: float | None
+    advice: str
+
+
+@dataclass(frozen=True)
+class TensorFinding:
+    """One quantized activation or weight: its histogram (`counts` in equal bins from `low` to `high`) and its range.
+
+    `range` are the least and greatest value that the quantized tensor can hold; `clipped` is the share of the float
+    values outside of it.
+    """
+
+    name: str
+    node: str
+    bits: int
+    counts: Array
+    low: float
+    high: float
+    range: tuple[float, float]
+    clipped: float
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Everything a report says: `facts` are named figures in words, `advice` sentences on what to do next."""
+
+    facts: Mapping[str, str]
+    sizes: tuple[int, int]
+    verification: Verification | None
+    nodes: tuple[NodeFinding, ...]
+    tensors: tuple[TensorFinding, ...]
+    advice: tuple[str, ...]
