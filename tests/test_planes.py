@@ -84,3 +84,48 @@ def test_planes_hold_the_bits_of_the_codes(drawn):
     assert planes.shape == (-(-len(codes) // 8), bits, 1)
     bit = lambda i, p: int(planes[i // 8, p, 0]) >> (i % 8) & 1  # noqa: E731
     assert [sum(bit(i, p) << p for p in range(bits)) for i in range(len(codes))] == codes
+
+
+def thinned(bits, shape, axis, kept, levels, seed):
+    """A weight of which only a share is not zero, of few distinct codes."""
+    weight = weight_of(bits, shape, axis, seed)
+    rng = np.random.default_rng(seed)
+    zero = (
+        weight.qparams.zero_point
+        if axis is None
+        else np.moveaxis(
+            np.broadcast_to(weight.qparams.zero_point, (*shape[:axis], *shape[axis + 1 :], shape[axis])), -1, axis
+        )
+    )
+    some = rng.choice(weight.codes.reshape(-1), levels)
+    codes = np.where(rng.random(shape) < kept, rng.choice(some, shape), zero).astype(weight.codes.dtype)
+    return QuantizedWeight(codes, weight.qparams)
+
+
+@pytest.mark.parametrize("axis", [None, 0])
+@pytest.mark.parametrize(
+    ("bits", "kept", "levels", "most"),
+    [
+        (8, 0.2, 1000, 0.2 + 1.2 / 8),
+        (5, 0.1, 1000, 0.1 + 1.2 / 5),
+        (16, 0.05, 1000, 0.05 + 1.2 / 16),
+        (16, 1.0, 200, 0.52),
+        (8, 1.0, 11, 0.52),
+        (8, 0.3, 3, (2 * 0.3 + 1.2) / 8),
+    ],
+)
+def test_a_thin_weight_takes_less_and_is_still_exact(bits, kept, levels, most, axis):
+    weight = thinned(bits, (64, 61, 3, 3), axis, kept, levels, seed=bits)
+    model = written(weight)
+    dense = weight.codes.size * bits / 8
+    assert weight_bytes(model) - 10_000 < most * dense < dense
+    for optimize in (False, True):
+        found = run(model, {"x": np.zeros(weight.codes.shape, np.float32)}, optimize)["y"]
+        np.testing.assert_allclose(found, meaning(weight), rtol=2e-7, atol=0)
+
+
+@given(st.integers(1, 8), st.floats(0, 1), st.integers(1, 40), st.sampled_from([None, 0]), st.integers(0, 1000))
+def test_zeros_at_either_end_and_weights_of_nothing_else(bits, kept, levels, axis, seed):
+    weight = thinned(bits, (40, 701), axis, kept, levels, seed)
+    found = run(written(weight), {"x": np.zeros(weight.codes.shape, np.float32)}, False)["y"]
+    np.testing.assert_allclose(found, meaning(weight), rtol=2e-7, atol=0)
