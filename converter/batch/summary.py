@@ -1,0 +1,98 @@
+"""What a batch has done: a line and a table for people, JSON and CSV for programs, JUnit XML for build servers."""
+
+from __future__ import annotations
+
+import csv
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+from xml.etree.ElementTree import Element, ElementTree, SubElement
+
+from converter.batch.run import Record
+
+SHOWN = ("name", "status", "seconds", "size_before", "size_after", "cosine", "agreement", "speedup")
+FAILURES = {"failed": "error", "missed": "failure", "skipped": "skipped"}
+# Characters that XML 1.0 cannot hold.
+UNWRITABLE = re.compile("[^\\t\\n\\r\\x20-\\ud7ff\\ue000-\\ufffd\\U00010000-\\U0010ffff]")
+
+
+def row(record: Record) -> dict[str, Any]:
+    """Everything about a record, flat; it has figures where it was converted."""
+    entry, result = record.entry, record.result
+    files = {"model": str(entry.job.model), "output": str(entry.job.output)} if entry.job else {}
+    cost = {"seconds": round(result.seconds, 3), "memory_mb": round(result.megabytes, 1)}
+    figures = asdict(result.figures) if result.figures else {}
+    told = {"warnings": " ".join(result.warnings), "message": record.message}
+    return {
+        "name": entry.name,
+        "status": record.status,
+        "config": str(entry.config),
+        **files,
+        **cost,
+        **figures,
+        **told,
+    }
+
+
+def write(records: Sequence[Record], folder: Path, junit: Path | None) -> None:
+    """Writes batch_summary.json and .csv, which have a manifest's settings as well, into the folder, and JUnit XML."""
+    rows = [row(record) | dict(record.entry.settings) for record in records]
+    (folder / "batch_summary.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    with (folder / "batch_summary.csv").open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+        writer = csv.DictWriter(file, _names(rows))
+        writer.writeheader()
+        writer.writerows(rows)
+    if junit:
+        junit.parent.mkdir(parents=True, exist_ok=True)
+        ElementTree(_suite(records)).write(junit, encoding="utf-8", xml_declaration=True)
+
+
+def _names(rows: Sequence[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for found in rows for name in found))
+
+
+def _suite(records: Sequence[Record]) -> Element:
+    """One test case a record: a failed job is an error, a missed gate a failure."""
+    kinds = [FAILURES.get(record.status) for record in records]
+    totals = {"errors": kinds.count("error"), "failures": kinds.count("failure"), "skipped": kinds.count("skipped")}
+    suite = Element(
+        "testsuite", {"name": "qconvert", "tests": str(len(records))} | {k: str(v) for k, v in totals.items()}
+    )
+    for record, kind in zip(records, kinds, strict=True):
+        about = {
+            "classname": str(record.entry.config),
+            "name": record.entry.name,
+            "time": f"{record.result.seconds:.3f}",
+        }
+        case = SubElement(suite, "testcase", {name: UNWRITABLE.sub("?", text) for name, text in about.items()})
+        if kind:
+            SubElement(case, kind, {"message": UNWRITABLE.sub("?", record.message)})
+    return suite
+
+
+def progress(record: Record, number: int, total: int) -> str:
+    """The line that says that a job is done."""
+    warnings = f", warnings: {len(record.result.warnings)}" if record.result.warnings else ""
+    message = f": {record.message}" if record.message else ""
+    cost = f"{record.result.seconds:.1f} s{warnings}"
+    return f"[{number:{len(str(total))}}/{total}] {record.status} {record.entry.name}, {cost}{message}"
+
+
+def table(records: Sequence[Record]) -> Iterator[str]:
+    """Every job with its figures and the settings that a manifest overrides."""
+    rows = [row(record) | dict(record.entry.settings) for record in records]
+    names = [*SHOWN, *_names([dict(record.entry.settings) for record in records])]
+    lines = [
+        [name.rpartition(".")[2] for name in names],
+        *([_cell(found.get(name)) for name in names] for found in rows),
+    ]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        yield "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+
+
+def _cell(value: object) -> str:
+    return "-" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
