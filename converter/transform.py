@@ -1,0 +1,31 @@
+"""FLOAT32: the quantization that a model was trained with is taken away again."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from calib.samples import Dataset
+from converter.data import open_data
+from converter.errors import ModelError
+from converter.job import FLOATS, Job, Watch
+from converter.plan import NodePlan, QuantPlan
+from converter.quantized import Quantized
+from converter.trained.taking import take_trained
+
+
+def make_plan(model: ir.Model, job: Job) -> QuantPlan:
+    """All nodes that are left, float; raises ModelError for a model without quantization."""
+    if not take_trained(model, job.input_type in FLOATS, job.output_type in FLOATS):
+        where = job.config.at("transform_quant_param", "export_precision_mode")
+        msg = f"{where}: {job.model} was not trained with quantization; convert a model that was, or keep this one."
+        raise ModelError(msg)
+    reason = "export_precision_mode = FLOAT32"
+    return QuantPlan({n.name or "": NodePlan(n.name or "", n.op_type, False, reason) for n in model.graph}, {})
+
+
+def quantize(model: ir.Model, job: Job, watch: Watch) -> Quantized:
+    """The model without its quantization, beside itself as it was trained."""
+    reference = model.clone()
+    plan = make_plan(model, job)
+    data = open_data(model, job, watch) if job.config.preprocess.calibrate_path else Dataset((), (), ())
+    return Quantized(reference, model, plan, data, trained=True)
