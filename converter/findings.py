@@ -17,7 +17,8 @@ class Verification:
     the quantized model with and without the runtime's optimizations, relative to the output's largest value; `speedup`,
     `top1` and `agreement` (shares from 0 to 1) are None where they were not measured. `kernels` counts the operators
     that the runtime really executes by name, `conversions` names the Q/DQ nodes among them that stayed on their own,
-    and `saturated` the nodes whose weights let kernels of some processors saturate.
+    and `saturated` the nodes whose weights let kernels of some processors saturate. `random` says that there was no
+    data.
     """
 
     samples: int
@@ -30,6 +31,13 @@ class Verification:
     kernels: Mapping[str, int]
     conversions: tuple[str, ...]
     saturated: tuple[str, ...]
+    random: bool = False
+
+    @property
+    def where(self) -> str:
+        """What the models were run on, in words."""
+        kind = "random samples" if self.random else "calibration samples"
+        return f"{self.samples} {'samples held back from calibration' if self.held_back else kind}"
 
 
 @dataclass(frozen=True)
@@ -57,7 +65,7 @@ class TensorFinding:
     """One quantized activation or weight: its histogram (`counts` in equal bins from `low` to `high`) and its range.
 
     `range` are the least and greatest value that the quantized tensor can hold; `clipped` is the share of the float
-    values outside of it.
+    values that lie farther outside of it than rounding moves them.
     """
 
     name: str

@@ -1,21 +1,228 @@
-"""After every conversion: the float and the quantized model side by side."""
+"""After every conversion: the float and the quantized model side by side, as a runtime executes them."""
 
 from __future__ import annotations
 
-from converter.compare import TensorError, compare, speedup
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+
+from calib import CalibError
+from calib.affine import Array
+from calib.samples import Dataset
+from calib.session import open_session, over_samples, run
+from converter.algorithms.matrices import view_of
+from converter.compare import TensorError, compare, error_of, products, speedup
+from converter.data import synthetic_data
+from converter.errors import DataError, ModelError
+from converter.findings import Verification
 from converter.job import Resources, Watch
-from converter.model import saved, weight_bytes
+from converter.model import constant, load, saved, weight_bytes
+from converter.pairs import parameters
 from converter.quantized import Quantized
+from converter.sensitivity import read_labels
 
-# Samples on which the tensors inside both models are compared.
-COMPARED_SAMPLES = 4
-# Models with more weights are not timed: writing and loading them would take longer than the conversion.
+# Samples the outputs are compared on, those without the runtime's optimizations, and those for the tensors inside.
+VERIFIED_SAMPLES, PLAIN_SAMPLES, COMPARED_SAMPLES = 16, 4, 4
+# Models with more weights are compared on one sample and not timed, which would take longer than the conversion.
 TIMED_BYTES = 500_000_000
-# Less than this speed-up is called slower, not noise.
-SLOWER = 0.95
+# What is called slower and not noise, a cosine similarity called a loss, and dB that optimizations may cost.
+SLOWER, LOST_COSINE, LOST_DB = 0.95, 0.95, 3.0
+# Two codes of one sign may sum up to this: 128 * 255 fits into 16 bits.
+PAIR_LIMIT = 128
+# Products that kernels compute in pairs: input and weight among the operands, and the operator they stand for.
+PRODUCTS = {
+    **{name: (0, 1, name) for name in ("Conv", "MatMul", "Gemm")},
+    **{"QLinearConv": (0, 3, "Conv"), "QLinearMatMul": (0, 3, "MatMul"), "QGemm": (0, 3, "Gemm")},
+    **dict.fromkeys(("MatMulInteger", "MatMulIntegerToFloat"), (0, 1, "MatMul")),
+}
+# All outputs of each sample.
+Outputs = Sequence[Sequence[Array]]
 
 
-def verify(result: Quantized, resources: Resources, watch: Watch) -> tuple[TensorError, ...]:
+def verify(result: Quantized, label_file: Path | None, resources: Resources, watch: Watch) -> Verification | None:
+    """What running both models tells, on samples that calibration has not seen, where there are any.
+
+    Warns of what the user should know. None where the model does not run on random samples and there are no others.
+    """
+    try:
+        data, held_back = _samples(result, watch)
+        return _verified(result, data, held_back, label_file, resources, watch)
+    except (CalibError, ModelError) as error:
+        if len(result.data):
+            raise
+        watch.warn(f"The result is not verified, as the model does not run on random samples; give data. {error}")
+        return None
+
+
+def _samples(result: Quantized, watch: Watch) -> tuple[Dataset, bool]:
+    """Samples to verify on, and whether calibration saw none of them."""
+    if not len(result.data):
+        watch.say("There is no data: the outputs are compared on random samples.")
+        return synthetic_data(result.reference), False
+    further = result.data.further(VERIFIED_SAMPLES)
+    if not len(further):
+        watch.say("calibrate_size takes all samples: the outputs are compared on calibration samples.")
+    return (further, True) if len(further) else (result.data, False)
+
+
+def _verified(
+    result: Quantized, data: Dataset, held_back: bool, labels: Path | None, resources: Resources, watch: Watch
+) -> Verification:
+    big = weight_bytes(result.reference) > TIMED_BYTES
+    with saved(result.reference) as reference, saved(result.model) as other:
+        names, before = _outputs(reference, data, 1 if big else VERIFIED_SAMPLES, resources)
+        _, after = _outputs(other, data, len(before), resources)
+        _, plain = _outputs(other, data, PLAIN_SAMPLES if len(before) > 1 else 0, resources, optimize=False)
+        ratio = None if big else speedup(reference, other, data.sample(0))
+        executed = [] if big else _executed(other)
+    found = Verification(
+        samples=len(before),
+        held_back=held_back,
+        outputs=_errors(names, before, after),
+        fused_difference=_difference(plain, after),
+        speedup=ratio,
+        top1=_top1(before, after, data, labels, watch),
+        agreement=_agreement(before, after),
+        kernels=dict(Counter(node.op_type for node in executed)),
+        conversions=tuple(n.name or "" for n in executed if n.op_type in {"QuantizeLinear", "DequantizeLinear"}),
+        saturated=tuple(saturating(result.model)),
+        random=not len(result.data),
+    )
+    both = [_errors(names, before[: len(plain)], outputs) for outputs in (after, plain)]
+    _warn(found, list(zip(*both, strict=True)), result, watch)
+    return found
+
+
+def _outputs(
+    path: Path, data: Dataset, most: int, resources: Resources, optimize: bool = True
+) -> tuple[list[str], Outputs]:
+    """Names of the numeric outputs, and what they are for at most so many samples, as many as fit the memory."""
+    session = open_session(path, optimize=optimize)
+    kinds = {output.name: output.type for output in session.get_outputs()}
+    names = [name for name, kind in kinds.items() if kind.startswith("tensor(") and "string" not in kind]
+
+    def step(index: int) -> list[Array]:
+        return list(run(session, names, data.sample(index)).values())
+
+    first = [step(0)] if most else []
+    room = resources.memory // max(1, 3 * sum(x.nbytes for x in first[0])) if first else 0
+    count = max(1, min(most, len(data), room))
+    return names, [*first, *over_samples(count - 1, lambda index: step(index + 1), resources.threads)]
+
+
+def _errors(names: Sequence[str], before: Outputs, after: Outputs) -> tuple[TensorError, ...]:
+    """The error of every output over the samples of `after`."""
+    found = [[products(x, y) for x, y in zip(*both, strict=True)] for both in zip(before, after, strict=False)]
+    return tuple(map(error_of, names, np.sum(found, axis=0))) if found else ()
+
+
+def _difference(plain: Outputs, after: Outputs) -> float:
+    """The largest relative to the largest value."""
+    pairs = [both for sample in zip(plain, after, strict=False) for both in zip(*sample, strict=True) if both[0].size]
+    largest = max((float(np.abs(x.astype(np.float64)).max()) for x, _ in pairs), default=0.0)
+    differences = (float(np.abs(np.subtract(x, y, dtype=np.float64)).max()) for x, y in pairs)
+    return max(differences, default=0.0) / (largest or 1.0)
+
+
+def _agreement(before: Outputs, after: Outputs) -> float | None:
+    """The share of samples with the same largest value, where the first output is one row of floats, a classifier's."""
+    rows = [x[0] for x in before]
+    if not all(x.dtype.kind == "f" and x.ndim == 2 and len(x) == 1 < x.size for x in rows):
+        return None
+    return float(np.mean([x.argmax() == y[0].argmax() for x, y in zip(rows, after, strict=True)]))
+
+
+def _top1(
+    before: Outputs, after: Outputs, data: Dataset, label_file: Path | None, watch: Watch
+) -> tuple[float, float] | None:
+    """The share of right answers of both models."""
+    if label_file is None or _agreement(before, after) is None:
+        return None
+    try:
+        labels = read_labels(label_file, data)
+    except DataError as error:
+        watch.warn(f"Right answers are not counted: {error}")
+        return None
+    wanted = [labels[data.files(index)[0].name] for index in range(len(before))]
+    first, second = ([x[0].argmax() for x in outputs] for outputs in (before, after))
+    return float(np.mean(np.equal(first, wanted))), float(np.mean(np.equal(second, wanted)))
+
+
+def _executed(path: Path) -> list[ir.Node]:
+    """The nodes that ONNX Runtime is left with after its optimizations, which it writes beside the file at `path`."""
+    optimized = path.with_name("optimized.onnx")
+    open_session(path, optimized=optimized)
+    return list(load(optimized).graph)
+
+
+def saturating(model: ir.Model) -> Iterator[str]:
+    """Nodes whose weights let kernels that add products in 16 bits, those of x86 without VNNI, saturate."""
+    kinds = {codes: found for node in model.graph for codes, found in parameters(node)}
+
+    def integers(value: ir.Value | None) -> tuple[ir.Value | None, ir.DataType | None]:
+        maker = value.producer() if value is not None else None
+        codes = maker.inputs[0] if maker is not None and maker.op_type == "DequantizeLinear" else value
+        zero_point = kinds[codes][1] if codes in kinds else None
+        return codes, (zero_point.dtype if zero_point is not None else codes.dtype if codes is not None else None)
+
+    for node in model.graph:
+        first, second, op_type = PRODUCTS.get(node.op_type, (0, 0, ""))
+        data, kind = integers(node.inputs[first]) if op_type else (None, None)  # a Constant has no inputs
+        if kind == ir.DataType.UINT8:
+            # Fewer codes of the data, which a Clip bounds, leave those of the weights more room.
+            clip = data.producer() if data is not None else None
+            high = constant(clip.inputs[2]) if clip is not None and clip.op_type == "Clip" else None
+            limit = PAIR_LIMIT if high is None else PAIR_LIMIT * 255 // int(high)
+            codes, kind = integers(node.inputs[second])
+            array = constant(codes)
+            if kind == ir.DataType.INT8 and array is not None and _may_saturate(node, op_type, array, limit):
+                yield node.name or ""
+
+
+def _may_saturate(node: ir.Node, op_type: str, codes: Array, limit: int) -> bool:
+    """Whether two codes that such a kernel multiplies and adds in one go sum up to more than `limit`."""
+    if op_type == "Conv" and codes.shape[1] == 1 and codes.shape[0] == node.attributes.get_int("group", 1):
+        return False  # depthwise kernels add in 32 bits
+    view = view_of(ir.Node("", op_type, [], list(node.attributes.values())), codes.shape, 1)
+    if view is None:
+        return False
+    matrix = view.matrix(codes.astype(np.int32))
+    even, odd = matrix[..., : matrix.shape[-1] - 1 : 2], matrix[..., 1::2]
+    return bool((np.abs(even + odd)[even * odd > 0] > limit).any())
+
+
+def _warn(
+    found: Verification, fused: Sequence[tuple[TensorError, TensorError]], result: Quantized, watch: Watch
+) -> None:
+    """Says what the user should know; `fused` are errors with and without optimizations on the same samples."""
+    if found.speedup is not None and found.speedup < SLOWER and (result.plan.tensors or not result.plan.nodes):
+        watch.warn(
+            "The quantized model is slower here than the float one: what converts to integers and back costs more than "
+            "integer kernels save; leave the operators around float nodes float (skip_quant_node) or use WEIGHT_QUANT."
+        )
+    for error, plain in fused:
+        if error.sqnr_db < plain.sqnr_db - LOST_DB:
+            watch.warn(
+                f"The runtime's integer kernels disagree with the model: output '{error.name}' has "
+                f"{error.sqnr_db:.1f} dB, and {plain.sqnr_db:.1f} dB without optimizations."
+            )
+    worst = min(found.outputs, key=lambda error: error.cosine, default=None)
+    if worst is not None and worst.cosine < LOST_COSINE and len(result.data):
+        watch.warn(
+            f"Output '{worst.name}' is only {worst.cosine:.4f} like the float model's (cosine similarity): set "
+            "debug_info_save_path to see which nodes cost most."
+        )
+    if found.saturated:
+        watch.warn(
+            f"The weights of {len(found.saturated)} nodes, first {found.saturated[0]}, can overflow 16-bit sums on x86 "
+            "processors without VNNI, which then compute something else: set overflow_safe = true."
+        )
+
+
+def tensor_errors(result: Quantized, resources: Resources) -> tuple[TensorError, ...]:
     """The error of every output and of every tensor inside that both models have, worst first; none without data."""
     if not len(result.data):
         return ()
@@ -23,20 +230,4 @@ def verify(result: Quantized, resources: Resources, watch: Watch) -> tuple[Tenso
     pairs = {**result.tensors, **outputs}
     with saved(result.reference, pairs) as reference, saved(result.model, pairs.values()) as other:
         found = compare(reference, other, pairs, result.data, COMPARED_SAMPLES, resources.threads)
-    if result.plan.tensors and result.plan.units() and weight_bytes(result.reference) < TIMED_BYTES:
-        _tell_speed(result, watch)
     return tuple(sorted(found, key=lambda error: error.sqnr_db))
-
-
-def _tell_speed(result: Quantized, watch: Watch) -> None:
-    """Says how much faster the quantized model is here, and warns where it is not."""
-    with saved(result.reference) as reference, saved(result.model) as other:
-        ratio = speedup(reference, other, result.data.sample(0))
-    if ratio is None:
-        return
-    watch.tell(f"Speed {ratio:.2f} times the float model's, in ONNX Runtime on one thread of this machine.")
-    if ratio < SLOWER:
-        watch.warn(
-            "The quantized model is slower here than the float one: what converts to integers and back costs more than "
-            "integer kernels save; leave the operators around float nodes float (skip_quant_node) or use WEIGHT_QUANT."
-        )

@@ -19,7 +19,7 @@ from rich.text import Text
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = "qconvert --modelFile=examples/digits/digits_cnn.onnx --configFile=configs/full_quant.cfg"
-WIDTH = 100
+WIDTH = 112
 # Viewers that show an SVG as a picture load no fonts from elsewhere; theirs is as good.
 WEB_FONTS = re.compile(r"@font-face \{.*?\}\n?", re.DOTALL)
 

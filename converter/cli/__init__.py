@@ -4,18 +4,28 @@ from __future__ import annotations
 
 import logging
 import os
+import signal
 import sys
+import traceback
+import warnings
 from pathlib import Path
 from typing import Any
 
 import click
 
-from converter import __version__
-from converter.cli.flags import job_flags, job_of
-from converter.cli.terminal import Terminal
+from converter.cli.batch import batch_command
+from converter.cli.compare import compare_command
+from converter.cli.flags import gate_flags, gates_of, job_flags, job_of
+from converter.cli.init import init_command
+from converter.cli.inspect import inspect_command
+from converter.cli.terminal import Terminal, show
 from converter.config import load_config
-from converter.errors import QConvertError, UsageError
+from converter.config.keys import default_config
+from converter.config.rules import MODELESS_RULES, RULES
+from converter.errors import GateError, QConvertError, UsageError
+from converter.gates import Figures, Gates
 from converter.job import Job
+from converter.version import __version__
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -24,8 +34,14 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 @click.option("--fmk", default="ONNX", show_default=True, help="Format of the float model; only ONNX.")
 @click.option("--modelFile", "model", type=click.Path(path_type=Path), help="Float ONNX model.  [required]")
 @click.option("--outputFile", "output", type=click.Path(), help="Default: MODEL_quant.onnx beside it.")
-@click.option("--configFile", "config", type=click.Path(path_type=Path), help="INI file, see README.  [required]")
+@click.option(
+    "--configFile",
+    "config",
+    type=click.Path(path_type=Path),
+    help="INI file, see README.  [required without --fp16=on]",
+)
 @job_flags
+@gate_flags
 @click.option("--dry-run", is_flag=True, help="Print the plan, every node and tensor with its reason; run nothing.")
 @click.option("--quiet", is_flag=True, help="Print the result line, warnings and errors only.")
 @click.option("--verbose", is_flag=True, help="Print more on the way.")
@@ -35,40 +51,55 @@ def command(
     context: click.Context, /, fmk: str, model: Path | None, output: str | None, config: Path | None, **flags: Any
 ) -> None:
     """Turn a float ONNX model into a quantized one that ordinary runtimes execute."""
+    # Our own workers use the cores; one thread in BLAS also makes sums the same on any machine.
+    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
+    # Libraries log tracebacks of what is handled here.
+    logging.disable(logging.CRITICAL)
+    # What a model computes beyond all numbers is told in sentences.
+    warnings.simplefilter("ignore", RuntimeWarning)
     if context.invoked_subcommand:
         return
     if fmk != "ONNX":
         msg = f"--fmk={fmk}: only ONNX models are read; export the model to ONNX and write --fmk=ONNX."
         raise UsageError(msg)
-    if model is None or config is None:
+    half = flags["fp16"] == "on"
+    rules = MODELESS_RULES if half else RULES
+    loaded = load_config(config, rules=rules) if config else default_config() if half else None
+    model = model or (loaded.job.model if loaded else None)
+    if model is None or loaded is None:
         missing = "--modelFile" if model is None else "--configFile"
         msg = f"Missing option '{missing}'; run qconvert --help for the flags."
         raise UsageError(msg)
-    job = job_of(model, output, load_config(config), flags)
-    run(job, Terminal(flags["quiet"], flags["verbose"]), dry=flags["dry_run"])
+    if output is None and loaded.job.output:
+        output = str(loaded.job.output)
+    job = job_of(model, output, loaded, flags)
+    run(job, Terminal(flags["quiet"], flags["verbose"]), gates_of(flags), dry=flags["dry_run"])
 
 
-def run(job: Job, terminal: Terminal, dry: bool) -> None:
-    """Converts, or shows what a conversion would do."""
-    # Our own workers use the cores; one thread in BLAS also makes sums the same on any machine.
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
-    # Libraries log tracebacks of what is handled here.
-    logging.disable(logging.CRITICAL)
+def run(job: Job, terminal: Terminal, gates: Gates, dry: bool) -> None:
+    """Converts and holds the result against the gates, or shows what a conversion would do."""
     from converter import pipeline  # imports what takes long, which --help must not wait for
     from converter.report.text import plan_lines, summary_lines
 
-    if dry:
-        lines = plan_lines(pipeline.make_plan(job, terminal))
-    else:
-        lines = summary_lines(pipeline.convert(job, terminal), job.output)
+    outcome = None if dry else pipeline.convert(job, terminal)
+    lines = summary_lines(outcome, job.output) if outcome else plan_lines(pipeline.make_plan(job, terminal))
     for line in [] if terminal.quiet else lines:
-        click.echo(line)
-    if not dry:
+        show(line)
+    if outcome and (missed := gates.missed(Figures.of(outcome))):
+        msg = f"The model was written, but misses a quality gate: {missed}."
+        raise GateError(msg)
+    if outcome:
         click.echo("CONVERT RESULT SUCCESS:0")
 
 
+for subcommand in (batch_command, compare_command, init_command, inspect_command):
+    command.add_command(subcommand)
+
+
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point of the console script: exits with 0, 1 for bad input or 2 for bad usage."""
+    """Entry point of the console script: exits with 0, or as the error says (see converter.errors)."""
+    # Whoever stops the process in order finds no litter.
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         command.main(arguments, prog_name="qconvert", standalone_mode=False)
     except QConvertError as error:
@@ -80,8 +111,15 @@ def main(arguments: list[str] | None = None) -> None:
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         _fail(f"{error.filename or 'A file'}: {reason}; check the path, your rights and the space on the disk.", 1)
+    except MemoryError:
+        _fail("There is not enough memory; lower calibration_memory or thread_num in the config.", 1)
+    except Exception as error:
+        if "--verbose" in (arguments or sys.argv):
+            traceback.print_exception(error)
+        what = " ".join(f"{type(error).__name__}: {error}".split())
+        _fail(f"Something unforeseen, {what:.200}; please report it with what --verbose shows.", 1)
 
 
 def _fail(message: str, code: int) -> None:
-    click.echo(f"ERROR: {message}", err=True)
+    show(f"ERROR: {message}", err=True)
     sys.exit(code)

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -11,7 +10,8 @@ import click
 
 from converter.config import Config
 from converter.errors import UsageError
-from converter.job import Job, Shape
+from converter.gates import Gates, size_limit
+from converter.job import Job, Shape, output_path
 
 F = TypeVar("F", bound=Callable[..., Any])
 TYPES = ("DEFAULT", "FLOAT", "FLOAT32", "UINT8", "INT8")
@@ -21,15 +21,50 @@ JOB_FLAGS = (
     click.option("--inputDataFormat", "layout", type=LAYOUT, help="Layout of 4-D image inputs."),
     click.option("--inputDataType", "input_type", type=TYPE, help="Integers: the model takes pixels."),
     click.option("--outputDataType", "output_type", type=TYPE, help="Integers: the model gives codes."),
-    click.option("--fp16", type=SWITCH, default="off", help="Store other constants as float16."),
+    click.option(
+        "--fp16", type=SWITCH, default="off", help="Store other constants as float16; all, without a quant_type."
+    ),
+    click.option("--verify", type=SWITCH, default="on", show_default=True, help="Run both models and compare them."),
+)
+
+
+def _size(context: click.Context, option: click.Parameter, text: str | None) -> str | None:
+    try:
+        size_limit(text or "0%", 1)
+    except ValueError as error:
+        raise click.BadParameter(str(error)) from error
+    return text
+
+
+GATE_FLAGS = (
+    click.option("--min-cosine", type=float, help="Exit with 3 if an output's cosine similarity is less."),
+    click.option("--min-agreement", type=float, help="Exit with 3 if a smaller share of answers stays the same."),
+    click.option("--min-speedup", type=float, help="Exit with 3 if the model is less times faster."),
+    click.option(
+        "--max-size", callback=_size, help="Exit with 3 if the model is larger: 5MB, or 30% of the float one."
+    ),
 )
 
 
 def job_flags(command: F) -> F:
     """Adds the flags of JOB_FLAGS to a command, which hands them on to `job_of`."""
-    for option in reversed(JOB_FLAGS):
+    return _with(command, JOB_FLAGS)
+
+
+def gate_flags(command: F) -> F:
+    """Adds the flags of GATE_FLAGS to a command, which hands them on to `gates_of`."""
+    return _with(command, GATE_FLAGS)
+
+
+def _with(command: F, options: Sequence[Callable[[F], F]]) -> F:
+    for option in reversed(options):
         command = option(command)
     return command
+
+
+def gates_of(flags: dict[str, Any]) -> Gates:
+    """The quality gates that the flags describe."""
+    return Gates(flags["min_cosine"], flags["min_agreement"], flags["min_speedup"], flags["max_size"])
 
 
 def job_of(model: Path, output: str | None, config: Config, flags: dict[str, Any]) -> Job:
@@ -43,21 +78,8 @@ def job_of(model: Path, output: str | None, config: Config, flags: dict[str, Any
         input_type=flags["input_type"] or "DEFAULT",
         output_type=flags["output_type"] or "DEFAULT",
         fp16=flags["fp16"] == "on",
+        verify=flags["verify"] == "on",
     )
-
-
-def output_path(model: Path, given: str | None) -> Path:
-    """The file to write, `.onnx` appended; raises UsageError, before any work is done, where none can be written."""
-    output = model.parent / f"{model.stem}_quant.onnx" if given is None else Path(given)
-    if not output.name or str(given).endswith(("/", os.sep)):
-        msg = f"--outputFile '{given}' names no file; write for example {output / 'model_quant.onnx'}."
-        raise UsageError(msg)
-    output = output if output.suffix == ".onnx" else output.with_name(f"{output.name}.onnx")
-    folder = next(parent for parent in output.absolute().parents if parent.exists())
-    if output.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        msg = f"--outputFile {output} cannot be written; give the path of a file in a folder that you may write to."
-        raise UsageError(msg)
-    return output
 
 
 def input_shapes(text: str) -> dict[str, Shape]:

@@ -11,6 +11,11 @@ import click
 T = TypeVar("T")
 
 
+def show(text: str, err: bool = False) -> None:
+    """Prints one line: names from models and folders cannot break it or command the terminal."""
+    click.echo("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text), err=err)
+
+
 class Terminal:
     """Shows progress on a terminal only, remarks when verbose, and warnings always."""
 
@@ -28,13 +33,13 @@ class Terminal:
     def say(self, text: str) -> None:
         """A line for --verbose."""
         if self.verbose:
-            click.echo(text, err=True)
+            show(text, err=True)
 
     def tell(self, text: str) -> None:
         """A line of the result, unless quiet."""
         if not self.quiet:
-            click.echo(text)
+            show(text)
 
     def warn(self, text: str) -> None:
         """A line that starts with WARNING."""
-        click.echo(f"WARNING: {text}", err=True)
+        show(f"WARNING: {text}", err=True)

@@ -7,22 +7,25 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from converter.findings import Findings, Verification
 from converter.plan import NodePlan, QuantPlan
 
 if TYPE_CHECKING:
     from converter.pipeline import Outcome
 
 WORST = 5
+# Kinds of operators that the summary names.
+SHOWN = 4
 
 
 def plan_lines(plan: QuantPlan) -> Iterator[str]:
     """Every node and every tensor with its bits and the reason."""
-    yield from _columns(
+    yield from columns(
         ("node", "operator", "becomes", "why"),
         ((n.name, n.op_type, _becomes(n), n.reason) for n in plan.nodes.values()),
     )
     yield ""
-    yield from _columns(("tensor", "bits", "why"), _tensor_rows(plan))
+    yield from columns(("tensor", "bits", "why"), _tensor_rows(plan))
 
 
 def summary_lines(outcome: Outcome, output: Path) -> Iterator[str]:
@@ -32,13 +35,48 @@ def summary_lines(outcome: Outcome, output: Path) -> Iterator[str]:
     yield f"Quantized {sum(quantized.values())} of {len(counted)} nodes: {_counts(quantized)}."
     for reason, nodes in _by_reason(node for node in counted if not node.quantized).items():
         yield f"Left float, {reason}: {_names(nodes)}."
-    before, after = outcome.size_before, outcome.size_after
-    yield f"Size {_megabytes(before)} -> {_megabytes(after)} ({after / before:.0%} of the float model)."
+    yield _size_line(outcome.size_before, outcome.size_after)
     if outcome.errors:
         yield "Tensors that changed most (cosine similarity, signal to quantization noise):"
         rows = ((f"  {e.name}", f"{e.cosine:.5f}", f"{e.sqnr_db:.1f} dB") for e in outcome.errors[:WORST])
-        yield from _columns((), rows)
+        yield from columns((), rows)
+    yield from verification_lines(outcome.verification) if outcome.verification else ()
     yield f"Written to {output}"
+
+
+def verification_lines(found: Verification) -> Iterator[str]:
+    """What running both models told."""
+    worst = min(found.outputs, key=lambda error: error.cosine, default=None)
+    parts = [f"cosine {worst.cosine:.5f}, {worst.sqnr_db:.1f} dB"] if worst else []
+    parts += [] if found.agreement is None else [f"same answer on {found.agreement:.1%}"]
+    parts += [] if found.top1 is None else [f"right answers {found.top1[0]:.1%} -> {found.top1[1]:.1%}"]
+    yield f"Verified on {found.where}: {', '.join(parts)}."
+    if found.speedup is not None:
+        yield f"Speed {found.speedup:.2f} times the float model's, in ONNX Runtime on one thread of this machine."
+    if found.kernels:
+        common = Counter(found.kernels).most_common()
+        more = f" and {len(common) - SHOWN} other kinds" if len(common) > SHOWN else ""
+        yield f"ONNX Runtime executes {_counts(Counter(dict(common[:SHOWN])))}{more}."
+
+
+def comparison_lines(found: Findings) -> Iterator[str]:
+    """Size, verification, the nodes that cost most, and advice."""
+    yield _size_line(*found.sizes)
+    yield from verification_lines(found.verification) if found.verification else ()
+    costly = sorted((node for node in found.nodes if node.share), key=lambda node: -(node.share or 0))
+    changed = [(node, node.own) for node in found.nodes if node.own]
+    if costly:
+        yield "Nodes that cost the outputs most, each by itself (share of the error, bits):"
+        yield from columns((), ((f"  {n.name}", f"{n.share:.1%}", f"{n.bits} bits") for n in costly[:WORST]))
+    elif changed:
+        yield "Nodes that changed most (signal to quantization noise, bits):"
+        worst = sorted(changed, key=lambda pair: pair[1].sqnr_db)[:WORST]
+        yield from columns((), ((f"  {n.name}", f"{own.sqnr_db:.1f} dB", f"{n.bits} bits") for n, own in worst))
+    yield from (f"- {sentence}" for sentence in found.advice)
+
+
+def _size_line(before: int, after: int) -> str:
+    return f"Size {_megabytes(before)} -> {_megabytes(after)} ({after / before:.0%} of the float model)."
 
 
 def _becomes(node: NodePlan) -> str:
@@ -77,7 +115,7 @@ def _megabytes(size: int) -> str:
     return f"{size / 1e6:.2f} MB"
 
 
-def _columns(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
+def columns(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
     """Left-aligned columns, the last one free."""
     table = [*([header] if header else []), *rows]
     widths = [max(len(row[i]) for row in table) for i in range(len(table[0]) - 1)] if table else []

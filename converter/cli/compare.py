@@ -1,0 +1,50 @@
+"""`qconvert compare`: what any quantized model lost, and where."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import click
+
+from converter.cli.flags import LAYOUT, gate_flags, gates_of, input_shapes
+from converter.cli.terminal import Terminal, show
+from converter.config import load_config
+from converter.config.keys import default_config
+from converter.config.rules import DATA_RULES
+from converter.errors import GateError
+from converter.gates import Figures
+from converter.job import Job
+
+PATH = click.Path(path_type=Path)
+
+
+@click.command(name="compare")
+@click.argument("reference", metavar="FLOAT", type=PATH)
+@click.argument("other", metavar="QUANT", type=PATH)
+@click.option("--configFile", "config", type=PATH, help="INI file with [data_preprocess_param]; unset: random data.")
+@click.option("--report", type=PATH, help="Folder for the debug reports.")
+@click.option("--inputShape", "shapes", default="", help="Shapes of dynamic inputs: name:1,3,224,224;name2:…")
+@click.option("--inputDataFormat", "layout", type=LAYOUT, help="Layout of 4-D image inputs.")
+@click.option("--verbose", is_flag=True, help="Print more on the way.")
+@gate_flags
+def compare_command(reference: Path, other: Path, config: Path | None, report: Path | None, **flags: Any) -> None:
+    """Compare a quantized model, whoever made it, with the float one."""
+    wanted = load_config(config, rules=DATA_RULES) if config else default_config()
+    wanted = replace(wanted, common=replace(wanted.common, debug_info_save_path=report))
+    from converter.comparison import compare  # imports what takes long
+    from converter.pipeline import Outcome
+    from converter.plan import QuantPlan
+    from converter.report.text import comparison_lines
+
+    job = Job(reference, other, wanted, input_shapes(flags["shapes"]), flags["layout"])
+    found = compare(job, Terminal(False, flags["verbose"]))
+    for line in comparison_lines(found):
+        show(line)
+    if report:
+        click.echo(f"Reports in {report}")
+    outcome = Outcome(QuantPlan({}, {}), *found.sizes, (), found.verification)
+    if missed := gates_of(flags).missed(Figures.of(outcome)):
+        msg = f"{other} misses a quality gate: {missed}."
+        raise GateError(msg)

@@ -1,0 +1,46 @@
+"""`qconvert inspect`: what is in a model and what could become of it."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import click
+
+from converter.cli.terminal import show
+
+# Longer names lose their middle; --json has them whole.
+LONGEST = 72
+
+
+@click.command(name="inspect")
+@click.argument("model", type=click.Path(path_type=Path))
+@click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
+def inspect_command(model: Path, as_json: bool) -> None:
+    """Show operators, sizes and what could be quantized."""
+    from converter.inspection import inspect  # imports what takes long
+    from converter.report.text import columns
+
+    document = inspect(model)
+    if as_json:
+        click.echo(json.dumps(document, indent=2))
+        return
+    for title, found in document.items():
+        if not isinstance(found, list):
+            show(f"{_words(title)}: {found}")
+            continue
+        click.echo(f"\n{_words(title)}{'' if found else ': none'}")
+        names = tuple(_words(name) for name in found[0]) if found else ()
+        rows = (tuple(_text(cell) for cell in row.values()) for row in found)
+        for line in columns(names, rows) if found else ():
+            show(f"  {line}")
+
+
+def _words(name: str) -> str:
+    """`integer_weights` as a heading; the modes keep their names."""
+    return name if name.isupper() else name.replace("_", " ").capitalize()
+
+
+def _text(cell: object) -> str:
+    text = f"[{', '.join(map(str, cell))}]" if isinstance(cell, list) else "-" if cell is None else str(cell)
+    return text if len(text) <= LONGEST else f"{text[:20]}…{text[21 - LONGEST :]}"

@@ -1,0 +1,178 @@
+"""Which values of a quantized model stand for which of the float model: by the names of nodes, else of tensors.
+
+Any pair will do, also one that another tool made: weights and activations behind Q/DQ pairs, operators on integers
+(QLinearConv and its like) and weights that are restored in other ways.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Set
+from dataclasses import dataclass, replace
+
+import numpy as np
+import onnx_ir as ir
+
+from calib.affine import INT32, Array, IntFormat, QParams, dequantize
+from converter.model import Names, constant, values_by_name
+from converter.ops import OPS
+from converter.plan import QuantizedWeight, QuantPlan
+
+Operand = tuple[int, int, int]
+Parameters = tuple[ir.Value, ir.Value | None, int]
+_ONE, _TWO = ((0, 1, 2),), ((0, 1, 2), (3, 4, 5))
+# Where operators say what integers stand for: (codes, scale, zero point) of inputs, (scale, zero point) of the output.
+INTEGER_OPS: Mapping[str, tuple[tuple[Operand, ...], tuple[int, int] | None]] = {
+    "QuantizeLinear": ((), (1, 2)),
+    "DequantizeLinear": (_ONE, None),
+    **dict.fromkeys(("QLinearConv", "QLinearMatMul", "QLinearAdd", "QLinearMul"), (_TWO, (6, 7))),
+    **dict.fromkeys((f"QLinear{x}AveragePool" for x in ("", "Global")), (_ONE, (3, 4))),
+    **dict.fromkeys((f"QLinear{x}" for x in ("LeakyRelu", "Sigmoid", "Softmax")), (_ONE, (3, 4))),
+    "QLinearConcat": ((), (0, 1)),
+    "QGemm": (_TWO, (7, 8)),
+    "MatMulIntegerToFloat": (((0, 2, 4), (1, 3, 5)), None),
+    "DynamicQuantizeMatMul": (((1, 2, 3),), None),
+}
+QUANTIZERS = {"QuantizeLinear", "DynamicQuantizeLinear"}
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a node of the float model reads or writes at one place.
+
+    `name` is the float tensor, `weight` its array if it is constant. `restored` is what the quantized model has for a
+    constant; else `counterpart` names the tensor of `Pairing.model` with the floats, None if there is none. `qparams`
+    are None where there are no integers, or parameters found at run time.
+    """
+
+    node: str
+    op_type: str
+    name: str
+    index: int
+    output: bool
+    weight: Array | None = None
+    restored: Array | None = None
+    counterpart: str | None = None
+    qparams: QParams | None = None
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """All places of `reference`, in the order of its nodes, and a copy of the other model with floats for all."""
+
+    reference: ir.Model
+    model: ir.Model
+    places: tuple[Place, ...]
+
+
+def pair(reference: ir.Model, other: ir.Model, plan: QuantPlan) -> Pairing:
+    """The places of the main graph, and constants of subgraphs; `plan`, which may be empty, knows stored weights."""
+    finder = _Finder(reference, other.clone(), plan)
+    places = [place for graph in reference.graphs() for node in graph for place in finder.places(node)]
+    main = {node.name for node in reference.graph}
+    return Pairing(reference, finder.model, tuple(p for p in places if p.weight is not None or p.node in main))
+
+
+def parameters(node: ir.Node) -> Iterator[tuple[ir.Value, Parameters]]:
+    """The integers that `node` reads or writes, with their scale, zero point and axis."""
+    inputs, output = INTEGER_OPS.get(node.op_type, ((), None))
+    axis = node.attributes.get_int("axis", 1) if node.op_type.endswith("antizeLinear") else 1
+    values = [*node.inputs, *[None] * 9]
+    for codes, scale, zero_point in inputs:
+        if (found := values[codes]) is not None and (by := values[scale]) is not None:
+            yield found, (by, values[zero_point], 0 if node.op_type == "QLinearConv" else axis)
+    if output and (by := values[output[0]]) is not None:
+        yield node.outputs[0], (by, values[output[1]], axis)
+    if node.op_type == "DynamicQuantizeLinear":
+        yield node.outputs[0], (node.outputs[1], node.outputs[2], axis)
+
+
+def qparams_of(codes: ir.Value, scale: ir.Value, zero_point: ir.Value | None, axis: int) -> QParams | None:
+    """What is known of integers when the model is loaded; None if their scale is computed."""
+    by, zero = constant(scale), constant(zero_point)
+    kind = (zero_point if zero_point is not None else codes).dtype
+    if by is None or kind is None:
+        return None
+    zero = np.zeros(by.shape, kind.numpy()) if zero is None else zero
+    fmt = INT32 if kind == ir.DataType.INT32 else IntFormat(kind.bitwidth, kind.is_signed())
+    return QParams(by.squeeze(), zero.squeeze(), fmt) if by.size == 1 else QParams(by, zero, fmt, axis)
+
+
+def _renamed(reference: ir.Model, names: Set[str]) -> Iterator[tuple[str, str | None]]:
+    """What a Relu or Clip makes, where an operator on integers before it does its work, and what it reads, to None."""
+    for node in (node for node in reference.graph if node.op_type in {"Relu", "Clip"}):
+        before, after = (value.name if value else None for value in (node.inputs[0], node.outputs[0]))
+        if f"{before}_quantized" in names and after and before and names.isdisjoint({after, f"{after}_quantized"}):
+            yield from ((before, None), (after, before))
+
+
+class _Finder:
+    def __init__(self, reference: ir.Model, model: ir.Model, plan: QuantPlan) -> None:
+        self.model, self.plan, self.names = model, plan, Names(model)
+        self.values, self.known = values_by_name(model.graph), values_by_name(reference.graph).keys()
+        self.renamed = dict(_renamed(reference, self.values.keys()))
+        self.twins = {node.name: node for graph in model.graphs() for node in graph}
+        self.codes = {codes: found for node in list(model.graph) for codes, found in parameters(node)}
+        for node in (node for node in model.graph if node.op_type in OPS and OPS[node.op_type].moves):
+            if node.inputs[0] in self.codes:
+                self.codes.setdefault(node.outputs[0], self.codes[node.inputs[0]])
+
+    def places(self, node: ir.Node) -> Iterator[Place]:
+        twin = self.twins.get(node.name)
+        same = twin if twin is not None and twin.op_type == node.op_type else None
+        for output, values in (False, node.inputs), (True, node.outputs):
+            others = (same.outputs if output else same.inputs) if same else ()
+            for index, value in enumerate(values):
+                if value is not None and value.name and isinstance(value.type, ir.TensorType | None):
+                    other = others[index] if index < len(others) else None
+                    if output and other and other.name != value.name and other.name in self.known:
+                        other = None  # the node was given the output of those behind it, which it now does as well
+                    yield self._place(node, value, index, output, other)
+
+    def _place(self, node: ir.Node, value: ir.Value, index: int, output: bool, twin: ir.Value | None) -> Place:
+        place = Place(node.name or "", node.op_type, value.name or "", index, output, constant(value))
+        name = self.renamed.get(place.name, place.name)
+        found = None if name is None else twin or self.values.get(name) or self.values.get(f"{name}_quantized")
+        # What a node of the same name reads it computes with; else it is what quantization leaves of the tensor.
+        codes = self._codes_of(found, twin is None or output) if found else None
+        if found and codes is None and found.name == f"{name}_quantized":
+            found = None  # integers of which nothing says what they stand for
+        q = qparams_of(codes, *self.codes[codes]) if codes else None
+        if place.weight is not None:
+            stored = self._stored(place.node, index)
+            if q and (array := constant(codes)) is not None:
+                return replace(place, restored=dequantize(array, q), qparams=q)
+            if stored is not None:
+                return replace(place, restored=dequantize(stored.codes, stored.qparams), qparams=stored.qparams)
+            if (array := constant(found)) is not None:
+                return replace(place, restored=array)
+        floats = self._floats(codes) if codes else found
+        return replace(place, counterpart=floats.name if floats else None, qparams=q)
+
+    def _stored(self, node: str, index: int) -> QuantizedWeight | None:
+        """A weight that the plan knows."""
+        unit = self.plan.nodes.get(node)
+        if unit and unit.weight and unit.weight.index == index and node in self.plan.weights:
+            return self.plan.weights[node]
+        return self.plan.stored.get((node, index))
+
+    def _codes_of(self, value: ir.Value, follow: bool) -> ir.Value | None:
+        """The integers that `value` is, comes from or, to `follow`, becomes."""
+        maker = value.producer()
+        if maker is not None and maker.op_type == "DequantizeLinear":
+            return maker.inputs[0]
+        if value in self.codes or not follow:
+            return value if value in self.codes else None
+        quantizers = (use.node for use in value.uses() if use.node.op_type in QUANTIZERS)
+        return next((node.outputs[0] for node in quantizers if node.outputs[0] in self.codes), None)
+
+    def _floats(self, codes: ir.Value) -> ir.Value:
+        """What a DequantizeLinear makes of the codes; a new one if there is none."""
+        readers = [use.node for use in codes.uses() if use.node.op_type == "DequantizeLinear"]
+        if not readers:
+            scale, zero_point, axis = self.codes[codes]
+            output = ir.Value(name=self.names.fresh(f"{codes.name}_floats"))
+            inputs = [codes, scale, *([zero_point] if zero_point else [])]
+            attributes = {"axis": axis} if scale.shape and scale.shape.rank() else {}
+            readers = [ir.node("DequantizeLinear", inputs, attributes, outputs=[output], name=output.name)]
+            self.model.graph.append(readers[0])
+        return readers[0].outputs[0]

@@ -1,0 +1,55 @@
+"""Where a quantized model comes from: fingerprints that any program computes again from the files."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+from calib.samples import Dataset
+from converter.config import Config
+from converter.config.keys import SECTIONS
+from converter.job import Job
+from converter.version import __version__
+
+# Keys that say where files are and what a run may use, but not what comes out.
+NEUTRAL = {
+    *("thread_num", "providers", "calibration_memory", "calibration_cache", "debug_info_save_path"),
+    *("calibrate_path", "label_file", "model", "output"),
+}
+
+
+def provenance(job: Job, data: Dataset) -> dict[str, str]:
+    """Version, mode, and the SHA-256 of the float model's file, of the settings and of the files calibrated with.
+
+    Settings are lines `section.key=value` of the keys that are not as by default and decide what the model computes,
+    in the README's order; data are a line for each file in the order of use, its own SHA-256 in hexadecimal. Neither
+    dates nor paths take part: equal inputs give equal bytes.
+    """
+    found = {
+        "qconvert.version": __version__,
+        "qconvert.mode": job.mode,
+        "qconvert.model_sha256": _sha256(job.model),
+        "qconvert.config_sha256": _sha256_of_lines(_settings(job.config)),
+    }
+    files = dict.fromkeys(path for index in range(len(data)) for path in data.files(index))
+    if files:
+        found["qconvert.calibration_sha256"] = _sha256_of_lines(map(_sha256, files))
+    return found
+
+
+def _settings(config: Config) -> Iterator[str]:
+    for section in SECTIONS.values():
+        for name, key in section.keys.items():
+            value = getattr(getattr(config, section.attribute), name)
+            if value != key.default and name not in NEUTRAL:
+                yield f"{section.name}.{name}={value}"
+
+
+def _sha256_of_lines(lines: Iterable[str]) -> str:
+    return hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

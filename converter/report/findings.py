@@ -1,0 +1,192 @@
+"""What is known of a quantized model: every tensor measured, every node judged, and what to do next."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from calib.affine import INT32, QParams
+from calib.samples import Dataset
+from calib.stats import TensorStats
+from converter.alone import Alone, alone
+from converter.calibrate import Wanted, observe
+from converter.compare import error_of
+from converter.data import synthetic_data
+from converter.findings import Findings, NodeFinding, TensorFinding, Verification
+from converter.job import Resources, Silent, Watch
+from converter.model import weight_bytes
+from converter.pairs import Pairing, Place, pair
+from converter.plan import NodePlan
+from converter.quantized import Quantized
+from converter.report.advice import advice_for, overall_advice
+from converter.report.rounds import Figures, Key, Summary, key_of, rounds
+from converter.report.tables import (
+    OUTPUTS,
+    PARAMETERS,
+    ROUND,
+    SENSITIVITY,
+    Row,
+    output_rows,
+    parameter_rows,
+    round_rows,
+    sensitivity_rows,
+    write_table,
+)
+from converter.sensitivity import RANKED_ON
+from converter.verify import TIMED_BYTES
+
+# Samples that histograms and, where no tables are wanted, figures are made of.
+SHOWN_SAMPLES = 8
+# So much above the signal is all noise.
+MOST_DB = 300.0
+
+
+def findings(
+    result: Quantized,
+    facts: Mapping[str, str],
+    sizes: tuple[int, int],
+    verification: Verification | None,
+    resources: Resources,
+    watch: Watch,
+    tables: Path | None = None,
+) -> Findings:
+    """Everything a report says of a pair of models; the tables of all samples are written into the folder `tables`.
+
+    `result.plan` may be empty, as for what another tool made. Without data there is one random sample.
+    """
+    pairing = pair(result.compared or result.reference, result.model, result.plan)
+    data = result.data if len(result.data) else synthetic_data(result.reference, 1)
+    count = len(data) if tables else min(len(data), SHOWN_SAMPLES)
+    totals: dict[Key, Figures] = {}
+    outputs: list[Row] = []
+    for index, found in enumerate(watch.track(rounds(pairing, data, count, resources), "Measuring tensors", count)):
+        totals = {key: _both(totals.get(key), figures) for key, figures in found.items()}
+        if tables:
+            write_table(tables / f"round_{index}.csv", ROUND, round_rows(pairing.places, found))
+            outputs += output_rows(index, pairing, found)
+    totals = {key: replace(figures, clip=figures.clip / count) for key, figures in totals.items()}
+    big = weight_bytes(result.reference) > TIMED_BYTES
+    by_itself = {} if big else alone(pairing, data, RANKED_ON, resources)
+    nodes = _nodes(pairing, result, totals, by_itself, verification)
+    if tables:
+        write_table(tables / "output_summary.csv", OUTPUTS, outputs)
+        write_table(tables / "quant_param.csv", PARAMETERS, parameter_rows(pairing.places, totals))
+        write_table(tables / "sensitivity.csv", SENSITIVITY, sensitivity_rows(nodes))
+    tensors = tuple(_tensors(pairing, data, resources))
+    return Findings(facts, sizes, verification, nodes, tensors, tuple(overall_advice(nodes, verification)))
+
+
+def _both(first: Figures | None, second: Figures) -> Figures:
+    """Figures of several samples: extremes, inner products and the sum of the shares."""
+    if first is None:
+        return second
+    xx, yy, xy, noise = np.add(first.products, second.products).tolist()
+    return replace(
+        second,
+        origin=_extremes(first.origin, second.origin),
+        dequant=_extremes(first.dequant, second.dequant) if first.dequant and second.dequant else None,
+        clip=first.clip + second.clip,
+        products=(xx, yy, xy, noise),
+    )
+
+
+def _extremes(first: Summary, second: Summary) -> Summary:
+    """`second` with the least and the greatest value of both."""
+    return (min(first[0], second[0]), *second[1:4], max(first[4], second[4]), *second[5:])
+
+
+def _nodes(
+    pairing: Pairing,
+    result: Quantized,
+    totals: Mapping[Key, Figures],
+    by_itself: Mapping[str, Alone],
+    verification: Verification | None,
+) -> tuple[NodeFinding, ...]:
+    """A finding for every node of the float model that is computed, in its order."""
+    places: dict[str, list[Place]] = {}
+    for place in pairing.places:
+        places.setdefault(place.node, []).append(place)
+    noise = {name: 10 ** (-max(found.output.sqnr_db, -MOST_DB) / 10) for name, found in by_itself.items()}
+    whole = sum(noise.values()) or 1.0
+    # Some tools name an operator on integers like the float one, with this word behind it.
+    saturated = {name.removesuffix("_quant") for name in verification.saturated} if verification else set()
+    nodes = []
+    for name, own_places in places.items():
+        found, unit = by_itself.get(name), result.plan.nodes.get(name)
+        node = _node(name, own_places, unit, totals)
+        if found:
+            node = replace(node, own=found.own, output=found.output, share=noise[name] / whole)
+        inputs = [(place, totals[key_of(place)]) for place in own_places if key_of(place) in totals]
+        nodes.append(replace(node, advice=advice_for(node, inputs, name in saturated)))
+    return tuple(nodes)
+
+
+def _node(name: str, places: list[Place], unit: NodePlan | None, totals: Mapping[Key, Figures]) -> NodeFinding:
+    read = [place for place in places if not place.output]
+    integers = [place.qparams.format.bits for place in read if place.qparams and place.qparams.format != INT32]
+    weights = [place for place in read if place.weight is not None]
+    bits = [place.qparams.format.bits for place in weights if place.qparams and place.qparams.format != INT32]
+    quantized = unit.quantized if unit else bool(integers)
+    written = (totals.get(key_of(place)) for place in places if place.output)
+    error = next((error_of(name, f.products) for f in written if f and f.dequant), None)
+    return NodeFinding(
+        name,
+        places[0].op_type,
+        quantized,
+        unit.reason if unit else "",
+        min(bits or integers, default=None) if quantized else None,
+        sum(place.weight.nbytes for place in weights if place.weight is not None),
+        sum(map(_bytes_after, weights)),
+        error if quantized else None,
+        output=None,
+        share=None,
+        advice="",
+    )
+
+
+def _bytes_after(place: Place) -> int:
+    """Bytes of a constant with its parameters, as codes if it has any."""
+    assert place.weight is not None
+    if place.qparams is None:
+        return place.weight.nbytes
+    q = place.qparams
+    return -(-place.weight.size * q.format.bits // 8) + q.scale.nbytes + q.zero_point.nbytes
+
+
+def _tensors(pairing: Pairing, data: Dataset, resources: Resources) -> Iterator[TensorFinding]:
+    """Histograms over a few samples of everything that became integers with known ranges."""
+    wanted = {p.name: p for p in pairing.places if p.qparams is not None and p.qparams.format != INT32}
+    parts = max(1, len(data) // SHOWN_SAMPLES)
+    activations = tuple(name for name, place in wanted.items() if place.weight is None)
+    asked = Wanted(activations, (), histogram=True, samples=False, part=(0, parts))
+    statistics = dict(observe(pairing.reference, asked, data, resources, Silent()).statistics)
+    for name, place in wanted.items():
+        assert place.qparams is not None
+        if place.weight is not None:
+            statistics[name] = TensorStats(histogram=True)
+            statistics[name].update(place.weight, 0)
+        if statistics[name].count:
+            yield _tensor(place, place.qparams, statistics[name])
+
+
+def _tensor(place: Place, q: QParams, statistics: TensorStats) -> TensorFinding:
+    histogram = statistics.histogram()
+    edges, zero = histogram.edges, q.zero_point.astype(np.float64)
+    low, high = float(((q.format.qmin - zero) * q.scale).min()), float(((q.format.qmax - zero) * q.scale).max())
+    if q.format.trellis and place.restored is not None:
+        low, high = float(place.restored.min()), float(place.restored.max())
+    near = float(q.scale.max()) / 2  # rounding alone moves values so far
+    outside = histogram.counts[(edges[1:] <= low - near) | (edges[:-1] > high + near)].sum()
+    return TensorFinding(
+        place.name,
+        place.node,
+        q.format.bits,
+        histogram.counts,
+        float(edges[0]),
+        float(edges[-1]),
+        (low, high),
+        float(outside) / statistics.count,
+    )

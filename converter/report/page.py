@@ -1,0 +1,76 @@
+"""report.html: everything that is known of a conversion, in one file that needs no network."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from jinja2 import Environment, FileSystemLoader, StrictUndefined
+from markupsafe import Markup
+from plotly.offline import get_plotlyjs
+
+from converter.findings import Findings, NodeFinding, TensorFinding
+from converter.version import __version__
+
+# More bars than this are not seen on a screen.
+MOST_BINS, MOST_BARS = 160, 12
+# Constants of fewer bytes are a shape or a Clip's bounds, not weights.
+LEAST_BYTES = 64
+
+
+def page(findings: Findings, title: str) -> str:
+    """The page as HTML; whatever `findings` hold is text in it, never markup."""
+    folder = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(
+        loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+    )
+    first = {tensor.node: index for index, tensor in reversed(list(enumerate(findings.tensors)))}
+    return environment.get_template("page.html").render(
+        title=title,
+        version=__version__,
+        findings=findings,
+        found=findings.verification,
+        first_tensor=first,
+        least_bytes=LEAST_BYTES,
+        infinity=math.inf,
+        data=_drawn(findings),
+        plotly=Markup(get_plotlyjs()),
+    )
+
+
+def _drawn(findings: Findings) -> dict[str, Any]:
+    """What the charts show."""
+    kernels = findings.verification.kernels if findings.verification else {}
+    note, ranked = _sensitivity(findings.nodes)
+    layers = (node for node in findings.nodes if node.bytes_before >= LEAST_BYTES)
+    return {
+        "weights": [(node.name, node.bits, node.bytes_before, node.bytes_after) for node in layers],
+        "kernels": sorted(kernels.items(), key=lambda item: (-item[1], item[0])),
+        "sensitivity": ranked,
+        "sensitivity_note": note,
+        "tensors": [_tensor(tensor) for tensor in findings.tensors],
+    }
+
+
+def _sensitivity(nodes: tuple[NodeFinding, ...]) -> tuple[str, list[tuple[str, float, str]]]:
+    """Name, length and label of the bars: what nodes cost the outputs or, where that is not known, lose themselves."""
+    shares = [(node.name, node.share) for node in nodes if node.share and math.isfinite(node.share)]
+    rows = [(name, share, f"{share:.1%}") for name, share in shares]
+    note = "Share of the outputs' squared error that a node causes by itself, the largest first."
+    if not rows:
+        errors = [(node.name, node.own.sqnr_db) for node in nodes if node.own and math.isfinite(node.own.sqnr_db)]
+        rows = [(name, 10 ** (-decibels / 20), f"{decibels:.1f} dB") for name, decibels in errors]
+        note = "Noise of a node's output relative to its signal, the largest first."
+    return note, sorted(rows, key=lambda row: -row[1])[:MOST_BARS]
+
+
+def _tensor(tensor: TensorFinding) -> dict[str, Any]:
+    """The tensor with no more than MOST_BINS bins, neighbours added together."""
+    together = -(-tensor.counts.size // MOST_BINS)
+    counts = np.pad(tensor.counts, (0, -tensor.counts.size % together)).reshape(-1, together).sum(axis=1)
+    width = (tensor.high - tensor.low) / tensor.counts.size * together
+    numbers = {"low": float(tensor.low), "width": float(width), "clipped": float(tensor.clipped)}
+    words = {"name": tensor.name, "node": tensor.node, "bits": tensor.bits}
+    return {**words, **numbers, "range": [float(end) for end in tensor.range], "counts": counts.tolist()}

@@ -1,0 +1,82 @@
+"""The debug reports as tables, with the columns and names of the reference converter's document."""
+
+from __future__ import annotations
+
+import csv
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+
+from converter.findings import NodeFinding
+from converter.pairs import Pairing, Place
+from converter.report.rounds import Figures, Key, key_of
+
+Row = Sequence[object]
+OUTPUTS = ("Round", "TensorName", "CosineSimilarity")
+STATISTICS = ("Min", "Q1", "Median", "Q3", "MAX", "Mean", "Var", "Sparsity", "Clip", "CosineSimilarity")
+ROUND = ("NodeName", "NodeType", "TensorName", "InOutFlag", "DataTypeFlag", "TensorTypeFlag", *STATISTICS)
+PARAMETERS = (
+    *("NodeName", "NodeType", "TensorName", "ElementsNum", "Dims"),
+    *("Scale", "ZeroPoint", "Bits", "CorrectionVar", "CorrectionMean"),
+)
+SENSITIVITY = (
+    *("NodeName", "NodeType", "Bits", "CosineSimilarity", "SqnrDb"),
+    *("OutputCosineSimilarity", "OutputSqnrDb", "Share", "Advice"),
+)
+
+
+def write_table(path: Path, header: Row, rows: Iterable[Row]) -> None:
+    """A CSV file; numbers in 9 significant digits, an empty cell for None, an apostrophe before a formula."""
+    with path.open("w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(header)
+        writer.writerows([_cell(x) for x in row] for row in rows)
+
+
+def _cell(content: object) -> object:
+    # A spreadsheet would compute what a model's author wrote into a name.
+    if isinstance(content, str) and content.startswith(("=", "+", "-", "@", "\t", "\r")):
+        return f"'{content}"
+    return f"{content:.9g}" if isinstance(content, float) else content
+
+
+def round_rows(places: Sequence[Place], found: Mapping[Key, Figures]) -> Iterator[Row]:
+    """For every place the float tensor's row and, if the quantized model has the tensor, that of its floats there."""
+    for place in places:
+        figures = found.get(key_of(place))
+        if figures is None:
+            continue
+        flag, kind = "Output" if place.output else "Input", "Activation" if place.weight is None else "Weight"
+        head = (place.node, place.op_type, place.name, flag)
+        yield (*head, "Origin", kind, *figures.origin, 0.0, 1.0)
+        if figures.dequant is not None:
+            yield (*head, "Dequant", kind, *figures.dequant, figures.clip, figures.cosine)
+
+
+def output_rows(index: int, pairing: Pairing, found: Mapping[Key, Figures]) -> Iterator[Row]:
+    """The cosine similarity of every graph output in a round."""
+    outputs = {value.name for value in pairing.reference.graph.outputs}
+    for place in pairing.places:
+        if place.output and place.name in outputs and key_of(place) in found:
+            yield index, place.name, found[key_of(place)].cosine
+
+
+def parameter_rows(places: Sequence[Place], found: Mapping[Key, Figures]) -> Iterator[Row]:
+    """Scale and zero point of everything that became integers, a row for every channel."""
+    for place in places:
+        figures, q = found.get(key_of(place)), place.qparams
+        if figures is None or q is None:
+            continue
+        elements, dims = math.prod(figures.shape), " ".join(map(str, figures.shape))
+        scales, zero_points = np.broadcast_arrays(q.scale, q.zero_point)
+        for scale, zero_point in zip(scales.ravel().tolist(), zero_points.ravel().tolist(), strict=True):
+            yield (place.node, place.op_type, place.name, elements, dims, scale, zero_point, q.format.bits, 1.0, 0.0)
+
+
+def sensitivity_rows(nodes: Iterable[NodeFinding]) -> Iterator[Row]:
+    """The quantized nodes, those that cost the outputs most first."""
+    for node in sorted((n for n in nodes if n.quantized), key=lambda node: -(node.share or 0.0)):
+        own, output = ((e.cosine, e.sqnr_db) if e else (None, None) for e in (node.own, node.output))
+        yield (node.name, node.op_type, node.bits, *own, *output, node.share, node.advice)

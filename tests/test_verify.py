@@ -1,0 +1,223 @@
+"""What running both models tells, on models whose figures are known by hand."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import onnx
+import pytest
+from graphs import build, normal
+from running import Ear, InMemory, job, resources
+
+from calib.affine import Array
+from calib.images import ImageOptions
+from calib.samples import Dataset, Folder, InputSpec, open_dataset
+from converter.config import load_config
+from converter.findings import Verification
+from converter.pipeline import convert
+from converter.plan import QuantPlan
+from converter.quantized import Quantized
+from converter.report.text import verification_lines
+from converter.verify import _difference, saturating, verify
+
+ROWS = "g (float[1,3] x) => (float[1,3] y) { y = Add (x, k) }"
+
+
+class Split(InMemory):
+    """Calibration samples with others behind them."""
+
+    def __init__(self, samples: list[Array], behind: list[Array], names: list[str] | None = None) -> None:
+        super().__init__([{"x": x} for x in samples], names or [])
+        self.behind = behind
+        self.behind_names = names or []
+
+    def further(self, size: int) -> Dataset:
+        return InMemory([{"x": x} for x in self.behind[:size]], self.behind_names)
+
+
+def rows(*values: list[float]) -> list[Array]:
+    return [np.array([value], np.float32) for value in values]
+
+
+SCORES = rows([3, 1, 0], [0, 2, 1], [1, 0, 4], [5, 4, 0])
+
+
+def checked(shift: list[float], data: Dataset, labels: Path | None = None, ear: Ear | None = None) -> Verification:
+    """A model that adds nothing beside one that adds `shift`."""
+    models = (build(ROWS, k=np.array([k], np.float32)) for k in ([0.0, 0, 0], shift))
+    found = verify(Quantized(*models, QuantPlan({}, {}), data), labels, resources(), ear or Ear())
+    assert found is not None
+    return found
+
+
+def test_errors_and_answers():
+    found = checked([0, 1.5, 0], Split(SCORES, []))
+    x = np.concatenate(SCORES).astype(np.float64)
+    y = x + np.array([0, 1.5, 0])
+    (error,) = found.outputs
+    assert error.name == "y"
+    assert error.cosine == pytest.approx(np.sum(x * y) / np.sqrt(np.sum(x * x) * np.sum(y * y)))
+    assert error.sqnr_db == pytest.approx(10 * np.log10(np.sum(x * x) / (4 * 1.5**2)))
+    assert found.agreement == np.mean(x.argmax(1) == y.argmax(1)) == 3 / 4
+    assert found.fused_difference == 0
+    assert (found.samples, found.held_back, found.top1) == (4, False, None)
+
+
+def test_samples_behind_the_calibration_are_taken():
+    found = checked([0, 1.5, 0], Split(SCORES, SCORES[3:] * 20))
+    assert (found.samples, found.held_back, found.agreement) == (16, True, 0)
+
+
+def test_without_data_random_samples_are_taken():
+    found = checked([0, 0, 0], Dataset((), (), ()), ear=(ear := Ear()))
+    assert (found.agreement, found.random, found.held_back) == (1, True, False)
+    assert next(verification_lines(found)).startswith("Verified on 8 random samples: ")
+    assert found.outputs[0].sqnr_db == np.inf
+    assert ear.said == ["There is no data: the outputs are compared on random samples."]
+
+
+def test_a_model_that_random_samples_do_not_suit():
+    # The index is out of bounds.
+    graph = "g (float[1,3] x) => (float[] y) { i = Cast <to = 7> (x)  j = Add (i, seven)  y = Gather (k, j) }"
+    twice = [build(graph, seven=np.int64(7), k=np.zeros(2, np.float32)) for _ in range(2)]
+    found = verify(Quantized(*twice, QuantPlan({}, {}), Dataset((), (), ())), None, resources(), ear := Ear())
+    assert found is None
+    assert ear.warned[0].startswith(
+        "The result is not verified, as the model does not run on random samples; give data"
+    )
+
+
+def test_right_answers(tmp_path):
+    (tmp_path / "labels.csv").write_text("file,label\na.png,0\nb.png,1\nc.png,2\nd.png,1\n")
+    data = Split(SCORES, [], ["a.png", "b.png", "c.png", "d.png"])
+    found = checked([0, 1.5, 0], data, tmp_path / "labels.csv")
+    assert found.top1 == (3 / 4, 1)
+
+
+def test_missing_labels_are_no_error(tmp_path):
+    (tmp_path / "labels.csv").write_text("file,label\na.png,0\n")
+    data = Split(SCORES, [], ["a.png", "b.png", "c.png", "d.png"])
+    assert checked([0, 1.5, 0], data, tmp_path / "labels.csv", ear := Ear()).top1 is None
+    assert "Right answers are not counted: " in ear.warned[0]
+    assert "there is no label for b.png" in ear.warned[0]
+
+
+@pytest.mark.parametrize("shape", ["[2,3]", "[1,3,1]", "[1,1]"])
+def test_what_is_no_classifier_has_no_answers(shape):
+    graph = f"g (float{shape} x) => (float[] y) {{ y = Abs (x) }}"
+    data = Split([normal(*map(int, shape[1:-1].split(",")))], [])
+    found = verify(Quantized(build(graph), build(graph), QuantPlan({}, {}), data), None, resources(), Ear())
+    assert found is not None
+    assert found.agreement is None
+
+
+def test_a_loss_is_warned_of():
+    checked([0, 30, 0], Split(SCORES, []), ear=(ear := Ear()))
+    assert any(line.startswith("Output 'y' is only 0.") and "debug_info_save_path" in line for line in ear.warned)
+
+
+def test_differences_of_integers_do_not_wrap():
+    # With optimizations a code may be another one, here as if: 3 and 5 of at most 200.
+    plain, after = ([np.array(codes, np.uint8)] for codes in ([3, 200], [5, 200]))
+    assert _difference([plain], [after]) == 2 / 200
+    assert _difference([], [after]) == 0
+
+
+# --- saturation ------------------------------------------------------------------------------------------------------
+
+
+def products(codes: list[int], node: str, kind: type = np.int8, zero: type = np.uint8) -> list[str]:
+    """Which nodes of a model with one Q/DQ product of these weights can saturate."""
+    graph = f"""g (float[1,4,5,5] x) => (float[] y) {{
+        q = QuantizeLinear (x, s, z)  d = DequantizeLinear (q, s, z)  v = DequantizeLinear (w, s, wz)
+        [product] y = {node} (d, v)
+    }}"""
+    shape = (-1, 1, 1, 1) if "group" in node else (1, 4, 1, -1)
+    weight = np.array(codes, kind).reshape(shape)
+    return list(saturating(build(graph, w=weight, s=np.float32(1), z=zero(0), wz=kind(0))))
+
+
+@pytest.mark.parametrize(
+    ("codes", "saturates"),
+    [
+        ([64, 64, 1, 1], False),
+        ([65, 64, 1, 1], True),
+        ([-64, -65, 0, 0], True),
+        ([1, 127, 2, 0], False),
+        # Columns 1 and 2 are not added in one go; codes of opposite signs make up for each other.
+        ([0, 127, 127, 0], False),
+        ([127, -127, 0, 0], False),
+        ([0, 0, 2, 127], True),
+    ],
+)
+def test_pairs_of_columns(codes, saturates):
+    assert products(codes, "Conv") == (["product"] if saturates else [])
+
+
+def test_depthwise_convolutions_and_other_types_do_not_saturate():
+    assert products([127, 127, 127, 127], "Conv <group = 4>") == []
+    assert products([127, 127, 127, 127], "Conv", zero=np.int8) == []
+    assert products([255, 255, 255, 255], "Conv", kind=np.uint8) == []
+
+
+@pytest.mark.parametrize("safe", ["true", "false"])
+def test_a_conversion_says_when_it_saturates(tmp_path, safe):
+    weight = np.repeat(np.abs(normal(4, 4, 1, 1)) + 3, 2, axis=1)[:, :4]
+    graph = "g (float[1,4,5,5] x) => (float[1,4,5,5] y) { [conv] y = Conv (x, w) }"
+    task = job(tmp_path, build(graph, w=weight), {"x": np.abs(normal(4, 4, 5, 5))}, overflow_safe=safe)
+    outcome = convert(task, ear := Ear())
+    assert outcome.verification is not None
+    assert outcome.verification.saturated == (("conv",) if safe == "false" else ())
+    assert any("overflow 16-bit sums" in line for line in ear.warned) == (safe == "false")
+
+
+# --- in a conversion -------------------------------------------------------------------------------------------------
+
+
+def converted(folder: Path, samples: int, **flags: object) -> Verification | None:
+    graph = "g (float[1,4,8,8] x) => (float[1,6,8,8] y) { [conv] c = Conv <pads = [1,1,1,1]> (x, w)  y = Relu (c) }"
+    data = np.concatenate([normal(1, 4, 8, 8, seed=seed) for seed in range(6)])
+    task = job(folder, build(graph, w=normal(6, 4, 3, 3)), {"x": data})
+    text = task.config.path.read_text().replace("calibrate_size = 6", f"calibrate_size = {samples}")
+    task.config.path.write_text(text)
+    return convert(replace(task, config=load_config(task.config.path), **flags)).verification
+
+
+def test_a_conversion_is_verified(tmp_path):
+    found = converted(tmp_path, samples=4)
+    assert found is not None
+    assert (found.samples, found.held_back) == (2, True)
+    assert 0.99 < found.outputs[0].cosine < 1
+    assert found.fused_difference < 0.02
+    # Beside them there are what this processor wants: transpositions.
+    assert found.kernels.items() >= {"QuantizeLinear": 1, "QLinearConv": 1, "DequantizeLinear": 1}.items()
+    assert "Conv" not in found.kernels
+    written = {node.name for node in onnx.load(tmp_path / "quantized.onnx").graph.node}
+    assert len(written & set(found.conversions)) == 2
+    (line, executed) = verification_lines(found)
+    assert line.startswith("Verified on 2 samples held back from calibration: cosine 0.99")
+    assert executed.startswith("ONNX Runtime executes ")
+    assert "1 QLinearConv" in executed
+
+
+def test_all_samples_calibrate(tmp_path):
+    found = converted(tmp_path, samples=6)
+    assert found is not None
+    assert (found.samples, found.held_back) == (6, False)
+
+
+def test_verification_is_left_out(tmp_path):
+    assert converted(tmp_path, samples=4, verify=False) is None
+
+
+def test_further_samples_of_a_dataset(tmp_path):
+    np.save(tmp_path / "x.npy", np.arange(7, dtype=np.float32)[:, None])
+    spec = InputSpec("x", np.dtype(np.float32), (1, 1))
+    first = open_dataset([spec], [Folder("x", tmp_path / "x.npy")], 3, "NPY", ImageOptions())
+    behind = first.further(3)
+    assert [float(behind.sample(i)["x"][0, 0]) for i in range(len(behind))] == [3, 4, 5]
+    assert [float(behind.further(9).sample(0)["x"][0, 0]), len(behind.further(9))] == [6, 1]
+    assert len(behind.further(9).further(9)) == 0
+    assert len(Dataset((), (), ()).further(5)) == 0
