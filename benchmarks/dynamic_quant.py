@@ -1,12 +1,12 @@
 #!/usr/bin/env python3
-"""DYNAMIC_QUANT against the float model and onnxruntime's quantize_dynamic, all in this run.
+"""Transformers and recurrent models in every mode against the float model and onnxruntime's tools, all in this run.
 
     python benchmarks/dynamic_quant.py [--quick]
 
-A sentence transformer, with and without calibration data: cosine similarity to the float embeddings, rank correlation
-with human similarity scores (Spearman), size, and speed over the float model for single sentences and a batch. Then
-recurrent models and graphs with control flow: outputs against float, size and speed. One thread; times are medians of
-interleaved runs.
+A sentence transformer, quantized dynamically with and without calibration data and statically with it: cosine
+similarity to the float embeddings, rank correlation with human similarity scores (Spearman), size, and speed over the
+float model for single sentences and a batch. Then recurrent models and graphs with control flow in every mode: outputs
+against float, size and speed. One thread; times are medians of interleaved runs.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from pathlib import Path
 
 import numpy as np
 from common import DATA, qconvert, session
-from onnxruntime.quantization import QuantType, quantize_dynamic
+from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_dynamic, quantize_static
 
 Feed = Mapping[str, np.ndarray]
 TRANSFORMER = DATA / "models" / "minilm_l6.onnx"
 SHAPES = ((1, 12), (1, 32), (1, 128), (8, 64))
-CONFIG = "[common_quant_param]\nquant_type = DYNAMIC_QUANT\n"
+MODES = ("DYNAMIC_QUANT", "WEIGHT_QUANT", "FULL_QUANT")
 
 
 def sentences(split: str, side: str) -> list[Feed]:
@@ -40,20 +40,25 @@ def tokens(ids: np.ndarray) -> Feed:
     return {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
 
 
+def given(folder: Path, feeds: Sequence[Feed]) -> str:
+    """Writes feeds as calibration data; returns the config's section."""
+    for i, feed in enumerate(feeds):
+        for name, array in feed.items():
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            np.save(folder / name / f"{i:04d}.npy", array)
+    paths = ",".join(f"{name}:'{folder / name}'" for name in feeds[0])
+    return f"[data_preprocess_param]\ncalibrate_path={paths}\ncalibrate_size={len(feeds)}\ninput_type=NPY\n"
+
+
 def calibration(folder: Path, count: int) -> str:
     """Writes sentences as arrays of varying length; returns the config's section."""
-    for i, feed in enumerate([*sentences("calib", "a")[: count // 2], *sentences("calib", "b")[: count // 2]]):
-        for name, array in feed.items():
-            (folder / name).mkdir(exist_ok=True)
-            np.save(folder / name / f"{i:04d}.npy", array)
-    paths = ",".join(f"{name}:'{folder / name}'" for name in feed)
-    return f"[data_preprocess_param]\ncalibrate_path={paths}\ncalibrate_size={count}\ninput_type=NPY\n"
+    return given(folder, list(Sentences(count).feeds))
 
 
-def converted(model: Path, folder: Path, label: str, extra: str = "") -> Path:
+def converted(model: Path, folder: Path, label: str, extra: str = "", mode: str = "DYNAMIC_QUANT") -> Path:
     """The model quantized by a whole qconvert process."""
     config, out = folder / f"{label}.cfg", folder / f"{model.stem}_{label}.onnx"
-    config.write_text(CONFIG + extra)
+    config.write_text(f"[common_quant_param]\nquant_type = {mode}\n{extra}")
     cost = qconvert(model, config, out)
     print(f"  {label}: {cost.seconds:.1f} s, {cost.megabytes:.0f} MB", flush=True)
     return out
@@ -70,6 +75,27 @@ def by_peer(model: Path, folder: Path) -> dict[str, Path]:
     for label, options in choices.items():
         quantize_dynamic(model, outputs[label], **options)
     return outputs
+
+
+class Sentences(CalibrationDataReader):
+    """The sentences of `calibration` for the peer."""
+
+    def __init__(self, count: int) -> None:
+        self.feeds = iter([*sentences("calib", "a")[: count // 2], *sentences("calib", "b")[: count // 2]])
+
+    def get_next(self) -> Feed | None:
+        """The next feed, None behind the last."""
+        return next(self.feeds, None)
+
+
+def statically_by_peer(folder: Path, count: int) -> dict[str, Path]:
+    """quantize_static on the same sentences: with its defaults, and with what a user who knows it would choose."""
+    known = {"per_channel": True, "activation_type": QuantType.QUInt8, "op_types_to_quantize": ["MatMul", "Gather"]}
+    found = {}
+    for label, options in {"static onnxruntime": {}, "static ort, MatMul u8s8": known}.items():
+        found[label] = folder / f"{label.replace(' ', '_')}.onnx"
+        quantize_static(TRANSFORMER, found[label], Sentences(count), **options)
+    return found
 
 
 def outputs(path: Path, feeds: Sequence[Feed]) -> np.ndarray:
@@ -104,13 +130,16 @@ def times(paths: Sequence[Path], feed: Feed, seconds: float) -> list[float]:
 
 def transformer(folder: Path, quick: bool) -> None:
     """The sentence transformer's table."""
-    data = calibration(folder, 100 if quick else 400)
+    samples = 100 if quick else 400
+    data = calibration(folder, samples)
     models = {
         "float": TRANSFORMER,
         "qconvert": converted(TRANSFORMER, folder, "no_data"),
         "qconvert, data": converted(TRANSFORMER, folder, "data", data),
         "qconvert, ACWL": converted(TRANSFORMER, folder, "acwl", "[dynamic_quant_param]\nquant_strategy = ACWL\n"),
         **by_peer(TRANSFORMER, folder),
+        "static qconvert": converted(TRANSFORMER, folder, "full", data, "FULL_QUANT"),
+        **statically_by_peer(folder, samples),
     }
     count = 100 if quick else 1500
     sides = [sentences("dev", side)[:count] for side in "ab"]
@@ -151,18 +180,20 @@ def recurrent(folder: Path) -> None:
     rows = []
     for name, feeds in recurrent_feeds().items():
         path = DATA / "models" / f"{name}.onnx"
-        models = {"qconvert": converted(path, folder, "no_data"), **by_peer(path, folder)}
+        data = given(folder / name, feeds[::2])
+        models = {mode: converted(path, folder, mode, data, mode) for mode in MODES}
+        models["onnxruntime dynamic"] = by_peer(path, folder)["onnxruntime"]
         reference = outputs(path, feeds)
-        for label, other in list(models.items())[:2]:
+        for label, other in models.items():
             try:
                 off, clock = outputs(other, feeds), times([path, other], feeds[0], 2)
             except Exception as error:
-                rows.append(f"{name:22s} {label:12s} fails: {str(error).splitlines()[0][:90]}")
+                rows.append(f"{name:22s} {label:20s} fails: {str(error).splitlines()[0][:90]}")
                 continue
             ratio, speed = path.stat().st_size / other.stat().st_size, clock[0] / clock[1]
             near, worst = cosines(off, reference).mean(), np.abs(off - reference).max()
-            rows.append(f"{name:22s} {label:12s} {near:.5f} {worst:9.5f} {ratio:6.2f} {speed:6.2f}")
-    print(f"{'':22s} {'':12s}  cosine  max off  ratio  speed", *rows, sep="\n")
+            rows.append(f"{name:22s} {label:20s} {near:.5f} {worst:9.5f} {ratio:6.2f} {speed:6.2f}")
+    print(f"{'':22s} {'':20s}  cosine  max off  ratio  speed", *rows, sep="\n")
 
 
 def main() -> None:

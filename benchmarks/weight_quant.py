@@ -24,7 +24,7 @@ MIXED = {
     "mixed, init_scale 0.02": "init_scale=0.02",
     "mixed, auto_tune": "auto_tune=true",
     "sensitivity, as small as 5 bits": "search=SENSITIVITY\ntarget_ratio=6.03",
-    "sensitivity, as small as 4 bits": "search=SENSITIVITY\ntarget_ratio=7.4",
+    "sensitivity, as small as 4 bits": "search=SENSITIVITY\ntarget_ratio=7.43",
     "sensitivity, 8 times smaller": "search=SENSITIVITY\ntarget_ratio=8",
 }
 ON_THE_FLY = "dequant_strategy=ON_THE_FLY"

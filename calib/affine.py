@@ -12,6 +12,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from calib import trellis
+
 Array = NDArray[Any]
 
 # The least scale worth storing: below it 1 / scale and the product of two scales leave float32.
@@ -20,11 +22,15 @@ SMALLEST_SCALE = 2.0**-60
 
 @dataclass(frozen=True)
 class IntFormat:
-    """An integer format: `bits` wide; `narrow` gives up the lowest code so that a signed range is symmetric."""
+    """An integer format: `bits` wide; `narrow` gives up the lowest code so that a signed range is symmetric.
+
+    Codes of a `trellis` stand for levels that `calib.trellis` tells.
+    """
 
     bits: int
     signed: bool
     narrow: bool = False
+    trellis: bool = False
 
     @property
     def qmin(self) -> int:
@@ -130,7 +136,10 @@ def quantize(x: Array, q: QParams) -> Array:
 
 
 def dequantize(codes: Array, q: QParams) -> Array:
-    """Real values (float32) of integer `codes`."""
+    """Real values (float32) of integer `codes`; a trellis runs along the axis of the scales."""
+    if q.format.trellis:
+        assert q.axis is not None
+        codes = np.moveaxis(trellis.points(np.moveaxis(codes, q.axis, -1), q.format.bits), -1, q.axis)
     scale = along(q.scale, q.axis, codes.shape)
     zero_point = along(q.zero_point, q.axis, codes.shape)
     return ((codes.astype(np.float64) - zero_point) * scale.astype(np.float64)).astype(np.float32)

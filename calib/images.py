@@ -27,6 +27,8 @@ FORMAT_CHANNELS = {"RGB": 3, "BGR": 3, "GRAY": 1}
 RESIZE_METHODS = {"NEAREST": Resampling.NEAREST, "LINEAR": Resampling.BILINEAR, "CUBIC": Resampling.BICUBIC}
 # ITU-R BT.601 luma of red, green and blue.
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
+# Pillow knows more, some of which start other programs.
+FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 # A larger picture, or resize, is refused: 89 million pixels are a gigabyte of float32 RGB.
 MAX_PIXELS = 1024**3 // 12
 
@@ -107,7 +109,7 @@ def _decode(path: Path) -> Pixels:
     """Upright float32 pixels of 0..255: (height, width, 1) of a grey file, else (height, width, 3) in RGB."""
     with reading(path, "a picture"):
         try:
-            with Image.open(path) as image:
+            with Image.open(path, formats=FORMATS) as image:
                 _limit(path, image.size, "has")
                 return _pixels(ImageOps.exif_transpose(image))
         except UnidentifiedImageError as error:

@@ -68,6 +68,17 @@ class Dataset:
         """The files that sample `index` is made of, input by input."""
         return tuple(chain.from_iterable(source.files[self._chosen[index][0]] for source in self._sources))
 
+    def part(self, start: int, end: int) -> Dataset:
+        """Samples number `start` to `end`."""
+        return Dataset(self._sources, self._chosen[start:end], ())
+
+    def further(self, size: int) -> Dataset:
+        """The next usable samples behind these, at most `size` of them; may be none."""
+        end = min((len(source.files) for source in self._sources), default=0)
+        start = self._chosen[-1][0] + 1 if self._chosen else 0
+        chosen, _ = _select(self._sources, range(start, end), size, None)
+        return Dataset(self._sources, chosen, ())
+
     def fingerprint(self) -> str:
         """SHA-256 over all samples as the model sees them: it follows the files' contents and the preprocessing.
 
@@ -97,7 +108,7 @@ def open_dataset(
     """
     sources = [KINDS[kind](spec, folder.path, image) for spec, folder in _pair(specs, folders)]
     counts = {source.spec.name: len(source.files) for source in sources}
-    chosen, skipped = _select(sources, min(counts.values()), size, workers)
+    chosen, skipped = _select(sources, range(min(counts.values())), size, workers)
     if not chosen:
         paths = " and ".join(str(folder.path) for folder in folders)
         msg = f"{paths}: none of the {len(skipped)} sample(s) can be used, the first for this reason: {skipped[0]}"
@@ -111,14 +122,16 @@ def open_dataset(
     return Dataset(sources, chosen, warnings)
 
 
-def _select(sources: Sequence[Source], count: int, size: int, workers: int | None) -> tuple[list[Choice], list[str]]:
-    """The first `size` of `count` candidates that load, and why others do not."""
+def _select(
+    sources: Sequence[Source], candidates: range, size: int, workers: int | None
+) -> tuple[list[Choice], list[str]]:
+    """The first `size` of the candidates that load, and why others do not."""
     chosen: list[Choice] = []
     skipped: list[str] = []
-    room, start = CACHE_BYTES, 0
+    room, start = CACHE_BYTES, candidates.start
     with ThreadPoolExecutor(workers) as pool:
-        while start < count and len(chosen) < size:
-            wave = range(start, min(count, start + min(WAVE, size - len(chosen))))
+        while start < candidates.stop and len(chosen) < size:
+            wave = range(start, min(candidates.stop, start + min(WAVE, size - len(chosen))))
             for candidate, loading in [(k, pool.submit(_load, sources, k)) for k in wave]:
                 try:
                     sample = loading.result()
@@ -133,6 +146,10 @@ def _select(sources: Sequence[Source], count: int, size: int, workers: int | Non
 
 def _load(sources: Sequence[Source], candidate: int) -> Sample:
     sample = {source.spec.name: np.asarray(source.read(candidate), order="C") for source in sources}
+    if not any(array.size for array in sample.values()):
+        files = ", ".join(str(path) for source in sources for path in source.files[candidate])
+        msg = f"{files}: the sample is empty; give arrays with values."
+        raise CalibError(msg)
     for array in sample.values():
         array.flags.writeable = False
     return sample

@@ -5,6 +5,7 @@ Every worker runs whole samples with one thread inside ONNX Runtime, so that res
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
@@ -20,13 +21,22 @@ Sample = Mapping[str, Array]
 Result = TypeVar("Result")
 # Samples a worker takes at a time: enough to make handing them out cheap.
 SLICE = 16
+# What ONNX Runtime says of itself in front of its messages.
+NOISE = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : |Load model from \S+ failed:")
 CPU_PROVIDERS = ("CPUExecutionProvider",)
 
 
 def open_session(
-    model: Path | bytes, threads: int = 1, optimize: bool = True, providers: Sequence[str] = CPU_PROVIDERS
+    model: Path | bytes,
+    threads: int = 1,
+    optimize: bool = True,
+    providers: Sequence[str] = CPU_PROVIDERS,
+    optimized: Path | None = None,
 ) -> ort.InferenceSession:
-    """An ONNX Runtime session of a model file or serialized model; CalibError if the runtime refuses it."""
+    """An ONNX Runtime session of a model file or serialized model; CalibError if the runtime refuses it.
+
+    What the runtime makes of the model is written to `optimized`.
+    """
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = threads
@@ -34,6 +44,8 @@ def open_session(
     options.enable_cpu_mem_arena = False
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
+    if optimized:
+        options.optimized_model_filepath = str(optimized)
     source = model if isinstance(model, bytes) else str(model)
     try:
         return ort.InferenceSession(source, options, providers=list(providers))
@@ -74,4 +86,5 @@ def _pool(threads: int) -> ThreadPoolExecutor:
 
 
 def _first_line(error: BaseException) -> str:
-    return (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0].rstrip(". ")
+    return NOISE.sub("", text)

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
+from zipfile import ZipFile
 
 import numpy as np
 from numpy.lib.format import open_memmap
@@ -21,6 +22,8 @@ Array = NDArray[Any]
 
 IMAGE_AXES = ("NCHW", "NHWC")
 PIXEL_DTYPES = ("float32", "float16", "uint8", "int8")
+# A small archive may unpack to more than fits into memory.
+MAX_UNPACKED = 1 << 30
 CLUTTER = ("thumbs.db", "desktop.ini")
 
 
@@ -192,10 +195,19 @@ def _read_npy(spec: InputSpec, path: Path) -> Array:
             names = archive.files
             name = names[0] if len(names) == 1 else spec.name
             if name in names:
+                unpacked = _unpacked_bytes(file)
+                if unpacked > MAX_UNPACKED:
+                    msg = f"{path}: unpacks to {unpacked:,} bytes, more than the {MAX_UNPACKED:,} allowed; save .npy."
+                    raise CalibError(msg)
                 return np.asarray(archive[name])
     held = ", ".join(names) or "none"
     msg = f"{path}: holds no array named '{spec.name}', only {held}; name it so or keep a single array."
     raise CalibError(msg)
+
+
+def _unpacked_bytes(archive: BinaryIO) -> int:
+    with ZipFile(archive) as entries:
+        return sum(entry.file_size for entry in entries.infolist())
 
 
 def _fit(array: Array, spec: InputSpec, where: str) -> Array:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import tempfile
 import zlib
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from zipfile import BadZipFile
@@ -17,21 +17,25 @@ from calib import CalibError
 from calib.affine import Array
 from calib.samples import Dataset
 from calib.stats import TensorStats
-from converter import __version__
-from converter.calibrate import Evidence, Wanted, observe
+from converter.calibrate import Evidence, Wanted, merged, observe, warn_of_oddities
 from converter.job import Resources, Watch
 from converter.model import serialized_parts
+from converter.version import __version__
 
 NOTHING = Evidence({}, {})
+UNREADABLE = (CalibError, OSError, ValueError, LookupError, TypeError, EOFError, BadZipFile, zlib.error)
 
 
 def observe_with_cache(
     model: ir.Model, wanted: Wanted, data: Dataset, resources: Resources, watch: Watch, path: Path | None
 ) -> Evidence:
-    """Like `observe`, but takes from the file at `path` what it holds and adds to it what it lacks."""
+    """Like `observe`, but takes from the file at `path` what it holds and adds to it what it lacks.
+
+    A part of the samples is left in a file of its own, for `merge`.
+    """
     if path is None:
         return observe(model, wanted, data, resources, watch)
-    fingerprint = _fingerprint(model, data)
+    fingerprint = fingerprint_of(model, data)
     known = _load(path, fingerprint, watch)
     if known.first != wanted.first:
         known = Evidence(known.statistics, {}, wanted.first)
@@ -42,10 +46,14 @@ def observe_with_cache(
         histogram=True,  # whatever the next conversion may ask for
         samples=True,
     )
+    warn_of_oddities({n: known.statistics[n] for n in wanted.tensors if n not in missing.tensors}, watch)
     if not missing.tensors and not missing.means:
         watch.say(f"All ranges come from the calibration cache {path}.")
         return known
     found = observe(model, missing, data, resources, watch)
+    if wanted.part != (0, 1):
+        _save(part_path(path, *wanted.part), fingerprint, found)
+        return found
     known = Evidence({**known.statistics, **found.statistics}, {**known.means, **found.means}, wanted.first)
     try:
         _save(path, fingerprint, known)
@@ -54,7 +62,26 @@ def observe_with_cache(
     return known
 
 
-def _fingerprint(model: ir.Model, data: Dataset) -> str:
+def part_path(path: Path, number: int, parts: int) -> Path:
+    """Where a part of what belongs into the cache at `path` is kept."""
+    return path.with_name(f"{path.name}.part{number}of{parts}")
+
+
+def merge(parts: Sequence[Path], path: Path) -> None:
+    """Makes a cache of its parts, and takes them away; where one is missing or unlike the others there is none."""
+    try:
+        found = [_read(part) for part in parts]
+    except UNREADABLE:
+        return
+    for part in parts:
+        part.unlink()
+    if len({fingerprint for fingerprint, _ in found}) == 1:
+        evidence = [part for _, part in found]
+        _save(path, found[0][0], replace(evidence[0], statistics=merged(part.statistics for part in evidence)))
+
+
+def fingerprint_of(model: ir.Model, data: Dataset) -> str:
+    """SHA-256 over this version, the data and the model."""
     digest = hashlib.sha256(f"qconvert {__version__} {data.fingerprint()}".encode())
     for part in serialized_parts(model):
         digest.update(part)
@@ -65,15 +92,21 @@ def _load(path: Path, fingerprint: str, watch: Watch) -> Evidence:
     if not path.exists():
         return NOTHING
     try:
-        with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
-            arrays = dict(file)
-        if arrays["fingerprint"].item() != fingerprint:
-            watch.warn(f"The calibration cache {path} is of another model, data or version; it is made anew.")
-            return NOTHING
-        return _evidence(arrays)
-    except (CalibError, OSError, ValueError, LookupError, TypeError, EOFError, BadZipFile, zlib.error) as error:
+        found, evidence = _read(path)
+    except UNREADABLE as error:
         watch.warn(f"The calibration cache {path} cannot be read ({error}); it is made anew.")
         return NOTHING
+    if found == fingerprint:
+        return evidence
+    watch.warn(f"The calibration cache {path} is of another model, data or version; it is made anew.")
+    return NOTHING
+
+
+def _read(path: Path) -> tuple[str, Evidence]:
+    """The fingerprint and contents of a cache."""
+    with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
+        arrays = dict(file)
+    return arrays["fingerprint"].item(), _evidence(arrays)
 
 
 def _evidence(arrays: Mapping[str, Array]) -> Evidence:

@@ -10,13 +10,14 @@ from queue import SimpleQueue
 import numpy as np
 import onnx_ir as ir
 
-from calib.affine import Array, QParams
+from calib.affine import Array, QParams, Range
 from calib.ranges import RangeMethod, RangeSpec, range_of
 from calib.samples import Dataset
 from calib.session import Sample, open_session, over_samples, run
 from calib.stats import TensorStats
 from converter.job import Resources, Watch
 from converter.model import constant, saved, values_by_name
+from converter.ops import OPS
 from converter.plan import QuantPlan, TensorPlan
 
 Statistics = dict[str, TensorStats]
@@ -30,7 +31,8 @@ PROBED = 16
 class Wanted:
     """What to find out about a float model: statistics of `tensors`, `means` of tensors along channel axes.
 
-    The means are over the `first` samples only, those that they will be compared on.
+    The means are over the `first` samples only, those that they will be compared on. `part` (index, count) looks at a
+    part of the samples, from which `merged` makes what looking at all of them finds.
     """
 
     tensors: tuple[str, ...]
@@ -38,6 +40,14 @@ class Wanted:
     histogram: bool
     samples: bool
     first: int = sys.maxsize
+    part: tuple[int, int] = (0, 1)
+
+    def indices(self, count: int) -> range:
+        """The part of `count` samples; part 0 has all that means are taken of, as sums follow from their order."""
+        number, parts = self.part
+        head = max(count // parts, min(self.first, count) if self.means else 0)
+        cuts = [0, *(head + (count - head) * k // max(parts - 1, 1) for k in range(parts))]
+        return range(cuts[number], cuts[number + 1])
 
     def new_stats(self) -> TensorStats:
         """Empty statistics that hold what is wanted."""
@@ -59,11 +69,13 @@ def observe(model: ir.Model, wanted: Wanted, data: Dataset, resources: Resources
     Tensors are tapped in groups whose arrays fit the memory budget together; each group is one pass over the data.
     """
     values = values_by_name(model.graph)
-    evidence = Evidence(_of_constants(wanted, values), {}, wanted.first)
+    constants = of_constants(wanted, values)
+    # The parts together see a constant once.
+    evidence = Evidence({} if wanted.part[0] else constants, {}, wanted.first)
     names = dict.fromkeys([*wanted.tensors, *(name for name, _ in wanted.means)])
-    computed = [name for name in names if name not in evidence.statistics]
+    computed = [name for name in names if name not in constants]
     sizes = tensor_bytes(model, computed, data.sample(0), resources)
-    groups = list(_groups(sizes, resources.memory // resources.threads))
+    groups = list(groups_within(sizes, resources.memory // resources.threads))
     total = sum(sizes.values()) / 1e6
     watch.say(f"Calibrating {len(computed)} tensors of {total:.0f} MB a sample, {len(groups)} pass(es) over the data.")
     for group in groups:
@@ -71,8 +83,8 @@ def observe(model: ir.Model, wanted: Wanted, data: Dataset, resources: Resources
         evidence = Evidence(
             {**evidence.statistics, **found.statistics}, {**evidence.means, **found.means}, wanted.first
         )
-    for sentence in _oddities(evidence.statistics):
-        watch.warn(sentence)
+    if wanted.part == (0, 1):
+        warn_of_oddities(evidence.statistics, watch)
     return evidence
 
 
@@ -88,7 +100,7 @@ def tensor_bytes(model: ir.Model, names: Sequence[str], sample: Sample, resource
     return sizes
 
 
-def _groups(sizes: Mapping[str, int], budget: int) -> Iterator[list[str]]:
+def groups_within(sizes: Mapping[str, int], budget: int) -> Iterator[list[str]]:
     """Consecutive tensors that fit the budget together; one that alone does not fit is a group of its own."""
     group: list[str] = []
     room = budget
@@ -102,7 +114,8 @@ def _groups(sizes: Mapping[str, int], budget: int) -> Iterator[list[str]]:
         yield group
 
 
-def _of_constants(wanted: Wanted, values: Mapping[str, ir.Value]) -> Statistics:
+def of_constants(wanted: Wanted, values: Mapping[str, ir.Value]) -> Statistics:
+    """Statistics of those of the tensors wanted that are constants."""
     statistics = {}
     for name in wanted.tensors:
         if (array := constant(values[name])) is not None:
@@ -115,7 +128,7 @@ def _observe_group(
     model: ir.Model, group: Sequence[str], wanted: Wanted, data: Dataset, resources: Resources, watch: Watch
 ) -> Evidence:
     watched = [name for name in group if name in wanted.tensors]
-    averaged = [mean for mean in wanted.means if mean[0] in group]
+    averaged = [mean for mean in wanted.means if mean[0] in group and not wanted.part[0]]
     inputs = {value.name for value in model.graph.inputs}
     taps = [name for name in group if name not in inputs]
     watched_taps = [name for name in taps if name in watched]
@@ -137,29 +150,33 @@ def _observe_group(
             return {(name, axis): channel_mean(tensors[name], axis) for name, axis in averaged if compared}
 
         totals = {mean: np.zeros(()) for mean in averaged}
-        for found in watch.track(over_samples(len(data), step, resources.threads), "Calibrating", len(data)):
+        part = wanted.indices(len(data))
+        results = over_samples(len(part), lambda number: step(part[number]), resources.threads)
+        for found in watch.track(results, "Calibrating", len(part)):
             totals.update((mean, totals[mean] + x) for mean, x in found.items())
-    parts = [idle.get() for _ in range(resources.threads)]
+    stats = [idle.get() for _ in range(resources.threads)]
     means = {mean: total / min(wanted.first, len(data)) for mean, total in totals.items()}
-    return Evidence({name: _merged(part[name] for part in parts) for name in watched}, means, wanted.first)
+    return Evidence(merged(stats), means, wanted.first)
 
 
-def _merged(parts: Iterable[TensorStats]) -> TensorStats:
-    first, *others = parts
-    for other in others:
-        first = first.merge(other)
-    return first
+def merged(parts: Iterable[Mapping[str, TensorStats]]) -> Statistics:
+    """The statistics of all parts together, the same in any order."""
+    whole: Statistics = {}
+    for part in parts:
+        whole.update((name, whole[name].merge(stats) if name in whole else stats) for name, stats in part.items())
+    return whole
 
 
-def _oddities(statistics: Mapping[str, TensorStats]) -> Iterator[str]:
+def warn_of_oddities(statistics: Mapping[str, TensorStats], watch: Watch) -> None:
+    """Names the tensors that the data says little of."""
     for name, stats in statistics.items():
         if stats.nan_count or stats.inf_count:
-            yield (
+            watch.warn(
                 f"Tensor '{name}' held {stats.nan_count} NaN and {stats.inf_count} infinite values in the calibration "
                 "data; its range ignores them."
             )
         if not stats.count:
-            yield f"Tensor '{name}' had no finite value in the calibration data; its range is a guess."
+            watch.warn(f"Tensor '{name}' had no finite value in the calibration data; its range is a guess.")
 
 
 def channel_mean(x: Array, axis: int) -> Array:
@@ -172,8 +189,8 @@ def channel_mean(x: Array, axis: int) -> Array:
 def activation_qparams(
     plan: QuantPlan, statistics: Mapping[str, TensorStats], method: RangeMethod, spec: RangeSpec, threads: int = 1
 ) -> dict[str, QParams]:
-    """Parameters of every group of the plan; `spec` holds the methods' options."""
-    groups = list(plan.groups().items())
+    """Parameters of every group that the plan has none for; `spec` holds the methods' options."""
+    groups = [item for item in plan.groups().items() if item[0] not in plan.qparams]
 
     def of(index: int) -> QParams:
         group, tensor = groups[index]
@@ -186,3 +203,24 @@ def activation_qparams(
 def _qparams(tensor: TensorPlan, stats: TensorStats, method: RangeMethod, spec: RangeSpec) -> QParams:
     spec = replace(spec, format=tensor.format, symmetric=tensor.symmetric)
     return spec.qparams(range_of(method, stats, spec))
+
+
+def probability_qparams(graph: ir.Graph, plan: QuantPlan, spec: RangeSpec) -> dict[str, QParams]:
+    """Parameters of the groups that hold what a Softmax makes of integers: they cover all of 0 to 1.
+
+    Between two conversions ONNX Runtime computes it on integers, and there values beyond the range wrap around.
+    """
+    values, span, found = values_by_name(graph), Range(np.array(0.0), np.array(1.0)), {}
+    for name, group in plan.groups().items():
+        softmax = _behind(values[name], ("Relu", "Clip")).producer()
+        source = softmax.inputs[0] if softmax and softmax.op_type == "Softmax" else None
+        if source and _behind(source).name in plan.tensors:
+            found[name] = replace(spec, format=group.format, symmetric=group.symmetric).qparams(span)
+    return found
+
+
+def _behind(value: ir.Value, bounds: tuple[str, ...] = ()) -> ir.Value:
+    """The value that `value` is but for moves, and bounds."""
+    node = value.producer()
+    moves = node is not None and (node.op_type in bounds or (node.op_type in OPS and OPS[node.op_type].moves))
+    return _behind(node.inputs[0], bounds) if moves and node and node.inputs[0] else value

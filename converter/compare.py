@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,8 @@ from calib.session import Sample, open_session, over_samples, run
 from converter.model import saved
 
 TIMED_SECONDS, LEAST_SECONDS = 0.1, 1e-3
+# Inner products of two tensors x and y: xx, yy, xy and that of the difference with itself.
+Products = tuple[float, float, float, float]
 
 
 @dataclass(frozen=True)
@@ -37,10 +39,10 @@ def compare(
         sample = data.sample(index)
         left = run(sessions[0], list(tensors), sample)
         right = run(sessions[1], list(tensors.values()), sample)
-        return np.array([_products(left[name], right[counterpart]) for name, counterpart in tensors.items()])
+        return np.array([products(left[name], right[counterpart]) for name, counterpart in tensors.items()])
 
     sums = sum(over_samples(min(count, len(data)), step, threads))
-    return [_error(name, *products) for name, products in zip(tensors, np.asarray(sums), strict=True)]
+    return [error_of(name, total) for name, total in zip(tensors, np.asarray(sums), strict=True)]
 
 
 def output_errors(model: ir.Model, quantized: ir.Model, data: Dataset, threads: int) -> list[TensorError]:
@@ -50,13 +52,17 @@ def output_errors(model: ir.Model, quantized: ir.Model, data: Dataset, threads: 
         return compare(reference, other, outputs, data, len(data), threads)
 
 
-def _products(x: Array, y: Array) -> tuple[float, float, float, float]:
-    """The inner products that cosine and signal-to-noise ratio follow from: xx, yy, xy and that of the difference."""
-    x, y = x.astype(np.float64).ravel(), y.astype(np.float64).ravel()
-    return float(x @ x), float(y @ y), float(x @ y), float((x - y) @ (x - y))
+def products(x: Array, y: Array) -> Products:
+    """The inner products that cosine and signal-to-noise ratio follow from."""
+    x, y = x.ravel(), y.ravel()
+    difference = np.subtract(x, y, dtype=np.float64)
+    xx, yy, xy = (float(np.einsum("i,i->", *both, dtype=np.float64)) for both in ((x, x), (y, y), (x, y)))
+    return xx, yy, xy, float(difference @ difference)
 
 
-def _error(name: str, xx: float, yy: float, xy: float, noise: float) -> TensorError:
+def error_of(name: str, total: Sequence[float]) -> TensorError:
+    """The error that inner products, summed over samples, tell of."""
+    xx, yy, xy, noise = total
     norms = np.sqrt(xx * yy)
     cosine = xy / norms if norms > 0 else float(xx == yy)
     # Noise where there should be nothing, or that is no number, is the worst there is.
@@ -65,9 +71,10 @@ def _error(name: str, xx: float, yy: float, xy: float, noise: float) -> TensorEr
 
 
 def speedup(reference: Path, other: Path, sample: Sample) -> float | None:
-    """Median time of `reference` over that of `other` on one thread, runs interleaved for about TIMED_SECONDS.
+    """Least time of `reference` over that of `other` on one thread, runs interleaved for about TIMED_SECONDS.
 
-    None where `reference` takes less than LEAST_SECONDS: then it is not the kernels that decide.
+    Whatever else the machine does only adds to the others. None where `reference` takes less than LEAST_SECONDS: then
+    it is not the kernels that decide.
     """
     sessions = open_session(reference), open_session(other)
     outputs = [output.name for output in sessions[0].get_outputs()]
@@ -78,8 +85,7 @@ def speedup(reference: Path, other: Path, sample: Sample) -> float | None:
             start = time.perf_counter()
             run(session, outputs, sample)
             taken.append(time.perf_counter() - start)
-    # The first run of a session still sets things up.
-    reference_time, other_time = (float(np.median(taken[1:])) for taken in times)
+    reference_time, other_time = map(min, times)
     return reference_time / other_time if reference_time >= LEAST_SECONDS else None
 
 

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
@@ -15,7 +13,7 @@ from calib.samples import Dataset, Folder, InputSpec, open_dataset
 from calib.session import CPU_PROVIDERS
 from converter.config import DataPreprocessParam
 from converter.errors import ConfigError, DataError, ModelError
-from converter.job import Job, Resources, Watch
+from converter.job import Job, Resources, Watch, processors
 from converter.model import constant
 
 
@@ -34,7 +32,7 @@ def open_data(model: ir.Model, job: Job, watch: Watch, wanted: DataPreprocessPar
         crop_height=wanted.center_crop_height,
     )
     folders = [Folder(name, path) for name, path in wanted.calibrate_path]
-    specs = [_spec(value, job.input_format) for value in model.graph.inputs]
+    specs = [spec_of(value, job.input_format) for value in model.graph.inputs]
     try:
         data = open_dataset(
             specs, folders, wanted.calibrate_size or 1, wanted.input_type or "", image, resources_of(job).threads
@@ -58,7 +56,7 @@ def resources_of(job: Job) -> Resources:
                 f"have; write one of {', '.join(available)}."
             )
             raise ConfigError(msg)
-    threads = common.thread_num or _processors()
+    threads = common.thread_num or processors()
     return Resources(threads, common.providers or CPU_PROVIDERS, common.calibration_memory << 20)
 
 
@@ -68,7 +66,7 @@ def synthetic_data(model: ir.Model, count: int = 8, length: int = 1) -> Dataset:
     A dynamic dimension becomes `length`, the first one 1.
     """
     rng = np.random.default_rng(0)
-    specs = [(_spec(value, None), _rows_indexed(value) or 2) for value in model.graph.inputs]
+    specs = [(spec_of(value), _rows_indexed(value) or 2) for value in model.graph.inputs]
 
     def sample() -> dict[str, Array]:
         found = {}
@@ -87,13 +85,8 @@ def _rows_indexed(value: ir.Value) -> int | None:
     return next((len(table) for table in tables if table is not None), None)
 
 
-def _processors() -> int:
-    """Processors that this process may use, or, on systems that do not say, that there are."""
-    affinity = getattr(os, "sched_getaffinity", None)
-    return len(affinity(0)) if affinity else os.cpu_count() or 1
-
-
-def _spec(value: ir.Value, layout: str | None) -> InputSpec:
+def spec_of(value: ir.Value, layout: str | None = None) -> InputSpec:
+    """An input of a model as calibration sees it; raises ModelError where its shape is not known."""
     if value.dtype is None or value.shape is None:
         msg = f"The model's input '{value.name}' has no type or number of dimensions; give --inputShape."
         raise ModelError(msg)

@@ -1,13 +1,13 @@
 """DYNAMIC_QUANT: matrix products compute in integers, with activation ranges measured when the model runs.
 
-Tables and the weights of all other operators are stored in 8 bits and are floats again before use. Channels of
+Rows of large tables are looked up as integers, those of a tied embedding in the codes of the product that it shares
+its table with. The weights of all other operators are stored in 8 bits and are floats again before use. Channels of
 activations that stand out are moved into the weights: found with calibration data or, for a model that looks tokens
 up, with random tokens.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 import numpy as np
@@ -19,12 +19,11 @@ from calib.samples import Dataset
 from converter import weight_quant
 from converter.algorithms.matrices import ProductView
 from converter.algorithms.rounding import Grid, nearest, search_scales
-from converter.algorithms.smoothing import observe_channels, smoothing_factors
+from converter.algorithms.smoothing import smooth
 from converter.algorithms.stored_weights import Fitter
 from converter.algorithms.stored_weights import Options as StoredOptions
 from converter.algorithms.weights import Options, decide_weights, packed, products
 from converter.calibrate import Wanted, observe
-from converter.config.keys import WeightQuantParam
 from converter.data import open_data, resources_of, synthetic_data
 from converter.emit.dynamic import emit_dynamic
 from converter.emit.stored import planned
@@ -33,25 +32,26 @@ from converter.layerwise import Walk
 from converter.model import constant
 from converter.ops import OPS
 from converter.plan import NodePlan, QuantizedWeight, QuantPlan, TensorPlan, WeightPlan
-from converter.prepare.smooth import SmoothPass
 from converter.quantized import Quantized
 from converter.targets import CPU
 
 # Random samples that show which channels stand out, and the tokens in each.
 RANDOM_SAMPLES, RANDOM_LENGTH = 32, 32
+# A table of up to this many numbers is restored when the model is loaded: looking integers up saves memory, not time.
+SMALL_TABLE = 1 << 18
 
 
 def make_plan(model: ir.Model, job: Job) -> QuantPlan:
     """The plan without numbers: integer products have a pair limit, weights that are only stored have none."""
-    common = replace(job.config.common, min_quant_weight_size=0, min_quant_weight_channel=0)
-    config = replace(job.config, common=common, weight_quant=WeightQuantParam())
-    plan = weight_quant.make_plan(model, replace(job, config=config))
+    plan = weight_quant.storage_plan(model, job)
     nodes, tensors = dict(plan.nodes), dict[str, TensorPlan]()
     for node, unit in planned(model, plan):
         if _multiplies(node):
             nodes[unit.name] = _product_plan(node, unit, per_channel=not _by_row(job))
             x, why = unit.inputs[0], f"read by {unit.name}; its range is found at run time"
             tensors.setdefault(x, TensorPlan(x, UINT8, False, x, why))
+        elif unit.weight and _looks_up(node):
+            nodes[unit.name] = replace(unit, weight=replace(unit.weight, format=INT8_NARROW, axis=0))
     return QuantPlan(nodes, tensors)
 
 
@@ -65,8 +65,9 @@ def quantize(model: ir.Model, job: Job, watch: Watch) -> Quantized:
     plan = _by_themselves(quantized, make_plan(quantized, job), resources, watch)
     if data is not None:
         plan = _by_outputs(quantized, plan, data, resources, watch)
-    emit_dynamic(quantized, plan, _by_row(job))
-    return Quantized(model, quantized, plan, data or Dataset((), (), ()))
+    smoothed = quantized.clone()
+    emit_dynamic(quantized, _tied(quantized, plan), _by_row(job))
+    return Quantized(model, quantized, plan, data or Dataset((), (), ()), compared=smoothed)
 
 
 def _by_row(job: Job) -> bool:
@@ -78,6 +79,14 @@ def _multiplies(node: ir.Node) -> bool:
     known = node.op_type in {"MatMul", "Gemm"} and not node.domain and OPS[node.op_type].obstacle(node) is None
     weight = constant(node.inputs[1]) if known else None
     return weight is not None and weight.ndim == 2
+
+
+def _looks_up(node: ir.Node) -> bool:
+    """Whether `node` picks rows of a table that is large or read by others too."""
+    value = node.inputs[0] if node.op_type == "Gather" and node.attributes.get_int("axis", 0) == 0 else None
+    table = constant(value)
+    kept = value is not None and table is not None and (table.size > SMALL_TABLE or len(value.uses()) > 1)
+    return kept and table is not None and table.ndim == 2
 
 
 def _product_plan(node: ir.Node, unit: NodePlan, per_channel: bool) -> NodePlan:
@@ -95,7 +104,13 @@ def _product_plan(node: ir.Node, unit: NodePlan, per_channel: bool) -> NodePlan:
 
 
 def _is_integer(unit: NodePlan) -> bool:
+    """Whether it multiplies integers."""
     return unit.weight is not None and unit.weight.pair_limit is not None
+
+
+def _keeps_codes(unit: NodePlan) -> bool:
+    """Whether it reads its weight as integers, which are signed then."""
+    return unit.weight is not None and unit.weight.format.signed
 
 
 # --- outlier channels ------------------------------------------------------------------------------------------------
@@ -103,49 +118,24 @@ def _is_integer(unit: NodePlan) -> bool:
 
 def _smooth(model: ir.Model, plan: QuantPlan, data: Dataset | None, resources: Resources, watch: Watch) -> None:
     """Moves the channels that stand out in the main graph's activations into the weights, in place."""
-    weights = {name: _side_by_side(nodes) for name, nodes in _readers(model.graph, plan).items()}
     if data is None and all(value.dtype is not None and value.dtype.is_integer() for value in model.graph.inputs):
         data = synthetic_data(model, RANDOM_SAMPLES, RANDOM_LENGTH)
-    if data is None or not weights:
-        return
+    products = [unit for node in model.graph if _is_integer(unit := plan.nodes[node.name or ""])]
     try:
-        channels = observe_channels(model, list(weights), data, resources.threads)
+        smooth(model, products if data else (), data or Dataset((), (), ()), resources.threads, watch)
     except CalibError as error:
         watch.warn(f"Channels that stand out stay, as the model cannot be probed; give calibrate_path: {error}")
-        return
-    found = {name: smoothing_factors(channels[name], weight) for name, weight in weights.items()}
-    factors = {name: values for name, values in found.items() if values is not None}
-    watch.say(f"Channels that stand out in {len(factors)} of {len(weights)} tensors are moved into the weights.")
-    SmoothPass(factors, _readers(model.graph, plan))(model)
 
 
-def _readers(graph: ir.Graph, plan: QuantPlan) -> Mapping[str, list[ir.Node]]:
-    """By tensor the products that read it, where their weights are theirs alone."""
-    readers: dict[str, list[ir.Node]] = {}
-    for node in (node for node in graph if _is_integer(plan.nodes[node.name or ""])):
-        readers.setdefault(plan.nodes[node.name or ""].inputs[0], []).append(node)
-    return {name: nodes for name, nodes in readers.items() if all(_weight_uses(node) == 1 for node in nodes)}
-
-
-def _weight_uses(node: ir.Node) -> int:
-    weight = node.inputs[1]
-    return len(weight.uses()) if weight else 0
-
-
-def _side_by_side(nodes: list[ir.Node]) -> Array:
-    """The weights of products that read one tensor: float64 (channels, columns)."""
-    return np.concatenate([_matrix(node)[0] for node in nodes]).T
-
-
-def _matrix(node: ir.Node) -> Array:
-    """The product's weight in float64 as (1, rows, columns)."""
-    weight = constant(node.inputs[1])
+def _matrix(node: ir.Node, index: int) -> Array:
+    """A product's weight, or a table, in float64 as (1, rows, columns)."""
+    weight = constant(node.inputs[index])
     assert weight is not None
     return _view(node).matrix(weight.astype(np.float64))
 
 
 def _view(node: ir.Node) -> ProductView:
-    return ProductView(bool(node.attributes.get_int("transB", 0)))
+    return ProductView(node.op_type == "Gather" or bool(node.attributes.get_int("transB", 0)))
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------
@@ -153,16 +143,16 @@ def _view(node: ir.Node) -> ProductView:
 
 def _by_themselves(model: ir.Model, plan: QuantPlan, resources: Resources, watch: Watch) -> QuantPlan:
     """The plan with every weight fitted by itself."""
-    others = {name: unit for name, unit in plan.nodes.items() if not _is_integer(unit)}
+    others = {name: unit for name, unit in plan.nodes.items() if not _keeps_codes(unit)}
     fitter = Fitter(model, Dataset((), (), ()), resources, StoredOptions(by_outputs=False), watch)
     stored = fitter.by_weights(replace(plan, nodes=others)).stored
-    fitted = {unit.name: _fitted(node, unit.weight) for node, unit in planned(model, plan) if _is_integer(unit)}
+    fitted = {unit.name: _fitted(node, unit.weight) for node, unit in planned(model, plan) if _keeps_codes(unit)}
     return replace(plan, stored=stored, weights=fitted)
 
 
 def _fitted(node: ir.Node, wanted: WeightPlan | None) -> QuantizedWeight:
     assert wanted is not None
-    matrix, grid = _matrix(node), Grid(wanted.format, wanted.pair_limit)
+    matrix, grid = _matrix(node, wanted.index), Grid(wanted.format, wanted.pair_limit)
     scale = search_scales(matrix, np.ones(matrix.shape[::2]), grid, wanted.axis is not None).astype(np.float32)
     codes = nearest(matrix / scale[..., None].astype(np.float64), grid)
     return packed(_view(node).weight(codes), scale, wanted)
@@ -172,10 +162,18 @@ def _by_outputs(model: ir.Model, plan: QuantPlan, data: Dataset, resources: Reso
     """The plan with the main graph's products decided on what the layers before them hand on, and biases corrected."""
     units = [plan.nodes[node.name or ""] for node in model.graph]
     nodes = {unit.name: unit if _is_integer(unit) else replace(unit, quantized=False) for unit in units}
-    part = replace(plan, nodes=nodes, tensors={})
+    part = replace(plan, nodes=nodes, tensors={}, weights={})
     # A sentence has few rows: all samples take part.
     walk = Walk(model, part, data, resources, most=len(data))
     wanted = Wanted((), products(model.graph, part), histogram=False, samples=False, first=walk.count)
     means = observe(model, wanted, data, resources, watch).means
     decided = decide_weights(model, part, walk, means, Options(), watch)
     return plan.with_weights(decided.weights, decided.biases)
+
+
+def _tied(model: ir.Model, plan: QuantPlan) -> QuantPlan:
+    """The plan with tables that a product multiplies with as well in that product's codes."""
+    pairs = [(node, unit) for node, unit in planned(model, plan) if unit.weight]
+    shared = {node.inputs[1]: plan.weights[unit.name] for node, unit in pairs if _is_integer(unit)}
+    tables = {unit.name: node.inputs[0] for node, unit in pairs if unit.name in plan.weights and not _is_integer(unit)}
+    return plan.with_weights({name: shared[table] for name, table in tables.items() if table in shared}, {})

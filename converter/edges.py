@@ -13,9 +13,10 @@ import numpy as np
 import onnx_ir as ir
 
 from calib.affine import UINT8, Array, QParams
-from converter.config import DataPreprocessParam
+from converter.config import DataPreprocessParam, TransformQuantParam
 from converter.emit.integer_edges import feed_integers, hand_out_integers
 from converter.errors import UsageError
+from converter.job import Watch
 from converter.model import Names, add_constant, constant, replace_constant
 
 TYPES = {"UINT8": ir.DataType.UINT8, "INT8": ir.DataType.INT8}
@@ -54,6 +55,19 @@ def fold_normalisation(model: ir.Model, wanted: DataPreprocessParam) -> Pixels:
     if whole:
         return Pixels(_pixel_qparams(1.0, mean[0]), mean, (1.0,) * len(mean))
     return Pixels(_pixel_qparams(1.0, 0.0), (), ())
+
+
+def trained_pixels(wanted: TransformQuantParam, watch: Watch) -> Pixels | None:
+    """What pixels stand for by `mean` and `std_dev`, None without; warns where no pixel stands for zero."""
+    if wanted.mean is None or wanted.std_dev is None:
+        return None
+    zero = round(wanted.mean)
+    if zero != wanted.mean:
+        watch.warn(
+            f"mean = {wanted.mean:g} lies between two pixels: a pixel p stands for (p - {zero}) / {wanted.std_dev:g}, "
+            f"{abs(zero - wanted.mean) / wanted.std_dev:.2g} off."
+        )
+    return Pixels(_pixel_qparams(1 / wanted.std_dev, zero), (), ())
 
 
 def take_integers(model: ir.Model, name: str, kind: str, pixels: Pixels | None) -> None:

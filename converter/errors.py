@@ -4,7 +4,9 @@ QConvertError        exit code 1: bad input
 ├── ConfigError      the INI file: names file, line, section and key
 ├── ModelError       the ONNX file: names the node or tensor
 ├── DataError        the calibration data: names the folder or file
-└── UsageError       exit code 2: wrong flags
+├── UsageError       exit code 2: wrong flags
+├── GateError        exit code 3: the result misses a quality gate
+└── StoppedError     exit code 130: Ctrl-C or SIGTERM
 """
 
 from __future__ import annotations
@@ -32,3 +34,15 @@ class UsageError(QConvertError):
     """The command line is wrong."""
 
     exit_code = 2
+
+
+class GateError(QConvertError):
+    """The model was converted, but is not as good as was asked for."""
+
+    exit_code = 3
+
+
+class StoppedError(QConvertError):
+    """The user stopped a batch."""
+
+    exit_code = 130

@@ -7,48 +7,72 @@ from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
-from calib.affine import INT8, UINT8
+from calib.affine import INT8, UINT8, IntFormat, QParams
 from calib.ranges import RANGE_METHODS, RangeMethod, RangeSpec, range_of
 from calib.samples import Dataset
+from converter import weight_quant
+from converter.algorithms.smoothing import smooth
+from converter.algorithms.stored_weights import Options as StoredOptions
+from converter.algorithms.stored_weights import store_by_weights
 from converter.algorithms.weights import Options, decide_weights, products
 from converter.cache import observe_with_cache
-from converter.calibrate import Evidence, Wanted, activation_qparams
+from converter.calibrate import Evidence, Wanted, activation_qparams, of_constants, probability_qparams
 from converter.checks import check
 from converter.config import Config
 from converter.data import open_data, resources_of
-from converter.edges import TYPES, Pixels, fold_normalisation, give_integers, take_integers
+from converter.edges import TYPES, Pixels, fold_normalisation, give_integers, take_integers, trained_pixels
 from converter.emit.qdq import emit
-from converter.errors import ConfigError
-from converter.job import Job, Resources, Watch
+from converter.errors import ConfigError, ModelError, UsageError
+from converter.job import FLOATS, Job, Resources, Watch
 from converter.layerwise import Walk
-from converter.model import is_float
+from converter.model import constant, is_float, values_by_name
 from converter.ops import OPS
 from converter.placement import Wishes, build_plan
-from converter.plan import QuantPlan
+from converter.plan import NodePlan, QuantPlan, TensorPlan
 from converter.prepare.equalize import EqualizePass
 from converter.quantized import Quantized
 from converter.sensitivity import fewest, output_drop, read_labels, sensitivities
 from converter.targets import TARGETS, Target
+from converter.trained.ranges import in_format, untrained, with_trained_ranges
+from converter.trained.taking import Trained, take_trained
+from converter.trained.weights import tell_kept, with_trained_weights
 
 # A Concat whose inputs' ranges differ by more than this gives the small ones too few codes.
 MIXED_RANGES = 16.0
 
 
 def make_plan(model: ir.Model, job: Job) -> QuantPlan:
-    """The plan without numbers."""
-    return build_plan(model.graph, _target(job.config), _wishes(job.config))
+    """The plan without the numbers that data gives."""
+    return _planned(model, job.config, _taken(model, job), {})
 
 
 def quantize(model: ir.Model, job: Job, watch: Watch) -> Quantized:
     """The quantized copy of a prepared float model."""
+    given = model.clone()
     work = _Work.of(model, job, watch)
     quantized, plan, restored = work.within_drop()
     check(quantized, plan, work.target)
     _require_full_integer(plan, job.config)
     if not plan.units():
         watch.warn("No node could be quantized: the output is the float model in another form.")
-    computed = {name: restored[name] for unit in plan.units() for name in unit.outputs if name in restored}
-    return Quantized(model, quantized, plan, work.data, computed, lambda: work.set_edges(quantized, job))
+    # What was trained is compared with what training saw, unless flags gave it other types.
+    reference = given if work.trained and _edges(given) == _edges(model) else model
+    known = values_by_name(reference.graph)
+    outputs = [name for unit in plan.units() for name in unit.outputs if name in restored and name in known]
+    computed = {name: restored[name] for name in outputs}
+    trained = bool(work.trained)
+    return Quantized(
+        reference, quantized, plan, work.data, computed, lambda: work.set_edges(quantized, job), model, trained
+    )
+
+
+def calibrate(model: ir.Model, job: Job, watch: Watch) -> None:
+    """Looks at `job.part` of the calibration data and leaves what it finds beside the calibration cache."""
+    _Work.of(model, job, watch)
+
+
+def _edges(model: ir.Model) -> list[ir.DataType | None]:
+    return [value.dtype for value in (*model.graph.inputs, *model.graph.outputs)]
 
 
 def _target(config: Config) -> Target:
@@ -58,6 +82,45 @@ def _target(config: Config) -> Target:
 
 def _wishes(config: Config) -> Wishes:
     return Wishes(config.common.skip_quant_node, config.common.skip_quant_type, config.full_quant.per_channel)
+
+
+def _taken(model: ir.Model, job: Job) -> Trained:
+    """What the model knows of its quantization, taken out of it; raises ModelError where it must know and does not."""
+    trained = take_trained(model, job.input_type in FLOATS, job.output_type in FLOATS)
+    if not trained and not job.config.preprocess.calibrate_path:
+        where = job.config.at("transform_quant_param", "export_precision_mode")
+        msg = f"{where}: {job.model} was not trained with quantization; give it calibrate_path to quantize it."
+        raise ModelError(msg)
+    return trained
+
+
+def _planned(model: ir.Model, config: Config, trained: Trained, kept_float: Mapping[str, str]) -> QuantPlan:
+    """The plan with trained ranges; without data, the nodes whose ranges are open stay float."""
+    plan = build_plan(model.graph, _target(config), replace(_wishes(config), kept_float=kept_float))
+    plan = with_trained_ranges(plan, trained.tensors, config.full_quant.power_of_two_scale)
+    if config.preprocess.calibrate_path:
+        return plan
+    values = values_by_name(model.graph)
+    left = untrained(plan, {group for group in plan.groups() if constant(values[group]) is not None})
+    return _planned(model, config, trained, {**kept_float, **left}) if left else plan
+
+
+def _observed(model: ir.Model, plan: QuantPlan, trained: Trained, data: Dataset, job: Job, watch: Watch) -> Evidence:
+    """What data says about all that `plan`, with what was trained, leaves open."""
+    full, resources = job.config.full_quant, resources_of(job)
+    method = RANGE_METHODS[full.activation_quant_method]
+    open_units = replace(plan, nodes={name: unit for name, unit in plan.nodes.items() if name not in plan.weights})
+    # Without its trained bounds a model has other means.
+    means = products(model.graph, open_units) if full.bias_correction and not trained else ()
+    outputs = [v.name or "" for v in model.graph.outputs if job.output_type in TYPES and is_float(v)]
+    tensors = tuple(dict.fromkeys([*(group for group in plan.groups() if group not in plan.qparams), *outputs]))
+    wanted = Wanted(tensors, means, method.needs_histogram, method.needs_samples, part=job.part or (0, 1))
+    if not len(data):
+        return Evidence(of_constants(wanted, values_by_name(model.graph)), {})
+    if not tensors and not any(unit.weight for unit in open_units.units()):
+        return Evidence({}, {})
+    wanted = replace(wanted, first=Walk(model, plan, data, resources).count)
+    return observe_with_cache(model, wanted, data, resources, watch, job.config.common.calibration_cache)
 
 
 Attempt = tuple[ir.Model, QuantPlan, dict[str, str]]
@@ -76,25 +139,33 @@ class _Work:
     method: RangeMethod
     evidence: Evidence
     pixels: Pixels | None
+    trained: Trained
+    lookups: Mapping[str, NodePlan]
 
     @classmethod
     def of(cls, model: ir.Model, job: Job, watch: Watch) -> _Work:
         full, wanted_data = job.config.full_quant, job.config.preprocess
-        if full.equalize and not full.per_channel:
+        trained = _taken(model, job)
+        if full.equalize and not full.per_channel and not trained:
             EqualizePass()(model)
-        pixels = None
-        if job.input_type in TYPES and wanted_data.input_type == "IMAGE":
+        pixels = trained_pixels(job.config.transform, watch)
+        if pixels is None and job.input_type in TYPES and wanted_data.input_type == "IMAGE":
             pixels = fold_normalisation(model, wanted_data)
             wanted_data = pixels.preprocess(wanted_data)
-        plan, data, resources = make_plan(model, job), open_data(model, job, watch, wanted_data), resources_of(job)
-        method = RANGE_METHODS[full.activation_quant_method]
-        means = products(model.graph, plan) if full.bias_correction else ()
-        outputs = [v.name or "" for v in model.graph.outputs if job.output_type in TYPES and is_float(v)]
-        tensors = tuple(dict.fromkeys([*plan.groups(), *outputs]))
-        first = Walk(model, plan, data, resources).count
-        wanted = Wanted(tensors, means, method.needs_histogram, method.needs_samples, first)
-        evidence = observe_with_cache(model, wanted, data, resources, watch, job.config.common.calibration_cache)
-        return cls(model, job.config, _target(job.config), data, resources, watch, method, evidence, pixels)
+        given = wanted_data.calibrate_path
+        data = open_data(model, job, watch, wanted_data) if given else Dataset((), (), ())
+        plan = _planned(model, job.config, trained, {})
+        if given and not trained:
+            smooth(model, _fed_by_floats(model, plan), data, resources_of(job).threads, watch)
+            plan = _planned(model, job.config, trained, {})
+        plan, kept = with_trained_weights(model, plan, trained, everything=not given)
+        tell_kept(kept, watch)
+        evidence = _observed(model, plan, trained, data, job, watch)
+        resources, method = resources_of(job), RANGE_METHODS[full.activation_quant_method]
+        stored = weight_quant.storage_plan(model, job).units()
+        lookups = {unit.name: unit for unit in stored if unit.op_type == "Gather" and unit.name in plan.nodes}
+        target = _target(job.config)
+        return cls(model, job.config, target, data, resources, watch, method, evidence, pixels, trained, lookups)
 
     def within_drop(self) -> Attempt:
         """The attempt that keeps the fewest nodes float and loses no more than max_drop."""
@@ -126,23 +197,33 @@ class _Work:
 
     def attempt(self, kept_float: Mapping[str, str]) -> Attempt:
         """The model quantized without the nodes `kept_float`."""
-        wishes = replace(_wishes(self.config), kept_float=kept_float)
-        plan = self._with_ranges(build_plan(self.model.graph, self.target, wishes))
+        plan = self._with_ranges(_planned(self.model, self.config, self.trained, kept_float))
         if mixed := _mixed_concats(plan):
-            wishes = replace(wishes, kept_float={**kept_float, **mixed})
-            plan = self._with_ranges(build_plan(self.model.graph, self.target, wishes))
-        walk = Walk(self.model, plan, self.data, self.resources, samples=self.evidence.first)
-        self.watch.say(f"Weights are decided on {walk.count} of {len(self.data)} samples.")
-        options = Options(self.config.full_quant.weight_rounding == "GPTQ", self.config.full_quant.power_of_two_scale)
-        plan = decide_weights(self.model, plan, walk, self.evidence.means, options, self.watch)
-        quantized = self.model.clone()
+            plan = self._with_ranges(_planned(self.model, self.config, self.trained, {**kept_float, **mixed}))
+        plan, _ = with_trained_weights(self.model, plan, self.trained, everything=not len(self.data))
+        if any(unit.weight and unit.name not in plan.weights for unit in plan.units()):
+            walk = Walk(self.model, plan, self.data, self.resources, samples=self.evidence.first)
+            self.watch.say(f"Weights are decided on {walk.count} of {len(self.data)} samples.")
+            wanted = self.config.full_quant
+            options = Options(wanted.weight_rounding == "GPTQ", wanted.power_of_two_scale)
+            plan = decide_weights(self.model, plan, walk, self.evidence.means, options, self.watch)
+        quantized, plan = self.model.clone(), self._with_tables(plan)
         return quantized, plan, emit(quantized, plan)
+
+    def _with_tables(self, plan: QuantPlan) -> QuantPlan:
+        """The plan with float lookups in tables of 8 bits; in a product's codes where it multiplies with the table."""
+        nodes = {name: unit for name, unit in self.lookups.items() if not plan.nodes[name].quantized}
+        stored = store_by_weights(self.model, replace(plan, nodes=nodes), StoredOptions(), self.watch).stored
+        weights = {unit.weight.name: plan.weights[unit.name] for unit in plan.units() if unit.weight}
+        tied = {(u.name, 0): weights[u.weight.name] for u in nodes.values() if u.weight and u.weight.name in weights}
+        return replace(plan, nodes={**plan.nodes, **nodes}, stored={**stored, **tied})
 
     def _with_ranges(self, plan: QuantPlan) -> QuantPlan:
         full = self.config.full_quant
         spec = RangeSpec(UINT8, False, full.power_of_two_scale, full.outlier_ratio)
         statistics, threads = self.evidence.statistics, self.resources.threads
         plan = plan.with_qparams(activation_qparams(plan, statistics, self.method, spec, threads))
+        plan = plan.with_qparams(probability_qparams(self.model.graph, plan, spec))
         if self.pixels is None or self.target.activation != UINT8:
             return plan
         inputs = {value.name for value in self.model.graph.inputs}
@@ -150,13 +231,29 @@ class _Work:
 
     def set_edges(self, quantized: ir.Model, job: Job) -> None:
         """Gives the quantized model the input and output types that the flags ask for."""
-        for value in [v for v in quantized.graph.inputs if job.input_type in TYPES and is_float(v)]:
-            take_integers(quantized, value.name or "", job.input_type, self.pixels)
+        kind = job.input_type if job.input_type in TYPES else "UINT8" if self.pixels else ""
+        for value in [v for v in quantized.graph.inputs if kind and is_float(v)]:
+            take_integers(quantized, value.name or "", kind, self.pixels)
         for value in [v for v in quantized.graph.outputs if job.output_type in TYPES and is_float(v)]:
             name, fmt = value.name or "", INT8 if job.output_type == "INT8" else UINT8
-            spec = RangeSpec(fmt, False, self.config.full_quant.power_of_two_scale)
-            q = spec.qparams(range_of(self.method, self.evidence.statistics[name], spec))
-            self.watch.tell(give_integers(quantized, name, job.output_type, q))
+            self.watch.tell(give_integers(quantized, name, job.output_type, self._output_qparams(name, fmt)))
+
+    def _output_qparams(self, name: str, fmt: IntFormat) -> QParams:
+        """Parameters of an output that becomes integers; raises UsageError where no range is known."""
+        spec = RangeSpec(fmt, False, self.config.full_quant.power_of_two_scale)
+        if name in self.trained.tensors:
+            return in_format(self.trained.tensors[name], TensorPlan(name, fmt, False, name, ""), spec.power_of_two)
+        if name not in self.evidence.statistics:
+            msg = f"--outputDataType: training left the range of output '{name}' open; give calibrate_path, or floats."
+            raise UsageError(msg)
+        return spec.qparams(range_of(self.method, self.evidence.statistics[name], spec))
+
+
+def _fed_by_floats(model: ir.Model, plan: QuantPlan) -> list[NodePlan]:
+    """The matrix products of what float nodes compute, as in transformers; others read what is integer anyway."""
+    other = {value.name for value in model.graph.inputs} | {name for unit in plan.units() for name in unit.outputs}
+    products = [unit for unit in plan.units() if unit.op_type in {"MatMul", "Gemm"} and unit.weight]
+    return [unit for unit in products if unit.inputs[0] not in other]
 
 
 def _mixed_concats(plan: QuantPlan) -> dict[str, str]:

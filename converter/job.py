@@ -2,20 +2,27 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Protocol, TypeVar
 
 from converter.config import Config
+from converter.errors import UsageError
 
 T = TypeVar("T")
 Shape = tuple[int | None, ...]
+# What input_type and output_type say for floats.
+FLOATS = {"FLOAT", "FLOAT32"}
 
 
 @dataclass(frozen=True)
 class Job:
-    """One conversion: the files, the config and the flags."""
+    """One conversion: the files, the config and the flags.
+
+    `part` (index, count) asks for that part of the calibration alone, see `pipeline.calibrate`.
+    """
 
     model: Path
     output: Path
@@ -25,6 +32,13 @@ class Job:
     input_type: str = "DEFAULT"
     output_type: str = "DEFAULT"
     fp16: bool = False
+    verify: bool = True
+    part: tuple[int, int] | None = None
+
+    @property
+    def mode(self) -> str:
+        """What is done to the model, the config's mode or what flags ask for without one."""
+        return self.config.mode or "FLOAT16"
 
 
 @dataclass(frozen=True)
@@ -67,3 +81,23 @@ class Silent:
 
     def warn(self, text: str) -> None:
         """Ignored."""
+
+
+def output_path(model: Path, given: str | None) -> Path:
+    """The file to write, `.onnx` appended; raises UsageError, before any work is done, where none can be written."""
+    output = model.parent / f"{model.stem}_quant.onnx" if given is None else Path(given)
+    if not output.name or str(given).endswith(("/", os.sep)):
+        msg = f"--outputFile '{given}' names no file; write for example {output / 'model_quant.onnx'}."
+        raise UsageError(msg)
+    output = output if output.suffix == ".onnx" else output.with_name(f"{output.name}.onnx")
+    folder = next(parent for parent in output.absolute().parents if parent.exists())
+    if output.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
+        msg = f"--outputFile {output} cannot be written; give the path of a file in a folder that you may write to."
+        raise UsageError(msg)
+    return output
+
+
+def processors() -> int:
+    """Processors that this process may use, or, on systems that do not say, that there are."""
+    affinity = getattr(os, "sched_getaffinity", None)
+    return len(affinity(0)) if affinity else os.cpu_count() or 1

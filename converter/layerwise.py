@@ -7,7 +7,7 @@ of all that was quantized before them without ever running the whole model again
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -33,6 +33,8 @@ ENOUGH_SAMPLES, ENOUGH_BYTES = 64, 48 << 20
 PARTS = 4
 
 
+# Nodes that run together, and the weighted unit that they are.
+_Cut = tuple[list[ir.Node], NodePlan | None]
 Emit = Callable[[ir.Model, QuantPlan], object]
 
 
@@ -47,10 +49,8 @@ class Step:
 
 
 def steps_of(graph: ir.Graph, plan: QuantPlan) -> list[Step]:
-    """The steps that lead up to the last weighted unit, in graph order."""
-    cut = list(_cut(graph, plan))
-    while cut and cut[-1][1] is None:
-        cut.pop()
+    """The steps that weighted units depend on, in graph order."""
+    cut = _needed(list(_cut(graph, plan)))
     readers: dict[ir.Value, set[ir.Node]] = {}
     for node in (node for nodes, _ in cut for node in nodes):
         for value in values_read(node):
@@ -58,7 +58,7 @@ def steps_of(graph: ir.Graph, plan: QuantPlan) -> list[Step]:
     return [_step(nodes, unit, readers) for nodes, unit in cut]
 
 
-def _cut(graph: ir.Graph, plan: QuantPlan) -> Iterator[tuple[list[ir.Node], NodePlan | None]]:
+def _cut(graph: ir.Graph, plan: QuantPlan) -> Iterator[_Cut]:
     by_name = {node.name: node for node in graph}
     between: list[ir.Node] = []
     for node in graph:
@@ -75,6 +75,21 @@ def _cut(graph: ir.Graph, plan: QuantPlan) -> Iterator[tuple[list[ir.Node], Node
         yield nodes, unit
     if between:
         yield between, None
+
+
+def _needed(cut: Sequence[_Cut]) -> list[_Cut]:
+    """The weighted units and, of what lies between them, the nodes that they depend on."""
+    read: set[ir.Value] = set()
+    kept = list[_Cut]()
+    for nodes, unit in reversed(cut):
+        needed = list[ir.Node]()
+        for node in reversed(nodes):
+            if unit or not read.isdisjoint(node.outputs):
+                needed.insert(0, node)
+                read.update(values_read(node))
+        if needed:
+            kept.insert(0, (needed, unit))
+    return kept
 
 
 def _step(nodes: list[ir.Node], unit: NodePlan | None, readers: Mapping[ir.Value, set[ir.Node]]) -> Step:
@@ -116,7 +131,7 @@ class Walk:
 
     def _fitting(self, data: Dataset, store_bytes: int, most: int | None) -> int:
         """How many samples are enough and fit."""
-        each = self._peak_bytes(data)
+        each = max(1, self._peak_bytes(data))
         return max(1, min(len(data), most or max(ENOUGH_SAMPLES, ENOUGH_BYTES // each), store_bytes // each))
 
     def _peak_bytes(self, data: Dataset) -> int:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import hashlib
 import itertools
+import re
 import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -11,59 +13,153 @@ from pathlib import Path
 import numpy as np
 import onnx
 import onnx_ir as ir
+import onnx_ir.passes.common as common
 
 from calib.affine import Array
-from converter.errors import ModelError
+from converter.errors import ModelError, QConvertError, UsageError
 
 # A protobuf message ends at 2 GiB; above this many bytes of weights the tensors go to a file beside the model.
 EXTERNAL_DATA_ABOVE = 1_500_000_000
 
 
-def load(path: Path) -> ir.Model:
-    """The model at `path`, in memory but for external weights of a large model (mapped); raises ModelError."""
+def load(path: Path, output: Path | None = None) -> ir.Model:
+    """The valid model at `path`, in memory but for external weights of a large model (mapped).
+
+    Raises ModelError, and UsageError where writing `output` would destroy one of the model's own files.
+    """
     if not path.is_file():
         msg = f"{path}: there is no such model file; check --modelFile."
         raise ModelError(msg)
+    if output is not None:
+        _protect(path, output)
     try:
-        model = ir.load(path)
+        # External data must lie in the model's folder, which a relative path would leave open.
+        model = ir.load(path.absolute())
         # An empty or foreign file can parse as a message without a graph.
         if not model.graph.outputs:
             msg = f"{path}: this is not an ONNX model (it has no graph outputs)."
             raise ModelError(msg)
-        return model if weight_bytes(model) > EXTERNAL_DATA_ABOVE else ir.external_data.load_to_model(model)
-    except ModelError:
+        for name in _undefined(model):
+            msg = f"{path}: tensor '{name}' is read but nothing defines it (sparse weights are not supported)."
+            raise ModelError(msg)
+        for tensor in _external_tensors(model, path):
+            if output is not None:
+                _protect(Path(tensor.path), output)
+        _check_or_repair(model, path)
+        return model if _is_large(model) else ir.external_data.load_to_model(model)
+    except (QConvertError, MemoryError):
         raise
     except Exception as error:
         msg = f"{path}: this is not a readable ONNX model ({first_line(error)})."
         raise ModelError(msg) from error
 
 
+def _protect(source: Path, output: Path) -> None:
+    if output.exists() and source.exists() and output.samefile(source):
+        msg = f"--outputFile {output} is the float model itself; give another name."
+        raise UsageError(msg)
+
+
+def _undefined(model: ir.Model) -> Iterator[str]:
+    """Tensors that are read but neither computed, fed nor constant."""
+    for value in (v for node in model.graph.all_nodes() for v in node.inputs if v is not None):
+        if value.producer() is None and not value.is_graph_input() and not value.is_initializer():
+            yield value.name or ""
+
+
+def _external_tensors(model: ir.Model, path: Path) -> list[ir.ExternalTensor]:
+    """The tensors in other files; raises ModelError for one that is not whole, or outside of the model's folder."""
+    graphs = [*model.graphs(), *(function.graph for function in model.functions.values())]
+    tensors = [value.const_value for graph in graphs for value in graph.initializers.values()]
+    attributes = [a for graph in graphs for node in graph.all_nodes() for a in node.attributes.values()]
+    tensors += [attribute.value for attribute in attributes if attribute.type == ir.AttributeType.TENSOR]
+    external = [tensor for tensor in tensors if isinstance(tensor, ir.ExternalTensor)]
+    for tensor in external:
+        tensor.base_dir = path.absolute().parent
+        if problem := _problem(tensor):
+            msg = f"{path}: the weight '{tensor.name}' is kept in '{tensor.location}', which {problem}."
+            raise ModelError(msg)
+    return external
+
+
+def _problem(tensor: ir.ExternalTensor) -> str | None:
+    """What is wrong with the file of an external tensor; a pipe or a device must not even be opened."""
+    folder, file, start = Path(tensor.base_dir), Path(tensor.path), tensor.offset or 0
+    inside = not Path(tensor.location).is_absolute() and file.resolve().is_relative_to(folder.resolve())
+    if not inside:
+        return "is outside of the model's folder, where nothing is read; put the file beside the model"
+    if not file.is_file():
+        return "is no file; put it beside the model"
+    if start < 0 or tensor.length not in (None, tensor.nbytes) or start + tensor.nbytes > file.stat().st_size:
+        return f"does not hold its {tensor.nbytes} bytes; copy the whole file again"
+    return None
+
+
+def _check_or_repair(model: ir.Model, path: Path) -> None:
+    """Raises ModelError for a file that is not valid ONNX, unless all that it lacks is order, shapes and a name."""
+    try:
+        check(path, str(path))
+    except ModelError as error:
+        model.graph.name = model.graph.name or "graph"
+        with contextlib.suppress(Exception):
+            common.TopologicalSortPass()(model)
+            complete = model.clone()
+            for value in (*complete.graph.inputs, *complete.graph.outputs):
+                value.shape = value.shape or ir.Shape(())
+            with saved(complete) as file:
+                check(file)
+            return
+        raise error
+
+
 def save(model: ir.Model, path: Path) -> None:
-    """Writes `model` beside `path` under a temporary name, then renames: the old file or the whole new one."""
+    """Writes `model` beside `path` under a temporary name, then renames: the old file or the whole new one.
+
+    Weights in a file of their own have their fingerprint in its name: until the model file is replaced, the old one
+    finds its own.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        _write(model, Path(folder) / path.name)
+        data = f"{path.name}.{_fingerprint(model)}.data" if _is_large(model) else None
+        _write(model, Path(folder) / path.name, data)
         check(Path(folder) / path.name)
         # The weights first: a model file never stands without them.
-        for part in sorted(Path(folder).iterdir(), reverse=True):
+        parts = sorted(Path(folder).iterdir(), reverse=True)
+        for part in parts:
             part.replace(path.parent / part.name)
+    kept, old = {part.name for part in parts}, re.compile(re.escape(path.name) + r"\.[0-9a-f]{16}\.data")
+    for other in path.parent.iterdir():
+        if old.fullmatch(other.name) and other.name not in kept:
+            other.unlink()
 
 
-def _write(model: ir.Model, path: Path) -> None:
+def _fingerprint(model: ir.Model) -> str:
+    """16 hexadecimal digits of a hash over the whole model."""
+    digest = hashlib.sha256()
+    for part in serialized_parts(model):
+        digest.update(part)
+    return digest.hexdigest()[:16]
+
+
+def _is_large(model: ir.Model) -> bool:
+    return weight_bytes(model) > EXTERNAL_DATA_ABOVE
+
+
+def _write(model: ir.Model, path: Path, data: str | None = None) -> None:
     """One file, or two where the weights are too many for one."""
-    if weight_bytes(model) > EXTERNAL_DATA_ABOVE:
-        ir.save(model, path, external_data=f"{path.name}.data")
+    if _is_large(model):
+        ir.save(model, path, external_data=data or f"{path.name}.data")
     else:
         # What is still in the float model's data file would be written as a reference to it.
         ir.save(ir.external_data.load_to_model(model), path)
 
 
-def check(path: Path) -> None:
-    """Raises ModelError where the ONNX checker does not accept the file."""
+def check(path: Path, name: str = "The converted model") -> None:
+    """Raises ModelError where the ONNX checker does not accept the file, which the message calls `name`."""
     try:
         onnx.checker.check_model(path)
     except onnx.checker.ValidationError as error:
-        msg = f"The converted model is not valid ONNX: {first_line(error)}."
+        msg = f"{name} is not valid ONNX: {' '.join(str(error).split()).rstrip('. ')}."
         raise ModelError(msg) from error
 
 
@@ -117,8 +213,14 @@ def values_read(node: ir.Node) -> list[ir.Value]:
 
 def file_bytes(path: Path) -> int:
     """Bytes of a model file and of its tensors in other files."""
-    tensors = [v.const_value for g in ir.load(path).graphs() for v in g.initializers.values()]
-    return path.stat().st_size + sum(t.nbytes for t in tensors if isinstance(t, ir.ExternalTensor))
+    return path.stat().st_size + sum(tensor.nbytes for tensor in _external_tensors(ir.load(path), path))
+
+
+def external_files(path: Path) -> list[Path]:
+    """The files beside a model file that hold its tensors; none if it is no readable model, as `load` will say."""
+    with contextlib.suppress(Exception):
+        return sorted({Path(tensor.path) for tensor in _external_tensors(ir.load(path), path)})
+    return []
 
 
 def weight_bytes(model: ir.Model) -> int:
@@ -199,6 +301,8 @@ def replace_constant(node: ir.Node, index: int, array: Array, names: Names) -> N
 
 
 def first_line(error: BaseException) -> str:
-    """The first line of an error's text, without a closing full stop."""
+    """The first line of the text of the error that began it all, without a closing full stop."""
+    while error.__cause__:
+        error = error.__cause__
     text = str(error).strip().splitlines()
     return text[0].rstrip(". ") if text else type(error).__name__

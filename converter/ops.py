@@ -6,12 +6,14 @@ A new operator is one row here and one row in tests/test_ops.py, which checks ev
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
+from calib.affine import Array
 from converter.model import constant
 
 Obstacle = Callable[[ir.Node], str | None]
@@ -48,16 +50,30 @@ def _all_of(*obstacles: Obstacle) -> Obstacle:
     return lambda node: next((reason for find in obstacles if (reason := find(node))), None)
 
 
-def _weight_computed(node: ir.Node) -> str | None:
-    return None if constant(node.inputs[1]) is not None else "its weight is computed at run time"
+def unusable(array: Array) -> str | None:
+    """Why codes cannot stand for a constant of any size, None if they can."""
+    if array.dtype != np.float32:
+        return f"holds {array.dtype} values, not float32"
+    if not array.size:
+        return "is empty"
+    return None if np.isfinite([array.min(), array.max()]).all() else "holds NaN or infinite values"
 
 
-def _bias_computed(node: ir.Node) -> str | None:
+def _weight_unusable(node: ir.Node) -> str | None:
+    array = constant(node.inputs[1])
+    if array is None:
+        return "its weight is computed at run time"
+    reason = "is no matrix" if array.ndim < 2 else unusable(array)
+    return reason and f"its weight {reason}"
+
+
+def _bias_unusable(node: ir.Node) -> str | None:
     bias = node.inputs[2] if len(node.inputs) > 2 else None
     if bias is None:
         return None
     array = constant(bias)
-    return None if array is not None and array.ndim == 1 else "its bias is not one constant a channel"
+    reason = "is not one constant a channel" if array is None or array.ndim != 1 else unusable(array)
+    return reason and f"its bias {reason}"
 
 
 def _gemm_attributes(node: ir.Node) -> str | None:
@@ -93,7 +109,9 @@ def _gemm_axis(node: ir.Node) -> int:
 
 def _matmul_weight(node: ir.Node) -> str | None:
     weight = constant(node.inputs[1])
-    return None if weight is None or weight.ndim == 2 else "its weight is not one matrix"
+    if weight is not None and weight.ndim != 2:
+        return "its weight is not one matrix"
+    return None if weight is None else _weight_unusable(node)
 
 
 def _matmul_axis(node: ir.Node) -> int | None:
@@ -123,16 +141,16 @@ OPS: dict[str, OpRule] = {
         bias=2,
         channel_axis=lambda node: 0,
         pairs=_not_depthwise,
-        obstacle=_all_of(_weight_computed, _bias_computed),
+        obstacle=_all_of(_weight_unusable, _bias_unusable),
     ),
     "ConvTranspose": OpRule(
-        weight=1, bias=2, channel_axis=_conv_transpose_axis, obstacle=_all_of(_weight_computed, _bias_computed)
+        weight=1, bias=2, channel_axis=_conv_transpose_axis, obstacle=_all_of(_weight_unusable, _bias_unusable)
     ),
     "Gemm": OpRule(
         weight=1,
         bias=2,
         channel_axis=_gemm_axis,
-        obstacle=_all_of(_gemm_attributes, _weight_computed, _bias_computed, _gemm_bias),
+        obstacle=_all_of(_gemm_attributes, _weight_unusable, _bias_unusable, _gemm_bias),
     ),
     "MatMul": OpRule(data=(0, 1), weight=1, channel_axis=_matmul_axis, output_axis=-1, obstacle=_matmul_weight),
     **dict.fromkeys(("Add", "Sub", "Mul", "Div", "Max", "Min", "Concat", "PRelu"), OpRule(data=None)),
@@ -159,6 +177,12 @@ OPS: dict[str, OpRule] = {
     "Pad": OpRule(moves=True, obstacle=_pad_mode),
     "Resize": OpRule(moves=True, obstacle=_resize_mode),
 }
+
+
+def computes_on_integers(node: ir.Node) -> bool:
+    """Whether `node` is part of a model that is quantized already."""
+    return re.fullmatch(r"QLinear\w+|\w*[Qq]uantizeLinear|\w+Integer", node.op_type) is not None
+
 
 # Operators without a row above that multiply with, or pick from, constants: input index → axis of the channels.
 _RECURRENT: dict[int, Callable[[ir.Node], int | None]] = {1: lambda node: 1, 2: lambda node: 1}

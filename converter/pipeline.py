@@ -2,27 +2,38 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import onnx_ir as ir
 
 from calib import CalibError
-from converter import dynamic_quant, full_quant, weight_quant
+from converter import dynamic_quant, full_quant, half_precision, transform, weight_quant
 from converter import model as models
 from converter.compare import TensorError, largest_difference
-from converter.config import Config
 from converter.data import resources_of
 from converter.emit.half import store_constants_as_half
-from converter.errors import ConfigError, ModelError, QConvertError, UsageError
-from converter.job import Job, Silent, Watch
+from converter.emit.inferred import forget_inferred
+from converter.errors import ModelError, QConvertError
+from converter.findings import Verification
+from converter.job import Job, Resources, Silent, Watch
+from converter.ops import computes_on_integers
 from converter.placement import check_skips
 from converter.plan import QuantPlan
 from converter.prepare import prepare
-from converter.prepare.inputs import set_input_shapes
+from converter.prepare.inputs import check_shapes, set_input_shapes
 from converter.prepare.opset import opset_of, raise_opset
-from converter.verify import verify
+from converter.provenance import provenance
+from converter.quantized import Quantized
+from converter.report.write import check_folder, write_reports
+from converter.verify import tensor_errors, verify
 
-MODES = {"FULL_QUANT": full_quant, "WEIGHT_QUANT": weight_quant, "DYNAMIC_QUANT": dynamic_quant}
+MODES = {
+    "FULL_QUANT": full_quant,
+    "WEIGHT_QUANT": weight_quant,
+    "DYNAMIC_QUANT": dynamic_quant,
+    "FLOAT32": transform,
+    "FLOAT16": half_precision,
+}
 # Float32 outputs may differ in their last bits after an opset conversion.
 RAISED_TOLERANCE = 1e-4
 
@@ -35,6 +46,7 @@ class Outcome:
     size_before: int
     size_after: int
     errors: tuple[TensorError, ...]
+    verification: Verification | None = None
 
 
 def convert(job: Job, watch: Watch | None = None) -> Outcome:
@@ -42,38 +54,89 @@ def convert(job: Job, watch: Watch | None = None) -> Outcome:
     watch = watch or Silent()
     model = read(job, watch)
     try:
-        result = MODES[job.config.common.quant_type].quantize(model, job, watch)
-        errors = verify(result, resources_of(job), watch)
+        result = MODES[job.mode].quantize(model, job, watch)
+        forget_inferred(result.model)
+        resources = resources_of(job)
+        errors = tensor_errors(result, resources) if job.verify else ()
+        labels = job.config.preprocess.label_file
+        verification = verify(result, labels, resources, watch) if job.verify else None
+        _tell_of_integers(result, watch)
+        unfinished = replace(result, model=result.model.clone())
         result.finish()
+        if job.fp16:
+            store_constants_as_half(result.model)
+        result.model.metadata_props.update(provenance(job, result.data))
+        models.save(result.model, job.output)
+        sizes = models.file_bytes(job.model), models.file_bytes(job.output)
+        outcome = Outcome(result.plan, *sizes, errors, verification)
+        _report(job, unfinished, outcome, resources, watch)
     except CalibError as error:
         raise QConvertError(str(error)) from error
-    if job.fp16:
-        store_constants_as_half(result.model)
-    models.save(result.model, job.output)
-    return Outcome(result.plan, models.file_bytes(job.model), models.file_bytes(job.output), errors)
+    return outcome
+
+
+def _report(job: Job, result: Quantized, outcome: Outcome, resources: Resources, watch: Watch) -> None:
+    """Writes the reports where they are asked for; warns where there is no data and random samples do not do."""
+    folder, sizes = job.config.common.debug_info_save_path, (outcome.size_before, outcome.size_after)
+    if folder is None:
+        return
+    facts, found = {**_facts(job, result), **provenance(job, result.data)}, outcome.verification
+    try:
+        write_reports(folder, job.output.name, result, facts, sizes, found, resources, watch)
+    except CalibError as error:
+        if len(result.data):
+            raise
+        watch.warn(f"There are no reports, as the model does not run on random samples; give data. {error}")
+
+
+def _facts(job: Job, result: Quantized) -> dict[str, str]:
+    """What was done, in words."""
+    nodes = [node for node in result.plan.nodes.values() if not node.inside]
+    return {
+        "Float model": job.model.name,
+        "Calibration": f"{len(result.data)} samples" if len(result.data) else "no data",
+        "Quantized": f"{sum(node.quantized for node in nodes)} of {len(nodes)} nodes",
+    }
+
+
+def _tell_of_integers(result: Quantized, watch: Watch) -> None:
+    """Warns of a model that was quantized before, but for conversions that were taken over."""
+    nodes = [node for graph in result.reference.graphs() for node in graph if computes_on_integers(node)]
+    if integer := [n for n in nodes if not (result.trained and n.op_type in {"QuantizeLinear", "DequantizeLinear"})]:
+        watch.warn(
+            f"The model is quantized already: {len(integer)} node(s) such as '{integer[0].name}' "
+            f"({integer[0].op_type}) stay as they are; start from the float model for the least loss."
+        )
+
+
+def calibrate(job: Job, watch: Watch) -> None:
+    """Does `job.part` of a FULL_QUANT job's calibration, for several processes to share one."""
+    try:
+        full_quant.calibrate(read(job, watch), job, watch)
+    except CalibError as error:
+        raise QConvertError(str(error)) from error
 
 
 def make_plan(job: Job, watch: Watch) -> QuantPlan:
     """The decisions a conversion would make before it looks at any data; runs nothing."""
-    plan: QuantPlan = MODES[job.config.common.quant_type].make_plan(read(job, watch), job)
+    plan: QuantPlan = MODES[job.mode].make_plan(read(job, watch), job)
     return plan
 
 
 def read(job: Job, watch: Watch) -> ir.Model:
     """The job's model in normal form."""
-    _check_built(job.config)
-    if job.output.resolve() == job.model.resolve():
-        msg = f"--outputFile {job.output} is the float model itself; give another name."
-        raise UsageError(msg)
+    if folder := job.config.common.debug_info_save_path:
+        check_folder(folder, job.config.at("common_quant_param", "debug_info_save_path"))
     for warning in job.config.warnings:
         watch.warn(warning)
-    model = models.load(job.model)
+    model = models.load(job.model, job.output)
     set_input_shapes(model, job.input_shapes)
     raised = raise_opset(model)
     if raised is not model:
         _check_raised(model, raised, watch)
     nodes = _nodes(model)
     prepared = prepare(raised)
+    check_shapes(prepared)
     check_skips(job.config, nodes | _nodes(prepared))
     return prepared
 
@@ -95,11 +158,3 @@ def _check_raised(model: ir.Model, raised: ir.Model, watch: Watch) -> None:
         msg = f"{change}, which changes the outputs by {difference:.2g} of their largest value; export the model anew."
         raise ModelError(msg)
     watch.say(f"{change}; the outputs differ by {difference:.1e} of their largest value.")
-
-
-def _check_built(config: Config) -> None:
-    """Raises ConfigError for what a config may ask for but the program cannot do yet."""
-    if config.common.debug_info_save_path:
-        where = config.at("common_quant_param", "debug_info_save_path")
-        msg = f"{where}: the debug reports are not built yet; remove the line."
-        raise ConfigError(msg)

@@ -138,6 +138,9 @@ def _obstacle(node: ir.Node, target: Target, wishes: Wishes) -> str | None:
         return f"no integer kernel for {node.op_type} on target {target.name}"
     if not all(is_float(value) for value in node.outputs):
         return "its values are not float32"
+    constants = any(constant(value) is not None for value in node.inputs)
+    if node.op_type == "MatMul" and not constants and not target.computed_products:
+        return f"a product of two activations is no faster in integers on target {target.name}"
     return rule.obstacle(node)
 
 

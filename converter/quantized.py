@@ -12,12 +12,28 @@ from converter.plan import QuantPlan
 
 
 @dataclass(frozen=True)
+class Tradeoff:
+    """What a search found can be had: weights `ratio` times smaller, with `bits` a weight on average.
+
+    `expected` is what the outputs lose as far as single layers tell, `measured` what they lost; None if not tried.
+    """
+
+    ratio: float
+    bits: float
+    expected: float
+    measured: float | None
+
+
+@dataclass(frozen=True)
 class Quantized:
     """A quantized model beside the float one that it was made from.
 
     `data` are the calibration samples, none where the config names none. `tensors` maps float tensors inside
     `reference` to those of `model` that stand for them. `finish` gives `model` the input and output types of the job,
-    after which the two no longer take the same samples.
+    after which the two no longer take the same samples. `compared` is the float model whose tensors `model` has inside,
+    where values were moved between them and that is not `reference` itself. `trained` says that `reference` has
+    quantization from training, which was taken over or taken away. `pareto` is what a search of bits found, smallest
+    last.
     """
 
     reference: ir.Model
@@ -26,3 +42,6 @@ class Quantized:
     data: Dataset
     tensors: Mapping[str, str] = field(default_factory=dict)
     finish: Callable[[], None] = lambda: None
+    compared: ir.Model | None = None
+    trained: bool = False
+    pareto: tuple[Tradeoff, ...] = ()

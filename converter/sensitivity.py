@@ -87,7 +87,7 @@ def read_labels(path: Path, data: Dataset) -> dict[str, int]:
     try:
         with path.open(newline="", encoding="utf-8") as table:
             labels = {row["file"]: int(row["label"]) for row in csv.DictReader(table)}
-    except (OSError, KeyError, ValueError, TypeError) as error:
+    except (OSError, KeyError, ValueError, TypeError, csv.Error) as error:
         msg = f"{path}: the label file needs a header 'file,label' and an integer class a line ({error!r})."
         raise DataError(msg) from error
     for file, times in Counter(data.files(index)[0] for index in range(len(data))).items():

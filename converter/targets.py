@@ -18,6 +18,7 @@ class Target:
     `pair_limit`: the most that two weight codes of equal sign may sum up to where kernels add two products in 16 bits.
     `integer_bias`: whether biases are stored as int32; else they stay float.
     `all_pays`: whether every operator with a kernel is worth it, also where integers begin and end.
+    `computed_products`: whether products of two activations, as in attention, are worth it.
     `fuses_residual`: whether an Add after a convolution runs inside it, so that only its other input is converted.
     """
 
@@ -33,6 +34,7 @@ class Target:
     integer_bias: bool = True
     all_pays: bool = False
     fuses_residual: bool = False
+    computed_products: bool = True
 
 
 def _set(text: str) -> frozenset[str]:
@@ -53,6 +55,7 @@ CPU = Target(
     bare=_set("Pad"),
     # x86 without VNNI multiplies u8 by s8 and adds two products in 16 bits: 128 * 255 fits, 129 * 255 does not.
     pair_limit=128,
+    computed_products=False,
 )
 OPENVINO = replace(
     CPU,
@@ -62,6 +65,7 @@ OPENVINO = replace(
     bare=frozenset(),
     integer_bias=False,
     fuses_residual=True,
+    computed_products=True,
 )
 NVGPU = Target(
     name="NVGPU",

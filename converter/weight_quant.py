@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
+from dataclasses import replace
 
 import onnx_ir as ir
 
@@ -10,17 +11,20 @@ from calib.affine import IntFormat
 from calib.samples import Dataset
 from converter.algorithms.bit_search import Search
 from converter.algorithms.stored_weights import Fitter, Options
+from converter.cache import fingerprint_of
+from converter.config.keys import WeightQuantParam
 from converter.data import open_data, resources_of, synthetic_data
 from converter.emit.dequantize import DequantizeWriter, type_of
 from converter.emit.planes import PlaneWriter, stored_bytes
 from converter.emit.stored import emit_stored
 from converter.job import Job, Watch
-from converter.model import bias_add, constant
-from converter.ops import weights_of
+from converter.journal import Journal
+from converter.model import bias_add, constant, save
+from converter.ops import unusable, weights_of
 from converter.placement import Wishes, skipped
 from converter.plan import NodePlan, QuantPlan, WeightPlan
 from converter.prepare.opset import raise_opset
-from converter.quantized import Quantized
+from converter.quantized import Quantized, Tradeoff
 
 # The width in a plan whose widths are not found yet.
 UNKNOWN_BITS = 8
@@ -36,21 +40,53 @@ def make_plan(model: ir.Model, job: Job) -> QuantPlan:
     return QuantPlan(nodes, {})
 
 
+def storage_plan(model: ir.Model, job: Job) -> QuantPlan:
+    """The plan that stores every weight it can in 8 bits, for modes that have no limits of their own for it."""
+    common = replace(job.config.common, bit_num=8, min_quant_weight_size=0, min_quant_weight_channel=0)
+    return make_plan(model, replace(job, config=replace(job.config, common=common, weight_quant=WeightQuantParam())))
+
+
 def quantize(model: ir.Model, job: Job, watch: Watch) -> Quantized:
     """The quantized copy of a prepared float model."""
     wanted, data, resources = job.config.weight_quant, _data(model, job, watch), resources_of(job)
     given = bool(job.config.preprocess.calibrate_path)
     options = Options(given and wanted.quant_strategy != "MAX_MIN", wanted.bias_correction, wanted.on_the_fly)
     fitter = Fitter(model, data, resources, options, watch)
-    plan, mixed = make_plan(model, job), job.config.common.bit_num == 0
-    plan = Search(fitter, plan, job.config.mixed_bit).mixed() if mixed else fitter.fitted(plan)
+    plan, pareto = make_plan(model, job), tuple[Tradeoff, ...]()
+    if job.config.common.bit_num:
+        plan = fitter.fitted(plan)
+    else:
+        plan, pareto = _searched(fitter, plan, job)
     widths = Counter(weight.qparams.format.bits for weight in plan.stored.values())
     watch.tell(f"Bits of weights: {', '.join(f'{bits} ({count})' for bits, count in sorted(widths.items()))}.")
+    for found in pareto:
+        measured = "" if found.measured is None else f", {found.measured:.2g} measured"
+        size = f"{found.ratio:.2f} times smaller weights, {found.bits:.2f} bits each"
+        watch.tell(f"Could be had: {size}: loss of {found.expected:.2g} expected{measured}.")
+    quantized = _emitted(model, plan, wanted.on_the_fly)
+    return Quantized(model, quantized, plan, data if given else Dataset((), (), ()), pareto=pareto)
+
+
+def _emitted(model: ir.Model, plan: QuantPlan, on_the_fly: bool) -> ir.Model:
     quantized = model.clone()
-    if wanted.on_the_fly:
+    if on_the_fly:
         quantized = raise_opset(quantized, max((type_of(weight)[1] for weight in plan.stored.values()), default=0))
-    emit_stored(quantized, plan, (DequantizeWriter if wanted.on_the_fly else PlaneWriter)(quantized))
-    return Quantized(model, quantized, plan, data if given else Dataset((), (), ()))
+    emit_stored(quantized, plan, (DequantizeWriter if on_the_fly else PlaneWriter)(quantized))
+    return quantized
+
+
+def _searched(fitter: Fitter, plan: QuantPlan, job: Job) -> tuple[QuantPlan, tuple[Tradeoff, ...]]:
+    """The plan with widths found; until then, the best so far is the job's output, and a journal lies beside it."""
+
+    def keep(found: QuantPlan) -> None:
+        save(_emitted(fitter.model, found, job.config.weight_quant.on_the_fly), job.output)
+
+    config = job.config
+    told = f"{fingerprint_of(fitter.model, fitter.data)} {config.common} {config.mixed_bit} {config.weight_quant}"
+    journal = Journal(job.output.with_name(f"{job.output.name}.search.json"), told)
+    found = Search(fitter, plan, config.mixed_bit, journal, keep).mixed()
+    journal.close()
+    return found
 
 
 def _data(model: ir.Model, job: Job, watch: Watch) -> Dataset:
@@ -104,6 +140,8 @@ def _block(node: ir.Node, shape: tuple[int, ...], axis: int | None, wanted: int 
 def _obstacle(node: ir.Node, weight: WeightPlan, job: Job) -> str | None:
     common, array = job.config.common, constant(node.inputs[weight.index])
     assert array is not None
+    if reason := unusable(array):
+        return f"its weight {reason}"
     channels = array.shape[weight.axis] if weight.axis is not None else 1
     few, narrow = common.min_quant_weight_size, common.min_quant_weight_channel
     if array.size <= few:

@@ -1,43 +1,127 @@
-"""Bits by sensitivity against exhaustive search."""
+"""Bits by sensitivity against exhaustive search; what a search measures, keeps and goes on from."""
 
 from __future__ import annotations
 
 import itertools
+import json
 
 import numpy as np
 import pytest
+from graphs import build, normal
+from running import Ear
+from test_weight_quant import converted
 
-from converter.algorithms.bit_search import WIDTHS, pareto
+from converter.algorithms.bit_search import WIDTHS, allocation, divergence, path
+from converter.journal import Journal
+
+SENSITIVITY = {"search": "SENSITIVITY", "target_ratio": 5}
+X = normal(12, 32)
 
 
-def noise(seed, count=3):
+def layers():
+    """Three products, the last of which matters most."""
+    text = """g (float[1,32] x) => (float[1,48] y) {
+        a = MatMul (x, w1)  r = Relu (a)  b = MatMul (r, w2)  c = MatMul (x, w3)  y = Add (b, c) }"""
+    return build(text, w1=normal(32, 96), w2=normal(96, 48, seed=1) / 50, w3=normal(32, 48, seed=2))
+
+
+def problem(seed, count=3):
     rng = np.random.default_rng(seed)
     names = [f"w{i}" for i in range(count)]
-    falling = rng.uniform(0.1, 9, (count, 1)) * 4.0 ** -np.array(WIDTHS) * rng.uniform(0.5, 2, (count, len(WIDTHS)))
-    errors = {name: row.tolist() for name, row in zip(names, falling, strict=True)}
-    return errors, dict(zip(names, map(int, rng.integers(1, 500, count)), strict=True))
+    worth = dict(zip(names, rng.uniform(0.1, 9, count) ** 3, strict=True))
+    return worth, dict(zip(names, map(int, rng.integers(1, 500, count)), strict=True))
 
 
-def total(errors, sizes, bits):
-    error = sum(errors[name][WIDTHS.index(bits[name])] for name in errors)
-    return sum(sizes[name] * bits[name] for name in errors), error
+def total(worth, sizes, bits):
+    return sum(sizes[n] * bits[n] for n in worth), sum(worth[n] * 4.0 ** -bits[n] for n in worth)
 
 
 @pytest.mark.parametrize("seed", range(8))
 def test_no_allocation_beats_a_step_of_the_path(seed):
-    errors, sizes = noise(seed)
+    worth, sizes = problem(seed)
     everything = [
-        total(errors, sizes, dict(zip(errors, bits, strict=True))) for bits in itertools.product(WIDTHS, repeat=3)
+        total(worth, sizes, dict(zip(worth, bits, strict=True))) for bits in itertools.product(WIDTHS, repeat=3)
     ]
-    bits = dict.fromkeys(errors, WIDTHS[0])
-    for step in pareto(errors, sizes):
-        assert step.bits > bits[step.name]
+    bits = dict.fromkeys(worth, WIDTHS[0])
+    for step in path(worth, sizes):
+        assert step.bits == bits[step.name] + 1
         bits[step.name] = step.bits
-        assert (step.size, step.error) == pytest.approx(total(errors, sizes, bits))
-        assert not [e for size, e in everything if size <= step.size and e < step.error * (1 - 1e-9)]
+        size, error = total(worth, sizes, bits)
+        assert not [e for s, e in everything if s <= size and e < error * (1 - 1e-9)]
+    assert set(bits.values()) == {WIDTHS[-1]}
 
 
-def test_bits_that_buy_nothing_are_not_spent():
-    worse = [1.0, 0.1, 0.2, 0.3, 0.4, 0.5, 0.6]
-    assert [step.bits for step in pareto({"w": worse}, {"w": 10})] == [3]
-    assert pareto({"w": [1.0] * len(WIDTHS)}, {"w": 10}) == []
+@pytest.mark.parametrize("seed", range(8))
+@pytest.mark.parametrize("average", [2.0, 3.3, 4.5, 9.9])
+def test_an_allocation_uses_its_room(seed, average):
+    worth, sizes = problem(seed)
+    most = average * sum(sizes.values())
+    bits = allocation(path(worth, sizes), sizes, most)
+    size, _ = total(worth, sizes, bits)
+    assert size <= most
+    assert all(size + sizes[name] > most for name in sizes if bits[name] < WIDTHS[-1])
+
+
+def test_worth_as_the_size_means_equal_bits():
+    sizes = {"a": 10, "b": 300, "c": 7}
+    assert set(allocation(path(dict(sizes), sizes), sizes, 5 * 317).values()) == {5}
+
+
+def test_divergence_of_probabilities_and_of_anything_else():
+    p, q = np.array([[0.5, 0.5], [0.9, 0.1]]), np.array([[0.25, 0.75], [0.9, 0.1]])
+    expected = (0.5 * np.log(0.5 / 0.25) + 0.5 * np.log(0.5 / 0.75)) / 2
+    assert divergence([p], [q]) == pytest.approx(expected)
+    assert divergence([np.array([3.0, -4.0])], [np.array([3.0, -5.0])]) == pytest.approx(1 / 25)
+    assert divergence([p, np.ones(3)], [p, np.zeros(3)]) == pytest.approx(1.0)
+
+
+class Impatient(Ear):
+    """Interrupts when the second allocation is measured."""
+
+    def say(self, text):
+        super().say(text)
+        if sum("divergence" in line for line in self.said) > 1:
+            raise KeyboardInterrupt
+
+
+def test_a_search_tells_what_can_be_had(tmp_path):
+    ear = Ear()
+    outcome, data = converted(tmp_path, layers(), X, {"bit_num": 0}, mixed=SENSITIVITY, watch=ear)
+    rows = [line for line in ear.told if line.startswith("Could be had")]
+    assert len(rows) > 6
+    assert [float(row.split()[3]) for row in rows] == sorted(float(row.split()[3]) for row in rows)
+    assert sum("measured" in row for row in rows) in {2, 3}
+    assert len(data) < 0.33 * (tmp_path / "model.onnx").stat().st_size
+    bits = {name: stored.qparams.format.bits for (name, _), stored in outcome.plan.stored.items()}
+    assert bits["c"] > bits["b"]
+
+
+def test_an_interrupted_search_goes_on(tmp_path):
+    files = [(tmp_path / name, tmp_path / name / "out.onnx") for name in ("whole", "halted")]
+    for folder, _ in files:
+        folder.mkdir()
+    _, whole = converted(files[0][0], layers(), X, {"bit_num": 0}, mixed=SENSITIVITY)
+    folder, output = files[1]
+    with pytest.raises(KeyboardInterrupt):
+        converted(folder, layers(), X, {"bit_num": 0}, mixed=SENSITIVITY, watch=Impatient())
+    assert output.stat().st_size < 0.5 * (folder / "model.onnx").stat().st_size
+    journal = folder / "out.onnx.search.json"
+    known = json.loads(journal.read_text())["known"]
+    assert len(known) == 3
+    # What stands in the journal is believed: nothing of it is measured again.
+    ear = Ear()
+    _, resumed = converted(folder, layers(), X, {"bit_num": 0}, mixed=SENSITIVITY, watch=ear)
+    assert resumed == whole
+    assert not journal.exists()
+
+
+def test_a_journal_counts_for_its_job_alone(tmp_path):
+    file = tmp_path / "j.json"
+    assert Journal(file, "one").once("a", lambda: 1.5) == 1.5
+    assert Journal(file, "one").once("a", lambda: 2.5) == 1.5
+    assert Journal(file, "two").once("a", lambda: 2.5) == 2.5
+    file.write_text("[broken")
+    journal = Journal(file, "two")
+    assert journal.once("a", lambda: 3.5) == 3.5
+    journal.close()
+    assert list(tmp_path.iterdir()) == []

@@ -18,6 +18,8 @@ from command_line import CONFIG, DIGITS, MODEL, ROOT, Command, Result, changed, 
 from converter import __version__, pipeline
 
 SUCCESS = "CONVERT RESULT SUCCESS:0"
+# A preset for models that were trained with quantization, which the example was not.
+TRAINED = ROOT / "configs" / "trained.cfg"
 
 
 @pytest.fixture
@@ -158,7 +160,7 @@ def test_skipped_node_is_left_float_and_named(qconvert: Command, tmp_path: Path)
     assert any(len(weight.dims) == 4 for weight in weights)
 
 
-@pytest.mark.parametrize("config", sorted((ROOT / "configs").glob("*.cfg")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("config", sorted({*(ROOT / "configs").glob("*.cfg")} - {TRAINED}), ids=lambda path: path.stem)
 def test_every_preset_converts_the_example(qconvert: Command, config: Path, tmp_path: Path) -> None:
     images, labels = digits("dev")
     assert qconvert.convert(config, tmp_path / "a.onnx").lines[-1] == SUCCESS
@@ -279,7 +281,7 @@ CONFIG_MISTAKES = {
     "bits of another mode": (("bit_num = 8", "bit_num = 4"), "write bit_num = 8"),
     "missing key": (("quant_type = FULL_QUANT", ""), "write quant_type = "),
     "missing data": (("input_type = IMAGE", ""), "input_type: is missing"),
-    "reports to come": (("bit_num = 8", "debug_info_save_path = ."), "remove the line"),
+    "reports in a file": (("bit_num = 8", f"debug_info_save_path = {MODEL}"), "is a file; give the path of a folder"),
     "unknown input": (("image:", "img:"), "'image'"),
     "no such folder": (("digits/calib", "digits/nowhere"), "nowhere"),
     "wrong channels": (("= GRAY", "= RGB"), "channel"),

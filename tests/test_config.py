@@ -17,6 +17,7 @@ from converter.errors import ConfigError
 COMMON, MIXED = "common_quant_param", "mixed_bit_weight_quant_param"
 WEIGHT = "weight_quant_param"
 DYNAMIC = "dynamic_quant_param"
+TRANSFORM = "transform_quant_param"
 FULL, DATA = "full_quant_param", "data_preprocess_param"
 WEIGHT_ONLY = "[common_quant_param]\nquant_type=WEIGHT_QUANT\n"
 FULL_QUANT = """[common_quant_param]
@@ -64,6 +65,9 @@ MISTAKES = {
     (FULL, "per_channel"): [("no", "true or false")],
     (FULL, "target_device"): [("KIRIN", "CPU, CPU_VNNI, ARM, OPENVINO, NVGPU or DSP")],
     (DYNAMIC, "quant_strategy"): [("ALWL", "ALWC or ACWL")],
+    (TRANSFORM, "export_precision_mode"): [("INT8", "QUANT or FLOAT32")],
+    (TRANSFORM, "mean"): [(bad, "above -0.5 and below 255.5") for bad in ("256", "-1", "x")],
+    (TRANSFORM, "std_dev"): [(bad, "above 0 and below") for bad in ("0", "-1", "inf")],
     (DATA, "calibrate_path"): [
         (bad, "input_name:folder pairs")
         for bad in ("pictures", ":pictures", "image:", "a:x,", "a:x,a:y", r"C:\pictures", "a:x,pictures")
@@ -84,6 +88,8 @@ MISTAKES = {
     (DATA, "resize_method"): [("AREA", "NEAREST, LINEAR or CUBIC")],
     (DATA, "center_crop_width"): [("x", "integer from 1 to 65535")],
     (DATA, "center_crop_height"): [("0x10", "integer from 1 to 65535")],
+    ("job", "model"): [("'model.onnx", "quote")],
+    ("job", "output"): [("'out.onnx", "quote")],
 }
 TABLE = [(section.name, key) for section in SECTIONS.values() for key in section.keys]
 
@@ -194,6 +200,10 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
 CROSS = {
     "no mode": ("[full_quant_param]\n", 0, "quant_type: is missing"),
     "no mode in its section": ("\n[common_quant_param]\nbit_num=8\n", 2, "quant_type: is missing"),
+    "two modes": (f"{WEIGHT_ONLY}[{TRANSFORM}]\nexport_precision_mode=QUANT", 4, "go with quant_type = WEIGHT_QUANT"),
+    "float and integers": (FULL_QUANT + f"[{TRANSFORM}]\nexport_precision_mode=FLOAT32", 8, "remove one of the two"),
+    "pixels without a scale": (f"[{TRANSFORM}]\nexport_precision_mode=QUANT\nmean=0", 1, "std_dev: is missing beside"),
+    "pixels without a mean": (f"[{TRANSFORM}]\nexport_precision_mode=QUANT\nstd_dev=1", 1, "mean: is missing beside"),
     "dynamic bits": ("[common_quant_param]\nquant_type=DYNAMIC_QUANT\nbit_num=4\n", 3, "must be 8 for DYNAMIC_QUANT"),
     "no data": ("[common_quant_param]\nquant_type=FULL_QUANT\n", 0, f"[{DATA}] calibrate_path: is missing"),
     "no size": (FULL_QUANT.replace("calibrate_size=10", ""), 3, "calibrate_size: is missing for FULL_QUANT"),
@@ -320,6 +330,11 @@ IDLE = {
         [(7, "resize_width = 8", "input_type = IMAGE"), (8, "resize_height = 9", "input_type = IMAGE")],
     ),
     "nothing to resize": (FULL_QUANT + "resize_method=CUBIC", [(7, "resize_method = CUBIC", "a size to resize to")]),
+    "trained": (f"[{TRANSFORM}]\nexport_precision_mode=QUANT\nmean=127.5\nstd_dev=127.5", []),
+    "float, no data": (
+        f"[{TRANSFORM}]\nexport_precision_mode=FLOAT32\nmean=1\nstd_dev=1",
+        [(3, "mean = 1", "FULL_QUANT"), (4, "std_dev = 1", "FULL_QUANT")],
+    ),
     "resized": (FULL_QUANT + "resize_short_side=9\nresize_method=CUBIC", []),
 }
 

@@ -164,7 +164,9 @@ def test_rows_with_scales_of_their_own_survive_one_large_row(tmp_path):
 # --- tables, other weights, subgraphs --------------------------------------------------------------------------------
 
 
-def test_a_lookup_finds_integers(tmp_path):
+@pytest.mark.parametrize(("small_table", "casts"), [(0, 1), (1 << 18, 0)])
+def test_a_lookup_finds_integers_in_a_large_table_and_floats_in_a_small_one(tmp_path, monkeypatch, small_table, casts):
+    monkeypatch.setattr(dynamic_quant, "SMALL_TABLE", small_table)
     table = normal(500, 24)
     result, _, _ = quantized(tmp_path, prepare(build(f"{TOKENS} {{ y = Gather (table, ids) }}", table=table)))
     stored = constants(result)
@@ -174,7 +176,9 @@ def test_a_lookup_finds_integers(tmp_path):
     ids = np.array([[0, 3, 499], [7, 7, -1]])
     found = run(result, {"ids": ids})["y"]
     assert np.abs(found - table[ids]).max() < 0.6 * (table.max() - table.min()) / 255
-    assert "Gather" in fused(result, tmp_path)
+    after = fused(result, tmp_path)
+    assert "Gather" in after
+    assert after.count("Cast") == casts
 
 
 def test_bodies_are_quantized_and_read_what_is_outside(tmp_path):

@@ -93,7 +93,7 @@ def test_a_grouped_convolution_hands_on_but_does_not_take():
 
 LEFT_ALONE = {
     "a bounded Clip": "a = Conv (x, w)  r = Clip (a, zero, six)  y = Conv (r, v)",
-    "two readers": "a = Conv (x, w)  c = Conv (a, q)  d1 = Conv (a, q)  y = Add (c, d1)",
+    "two readers": "a = Conv (x, w)  c = Conv (a, q)  y = Add (c, a)",
     "another function": "a = Conv (x, w)  r = Sigmoid (a)  y = Conv (r, v)",
     "a pool": "a = Conv (x, w)  r = AveragePool <kernel_shape=[2,2]> (a)  y = Conv (r, v)",
     "a weight computed at run time": "t = Relu (k)  a = Conv (x, w)  y = Conv (a, t)",

@@ -5,12 +5,15 @@ from __future__ import annotations
 import numpy as np
 import onnx
 import onnx_ir as ir
+import pytest
 from graphs import assert_same, build, frozen, normal, run, types
 
+from converter.cli import main
 from converter.emit.half import store_constants_as_half
 from converter.model import values_by_name
 
 X = {"x": normal(3, 16)}
+W = normal(16, 16)
 HEAD = "g (float[3,16] x) => (float[M,N] y)"
 
 
@@ -71,3 +74,26 @@ def test_constants_of_subgraphs_and_taken_names():
     assert "w" not in values_by_name(model.graph)
     for q in (True, False):
         assert_same(before, model, {**X, "q": np.array(q), "w_float16": np.array(3, np.float32)})
+
+
+def test_alone_it_needs_no_config(tmp_path, capsys):
+    (tmp_path / "model.onnx").write_bytes(frozen(build("g (float[3,16] x) => (float[] y) { y = MatMul (x, w) }", w=W)))
+    main(["--fp16=on", f"--modelFile={tmp_path / 'model.onnx'}", f"--outputFile={tmp_path / 'half.onnx'}"])
+    assert "CONVERT RESULT SUCCESS:0" in capsys.readouterr().out
+    found = onnx.load(tmp_path / "half.onnx")
+    assert [tensor.data_type for tensor in found.graph.initializer] == [onnx.TensorProto.FLOAT16]
+    np.testing.assert_allclose(run(found.SerializeToString(), X)["y"], X["x"] @ W.astype(np.float16), rtol=1e-5)
+
+
+@pytest.mark.parametrize("half", ["on", "off"])
+def test_alone_a_config_need_not_name_a_quant_type(tmp_path, capsys, half):
+    (tmp_path / "model.onnx").write_bytes(frozen(build("g (float[3,16] x) => (float[] y) { y = MatMul (x, w) }", w=W)))
+    (tmp_path / "c.cfg").write_text("[common_quant_param]\nthread_num = 1\n")
+    flags = (f"--modelFile={tmp_path / 'model.onnx'}", f"--configFile={tmp_path / 'c.cfg'}", f"--fp16={half}")
+    if half == "on":
+        main([*flags])
+        assert (tmp_path / "model_quant.onnx").exists()
+    else:
+        with pytest.raises(SystemExit):
+            main([*flags])
+        assert "quant_type: is missing" in capsys.readouterr().err

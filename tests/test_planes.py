@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx
 import onnx_ir as ir
@@ -10,7 +12,7 @@ from graphs import build, run
 from hypothesis import given
 from hypothesis import strategies as st
 
-from calib.affine import IntFormat, QParams
+from calib.affine import IntFormat, QParams, dequantize
 from converter.emit.planes import PlaneWriter, to_planes
 from converter.model import weight_bytes
 from converter.plan import QuantizedWeight
@@ -55,6 +57,29 @@ def test_the_runtime_restores_every_weight(bits, shape, axis):
     for optimize in (False, True):
         found = run(model, {"x": np.zeros(shape, np.float32)}, optimize)["y"]
         np.testing.assert_allclose(found, meaning(weight), rtol=2e-7, atol=0)
+
+
+def coded(weight):
+    """The same codes, as those of a trellis."""
+    return replace(weight, qparams=replace(weight.qparams, format=replace(weight.qparams.format, trellis=True)))
+
+
+@pytest.mark.parametrize(
+    ("shape", "axis"), [((24, 10), 1), ((16, 24), 1), ((10, 24), 0), ((44, 3, 3, 3), 0), ((5, 7, 3), 1)]
+)
+@pytest.mark.parametrize("bits", range(2, 8))
+def test_the_runtime_looks_up_the_levels_of_a_trellis(bits, shape, axis):
+    weight = coded(weight_of(bits, shape, axis))
+    expected = dequantize(weight.codes, weight.qparams)  # held against the definition in test_trellis
+    for optimize in (False, True):
+        found = run(written(weight), {"x": np.zeros(shape, np.float32)}, optimize)["y"]
+        np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
+
+
+def test_a_trellis_takes_its_bits_in_the_file():
+    shared = 4 * (8 + 64 * 4 + 64) + 2 * 64  # the same as below, and a table
+    size = weight_bytes(written(coded(weight_of(4, (64, 64), 0))))
+    assert 64 * 64 / 2 < size <= 64 * 64 / 2 + 64 * (4 + 2) + shared
 
 
 @pytest.mark.parametrize("bits", range(1, 17))

@@ -9,6 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from calib import trellis
 from calib.affine import IntFormat
 from converter.algorithms.row_fit import Grids, fit, with_variance
 
@@ -74,9 +75,9 @@ def test_any_weight_gets_codes_of_the_format(bits, seed, size, per_row, integer_
     weight[0, 0], weight[0, 1] = 0.0, size
     wanted = grids(bits, per_row=per_row, integer_zero=integer_zero)
     rows = fit(weight, moments if data else None, wanted)
-    assert (rows.codes == np.rint(rows.codes)).all()
-    assert rows.codes.min() >= 0
-    assert rows.codes.max() < 1 << bits
+    assert (rows.codes() == np.rint(rows.codes())).all()
+    assert rows.codes().min() >= 0
+    assert rows.codes().max() < 1 << bits
     assert np.isfinite(rows.values()).all()
     assert (rows.scale > 0).all()
     if integer_zero:
@@ -85,7 +86,7 @@ def test_any_weight_gets_codes_of_the_format(bits, seed, size, per_row, integer_
         assert len({*rows.scale.ravel()}) == len({*rows.zero.ravel()}) == 1
     elif not data and not integer_zero:
         half_steps = np.abs(rows.values() - weight) / rows.scale[..., None]
-        inner = (rows.codes > 0) & (rows.codes < (1 << bits) - 1)
+        inner = (rows.codes() > 0) & (rows.codes() < (1 << bits) - 1)
         assert half_steps[inner].max(initial=0) <= 0.5 + 1e-6
 
 
@@ -114,3 +115,28 @@ def test_variance_correction_gives_mean_and_deviation_back():
     rows = with_variance(weight, fit(weight, None, grids(2)), grids(2))
     np.testing.assert_allclose(rows.values().mean(axis=2), weight.mean(axis=2), atol=2e-3)
     np.testing.assert_allclose(rows.values().std(axis=2), weight.std(axis=2), rtol=2e-3)
+
+
+@pytest.mark.parametrize("bits", [2, 3, 4, 5])
+@pytest.mark.parametrize("data", [True, False])
+def test_a_trellis_lowers_the_error(bits, data):
+    with_trellis = without = 0.0
+    for seed in range(4):
+        weight, moments = problem(seed, rows=24, columns=200, samples=400)
+        for coded in (True, False):
+            wanted = Grids(IntFormat(bits, signed=False, trellis=coded))
+            rows = fit(weight, moments if data else None, wanted)
+            found = errors(weight, rows, moments if data else np.eye(200)[None]).sum()
+            with_trellis, without = (with_trellis + found, without) if coded else (with_trellis, without + found)
+    assert with_trellis < 0.9 * without
+
+
+def test_short_rows_keep_a_uniform_grid():
+    weight = np.random.default_rng(0).normal(size=(16, 1, 9))
+    assert not fit(weight, None, Grids(IntFormat(4, signed=False, trellis=True))).format.trellis
+
+
+def test_codes_of_a_trellis_stand_for_its_points():
+    weight, moments = problem(3, rows=13, columns=64)
+    rows = fit(weight, moments, Grids(IntFormat(3, signed=False, trellis=True)))
+    np.testing.assert_array_equal(trellis.points(rows.codes()[0].T, 3).T, rows.points[0])

@@ -13,10 +13,12 @@ instead of the whole layer giving up a bit.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
+from calib import trellis
 from calib.affine import SMALLEST_SCALE, Array, IntFormat
 
 # Share of the mean diagonal added to the second moments, as GPTQ does; keeps their root stable.
@@ -25,6 +27,8 @@ DAMPING = 0.01
 BLOCK = 32
 # Weights of one search step: few enough to stay in cache.
 CHUNK = 1 << 15
+# Weights of rows that are fitted together, where each row is fitted by itself.
+PART = 1 << 22
 # Scales tried, as multiples of the one that covers the largest weight, in steps of 10 %; the first wins a tie.
 # With many codes, clipping more than a quarter of the range never pays.
 SHRINK = np.geomspace(1.0, 0.1, 25)
@@ -48,12 +52,19 @@ class Grid:
     pair_limit: int | None = None
 
 
+def row_parts(weight: Array) -> list[Array]:
+    """`weight` (groups, rows, columns) in parts of rows: what is made of a large one need not be in memory at once."""
+    return np.array_split(weight, max(1, -(-weight.size // PART)), axis=1)
+
+
 def search_scales(weight: Array, importance: Array, grid: Grid, per_channel: bool) -> Array:
     """The scale of each row, shape (groups, rows), with the least error weighted by `importance` (groups, columns).
 
     Tries scales below the one that covers the largest weight and, where pairs are bounded, up to twice that. With
     `per_channel` false all rows get one scale. A row without weights gets scale 1.
     """
+    if per_channel and len(parts := row_parts(weight)) > 1:
+        return np.concatenate([search_scales(part, importance, grid, per_channel) for part in parts], axis=1)
     loudest = importance.max(axis=1, keepdims=True)
     heard = (importance > SILENT * loudest) | (loudest == 0)
     magnitude = np.abs(weight) * heard[:, None]
@@ -108,10 +119,19 @@ def _with_room(first: Array, second: Array, share: Array | float, limit: int, fm
     return np.where(np.abs(total) > limit, within, first)
 
 
-def compensated(weight: Array, scale: Array, moments: Array, grid: Grid) -> Array:
-    """Codes of `weight` (groups, rows, columns) for `scale` (groups, rows), given `moments` (groups, columns, columns).
+def chosen(aims: Array, weights: Array, fmt: IntFormat) -> Array:
+    """The points of `fmt` nearest to `aims` (..., groups, rows); squared errors count as `weights` (groups, rows)."""
+    if not fmt.trellis:
+        return np.clip(np.rint(aims), fmt.qmin, fmt.qmax)
+    flat = aims.reshape(*aims.shape[:-2], -1)
+    return trellis.points(trellis.nearest(flat, weights.reshape(-1), fmt.bits), fmt.bits).reshape(aims.shape)
 
-    `moments` are E[x x'] of the inputs. Columns of large moments are rounded first, pairs one after the other.
+
+def compensated(weight: Array, scale: Array, moments: Array, grid: Grid) -> Array:
+    """Points of `weight` (groups, rows, columns) for `scale` (groups, rows): codes, or the levels of a trellis.
+
+    `moments` (groups, columns, columns) are E[x x'] of the inputs. Columns of large ones are rounded first, pairs one
+    after the other.
     """
     damping, columns = DAMPING * np.einsum("gkk->g", moments) / moments.shape[1], weight.shape[2]
     if grid.pair_limit is not None and columns % 2:
@@ -122,7 +142,7 @@ def compensated(weight: Array, scale: Array, moments: Array, grid: Grid) -> Arra
     # Inside, columns stand first: (columns, groups, rows).
     scaled = (weight / scale[..., None])[group, :, column]
     codes = np.empty(weight.shape)
-    codes[group, :, column] = _sequential(scaled, _root(moments, order, damping), grid)
+    codes[group, :, column] = _sequential(scaled, scale, _root(moments, order, damping), grid)
     return codes[:, :, :columns]
 
 
@@ -142,7 +162,7 @@ def _root(moments: Array, order: Array, damping: Array) -> Array:
     return np.linalg.cholesky(damped)[:, ::-1, ::-1]
 
 
-def _sequential(scaled: Array, root: Array, grid: Grid) -> Array:
+def _sequential(scaled: Array, scale: Array, root: Array, grid: Grid) -> Array:
     """Codes of `scaled` (columns, groups, rows), each column aimed at what makes up for the errors e before it.
 
     The output error |V' e|^2 loses its k-th term where e_k = -sum of V_jk e_j / V_kk over j < k.
@@ -155,7 +175,8 @@ def _sequential(scaled: Array, root: Array, grid: Grid) -> Array:
         block = slice(start, start + BLOCK)
         carried = np.matmul(ratio[:, :start, block].swapaxes(1, 2), errors[:start].swapaxes(0, 1))
         within = ratio[:, block, block].transpose(1, 2, 0)[..., None]
-        codes[block] = _block(scaled[block], carried.swapaxes(0, 1), within, share[block], grid)
+        weights = [np.square(scale * step[:, None]) for step in diagonal[:, block].T]
+        codes[block] = _block(scaled[block], carried.swapaxes(0, 1), within, share[block], weights, grid)
         errors[block] = scaled[block] - codes[block]
     return codes
 
@@ -171,7 +192,7 @@ def _shares(ratio: Array, diagonal: Array) -> Array:
     return shares.T[..., None]
 
 
-def _block(scaled: Array, carried: Array, ratio: Array, share: Array, grid: Grid) -> Array:
+def _block(scaled: Array, carried: Array, ratio: Array, share: Array, weights: Sequence[Array], grid: Grid) -> Array:
     """Codes of columns: `carried` is what they make up for, `ratio` (columns, columns, groups, 1) what they hand on.
 
     The first of a pair makes room for the second, which takes what is left.
@@ -185,6 +206,6 @@ def _block(scaled: Array, carried: Array, ratio: Array, share: Array, grid: Grid
             target = _with_room(target, second, share[k], limit, fmt)
         elif limit is not None:
             low, high = np.maximum(low, -limit - codes[k - 1]), np.minimum(high, limit - codes[k - 1])
-        codes[k] = np.clip(np.rint(target), low, high)
+        codes[k] = np.clip(np.rint(target), low, high) if limit is not None else chosen(target, weights[k], fmt)
         aim[k + 1 :] += ratio[k, k + 1 :] * (scaled[k] - codes[k])
     return codes

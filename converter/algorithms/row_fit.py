@@ -1,8 +1,8 @@
-"""Weights as codes on a grid of their own for every row: w = scale (code - zero).
+"""Weights as points on a grid of their own for every row: w = scale (point - zero); codes or levels of a trellis.
 
-Weights are matrices (groups, rows, columns) as in `matrices`. Codes and grid are found in turn: with the codes fixed,
+Weights are matrices (groups, rows, columns) as in `matrices`. Points and grid are found in turn: with the points fixed,
 the best scale and zero of a row are a least squares problem of two unknowns; with the grid fixed, error-compensating
-rounding finds codes, and coordinate descent, which moves one code at a time to its optimum given all others, betters
+rounding finds points, and coordinate descent, which moves one column at a time to its optimum given all others, betters
 them. The error of a row e is e' M e, that of the outputs, with M the inputs' second moments; without M it is e' e.
 """
 
@@ -12,30 +12,40 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from calib import trellis
 from calib.affine import SMALLEST_SCALE, Array, IntFormat
-from converter.algorithms.rounding import DAMPING, Grid, compensated
+from converter.algorithms.rounding import DAMPING, Grid, chosen, compensated
 from converter.emit.planes import HALF_BITS
 
 # Widths tried for the first grid, as shares of the one that covers all weights of a row.
 SHARES = (1.0, 0.93, 0.86, 0.79, 0.72, 0.65, 0.55)
-# Times that grid and codes are found in turn.
-ROUNDS = 6
+# The same for a trellis, whose levels are dense in the middle.
+TRELLIS_SHARES = 0.8 ** np.arange(8)
+# Times that grid and codes are found in turn; with many bits or a long row there is little left to find.
+ROUNDS, FEW_ROUNDS, LONG_ROW = 6, 2, 128
 # Columns whose codes change before the others hear of it.
 BLOCK = 64
 
 
 @dataclass(frozen=True)
 class Rows:
-    """`codes` (groups, rows, columns) of `format` on the grids `scale`, `zero` (groups, rows)."""
+    """`points` (groups, rows, columns) of `format` on the grids `scale`, `zero` (groups, rows)."""
 
-    codes: Array
+    points: Array
     scale: Array
     zero: Array
     format: IntFormat
 
     def values(self) -> Array:
         """The weights they stand for."""
-        return (self.codes - self.zero[..., None]) * self.scale[..., None]
+        return (self.points - self.zero[..., None]) * self.scale[..., None]
+
+    def codes(self) -> Array:
+        """The codes that stand for the points."""
+        if not self.format.trellis:
+            return self.points
+        flat = self.points.reshape(-1, self.points.shape[2]).T
+        return trellis.nearest(flat, np.ones(flat.shape[1]), self.format.bits).T.reshape(self.points.shape)
 
     def relative_error(self, weight: Array, moments: Array | None) -> float:
         """What of the outputs, or of the weights, is error: |W x - V x| / |W x| over all rows."""
@@ -53,20 +63,27 @@ class Grids:
 
 
 def fit(weight: Array, moments: Array | None, grids: Grids) -> Rows:
-    """The codes of `weight` (groups, rows, columns); `moments` are (groups, columns, columns) or None."""
+    """The points of `weight` (groups, rows, columns); `moments` are (groups, columns, columns) or None.
+
+    Where a trellis is wanted, rows may still be too short for it: then codes stand for themselves.
+    """
     importance = np.ones(weight.shape[::2]) if moments is None else np.einsum("gkk->gk", moments)
-    rows = _first(weight, importance, grids)
+    ways = {grids.format.trellis, False}
+    firsts = [_first(weight, importance, replace(grids, format=replace(grids.format, trellis=way))) for way in ways]
+    rows = min(firsts, key=lambda first: _weighted_error(weight, importance, first).sum())
+    grids = replace(grids, format=rows.format)
     if moments is not None:
         moments = _damped(moments)
         shifted = weight + (rows.scale * rows.zero)[..., None]
-        rows = replace(rows, codes=compensated(shifted, rows.scale, moments, Grid(grids.format)))
-    for _ in range(ROUNDS if grids.format.bits < HALF_BITS else 1):
+        rows = replace(rows, points=compensated(shifted, rows.scale, moments, Grid(grids.format)))
+    rounds = FEW_ROUNDS if weight.shape[2] >= LONG_ROW else ROUNDS
+    for _ in range(rounds if grids.format.bits < HALF_BITS else 1):
         rows = _descended(weight, moments, _refitted(weight, moments, rows, grids))
     return rows
 
 
 def with_variance(weight: Array, rows: Rows, grids: Grids) -> Rows:
-    """The same codes with scales and zeros that give every row of `weight` its mean and standard deviation back.
+    """The same points with scales and zeros that give every row of `weight` its mean and standard deviation back.
 
     A factor beyond 0.1 to 10 would follow from a row that is lost: it stays as it is.
     """
@@ -74,7 +91,7 @@ def with_variance(weight: Array, rows: Rows, grids: Grids) -> Rows:
     ratio = weight.std(axis=2) / np.maximum(values.std(axis=2), SMALLEST_SCALE)
     ratio = np.where((ratio > 0.1) & (ratio < 10), ratio, 1.0)
     scale = rows.scale * ratio
-    scale, zero = _storable(scale, rows.codes.mean(axis=2) - weight.mean(axis=2) / scale, grids)
+    scale, zero = _storable(scale, rows.points.mean(axis=2) - weight.mean(axis=2) / scale, grids)
     return replace(rows, scale=scale, zero=zero)
 
 
@@ -86,15 +103,29 @@ def _damped(moments: Array) -> Array:
 
 
 def _first(weight: Array, importance: Array, grids: Grids) -> Rows:
-    """Nearest codes on the best of grids around the middle of each row's weights."""
-    axis = 2 if grids.per_row else None
-    low, high = (np.broadcast_to(f(weight, axis=axis), weight.shape[:2]) for f in (np.min, np.max))
-    tried = [_grid(share * (high - low), (high + low) / 2, grids) for share in SHARES]
-    errors = np.stack([_error(weight, importance, *grid, grids.format) for grid in tried])
+    """The nearest points on the best of grids around the middle of each row's weights, for a trellis their mean."""
+    axis, coded = 2 if grids.per_row else None, grids.format.trellis
+    low, high, mean = (np.broadcast_to(f(weight, axis=axis), weight.shape[:2]) for f in (np.min, np.max, np.mean))
+    middle = mean if coded else (high + low) / 2
+    width = 2 * np.maximum(high - middle, middle - low)
+    tried = [_grid(share * width, middle, grids) for share in (TRELLIS_SHARES if coded else SHARES)]
+    fits = [_on(weight, *grid, grids.format) for grid in tried]
+    errors = np.stack([_weighted_error(weight, importance, rows) for rows in fits])
     if not grids.per_row:
         errors = np.broadcast_to(errors.sum(axis=(1, 2), keepdims=True), errors.shape)
     scale, zero = (np.choose(errors.argmin(axis=0), numbers) for numbers in zip(*tried, strict=True))
-    return Rows(_nearest(weight, scale, zero, grids.format), scale, zero, grids.format)
+    return _on(weight, scale, zero, grids.format)
+
+
+def _weighted_error(weight: Array, importance: Array, rows: Rows) -> Array:
+    found: Array = np.matmul((rows.values() - weight) ** 2, importance[..., None])[..., 0]
+    return found
+
+
+def _on(weight: Array, scale: Array, zero: Array, fmt: IntFormat) -> Rows:
+    """The nearest points on the grids `scale`, `zero`."""
+    aims = np.moveaxis(weight / scale[..., None] + zero[..., None], 2, 0)
+    return Rows(np.moveaxis(chosen(aims, scale**2, fmt), 0, 2), scale, zero, fmt)
 
 
 def _grid(width: Array, middle: Array, grids: Grids) -> tuple[Array, Array]:
@@ -103,16 +134,6 @@ def _grid(width: Array, middle: Array, grids: Grids) -> tuple[Array, Array]:
     wide = width > SMALLEST_SCALE * qmax
     scale = np.where(wide, width / qmax, np.where(middle == 0, 1.0, np.abs(middle)))
     return _storable(scale, np.where(wide, qmax / 2, qmax // 2) - middle / scale, grids)
-
-
-def _error(weight: Array, importance: Array, scale: Array, zero: Array, fmt: IntFormat) -> Array:
-    errors = Rows(_nearest(weight, scale, zero, fmt), scale, zero, fmt).values() - weight
-    weighted: Array = np.matmul(errors**2, importance[..., None])[..., 0]
-    return weighted
-
-
-def _nearest(weight: Array, scale: Array, zero: Array, fmt: IntFormat) -> Array:
-    return np.clip(np.rint(weight / scale[..., None] + zero[..., None]), fmt.qmin, fmt.qmax)
 
 
 def _storable(scale: Array, zero: Array, grids: Grids) -> tuple[Array, Array]:
@@ -126,11 +147,11 @@ def _storable(scale: Array, zero: Array, grids: Grids) -> tuple[Array, Array]:
 
 
 def _refitted(weight: Array, moments: Array | None, rows: Rows, grids: Grids) -> Rows:
-    """The same codes on the grids with the least error: weight = scale code + offset, by least squares."""
-    codes, ones = rows.codes, np.ones_like(rows.codes)
-    m_codes, m_ones = (x if moments is None else np.matmul(x, moments) for x in (codes, ones))
-    sums = [(a * b).sum(axis=2) for a, b in ((codes, m_codes), (codes, m_ones), (ones, m_ones))]
-    sums += [(weight * m).sum(axis=2) for m in (m_codes, m_ones)]
+    """The same points on the grids with the least error: weight = scale point + offset, by least squares."""
+    points, ones = rows.points, np.ones_like(rows.points)
+    m_points, m_ones = (x if moments is None else np.matmul(x, moments) for x in (points, ones))
+    sums = [(a * b).sum(axis=2) for a, b in ((points, m_points), (points, m_ones), (ones, m_ones))]
+    sums += [(weight * m).sum(axis=2) for m in (m_points, m_ones)]
     if not grids.per_row:
         sums = [np.full_like(x, x.sum()) for x in sums]
     qq, q1, one, qw, w1 = sums
@@ -140,26 +161,25 @@ def _refitted(weight: Array, moments: Array | None, rows: Rows, grids: Grids) ->
     scale, offset = (one * qw - q1 * w1) / determinant, (qq * w1 - q1 * qw) / determinant
     safe &= scale > SMALLEST_SCALE
     scale = np.where(safe, scale, rows.scale)
-    return Rows(codes, *_storable(scale, np.where(safe, -offset / scale, rows.zero), grids), grids.format)
+    return Rows(points, *_storable(scale, np.where(safe, -offset / scale, rows.zero), grids), grids.format)
 
 
 def _descended(weight: Array, moments: Array | None, rows: Rows) -> Rows:
-    """The same grids with every code moved once to its optimum, given all others."""
-    fmt = rows.format
+    """The same grids with every column moved once to its optimum, given all others."""
     if moments is None:
-        return replace(rows, codes=_nearest(weight, rows.scale, rows.zero, fmt))
+        return _on(weight, rows.scale, rows.zero, rows.format)
     # Columns first: (columns, groups, rows).
-    errors, codes = np.moveaxis(weight - rows.values(), 2, 0).copy(), np.moveaxis(rows.codes, 2, 0).copy()
+    errors, points = (np.moveaxis(x, 2, 0).copy() for x in (weight - rows.values(), rows.points))
     aim, step = np.moveaxis(weight / rows.scale[..., None] + rows.zero[..., None], 2, 0), rows.scale
     by_column = np.ascontiguousarray(moments.transpose(1, 0, 2))
-    for start in range(0, len(codes), BLOCK):
-        block = slice(start, min(start + BLOCK, len(codes)))
+    for start in range(0, len(points), BLOCK):
+        block = slice(start, min(start + BLOCK, len(points)))
         gradient = np.matmul(errors.transpose(1, 2, 0), moments[:, :, block]).transpose(2, 0, 1).copy()
         for k in range(block.start, block.stop):
-            row = by_column[k][:, block].T[..., None]
-            wanted = errors[k] - gradient[k - start] / by_column[k][:, k, None]
-            code = np.clip(np.rint(aim[k] - wanted / step), fmt.qmin, fmt.qmax)
-            change = (codes[k] - code) * step
-            codes[k], errors[k] = code, errors[k] + change
+            row, curvature = by_column[k][:, block].T[..., None], by_column[k][:, k, None]
+            wanted = errors[k] - gradient[k - start] / curvature
+            point = chosen(aim[k] - wanted / step, curvature * step**2, rows.format)
+            change = (points[k] - point) * step
+            points[k], errors[k] = point, errors[k] + change
             gradient += row * change
-    return replace(rows, codes=np.moveaxis(codes, 0, 2))
+    return replace(rows, points=np.moveaxis(points, 0, 2))

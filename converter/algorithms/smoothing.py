@@ -7,7 +7,7 @@ a limit, and with the limit that makes the expected error of the product least.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,14 +16,53 @@ import onnx_ir as ir
 from calib.affine import INT8_NARROW, UINT8, Array
 from calib.samples import Dataset
 from calib.session import open_session, over_samples, run
-from converter.model import saved
+from converter.job import Watch
+from converter.model import constant, saved
+from converter.plan import NodePlan
+from converter.prepare.smooth import SmoothPass, linear_in
 
 # Limits tried, as shares of the largest magnitude.
 LIMITS = 2.0 ** -np.arange(0, 5.5, 0.5)
-# Dividing by s costs time: worth it for a fourth of the error energy, which is one bit.
-LEAST_GAIN = 4.0
+# Dividing by s costs time: worth it for a fourth of the error energy, which is one bit. Where constants before take the
+# division in, any gain is.
+LEAST_GAIN, LEAST_FREE_GAIN = 4.0, 1.0
 # Values that crowd around zero in a wide step are rounded alike, so that their errors add up: this much, measured.
 CORRELATION = 4.0
+
+
+def smooth(model: ir.Model, products: Iterable[NodePlan], data: Dataset, threads: int, watch: Watch) -> None:
+    """Moves the channels that stand out in what `products` of the main graph read into their weights, in place."""
+    readers = _readers(model.graph, {unit.name: unit.inputs[0] for unit in products})
+    if not readers:
+        return
+    channels = observe_channels(model, list(readers), data, threads)
+    weights = {name: np.concatenate(list(map(_weight, nodes)), axis=1) for name, nodes in readers.items()}
+    found = {
+        name: smoothing_factors(channels[name], weights[name], free=bool(linear_in(nodes)))
+        for name, nodes in readers.items()
+    }
+    factors = {name: values for name, values in found.items() if values is not None}
+    watch.say(f"Channels that stand out in {len(factors)} of {len(readers)} tensors are moved into the weights.")
+    SmoothPass(factors, readers)(model)
+
+
+def _readers(graph: ir.Graph, inputs: Mapping[str, str]) -> dict[str, list[ir.Node]]:
+    """By tensor the products that read it, where their weights are theirs alone."""
+    readers: dict[str, list[ir.Node]] = {}
+    for node in (node for node in graph if node.name in inputs):
+        readers.setdefault(inputs[node.name or ""], []).append(node)
+    return {name: nodes for name, nodes in readers.items() if all(map(_alone, nodes))}
+
+
+def _alone(product: ir.Node) -> bool:
+    return product.inputs[1] is not None and len(product.inputs[1].uses()) == 1
+
+
+def _weight(product: ir.Node) -> Array:
+    """float64 (channels, columns)."""
+    weight = constant(product.inputs[1])
+    assert weight is not None
+    return (weight.T if product.attributes.get_int("transB", 0) else weight).astype(np.float64)
 
 
 @dataclass(frozen=True)
@@ -61,15 +100,19 @@ def _joined(parts: Iterable[Channels]) -> Channels:
     return Channels(lo.min(axis=0), hi.max(axis=0), square.mean(axis=0))
 
 
-def smoothing_factors(channels: Channels, weight: Array) -> Array | None:
-    """The factors s >= 1 (channels,) before `weight` (channels, columns); None if there is little to gain."""
+def smoothing_factors(channels: Channels, weight: Array, free: bool = False) -> Array | None:
+    """The factors s >= 1 (channels,) before `weight` (channels, columns); None if there is little to gain.
+
+    `free` tells that dividing by them costs no time.
+    """
     magnitude = np.maximum(-channels.lo, channels.hi).astype(np.float64)
     if not magnitude.any():
         return None
     tried = [np.maximum(1.0, magnitude / (limit * magnitude.max())) for limit in LIMITS]
     errors = [expected_error(channels, weight, factors) for factors in tried]
     best = int(np.argmin(errors))
-    return tried[best] if errors[0] > LEAST_GAIN * errors[best] else None
+    least = LEAST_FREE_GAIN if free else LEAST_GAIN
+    return tried[best] if errors[0] > least * errors[best] else None
 
 
 def expected_error(channels: Channels, weight: Array, factors: Array) -> float:

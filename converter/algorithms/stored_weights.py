@@ -8,6 +8,7 @@ themselves are fitted.
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -17,6 +18,7 @@ import onnx_ir as ir
 from calib.affine import Array, QParams, dequantize
 from calib.samples import Dataset
 from converter.algorithms.matrices import View, view_of
+from converter.algorithms.rounding import row_parts
 from converter.algorithms.row_fit import Grids, Rows, fit, with_variance
 from converter.emit.stored import as_floats, bias_of, emit_stored, planned
 from converter.job import Resources, Watch
@@ -33,10 +35,12 @@ LEAST_COLUMNS, MOST_COLUMNS = 2048, 8192
 RIDGE = 1.0
 # The most that is added to second moments of few inputs, as a share of their mean.
 MOST_SHRINKAGE = 4.0
-# Bytes of activations that each of the two walks keeps: accuracy grows with the samples that take part.
-STORE_BYTES = 384 << 20
+# Bytes of activations that each of the two walks keeps, and samples: accuracy grows with those that take part.
+STORE_BYTES, MOST_SAMPLES = 448 << 20, 128
 # The most bits that a relative error is turned into.
 WIDEST = 16
+# A trellis may pay for codes of these widths, where most weights differ.
+TRELLIS_BITS = range(2, 8)
 
 
 @dataclass(frozen=True)
@@ -65,19 +69,24 @@ class Fitter:
 
     def fitted(self, plan: QuantPlan, alone: bool = False) -> QuantPlan:
         """The plan with all weights and, by outputs, biases; `alone` fits a layer as if all others were float."""
-        plan = self.by_weights(plan)
-        return _Layers(self, plan, alone).decide(plan) if self.options.by_outputs else plan
+        if not self.options.by_outputs:
+            return self.by_weights(plan)
+        layers = _Layers(self, plan, alone)
+        # What others read too, as a lookup does a tied table, may be needed before its product is decided.
+        return layers.decide(self.by_weights(plan, [value for value in layers.seen if len(value.uses()) == 1]))
 
-    def by_weights(self, plan: QuantPlan) -> QuantPlan:
-        """The plan with every weight fitted by itself."""
-        return store_by_weights(self.model, plan, self.options, self.watch)
+    def by_weights(self, plan: QuantPlan, but: Collection[ir.Value] = ()) -> QuantPlan:
+        """The plan with every weight fitted by itself, but for some."""
+        return store_by_weights(self.model, plan, self.options, self.watch, but)
 
 
-def store_by_weights(model: ir.Model, plan: QuantPlan, options: Options, watch: Watch) -> QuantPlan:
-    """The plan with every weight fitted by itself; one that several nodes share is fitted once."""
+def store_by_weights(
+    model: ir.Model, plan: QuantPlan, options: Options, watch: Watch, but: Collection[ir.Value] = ()
+) -> QuantPlan:
+    """The plan with every weight fitted by itself, but for some; one that several nodes share is fitted once."""
     found: dict[ir.Value, QuantizedWeight] = {}
     stored: dict[tuple[str, int], QuantizedWeight] = {}
-    pairs = [(node, unit, wanted) for node, unit in planned(model, plan) for wanted in unit.weights]
+    pairs = [(n, unit, w) for n, unit in planned(model, plan) for w in unit.weights if _operand(n, w)[0] not in but]
     for node, unit, wanted in watch.track(pairs, "Fitting weights", len(pairs)):
         value, array = _operand(node, wanted)
         if value not in found:
@@ -93,7 +102,7 @@ def _stored_alone(array: Array, wanted: WeightPlan, options: Options) -> Quantiz
     rows = _fewest_bits(matrix, None, wanted, options)
     if options.correct and not options.integer_zero:
         rows = with_variance(matrix, rows, Grids(rows.format))
-    return _packed(rows, np.moveaxis(rows.codes.reshape(moved.shape), 0, wanted.axis or 0), wanted)
+    return _packed(rows, np.moveaxis(rows.codes().reshape(moved.shape), 0, wanted.axis or 0), wanted)
 
 
 def _fewest_bits(
@@ -101,14 +110,28 @@ def _fewest_bits(
 ) -> Rows:
     """The fit of a matrix in the planned bits or in the fewest that keep an error, which `judged` moments measure."""
     grids, bound = Grids(wanted.format, wanted.axis is not None, options.integer_zero), options.max_error
-    if bound is None:
-        return fit(weight, moments, grids)
+    varied = grids.per_row and not options.integer_zero and _varied(weight)
+
+    def fitted(bits: int) -> Rows:
+        fmt = replace(wanted.format, bits=bits, trellis=varied and bits in TRELLIS_BITS)
+        parts = row_parts(weight) if moments is None and grids.per_row and not fmt.trellis else [weight]
+        found = [fit(part, moments, replace(grids, format=fmt)) for part in parts]
+        points, scale, zero = (
+            np.concatenate(each, axis=1) for each in zip(*((r.points, r.scale, r.zero) for r in found), strict=True)
+        )
+        return Rows(points, scale, zero, found[0].format)
 
     def within(bits: int) -> Rows | None:
-        rows = fit(weight, moments, replace(grids, format=replace(wanted.format, bits=bits)))
-        return rows if bits == WIDEST or rows.relative_error(weight, judged) <= bound else None
+        rows = fitted(bits)
+        return rows if bits == WIDEST or rows.relative_error(weight, judged) <= (bound or 0) else None
 
-    return fewest(WIDEST, within)
+    return fitted(wanted.format.bits) if bound is None else fewest(WIDEST, within)
+
+
+def _varied(weight: Array) -> bool:
+    """Whether weights are neither pruned nor repeated, which fewer bits would store as well."""
+    some = weight.reshape(-1)[:: max(1, weight.size >> 16)]
+    return len(np.unique(some)) > min(some.size // 2, 1024)
 
 
 class _Layers:
@@ -116,12 +139,14 @@ class _Layers:
 
     def __init__(self, fitter: Fitter, plan: QuantPlan, alone: bool) -> None:
         def walk(write: Emit) -> Walk:
-            return Walk(fitter.model, plan, fitter.data, fitter.resources, write, STORE_BYTES)
+            return Walk(fitter.model, plan, fitter.data, fitter.resources, write, STORE_BYTES, MOST_SAMPLES)
 
         self.fitter, self.nodes = fitter, {node.name: node for node in fitter.model.graph}
         self.float_walk = walk(lambda model, plan: None)
         self.walk = self.float_walk if alone else walk(partial(emit_stored, write=as_floats))
         self.decided: set[ir.Value] = set()
+        units = (step.unit for step in self.walk.steps if step.unit)
+        self.seen = {v for unit in units if (v := self._seen(unit)) is not None}
 
     def decide(self, plan: QuantPlan) -> QuantPlan:
         """The plan with every matrix product decided anew; a weight that several share suits the first."""
@@ -137,20 +162,28 @@ class _Layers:
         node = self.nodes[unit.name]
         value, array = _operand(node, wanted)
         view = view_of(node, array.shape, wanted.index)
-        if view is None or wanted.block is not None:
+        if view is None or value not in self.seen:
             return plan
         if value not in self.decided:
             self.decided.add(value)
             rows = self._rows(unit, wanted, view, view.matrix(array.astype(np.float64)), plan)
-            weight = _packed(rows, view.weight(rows.codes), wanted)
-            shared = {(use.node.name or "", use.idx): weight for use in value.uses()}
-            plan = replace(plan, stored={key: shared.get(key, old) for key, old in plan.stored.items()})
+            weight = _packed(rows, view.weight(rows.codes()), wanted)
+            names = {unit.name for unit in plan.units()}
+            shared = {(name, use.idx): weight for use in value.uses() if (name := use.node.name or "") in names}
+            plan = replace(plan, stored={**plan.stored, **shared})
         if not self._corrects(unit):
             return plan
         weight, bias = plan.stored[unit.name, wanted.index], bias_of(node, unit)
         reached = self.walk.mean_product(unit, dequantize(weight.codes, weight.qparams), plan)
         shift = self.float_walk.mean_product(unit, array, plan) - reached
         return plan.with_weights({}, {unit.name: shift if bias is None else bias.reshape(-1) + shift})
+
+    def _seen(self, unit: NodePlan) -> ir.Value | None:
+        """The weight of a unit whose inputs tell how it is best rounded."""
+        node, wanted = self.nodes[unit.name], unit.weights[0]
+        value, array = _operand(node, wanted)
+        known = view_of(node, array.shape, wanted.index) and not OPS[unit.op_type].obstacle(node)
+        return value if known and wanted.block is None else None
 
     def _rows(self, unit: NodePlan, wanted: WeightPlan, view: View, matrix: Array, plan: QuantPlan) -> Rows:
         count = int(np.clip(COLUMNS_PER_WEIGHT * matrix.shape[2], LEAST_COLUMNS, MOST_COLUMNS))

@@ -52,10 +52,11 @@ def decide_weights(
     values = values_by_name(model.graph)
     nodes = {node.name: node for node in model.graph}
     for position, step in enumerate(watch.track(walk.steps, "Rounding weights", len(walk.steps))):
-        if step.unit:
+        if step.unit and step.unit.name not in plan.weights:
             layer = _layer(step.unit, nodes[step.unit.name], values)
             weight = _rounded(layer, plan, walk, options)
-            mean = means.get(_source(layer.unit, layer.node))
+            # Another unit may watch the same tensor for a bias that this one has no place for.
+            mean = means.get(_source(layer.unit, layer.node)) if _correctable(layer.unit) else None
             bias = _corrected(layer, weight, mean, plan, walk) if mean is not None else layer.bias
             plan = plan.with_weights({layer.unit.name: weight}, {} if bias is None else {layer.unit.name: bias})
         walk.advance(position, plan)
@@ -65,8 +66,12 @@ def decide_weights(
 def products(graph: ir.Graph, plan: QuantPlan) -> tuple[Mean, ...]:
     """The channel means that bias correction needs of the float model."""
     nodes = {node.name: node for node in graph}
-    correctable = [unit for unit in plan.units() if unit.weight and (OPS[unit.op_type].bias is not None or unit.bias)]
+    correctable = [unit for unit in plan.units() if _correctable(unit)]
     return tuple(dict.fromkeys(_source(unit, nodes[unit.name]) for unit in correctable))
+
+
+def _correctable(unit: NodePlan) -> bool:
+    return unit.weight is not None and (OPS[unit.op_type].bias is not None or unit.bias is not None)
 
 
 def _source(unit: NodePlan, node: ir.Node) -> Mean:

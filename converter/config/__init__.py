@@ -6,6 +6,7 @@ from converter.config.keys import (
     DataPreprocessParam,
     FullQuantParam,
     MixedBitWeightQuantParam,
+    TransformQuantParam,
     WeightQuantParam,
 )
 from converter.config.reader import load_config
@@ -17,6 +18,7 @@ __all__ = [
     "DataPreprocessParam",
     "FullQuantParam",
     "MixedBitWeightQuantParam",
+    "TransformQuantParam",
     "WeightQuantParam",
     "load_config",
     "reference_markdown",

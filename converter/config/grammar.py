@@ -80,6 +80,12 @@ def read_document(file: Path) -> Document:
     return document
 
 
+def override(file: Path, line: int, name: str, text: str) -> Place:
+    """Return the entry that sets `section.key`, the `name`, from outside the file; ConfigError like that of a line."""
+    section, _, key = name.rpartition(".")
+    return _entry(Place(file, line, text=f"{key} = {text}"), section)
+
+
 def mask(text: str) -> str:
     """Return `text` with quoted parts overwritten by NUL, which no file holds: a separator left in it is a real one."""
     return _QUOTED.sub(lambda match: match[1] + "\0" * len(match[2]), text)

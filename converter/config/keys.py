@@ -6,7 +6,7 @@ A new key is one row here: the reader, the messages, the warnings and the refere
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields, replace
+from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, Literal, get_args, get_type_hints
 
@@ -21,6 +21,7 @@ from converter.config.values import (
     number_between,
     one_of,
     path,
+    path_beside,
     power_of_two,
 )
 
@@ -37,6 +38,7 @@ DequantStrategy = Literal["ON_LOAD", "ON_THE_FLY"]
 QuantStrategy = Literal["MAX_MIN", "GPTQ"]
 ActivationStrategy = Literal["ALWC", "ACWL"]
 BitSearch = Literal["ERROR", "SENSITIVITY"]
+ExportPrecision = Literal["QUANT", "FLOAT32"]
 
 QUANT_TYPES: tuple[QuantType, ...] = get_args(QuantType)
 
@@ -47,26 +49,26 @@ _PIXELS = integer(1, 65535, 224)
 class Scope:
     """Where a key has an effect: in these modes, if also `test` holds, which `condition` says in words."""
 
-    modes: tuple[QuantType, ...]
+    modes: tuple[str, ...]
     condition: str = ""
     test: Callable[[Config], bool] = lambda config: True
 
     def holds(self, config: Config) -> bool:
         """Whether the key has an effect under `config`."""
-        return config.common.quant_type in self.modes and self.test(config)
+        return config.mode in self.modes and self.test(config)
 
     def __str__(self) -> str:
         return "all" if self == _ALWAYS else ", ".join(self.modes) + self.condition
 
 
-_ALWAYS = Scope(QUANT_TYPES)
+_ALWAYS = Scope((*QUANT_TYPES, "FLOAT32"))
 _WEIGHT = Scope(("WEIGHT_QUANT",))
 _MIXED_BIT = Scope(_WEIGHT.modes, " with bit_num = 0", lambda config: config.common.bit_num == 0)
 _SENSITIVITY = Scope(
     _WEIGHT.modes, " with search = SENSITIVITY", lambda config: config.mixed_bit.search == "SENSITIVITY"
 )
 _FULL = Scope(("FULL_QUANT",))
-_LABELLED = Scope(_FULL.modes, " with max_drop", lambda config: config.full_quant.max_drop is not None)
+_TRAINED = Scope(("FULL_QUANT", "FLOAT32"))
 _STORED = Scope(_WEIGHT.modes, " with dequant_strategy = ON_THE_FLY", lambda config: config.weight_quant.on_the_fly)
 _DYNAMIC = Scope(("DYNAMIC_QUANT",))
 _IMAGES = Scope(QUANT_TYPES, " with input_type = IMAGE", lambda config: config.preprocess.input_type == "IMAGE")
@@ -75,7 +77,7 @@ _RESIZED = Scope(QUANT_TYPES, _IMAGES.condition + " and a size to resize to", la
 
 @dataclass(frozen=True)
 class Key:
-    """A row of the table; a required key has the default `dataclasses.MISSING`."""
+    """A row of the table."""
 
     kind: Kind
     meaning: str
@@ -102,11 +104,10 @@ def _key(kind: Kind, meaning: str, default: Any = None, scope: Scope | None = No
 class CommonQuantParam:
     """`[common_quant_param]`: what to do, and to which operators."""
 
-    quant_type: QuantType = _key(
+    quant_type: QuantType | None = _key(
         one_of(*QUANT_TYPES),
         "WEIGHT_QUANT stores the weights in fewer bits; FULL_QUANT computes in integers; DYNAMIC_QUANT does so "
-        "with activation ranges measured at run time.",
-        MISSING,
+        "with activation ranges measured at run time. Required, but beside export_precision_mode.",
     )
     bit_num: int = _key(
         replace(integer(0, 16, 8), allowed="an integer from 0 to 16 (8 for FULL_QUANT and DYNAMIC_QUANT)"),
@@ -263,6 +264,25 @@ class FullQuantParam:
 
 
 @dataclass(frozen=True)
+class TransformQuantParam:
+    """`[transform_quant_param]`: what becomes of a model that was trained with fake quantization."""
+
+    export_precision_mode: ExportPrecision | None = _key(
+        one_of(*get_args(ExportPrecision)),
+        "QUANT makes a model that computes in integers with the ranges and weights it was trained with, FLOAT32 takes "
+        "its quantization away; instead of a quant_type, and no data is needed.",
+    )
+    mean: float | None = _key(
+        number_between(-0.5, 255.5, 127.5),
+        "Beside std_dev: the model takes uint8 pixels, and pixel p stands for (p - mean) / std_dev.",
+        scope=_FULL,
+    )
+    std_dev: float | None = _key(
+        number_between(0, 1e6, 127.5), "Beside mean: what the training divided pixels by.", scope=_FULL
+    )
+
+
+@dataclass(frozen=True)
 class DataPreprocessParam:
     """`[data_preprocess_param]`: the calibration data, and what is done to a picture before it enters the model."""
 
@@ -280,9 +300,8 @@ class DataPreprocessParam:
     )
     label_file: Path | None = _key(
         path("labels.csv"),
-        "CSV with a line `file,label` for every calibration file, label being a class index; seen from the current "
-        "folder.",
-        scope=_LABELLED,
+        "CSV with a line `file,label` for every file that right answers are counted on, label being a class index; "
+        "seen from the current folder.",
     )
     image_to_format: ImageFormat | None = _key(
         one_of(*get_args(ImageFormat)),
@@ -316,6 +335,18 @@ class DataPreprocessParam:
         return self.input_type == "IMAGE" and bool(self.resize_width or self.resize_short_side)
 
 
+@dataclass(frozen=True)
+class JobParam:
+    """`[job]`: the files of one conversion, so that a configuration is a whole job of `qconvert batch`."""
+
+    model: Path | None = _key(
+        path_beside("model.onnx"), "Float model where no flag or manifest names one, seen from this file's folder."
+    )
+    output: Path | None = _key(
+        path_beside("model_quant.onnx"), "Output likewise; unset: MODEL_quant.onnx beside the model."
+    )
+
+
 def _section(name: str, scope: Scope) -> Any:
     """A field of `Config`: the section of that name, whose keys have this scope where they give none."""
     return field(metadata={"section": name, "scope": scope})
@@ -330,10 +361,18 @@ class Config:
     weight_quant: WeightQuantParam = _section("weight_quant_param", _WEIGHT)
     full_quant: FullQuantParam = _section("full_quant_param", _FULL)
     dynamic_quant: DynamicQuantParam = _section("dynamic_quant_param", _DYNAMIC)
+    transform: TransformQuantParam = _section("transform_quant_param", _TRAINED)
     preprocess: DataPreprocessParam = _section("data_preprocess_param", _ALWAYS)
+    job: JobParam = _section("job", _ALWAYS)
     path: Path
     warnings: tuple[str, ...] = ()
     lines: Mapping[tuple[str, str], int] = field(default_factory=dict)
+
+    @property
+    def mode(self) -> str | None:
+        """What is done to the model: the quant_type or, without one, FULL_QUANT or FLOAT32 for a model's own one."""
+        precision = self.transform.export_precision_mode
+        return self.common.quant_type or ("FULL_QUANT" if precision == "QUANT" else precision)
 
     def at(self, section: str, key: str) -> str:
         """Where a message about a key points: `file:line: [section] key`, without the line of a key that is not set."""
@@ -352,3 +391,9 @@ def _as_section(row: Field[Any]) -> Section:
 
 
 SECTIONS = {row.metadata["section"]: _as_section(row) for row in fields(Config) if row.metadata}
+
+
+def default_config(mode: QuantType | None = None) -> Config:
+    """The configuration in which nothing is set but the mode."""
+    sections = {row.attribute: row.table() for row in SECTIONS.values()}
+    return Config(path=Path("default settings"), **{**sections, "common": CommonQuantParam(quant_type=mode)})

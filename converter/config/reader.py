@@ -2,32 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import MISSING, replace
+from dataclasses import replace
 from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from converter.config.grammar import Document, Place, read_document
+from converter.config.grammar import Document, Place, override, read_document
 from converter.config.keys import SECTIONS, Config, Key, Section
-from converter.config.rules import RULES
+from converter.config.rules import RULES, Rule
 
 
-def load_config(path: Path) -> Config:
+def load_config(
+    path: Path,
+    overrides: Mapping[str, str] | None = None,
+    source: Path = Path("overrides"),
+    line: int = 0,
+    rules: Sequence[Rule] = RULES,
+) -> Config:
     """Read and check a configuration file.
 
-    Raises ConfigError if it cannot be read or something in it is wrong: the sentence names file, line, section and key.
+    `overrides` maps names, written `section.key`, to texts that replace what the file says or add to it; they stand on
+    `line` of the file `source`. Raises ConfigError if the file cannot be read, something is wrong or one of `rules`
+    broken: the sentence names file, line, section and key.
     """
     document = read_document(path)
+    for place in (override(source, line, name, text) for name, text in (overrides or {}).items()):
+        document.places[place.section, place.key] = place
     for place in document.places.values():
         _check_section(place)
     keys = {name: _key_at(place) for name, place in document.places.items() if place.key}
     values = {name: _value(key, document.places[name]) for name, key in keys.items()}
-    config = Config(path=path, **{row.attribute: _fill(row, values, document) for row in SECTIONS.values()})
-    for complaint in (complaint for rule in RULES for complaint in rule(config)):
+    config = Config(path=path, **{row.attribute: _fill(row, values) for row in SECTIONS.values()})
+    for complaint in (complaint for rule in rules for complaint in rule(config)):
         document.place(complaint.section, complaint.key).reject(complaint.problem, complaint.advice)
-    lines = {name: document.places[name].line for name in keys}
+    lines = {name: document.places[name].line for name in keys if document.places[name].file == path}
     return replace(config, warnings=tuple(_idle(config, keys, document)), lines=lines)
 
 
@@ -74,12 +84,8 @@ def _value(key: Key, place: Place) -> Any:
     place.reject(f"must be {kind.allowed}", f"write for example {place.key} = {example}")
 
 
-def _fill(section: Section, values: dict[tuple[str, str], Any], document: Document) -> Any:
+def _fill(section: Section, values: dict[tuple[str, str], Any]) -> Any:
     """Return the section's dataclass with the file's values and the table's defaults."""
-    for name, key in section.keys.items():
-        if key.default is MISSING and (section.name, name) not in values:
-            place = document.place(section.name, name)
-            place.reject(f"is missing and must be {key.kind.allowed}", f"write {name} = {key.kind.example}")
     return section.table(**{key: value for (name, key), value in values.items() if name == section.name})
 
 

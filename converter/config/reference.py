@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import MISSING
 from typing import Any
 
 from converter.config.keys import SECTIONS, Section
@@ -16,16 +15,14 @@ def reference_markdown() -> str:
 def _table(section: Section) -> str:
     head = [("Key", "Default", "Allowed", "Applies to", "Meaning"), ("---",) * 5]
     rows = [
-        (f"`{name}`", _default(key.default), key.kind.allowed, str(key.scope), key.meaning)
+        (f"`{name}`", default_text(key.default), key.kind.allowed, str(key.scope), key.meaning)
         for name, key in section.keys.items()
     ]
     return "\n".join([f"### `[{section.name}]`", "", *(_row(*cells) for cells in [*head, *rows]), ""])
 
 
-def _default(value: Any) -> str:
+def default_text(value: Any) -> str:
     """Return a default as it is written in the file; an empty one is a dash."""
-    if value is MISSING:
-        return "required"
     if value is None or value == ():
         return "-"
     return str(value).lower() if isinstance(value, bool) else str(value)

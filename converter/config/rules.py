@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from converter.config.keys import SECTIONS, Config
 
 _COMMON = "common_quant_param"
+_TRANSFORM = "transform_quant_param"
 _DATA = "data_preprocess_param"
 
 
@@ -21,20 +22,32 @@ class Complaint:
     advice: str
 
 
-def _missing(key: str, reason: str) -> Complaint:
-    """Complain about a key of the data section that is not set."""
-    return Complaint(_DATA, key, f"is missing {reason}", f"write {key} = {SECTIONS[_DATA].keys[key].kind.example}")
+def _missing(key: str, reason: str, section: str = _DATA) -> Complaint:
+    """Complain about a key, of the data section by default, that is not set."""
+    return Complaint(section, key, f"is missing {reason}", f"write {key} = {SECTIONS[section].keys[key].kind.example}")
+
+
+def _mode_is_given(config: Config) -> Iterator[Complaint]:
+    if config.mode is None:
+        kind = SECTIONS[_COMMON].keys["quant_type"].kind
+        yield _missing("quant_type", f"and must be {kind.allowed}", _COMMON)
+
+
+def _mode_is_clear(config: Config) -> Iterator[Complaint]:
+    quant_type, precision = config.common.quant_type, config.transform.export_precision_mode
+    if quant_type and precision and (quant_type, precision) != ("FULL_QUANT", "QUANT"):
+        problem = f"does not go with quant_type = {quant_type}"
+        yield Complaint(_TRANSFORM, "export_precision_mode", problem, "remove one of the two")
 
 
 def _bits_fit_the_mode(config: Config) -> Iterator[Complaint]:
-    common = config.common
-    if common.quant_type != "WEIGHT_QUANT" and common.bit_num != 8:
-        yield Complaint(_COMMON, "bit_num", f"must be 8 for {common.quant_type}", "write bit_num = 8")
+    if config.mode != "WEIGHT_QUANT" and config.common.bit_num != 8:
+        yield Complaint(_COMMON, "bit_num", f"must be 8 for {config.mode}", "write bit_num = 8")
 
 
 def _data_is_whole(config: Config) -> Iterator[Complaint]:
     reasons = {
-        "for FULL_QUANT": config.common.quant_type == "FULL_QUANT",
+        "for FULL_QUANT": config.mode == "FULL_QUANT" and not config.transform.export_precision_mode,
         "for quant_strategy = GPTQ": config.weight_quant.quant_strategy == "GPTQ",
         "beside calibrate_path": bool(config.preprocess.calibrate_path),
     }
@@ -51,6 +64,13 @@ def _pairs_are_whole(config: Config) -> Iterator[Complaint]:
         absent = [key for key in pair if key not in given]
         if given and absent:
             yield _missing(absent[0], f"beside {given[0]}")
+
+
+def _pixels_are_whole(config: Config) -> Iterator[Complaint]:
+    given = {"mean": config.transform.mean is not None, "std_dev": config.transform.std_dev is not None}
+    for key, other in (("mean", "std_dev"), ("std_dev", "mean")):
+        if given[other] and not given[key]:
+            yield _missing(key, f"beside {other}", _TRANSFORM)
 
 
 def _channels_agree(config: Config) -> Iterator[Complaint]:
@@ -83,11 +103,8 @@ def _crop_fits(config: Config) -> Iterator[Complaint]:
         yield Complaint(_DATA, "center_crop_width", problem, f"write {data.resize_short_side} or less")
 
 
-RULES: tuple[Callable[[Config], Iterator[Complaint]], ...] = (
-    _bits_fit_the_mode,
-    _data_is_whole,
-    _pairs_are_whole,
-    _channels_agree,
-    _resize_is_clear,
-    _crop_fits,
-)
+Rule = Callable[[Config], Iterator[Complaint]]
+DATA_RULES: tuple[Rule, ...] = (_data_is_whole, _pairs_are_whole, _channels_agree, _resize_is_clear, _crop_fits)
+# Without a mode a model is left as it is, but for what flags change.
+MODELESS_RULES: tuple[Rule, ...] = (_mode_is_clear, _pixels_are_whole, *DATA_RULES)
+RULES: tuple[Rule, ...] = (_mode_is_given, _bits_fit_the_mode, *MODELESS_RULES)

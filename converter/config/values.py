@@ -120,6 +120,11 @@ def path(example: str) -> Kind:
     return Kind("a path", example, lambda text: Path(unquote(text)))
 
 
+def path_beside(example: str) -> Kind:
+    """A path; a relative one starts at the configuration file's folder."""
+    return replace(path(example), locate=lambda value, folder: folder / value)
+
+
 def input_folders() -> Kind:
     r"""A comma list of `input_name:folder`, each input once.
 

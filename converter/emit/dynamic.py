@@ -2,8 +2,8 @@
 
     x -> DynamicQuantizeLinear -> MatMulInteger -> Cast -> Mul(scale of x * scales of the weight) [-> Add(bias)]
 
-All products that read x share its DynamicQuantizeLinear. Tables are looked up as integers; what a lookup finds becomes
-floats. Every other weight of the plan is restored when the model is loaded.
+All products that read x share its DynamicQuantizeLinear. Large tables are looked up as integers; what a lookup finds
+becomes floats. Every other weight of the plan is restored when the model is loaded.
 """
 
 from __future__ import annotations
@@ -14,8 +14,8 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from calib.affine import INT8_NARROW, SMALLEST_SCALE, UINT8, Array, QParams
-from converter.emit.planes import PlaneWriter, half_if_exact
+from calib.affine import INT8_NARROW, SMALLEST_SCALE, UINT8, Array
+from converter.emit.planes import PlaneWriter
 from converter.emit.stored import emit_stored, planned, write_bias
 from converter.model import Names, add_constant
 from converter.plan import NodePlan, QuantPlan
@@ -29,24 +29,9 @@ def emit_dynamic(model: ir.Model, plan: QuantPlan, by_row: bool) -> None:
     emitter = _Emitter(model, plan, by_row)
     for node, unit in list(planned(model, plan)):
         if unit.name in plan.weights:
-            emitter.product(node, unit)
-        elif looks_up(node):
-            emitter.lookup(node, plan.stored[unit.name, 0].qparams, plan.stored[unit.name, 0].codes)
+            (emitter.lookup if node.op_type == "Gather" else emitter.product)(node, unit)
     emitter.drop_unread()
     emit_stored(model, plan, PlaneWriter(model))
-    _forget_shapes(model.graph)
-
-
-def looks_up(node: ir.Node) -> bool:
-    """Whether `node` picks rows of a table."""
-    return node.op_type == "Gather" and not node.domain and node.attributes.get_int("axis", 0) == 0
-
-
-def _forget_shapes(graph: ir.Graph) -> None:
-    # Where shapes are declared, ONNX Runtime merges Add and LayerNormalization into a kernel slower than the two.
-    outputs = set(graph.outputs)
-    for value in (value for node in graph for value in node.outputs if value not in outputs):
-        value.shape = None
 
 
 class _Emitter:
@@ -61,13 +46,11 @@ class _Emitter:
         self.at, weight = node, self.plan.weights[unit.name]
         if unit.name in self.plan.biases:
             write_bias(node, unit, self.plan, self.names)
-        codes, scale = weight.codes, weight.qparams.scale
-        codes = codes.T if node.attributes.get_int("transB", 0) else codes
+        codes, w_scale = self._of_weight(1, "codes", weight.codes), self._of_weight(1, "scale", weight.qparams.scale)
+        # Stored as it was: a lookup may read the same codes. Runtimes transpose when they load the model.
+        codes = self._node("Transpose", codes) if node.attributes.get_int("transB", 0) else codes
         x, x_scale, zero = self._activation(node)
-        products = self._cast(
-            self._node("MatMulInteger", x, self._of_weight(1, "codes", codes), zero), ir.DataType.FLOAT
-        )
-        w_scale = self._of_weight(1, "scale", scale)
+        products = self._cast(self._node("MatMulInteger", x, codes, zero), ir.DataType.FLOAT)
         if self.by_row:  # one by one: ONNX Runtime takes the scale in the product of scales for one of the whole tensor
             y = self._node("Mul", self._node("Mul", products, x_scale), w_scale)
         else:
@@ -75,17 +58,17 @@ class _Emitter:
         bias = node.inputs[2] if node.op_type == "Gemm" and len(node.inputs) > 2 else None
         self._replace(y if bias is None else self._node("Add", y, bias))
 
-    def lookup(self, node: ir.Node, q: QParams, codes: Array) -> None:
-        self.at, shape = node, (-1,) + (1,) * (codes.ndim - 1)
-        found = self._looked_up("codes", codes)
-        zero, scale = (half_if_exact(x.reshape(shape).astype(np.float32)) for x in (q.zero_point, q.scale))
-        y = self._node("Sub", found, self._looked_up("zero", zero))
-        self._replace(self._node("Mul", y, self._looked_up("scale", scale)))
+    def lookup(self, node: ir.Node, unit: NodePlan) -> None:
+        self.at, weight, rows = node, self.plan.weights[unit.name], node.inputs[1]
+        scales = np.broadcast_to(weight.qparams.scale.reshape(-1, 1), (len(weight.codes), 1))
+        scale = self._node("Gather", self._of_weight(0, "scale_of_row", scales), rows)
+        codes = self._node("Gather", self._of_weight(0, "codes", weight.codes), rows)
+        self._replace(self._node("Mul", self._cast(codes, ir.DataType.FLOAT), scale))
 
     def drop_unread(self) -> None:
         """Removes the float weights that nothing reads any more."""
         for weight in self.weights:
-            if not weight.uses() and isinstance(weight.graph, ir.Graph):
+            if not weight.uses() and not weight.is_graph_output() and isinstance(weight.graph, ir.Graph):
                 weight.graph.initializers.pop(weight.name or "", None)
 
     def _activation(self, node: ir.Node) -> Sequence[ir.Value]:
@@ -110,11 +93,6 @@ class _Emitter:
         steps = self._node("Round", self._node("Div", x, scale))
         codes = self._node("Add", steps, self._constant("middle", np.float32(middle)))
         return self._cast(codes, ir.DataType.UINT8), scale, self._constant("zero_point", np.uint8(middle))
-
-    def _looked_up(self, what: str, table: Array) -> ir.Value:
-        """The rows that the node picks, of a table beside its own, as float32."""
-        rows = self._node("Gather", self._of_weight(0, what, table), self.at.inputs[1])
-        return rows if table.dtype == np.float32 else self._cast(rows, ir.DataType.FLOAT)
 
     def _of_weight(self, index: int, what: str, array: Array) -> ir.Value:
         weight = self.at.inputs[index]

@@ -11,7 +11,7 @@ def feed_integers(graph: ir.Graph, name: str) -> None:
     quantize = next(use.node for use in old.uses() if use.node.op_type == "QuantizeLinear")
     codes = quantize.outputs[0]
     for use in [use for use in old.uses() if use.node is not quantize]:
-        restore = next(use.node for use in codes.uses() if use.node.op_type == "DequantizeLinear")
+        restore = _restoring(codes)
         use.node.replace_input_with(use.idx, restore.outputs[0])
     new = ir.Value(name=name, shape=old.shape, type=_integers_of(quantize))
     codes.replace_all_uses_with(new)
@@ -32,6 +32,12 @@ def hand_out_integers(graph: ir.Graph, name: str) -> None:
     graph.outputs[list(graph.outputs).index(old)] = codes
     if not old.uses():
         graph.remove(restore, safe=True)
+
+
+def _restoring(codes: ir.Value) -> ir.Node:
+    """The DequantizeLinear behind `codes`, or behind the Clip to their bounds."""
+    reader = next(use.node for use in codes.uses() if use.node.op_type in {"DequantizeLinear", "Clip"})
+    return reader if reader.op_type == "DequantizeLinear" else _restoring(reader.outputs[0])
 
 
 def _integers_of(conversion: ir.Node) -> ir.TensorType:

@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import onnx_ir as ir
 
 from calib.affine import INT32, Array, QParams, quantize
+from converter.emit.planes import PlaneWriter
+from converter.emit.stored import emit_stored
 from converter.model import Names, add_constant, constant, values_by_name
 from converter.plan import NodePlan, QuantizedWeight, QuantPlan
 
@@ -13,9 +17,13 @@ from converter.plan import NodePlan, QuantizedWeight, QuantPlan
 def emit(model: ir.Model, plan: QuantPlan) -> dict[str, str]:
     """Changes `model`, the prepared float model the plan was made for, into the quantized one.
 
+    Weights that the plan stores are restored when a runtime loads the model.
     Returns under which name each planned tensor's dequantized values stand now.
     """
-    return _Emitter(model, plan).run()
+    kept = {name: unit for name, unit in plan.nodes.items() if (name, 0) in plan.stored}
+    restored = _Emitter(model, replace(plan, nodes={n: u for n, u in plan.nodes.items() if n not in kept})).run()
+    emit_stored(model, replace(plan, nodes=kept, biases={}), PlaneWriter(model))
+    return restored
 
 
 class _Emitter:
@@ -31,6 +39,7 @@ class _Emitter:
         for unit in units:
             self._write_weight(unit)
             self._write_bias(unit)
+            self._drop_implied_bound(unit)
         computed = {name for unit in units for name in unit.outputs}
         for name in self.plan.tensors:
             readers = [self.nodes[unit.name] for unit in units if name in unit.inputs]
@@ -57,18 +66,36 @@ class _Emitter:
         if readers is None and value.is_graph_output():
             self._hand_over_output(value, restored)
 
+    def _drop_implied_bound(self, unit: NodePlan) -> None:
+        """Takes the upper bound off a Clip that codes imply, though not the whole type's range: runtimes keep it."""
+        clip = self.nodes[unit.absorbed[-1]] if unit.absorbed else None
+        high = constant(clip.inputs[2]) if clip and clip.op_type == "Clip" and len(clip.inputs) > 2 else None
+        tensor = self.plan.tensors.get(unit.outputs[0]) if unit.outputs else None
+        if clip is None or high is None or tensor is None:
+            return
+        q = self.plan.params(tensor.name)
+        beyond = (float(np.iinfo(q.format.dtype).max) - float(q.zero_point)) * float(q.scale) > float(high)
+        if beyond and quantize(high, q) == q.format.qmax:
+            clip.replace_input_with(2, None)
+
     def _pair(self, value: ir.Value, q: QParams) -> ir.Value:
-        name = value.name or ""
+        name, producer = value.name or "", value.producer()
+        if producer is not None and producer.op_type == "DequantizeLinear" and _restores(producer, q):
+            return value
         parameters = self._parameters(name, q)
-        quantized = self._node("QuantizeLinear", [value, *parameters], name, "quantized", {})
-        restored = self._node("DequantizeLinear", [quantized.outputs[0], *parameters], name, "dequantized", {})
-        restored.outputs[0].shape, restored.outputs[0].type = value.shape, value.type
-        producer = value.producer()
+        nodes = [self._node("QuantizeLinear", [value, *parameters], name, "quantized", {})]
+        if (q.format.qmin, q.format.qmax) != (np.iinfo(q.format.dtype).min, np.iinfo(q.format.dtype).max):
+            bounds = [np.array(bound, q.format.dtype) for bound in (q.format.qmin, q.format.qmax)]
+            limits = [self._constant(f"bound_{bound.dtype}_{bound}", bound) for bound in bounds]
+            nodes.append(self._node("Clip", [nodes[0].outputs[0], *limits], name, "clipped", {}))
+        nodes.append(self._node("DequantizeLinear", [nodes[-1].outputs[0], *parameters], name, "dequantized", {}))
+        restored = nodes[-1].outputs[0]
+        restored.shape, restored.type = value.shape, value.type
         if producer is not None:
-            self.graph.insert_after(producer, [quantized, restored])
+            self.graph.insert_after(producer, nodes)
         else:
-            self.graph.insert_before(self.graph[0], [quantized, restored])
-        return restored.outputs[0]
+            self.graph.insert_before(self.graph[0], nodes)
+        return restored
 
     def _hand_over_output(self, value: ir.Value, restored: ir.Value) -> None:
         """The graph output keeps its name, and the computed tensor gets another."""
@@ -165,6 +192,13 @@ class _Emitter:
         for name, value in list(self.graph.initializers.items()):
             if not value.uses() and value not in outputs:
                 del self.graph.initializers[name]
+
+
+def _restores(node: ir.Node, q: QParams) -> bool:
+    """Whether a DequantizeLinear makes floats of codes with just these parameters."""
+    scale, zero_point = constant(node.inputs[1]), constant(node.inputs[2]) if len(node.inputs) > 2 else None
+    same_type = zero_point is not None and zero_point.dtype == q.format.dtype
+    return same_type and scale is not None and bool(np.all(scale == q.scale) and np.all(zero_point == q.zero_point))
 
 
 def bias_qparams(data: QParams, weight: QuantizedWeight, size: int) -> QParams:

@@ -30,7 +30,7 @@ def emit_stored(model: ir.Model, plan: QuantPlan, write: Writer) -> None:
         if unit.name in plan.biases:
             write_bias(node, unit, plan, names)
     for value in written:
-        if not value.uses() and isinstance(value.graph, ir.Graph):
+        if not value.uses() and not value.is_graph_output() and isinstance(value.graph, ir.Graph):
             del value.graph.initializers[value.name or ""]
 
 

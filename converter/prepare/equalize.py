@@ -16,6 +16,7 @@ import onnx_ir as ir
 
 from calib.affine import Array
 from converter.model import Names, constant, only_consumer, replace_constant
+from converter.ops import OPS
 
 ROUNDS = 10
 
@@ -42,8 +43,7 @@ def _pairs(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Node]]:
 
 
 def _is_convolution(node: ir.Node) -> bool:
-    operands = [value for value in node.inputs[1:] if value is not None]
-    return node.op_type == "Conv" and not node.domain and all(constant(value) is not None for value in operands)
+    return node.op_type == "Conv" and not node.domain and OPS["Conv"].obstacle(node) is None
 
 
 def _reads_channels(node: ir.Node) -> bool:

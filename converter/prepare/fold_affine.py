@@ -43,13 +43,17 @@ def _foldable(node: ir.Node) -> bool:
 def fold(node: ir.Node, names: Names) -> bool:
     """Folds all foldable followers of `node` into it; returns whether there was one."""
     folded = False
-    while (follower := only_consumer(node.outputs[0])) and (affine := _affine_of(follower, node)):
+    while (follower := only_consumer(node.outputs[0])) and (affine := _affine_of(follower, node)) and _usable(affine):
         _rescale(node, *affine, names)
         follower.outputs[0].replace_all_uses_with(node.outputs[0], replace_graph_outputs=True)
         _take_name(node.outputs[0], follower.outputs[0])
         follower.graph.remove(follower, safe=True)  # type: ignore[union-attr]
         folded = True
     return folded
+
+
+def _usable(affine: Affine) -> bool:
+    return all(np.isfinite(part.astype(np.float32)).all() for part in affine)
 
 
 def _take_name(kept: ir.Value, gone: ir.Value) -> None:

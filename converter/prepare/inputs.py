@@ -7,7 +7,7 @@ from collections.abc import Mapping
 
 import onnx_ir as ir
 
-from converter.errors import UsageError
+from converter.errors import ModelError, UsageError
 
 
 def set_input_shapes(model: ir.Model, shapes: Mapping[str, tuple[int | None, ...]]) -> None:
@@ -19,6 +19,18 @@ def set_input_shapes(model: ir.Model, shapes: Mapping[str, tuple[int | None, ...
             msg = f"--inputShape: the model has no input '{name}'; write one of {near}."
             raise UsageError(msg)
         _set_shape(inputs[name], shape)
+
+
+def check_shapes(model: ir.Model) -> None:
+    """Raises ModelError for an input or output of unknown shape, which a valid model must declare."""
+    for what, values, remedy in (
+        ("input", model.graph.inputs, "give --inputShape"),
+        ("output", model.graph.outputs, "export it again with the shapes of its outputs"),
+    ):
+        for value in values:
+            if value.shape is None:
+                msg = f"The model's {what} '{value.name}' has no known number of dimensions; {remedy}."
+                raise ModelError(msg)
 
 
 def _set_shape(value: ir.Value, shape: tuple[int | None, ...]) -> None:

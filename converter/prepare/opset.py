@@ -21,7 +21,10 @@ def opset_of(model: ir.Model) -> int:
 
 def raise_opset(model: ir.Model, least: int = LEAST_OPSET) -> ir.Model:
     """The model, converted where its opset is below `least`; raises ModelError where that is impossible."""
-    model.ir_version = max(model.ir_version, *(version for opset, version in IR_VERSIONS.items() if opset <= least))
+    model.ir_version = max([model.ir_version, *(version for opset, version in IR_VERSIONS.items() if opset <= least)])
+    if opset_of(model) > (newest := onnx.defs.onnx_opset_version()):
+        msg = f"The model's opset {opset_of(model)} is newer than any known; export it again with opset {newest}."
+        raise ModelError(msg)
     if opset_of(model) >= least:
         return model
     try:
