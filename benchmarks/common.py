@@ -19,7 +19,7 @@ import numpy as np
 import onnxruntime as ort
 
 from calib.images import ImageOptions
-from calib.samples import Dataset, Folder, InputSpec, open_dataset
+from calib.samples import Dataset, InputSpec, open_dataset
 
 DATA = Path(os.environ.get("QCONVERT_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
 
@@ -66,7 +66,7 @@ class Classifier:
             self.format, self.mean, self.std, None, None, 256 if self.crop else None, "LINEAR", self.crop, self.crop
         )
         spec = InputSpec(self.input, np.dtype(np.float32), shape)
-        data = open_dataset([spec], [Folder(self.input, folder)], count or len(labels), "IMAGE", options)
+        data = open_dataset([spec], {self.input: folder}, count or len(labels), "IMAGE", options)
         return data, [labels[data.files(i)[0].name] for i in range(len(data))]
 
 

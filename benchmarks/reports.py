@@ -18,14 +18,15 @@ from pathlib import Path
 import numpy as np
 from common import CLASSIFIERS, Classifier
 
-from converter.alone import alone
+from converter.compare import output_errors
 from converter.config import load_config
 from converter.data import open_data, resources_of
+from converter.emit.qdq import emit
 from converter.full_quant import quantize
-from converter.job import Job, Silent
+from converter.job import Job, Watch
 from converter.pairs import pair
 from converter.pipeline import convert, read
-from converter.sensitivity import RANKED_ON, sensitivities
+from converter.sensitivity import RANKED_ON, alone, only
 
 REPEATS = 3
 
@@ -49,11 +50,15 @@ def seconds(task: Job) -> float:
 def correlation(model: Classifier, folder: Path, samples: int) -> tuple[float, float, float]:
     """Spearman's of both rankings, and the seconds that each takes."""
     task = job(model, folder, samples)
-    result = quantize(read(task, Silent()), task, Silent())
-    data, resources = open_data(result.reference, task, Silent()), resources_of(task)
+    result = quantize(read(task, Watch()), task, Watch())
+    data, resources = open_data(result.reference, task, Watch()), resources_of(task)
     start = time.perf_counter()
-    ranked = sensitivities(result.reference, result.plan, data, resources, Silent())
-    thorough = {found.node.name: found.sqnr_db for found in ranked}
+    few, thorough = data.part(0, min(len(data), RANKED_ON)), {}
+    for unit in result.plan.units():
+        by_itself = result.reference.clone()
+        emit(by_itself, only(result.plan, unit))
+        errors = output_errors(result.reference, by_itself, few, resources.threads)
+        thorough[unit.name] = min(error.sqnr_db for error in errors)
     middle = time.perf_counter()
     cheap = alone(pair(result.reference, result.model, result.plan), data, RANKED_ON, resources)
     end = time.perf_counter()

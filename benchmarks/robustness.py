@@ -13,7 +13,10 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass, field
+from multiprocessing import get_context
 from pathlib import Path
 
 import numpy as np
@@ -28,6 +31,8 @@ from test_light_models import MODELS
 
 from converter.cli import main
 
+# A random model that takes longer hangs.
+MOST_SECONDS = 120
 SETTINGS = {
     "FULL_QUANT": {
         "default": {},
@@ -141,18 +146,31 @@ def light(tally: Tally) -> None:
                 attempt(Path(folder), path.stem, mode, path, feeds_of(model), tally)
 
 
+def one(seed: int, mode: str, setting: str) -> tuple[float, str | None]:
+    """Seconds of one random model, and what is wrong with the result."""
+    start = time.perf_counter()
+    with tempfile.TemporaryDirectory() as folder:
+        try:
+            fault = examine(Path(folder), seed, mode, **SETTINGS[mode][setting]).fault
+        except Exception as error:
+            fault = f"{type(error).__name__}: {error}"
+    return time.perf_counter() - start, fault
+
+
 def generated(mode: str, setting: str, count: int) -> Callable[[Tally], None]:
-    """Random models."""
+    """Random models, in a process of their own that may be killed."""
 
     def work(tally: Tally) -> None:
+        pool = ProcessPoolExecutor(1, get_context("spawn"))
         for seed in range(1000, 1000 + count):
-            with tempfile.TemporaryDirectory() as folder:
-                start = time.perf_counter()
-                try:
-                    fault = examine(Path(folder), seed, mode, **SETTINGS[mode][setting]).fault
-                except Exception as error:
-                    fault = f"{type(error).__name__}: {error}"
-                tally.count(f"model {seed}", time.perf_counter() - start, fault)
+            try:
+                seconds, fault = pool.submit(one, seed, mode, setting).result(MOST_SECONDS)
+            except (BrokenProcessPool, TimeoutError) as error:
+                seconds, fault = 0.0, f"the process {'hangs' if isinstance(error, TimeoutError) else 'was aborted'}"
+                pool.shutdown(wait=False, cancel_futures=True)
+                pool = ProcessPoolExecutor(1, get_context("spawn"))
+            tally.count(f"model {seed}", seconds, fault)
+        pool.shutdown()
 
     return work
 

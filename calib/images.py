@@ -40,24 +40,25 @@ warnings.simplefilter("error", DecompressionBombWarning)
 class ImageOptions:
     """How a picture becomes model input; the fields follow the `[data_preprocess_param]` keys.
 
-    `to_format` is RGB, BGR or GRAY; None means RGB for a model with 3 channels and GRAY for one with 1. `mean` and
-    `std` hold one number a channel, in the order of `to_format`, for pixels of 0..255; empty means 0 and 1.
+    `image_to_format` is RGB, BGR or GRAY; None means RGB for a model with 3 channels and GRAY for one with 1.
+    `normalize_mean` and `normalize_std` hold one number a channel, in that order, for pixels of 0..255; empty means 0
+    and 1.
     Sizes are in pixels; a missing width or height keeps the picture's own.
     """
 
-    to_format: str | None = None
-    mean: tuple[float, ...] = ()
-    std: tuple[float, ...] = ()
+    image_to_format: str | None = None
+    normalize_mean: tuple[float, ...] = ()
+    normalize_std: tuple[float, ...] = ()
     resize_width: int | None = None
     resize_height: int | None = None
     resize_short_side: int | None = None
     resize_method: str = "LINEAR"
-    crop_width: int | None = None
-    crop_height: int | None = None
+    center_crop_width: int | None = None
+    center_crop_height: int | None = None
 
     def format_for(self, channels: int) -> str:
         """The channel order given or, without one, the usual order for this number of channels."""
-        return self.to_format or ("GRAY" if channels == 1 else "RGB")
+        return self.image_to_format or ("GRAY" if channels == 1 else "RGB")
 
     def check(self, channels: int) -> None:
         """Raise CalibError if the format, mean or std does not suit a model input of 1 or 3 channels."""
@@ -66,11 +67,11 @@ class ImageOptions:
             usable = " or ".join(name for name, count in FORMAT_CHANNELS.items() if count == channels)
             msg = f"image_to_format = {given} does not suit a model input of {channels} channel(s); write {usable}."
             raise CalibError(msg)
-        for key, values in (("normalize_mean", self.mean), ("normalize_std", self.std)):
-            if len(values) not in (0, channels):
+        for key in ("normalize_mean", "normalize_std"):
+            if len(values := getattr(self, key)) not in (0, channels):
                 msg = f"{key} has {len(values)} number(s) for a model input of {channels} channel(s); write {channels}."
                 raise CalibError(msg)
-        if 0 in self.std:
+        if 0 in self.normalize_std:
             msg = "normalize_std must not hold 0; write 1 for a channel that is not to be scaled."
             raise CalibError(msg)
 
@@ -85,10 +86,10 @@ def load_image(path: Path, options: ImageOptions, channels: int) -> Pixels:
     options.check(channels)
     pixels = _convert(_decode(path), options.format_for(channels))
     pixels = np.array(_crop(_resize(pixels, options, path), options, path), order="C")
-    if options.mean:
-        pixels -= np.asarray(options.mean, np.float32)
-    if options.std:
-        pixels /= np.asarray(options.std, np.float32)
+    if options.normalize_mean:
+        pixels -= np.asarray(options.normalize_mean, np.float32)
+    if options.normalize_std:
+        pixels /= np.asarray(options.normalize_std, np.float32)
     return pixels
 
 
@@ -168,7 +169,7 @@ def _resize(pixels: Pixels, options: ImageOptions, path: Path) -> Pixels:
 def _crop(pixels: Pixels, options: ImageOptions, path: Path) -> Pixels:
     """The centre; an odd margin leaves its smaller half at the top and left."""
     height, width = pixels.shape[:2]
-    crop_width, crop_height = options.crop_width or width, options.crop_height or height
+    crop_width, crop_height = options.center_crop_width or width, options.center_crop_height or height
     if crop_width > width or crop_height > height:
         msg = (
             f"{path}: the picture is {width}x{height} before the crop, smaller than center_crop_width x "

@@ -9,20 +9,19 @@ from __future__ import annotations
 
 import difflib
 import hashlib
-from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from calib import CalibError
+from calib.affine import Array
 from calib.images import ImageOptions
-from calib.sources import KINDS, Array, InputSpec, Source
+from calib.sources import KINDS, InputSpec, Source
 
-__all__ = ["Dataset", "Folder", "ImageOptions", "InputSpec", "Sample", "open_dataset"]
+__all__ = ["Dataset", "ImageOptions", "InputSpec", "Sample", "open_dataset"]
 
 Sample = Mapping[str, Array]
 # The number of a usable candidate, with its arrays if they are in the cache.
@@ -32,14 +31,6 @@ Choice = tuple[int, Sample | None]
 CACHE_BYTES = 256 << 20
 # Candidates loaded at a time while the usable ones are found; bounds what is in memory at once.
 WAVE = 64
-
-
-@dataclass(frozen=True)
-class Folder:
-    """Where the data of one input lies; for NPY `path` may be one file whose rows are the samples."""
-
-    input_name: str
-    path: Path
 
 
 class Dataset:
@@ -94,7 +85,7 @@ class Dataset:
 
 def open_dataset(
     specs: Sequence[InputSpec],
-    folders: Sequence[Folder],
+    folders: Mapping[str, Path],
     size: int,
     kind: str,
     image: ImageOptions,
@@ -102,15 +93,17 @@ def open_dataset(
 ) -> Dataset:
     """The first `size` usable samples for a model's inputs; `kind` is IMAGE, BIN or NPY (a key of `KINDS`).
 
+    `folders` says where the data of each input lies; for NPY it may be one file whose rows are the samples.
     Every candidate is loaded once, by `workers` threads (None: as many as the machine suggests); the outcome does not
     depend on their number. A sample of an input with fixed batch N takes N pictures or rows.
     Raises CalibError if inputs and folders do not pair up, a folder or input cannot be used, or no sample is left.
     """
-    sources = [KINDS[kind](spec, folder.path, image) for spec, folder in _pair(specs, folders)]
+    _check_names(specs, folders)
+    sources = [KINDS[kind](spec, folders[spec.name], image) for spec in specs]
     counts = {source.spec.name: len(source.files) for source in sources}
     chosen, skipped = _select(sources, range(min(counts.values())), size, workers)
     if not chosen:
-        paths = " and ".join(str(folder.path) for folder in folders)
+        paths = " and ".join(map(str, folders.values()))
         msg = f"{paths}: none of the {len(skipped)} sample(s) can be used, the first for this reason: {skipped[0]}"
         raise CalibError(msg)
     warnings = [*chain.from_iterable(source.warnings for source in sources), *skipped]
@@ -155,21 +148,16 @@ def _load(sources: Sequence[Source], candidate: int) -> Sample:
     return sample
 
 
-def _pair(specs: Sequence[InputSpec], folders: Sequence[Folder]) -> list[tuple[InputSpec, Folder]]:
-    """Each model input with its folder, in the model's order."""
+def _check_names(specs: Sequence[InputSpec], folders: Collection[str]) -> None:
+    """Raise CalibError unless there is one folder for each model input."""
     names = [spec.name for spec in specs]
-    for name, times in Counter(folder.input_name for folder in folders).items():
+    for name in folders:
         if name not in names:
             near = " or ".join(difflib.get_close_matches(name, names, 1) or names)
             known = ", ".join(map(str, specs)) or "none"
             msg = f"calibrate_path: the model has no input '{name}', its inputs are {known}; write {near}."
             raise CalibError(msg)
-        if times > 1:
-            msg = f"calibrate_path: the input '{name}' is named {times} times; give each input one folder."
-            raise CalibError(msg)
-    by_name = {folder.input_name: folder for folder in folders}
     for spec in specs:
-        if spec.name not in by_name:
+        if spec.name not in folders:
             msg = f"calibrate_path: no folder is given for the model's input {spec}; add {spec.name}:<folder>."
             raise CalibError(msg)
-    return [(spec, by_name[spec.name]) for spec in specs]

@@ -7,18 +7,16 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from math import prod
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 from zipfile import ZipFile
 
 import numpy as np
 from numpy.lib.format import open_memmap
 from numpy.lib.npyio import NpzFile
-from numpy.typing import NDArray
 
 from calib import CalibError
+from calib.affine import Array
 from calib.images import ImageOptions, load_image, reading
-
-Array = NDArray[Any]
 
 IMAGE_AXES = ("NCHW", "NHWC")
 PIXEL_DTYPES = ("float32", "float16", "uint8", "int8")
@@ -191,11 +189,11 @@ def _read_npy(spec: InputSpec, path: Path) -> Array:
     with reading(path, "a NumPy file"):
         if path.suffix.lower() != ".npz":
             return np.asarray(open_memmap(path, mode="r"))
-        with path.open("rb") as file, NpzFile(file, allow_pickle=False) as archive:
+        with path.open("rb") as file, ZipFile(file) as entries, NpzFile(file, allow_pickle=False) as archive:
             names = archive.files
             name = names[0] if len(names) == 1 else spec.name
             if name in names:
-                unpacked = _unpacked_bytes(file)
+                unpacked = sum(entry.file_size for entry in entries.infolist())
                 if unpacked > MAX_UNPACKED:
                     msg = f"{path}: unpacks to {unpacked:,} bytes, more than the {MAX_UNPACKED:,} allowed; save .npy."
                     raise CalibError(msg)
@@ -203,11 +201,6 @@ def _read_npy(spec: InputSpec, path: Path) -> Array:
     held = ", ".join(names) or "none"
     msg = f"{path}: holds no array named '{spec.name}', only {held}; name it so or keep a single array."
     raise CalibError(msg)
-
-
-def _unpacked_bytes(archive: BinaryIO) -> int:
-    with ZipFile(archive) as entries:
-        return sum(entry.file_size for entry in entries.infolist())
 
 
 def _fit(array: Array, spec: InputSpec, where: str) -> Array:

@@ -106,14 +106,15 @@ class TensorStats:
         return self._hi if self.count else 0.0
 
     @property
-    def sample_lo(self) -> Array:
-        """The least finite value of each sample that has one: float32 of shape (samples,), by sample index."""
-        return self._sample_extremes()[:, 0]
+    def sample_extremes(self) -> Array:
+        """The least and the largest finite value of each sample that has one: float32 of shape (samples, 2), in order.
 
-    @property
-    def sample_hi(self) -> Array:
-        """The largest finite value of each sample that has one: float32 of shape (samples,), by sample index."""
-        return self._sample_extremes()[:, 1]
+        ValueError if they were not asked for.
+        """
+        if self._samples is None:
+            msg = "these statistics were made without the extremes of each sample"
+            raise ValueError(msg)
+        return self._samples[self._samples[:, 0] <= self._samples[:, 1]]
 
     def histogram(self) -> Histogram:
         """The histogram of the finite values; ValueError if none was asked for or there are no such values."""
@@ -199,12 +200,6 @@ class TensorStats:
         self.nan_count += int(np.count_nonzero(nans))
         self.inf_count += int(np.count_nonzero(infs))
         return values[~(nans | infs)]
-
-    def _sample_extremes(self) -> Array:
-        if self._samples is None:
-            msg = "these statistics were made without the extremes of each sample"
-            raise ValueError(msg)
-        return self._samples[self._samples[:, 0] <= self._samples[:, 1]]
 
     def _coarsen(self, exponent: int) -> None:
         """Widen the bins to 2 ** exponent, if they are narrower."""

@@ -4,7 +4,7 @@ Numbers go in groups of GROUP. Their levels are parted into four subsets in turn
 lowest bit of its own code and of the MEMORY codes before it in the group, which is seen as a ring, and the other bits
 choose a level of the subset. So each number has k bits and 2^(k+1) levels to come near it: Marcellin and Fischer,
 "Trellis Coded Quantization of Memoryless and Gauss-Markov Sources" (1990), with Ungerboeck's code of four states. As a
-group is short, all of its paths are tried.
+group is short, all paths through its halves are tried, and how they fit together.
 """
 
 from __future__ import annotations
@@ -58,19 +58,66 @@ def window_weights(bits: int) -> Array:
 
 
 @cache
-def _paths() -> tuple[Array, Array, Array]:
-    """Of every path through a group: its lowest bits, its subsets, and which of (SUBSETS, GROUP) they are."""
+def _cells(bits: int) -> tuple[Array, Array, Array]:
+    """The edges between aims that differ in what is nearest, and for each cell and subset: which level, and its value.
+
+    Shapes (edges,), (edges + 1, SUBSETS) and the same.
+    """
+    parted = levels(bits).reshape(-1, SUBSETS).T
+    middles = (parted[:, 1:] + parted[:, :-1]) / 2
+    edges = np.sort(middles, axis=None)
+    inside = np.concatenate([[-np.inf], edges])
+    best = np.stack([np.searchsorted(row, inside, side="right") for row in middles], axis=1)
+    return edges, best, parted[np.arange(SUBSETS), best]
+
+
+@cache
+def _buckets(bits: int) -> tuple[float, float, Array, Array]:
+    """Where the buckets start that find an aim's cell without a search, and their width: none has two edges.
+
+    Of every bucket the number of edges before it, and its own or infinity.
+    """
+    edges, _, _ = _cells(bits)
+    width = 0.99 * np.diff(edges).min()
+    holder = ((edges - edges[0]) / width).astype(int)
+    edge = np.full(holder[-1] + 1, np.inf)
+    edge[holder] = edges
+    return edges[0], width, np.searchsorted(holder, np.arange(len(edge))), edge
+
+
+def _cell(aims: Array, bits: int) -> Array:
+    """The cell of each aim."""
+    start, width, before, edge = _buckets(bits)
+    bucket = np.clip((aims - start) / width, 0, len(edge) - 1).astype(np.intp)
+    found: Array = before.take(bucket) + (aims > edge.take(bucket))
+    return found
+
+
+@cache
+def _paths() -> tuple[Array, Array]:
+    """The lowest bits of every path through a group, and its subsets; both (paths, GROUP)."""
     low = np.arange(1 << GROUP)[:, None] >> np.arange(GROUP) & 1
-    subset = _subset(low, np.roll(low, 1, axis=1), np.roll(low, 2, axis=1))
-    met = subset[:, None] == np.arange(SUBSETS)[:, None]
-    return low, subset, met.reshape(len(low), -1).T.astype(np.float32)
+    return low, _subset(low, np.roll(low, 1, axis=1), np.roll(low, 2, axis=1))
+
+
+@cache
+def _halves() -> tuple[Array, Array]:
+    """Which numbers and subsets the halves of paths meet (2, halves, GROUP / 2 * SUBSETS), and which path they are of.
+
+    The first four numbers follow from all lowest bits but 4 and 5, the others from all but 0 and 1.
+    """
+    path = np.arange(1 << GROUP)
+    number = np.stack([path[path & 0b110000 == 0], path[path & 0b11 == 0]])
+    subset = np.stack([_paths()[1][number[0], : GROUP // 2], _paths()[1][number[1], GROUP // 2 :]])
+    met = subset[..., None] == np.arange(SUBSETS)
+    return met.reshape(*number.shape, -1).astype(np.float32), number
 
 
 def points(codes: Array, bits: int) -> Array:
     """The levels of `codes` (..., numbers); zeros make up the last group."""
     count = codes.shape[-1]
     grouped = _grouped(codes.astype(np.int64))
-    window = grouped + (grouped & 1) @ window_weights(bits).astype(np.int64)
+    window = grouped + ((grouped & 1).astype(np.float32) @ window_weights(bits).astype(np.float32)).astype(np.int64)
     found: Array = table(bits)[window].reshape(*codes.shape[:-1], -1)[..., :count]
     return found
 
@@ -83,18 +130,32 @@ def nearest(aims: Array, weights: Array, bits: int) -> Array:
 
 
 def _nearest(aims: Array, weights: Array, bits: int) -> Array:
-    count, grouped = aims.shape[1], _grouped(aims)
-    flat, parted = grouped.reshape(-1), levels(bits).reshape(-1, SUBSETS).T
-    best = np.stack([np.searchsorted((row[1:] + row[:-1]) / 2, flat) for row in parted])
-    errors = np.stack([row[i] for row, i in zip(parted, best, strict=True)]) - flat
-    errors = (errors**2).astype(np.float32).reshape(SUBSETS, *grouped.shape) * _grouped(weights)
-    low, subset, met = _paths()
-    costs = np.matmul(np.moveaxis(errors, 0, 2).reshape(*grouped.shape[:2], -1), met)
-    if count % GROUP:
-        costs[:, -1, 1 << count % GROUP :] = np.inf
-    path = costs.argmin(axis=2)
-    codes: Array = 2 * best[subset[path].reshape(-1), np.arange(flat.size)] + low[path].reshape(-1)
-    return codes.reshape(len(aims), -1)[:, :count]
+    """Of all paths through each group, the best: the best halves that agree in the two pairs of bits they share."""
+    _, which, near = _cells(bits)
+    grouped = _grouped(aims)
+    cell = _cell(grouped.reshape(-1), bits)
+    errors = near.take(cell, axis=0) - grouped.reshape(-1, 1)
+    errors = np.square(errors, dtype=np.float32, casting="same_kind").reshape(*grouped.shape, SUBSETS)
+    errors *= _grouped(weights)[..., None]
+    met, halves = _halves()
+    costs = np.matmul(met, errors.reshape(-1, 2, met.shape[2]).transpose(1, 2, 0))
+    if spare := -aims.shape[1] % GROUP:
+        last = costs.reshape(*halves.shape, *grouped.shape[:2])[..., -1]
+        last[halves >> (GROUP - spare) > 0] = np.inf
+    path = _best_path(costs)
+    low, subset = _paths()
+    codes = 2 * which[cell, subset[path].reshape(-1)] + low[path].reshape(-1)
+    return codes.astype(np.uint8).reshape(len(aims), -1)[:, : aims.shape[1]]
+
+
+def _best_path(costs: Array) -> Array:
+    """The cheapest path of each group, for the costs (2, halves, groups) of its halves."""
+    # Pairs of bits, the highest first: 67, 23, 01 of the one half and 67, 45, 23 of the other.
+    first, second = costs.reshape(2, 4, 4, 4, -1)
+    joint = (first.min(axis=2) + second.min(axis=1)).reshape(16, -1).argmin(axis=0)
+    high, low, group = joint >> 2, joint & 3, np.arange(len(joint))
+    lowest, middle = first[high, low, :, group].argmin(axis=1), second[high, :, low, group].argmin(axis=1)
+    return np.asarray(lowest + (low << 2) + (middle << 4) + (high << 6))
 
 
 def _grouped(numbers: Array) -> Array:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import tempfile
 import zlib
 from collections.abc import Mapping, Sequence
@@ -23,7 +24,7 @@ from converter.model import serialized_parts
 from converter.version import __version__
 
 NOTHING = Evidence({}, {})
-UNREADABLE = (CalibError, OSError, ValueError, LookupError, TypeError, EOFError, BadZipFile, zlib.error)
+UNREADABLE = (CalibError, OSError, ValueError, LookupError, TypeError, EOFError, RecursionError, BadZipFile, zlib.error)
 
 
 def observe_with_cache(
@@ -106,28 +107,21 @@ def _read(path: Path) -> tuple[str, Evidence]:
     """The fingerprint and contents of a cache."""
     with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
         arrays = dict(file)
-    return arrays["fingerprint"].item(), _evidence(arrays)
+    index = json.loads(arrays["index"].item())
+    statistics = {name: _statistics(arrays, f"tensor{number}.") for number, name in enumerate(index["tensors"])}
+    means = {(name, axis): arrays[f"mean{number}"] for number, (name, axis) in enumerate(index["means"])}
+    return index["fingerprint"], Evidence(statistics, means, index["first"])
 
 
-def _evidence(arrays: Mapping[str, Array]) -> Evidence:
-    statistics = {}
-    for number, name in enumerate(arrays["tensors"].tolist()):
-        prefix = f"tensor{number}."
-        fields = {key.removeprefix(prefix): array for key, array in arrays.items() if key.startswith(prefix)}
-        statistics[name] = TensorStats.from_arrays(fields)
-    keys = zip(arrays["means"].tolist(), arrays["axes"].tolist(), strict=True)
-    means = {key: arrays[f"mean{number}"] for number, key in enumerate(keys)}
-    return Evidence(statistics, means, arrays["first"].item())
+def _statistics(arrays: Mapping[str, Array], prefix: str) -> TensorStats:
+    fields = {key.removeprefix(prefix): array for key, array in arrays.items() if key.startswith(prefix)}
+    return TensorStats.from_arrays(fields)
 
 
 def _save(path: Path, fingerprint: str, evidence: Evidence) -> None:
-    arrays: dict[str, Array] = {
-        "fingerprint": np.array(fingerprint),
-        "tensors": np.array(list(evidence.statistics), dtype=np.str_),
-        "first": np.array(evidence.first),
-        "means": np.array([name for name, _ in evidence.means], dtype=np.str_),
-        "axes": np.array([axis for _, axis in evidence.means], dtype=np.int64),
-    }
+    tensors, means = list(evidence.statistics), list(evidence.means)
+    index = {"fingerprint": fingerprint, "tensors": tensors, "means": means, "first": evidence.first}
+    arrays: dict[str, Array] = {"index": np.array(json.dumps(index))}
     for number, stats in enumerate(evidence.statistics.values()):
         arrays.update((f"tensor{number}.{key}", array) for key, array in stats.to_arrays().items())
     arrays.update((f"mean{number}", mean) for number, mean in enumerate(evidence.means.values()))

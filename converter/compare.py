@@ -13,6 +13,7 @@ import onnx_ir as ir
 from calib.affine import Array
 from calib.samples import Dataset
 from calib.session import Sample, open_session, over_samples, run
+from converter.data import synthetic_data
 from converter.model import saved
 
 TIMED_SECONDS, LEAST_SECONDS = 0.1, 1e-3
@@ -30,10 +31,11 @@ class TensorError:
 
 
 def compare(
-    reference: Path, other: Path, tensors: Mapping[str, str], data: Dataset, count: int, threads: int
+    reference: ir.Model, other: ir.Model, tensors: Mapping[str, str], data: Dataset, count: int, threads: int
 ) -> list[TensorError]:
-    """The error of each tensor over the first `count` samples; `tensors` maps names of the one file to the other's."""
-    sessions = open_session(reference), open_session(other)
+    """The error of each tensor over the first `count` samples; `tensors` maps names of the one model to the other's."""
+    with saved(reference, tensors) as first, saved(other, tensors.values()) as second:
+        sessions = open_session(first), open_session(second)
 
     def step(index: int) -> Array:
         sample = data.sample(index)
@@ -48,8 +50,7 @@ def compare(
 def output_errors(model: ir.Model, quantized: ir.Model, data: Dataset, threads: int) -> list[TensorError]:
     """What the outputs lost over all samples."""
     outputs = {value.name or "": value.name or "" for value in model.graph.outputs}
-    with saved(model) as reference, saved(quantized) as other:
-        return compare(reference, other, outputs, data, len(data), threads)
+    return compare(model, quantized, outputs, data, len(data), threads)
 
 
 def products(x: Array, y: Array) -> Products:
@@ -92,19 +93,17 @@ def speedup(reference: Path, other: Path, sample: Sample) -> float | None:
 def largest_difference(model: ir.Model, other: ir.Model) -> float:
     """Largest difference of any output on one random sample, relative to the largest value; runs both unoptimized.
 
-    Dynamic dimensions are 1. Raises CalibError where a model does not run on such a sample.
+    Dynamic dimensions are 1. Raises CalibError or ModelError where a model does not run on such a sample.
     """
     with saved(model) as left, saved(other) as right:
         sessions = [open_session(path, optimize=False) for path in (left, right)]
-    sample = {value.name or "": _random(value) for value in model.graph.inputs if not value.is_initializer()}
     names = [value.name or "" for value in model.graph.outputs]
-    results = [run(session, names, sample) for session in sessions]
-    pairs = [(results[0][name].astype(np.float64), results[1][name].astype(np.float64)) for name in names]
-    return max(float(np.abs(x - y).max(initial=0) / (np.abs(x).max(initial=0) or 1)) for x, y in pairs)
+    results = [run(session, names, synthetic_data(model, 1).sample(0)) for session in sessions]
+    extents = [extent(results[0][name], results[1][name]) for name in names]
+    return max(difference / (largest or 1) for largest, difference in extents)
 
 
-def _random(value: ir.Value) -> Array:
-    shape = [d if isinstance(d, int) and d > 0 else 1 for d in value.shape or ()]
-    dtype = (value.dtype or ir.DataType.FLOAT).numpy()
-    noise = np.random.default_rng(0).normal(size=shape)
-    return (noise if dtype.kind == "f" else np.zeros(shape)).astype(dtype)
+def extent(x: Array, y: Array) -> tuple[float, float]:
+    """The largest magnitude in `x`, and of the difference of the two; 0 if they are empty."""
+    difference = np.subtract(x, y, dtype=np.float64)
+    return float(np.abs(x.astype(np.float64)).max(initial=0)), float(np.abs(difference).max(initial=0))

@@ -7,18 +7,16 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from calib import CalibError
-from calib.samples import Dataset
 from converter import model as models
 from converter.data import open_data, resources_of
 from converter.errors import ModelError, QConvertError
 from converter.findings import Findings
 from converter.job import Job, Watch
 from converter.plan import QuantPlan
-from converter.prepare import plain_passes, prepare
+from converter.prepare import make_plain, prepare
 from converter.prepare.inputs import set_input_shapes
 from converter.quantized import Quantized
-from converter.report.findings import findings
-from converter.report.write import check_folder, write_reports
+from converter.report.findings import check_folder, findings, write_reports
 from converter.verify import verify
 
 
@@ -35,10 +33,10 @@ def compare(job: Job, watch: Watch) -> Findings:
         sizes = models.file_bytes(job.model), models.file_bytes(job.output)
         samples = f"{len(result.data)} samples" if len(result.data) else "random samples"
         facts = {"Float model": job.model.name, "Quantized model": job.output.name, "Compared on": samples}
-        verification = verify(result, job.config.preprocess.label_file, resources, watch)
+        known = Findings(facts, sizes, verify(result, job.config.preprocess.label_file, resources, watch))
         if folder:
-            return write_reports(folder, job.output.name, result, facts, sizes, verification, resources, watch)
-        return findings(result, facts, sizes, verification, resources, watch)
+            return write_reports(folder, job.output.name, result, known, resources, watch)
+        return findings(result, known, resources, watch)
     except CalibError as error:
         raise QConvertError(str(error)) from error
 
@@ -49,8 +47,8 @@ def _opened(job: Job, watch: Watch) -> Quantized:
     _check_same("outputs", job, reference.graph.outputs, other.graph.outputs)
     for model in (reference, other):
         set_input_shapes(model, job.input_shapes)
-        ir.passes.Sequential(*plain_passes())(model)
-    data = open_data(reference, job, watch) if job.config.preprocess.calibrate_path else Dataset((), (), ())
+        make_plain(model)
+    data = open_data(reference, job, watch)
     return Quantized(_like(reference, other), other, QuantPlan({}, {}), data)
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
+
 import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
@@ -9,7 +11,7 @@ import onnxruntime as ort
 from calib import CalibError
 from calib.affine import Array
 from calib.images import ImageOptions
-from calib.samples import Dataset, Folder, InputSpec, open_dataset
+from calib.samples import Dataset, InputSpec, open_dataset
 from calib.session import CPU_PROVIDERS
 from converter.config import DataPreprocessParam
 from converter.errors import ConfigError, DataError, ModelError
@@ -18,25 +20,18 @@ from converter.model import constant
 
 
 def open_data(model: ir.Model, job: Job, watch: Watch, wanted: DataPreprocessParam | None = None) -> Dataset:
-    """The calibration samples as the config, or `wanted`, describes them; warns of unusable files, raises DataError."""
+    """The calibration samples as the config, or `wanted`, describes them, none without a path.
+
+    Warns of unusable files, raises DataError.
+    """
     wanted = wanted or job.config.preprocess
-    image = ImageOptions(
-        to_format=wanted.image_to_format,
-        mean=wanted.normalize_mean,
-        std=wanted.normalize_std,
-        resize_width=wanted.resize_width,
-        resize_height=wanted.resize_height,
-        resize_short_side=wanted.resize_short_side,
-        resize_method=wanted.resize_method,
-        crop_width=wanted.center_crop_width,
-        crop_height=wanted.center_crop_height,
-    )
-    folders = [Folder(name, path) for name, path in wanted.calibrate_path]
+    if not wanted.calibrate_path:
+        return Dataset((), (), ())
+    image = ImageOptions(**{option.name: getattr(wanted, option.name) for option in fields(ImageOptions)})
+    folders, threads = dict(wanted.calibrate_path), resources_of(job).threads
     specs = [spec_of(value, job.input_format) for value in model.graph.inputs]
     try:
-        data = open_dataset(
-            specs, folders, wanted.calibrate_size or 1, wanted.input_type or "", image, resources_of(job).threads
-        )
+        data = open_dataset(specs, folders, wanted.calibrate_size or 1, wanted.input_type or "", image, threads)
     except CalibError as error:
         msg = f"{job.config.path}: [data_preprocess_param] {error}"
         raise DataError(msg) from error
@@ -66,7 +61,7 @@ def synthetic_data(model: ir.Model, count: int = 8, length: int = 1) -> Dataset:
     A dynamic dimension becomes `length`, the first one 1.
     """
     rng = np.random.default_rng(0)
-    specs = [(spec_of(value), _rows_indexed(value) or 2) for value in model.graph.inputs]
+    specs = [(spec_of(value), _rows_indexed(value) or 2) for value in model.graph.inputs if not value.is_initializer()]
 
     def sample() -> dict[str, Array]:
         found = {}

@@ -14,22 +14,22 @@ import numpy as np
 import onnx_ir as ir
 
 from calib import CalibError
-from calib.affine import INT8_NARROW, UINT8, Array
+from calib.affine import INT8_NARROW, UINT8
 from calib.samples import Dataset
 from converter import weight_quant
 from converter.algorithms.matrices import ProductView
 from converter.algorithms.rounding import Grid, nearest, search_scales
 from converter.algorithms.smoothing import smooth
-from converter.algorithms.stored_weights import Fitter
 from converter.algorithms.stored_weights import Options as StoredOptions
+from converter.algorithms.stored_weights import store_by_weights
 from converter.algorithms.weights import Options, decide_weights, packed, products
 from converter.calibrate import Wanted, observe
 from converter.data import open_data, resources_of, synthetic_data
 from converter.emit.dynamic import emit_dynamic
-from converter.emit.stored import planned
+from converter.emit.stored import bias_place, planned
 from converter.job import Job, Resources, Watch
 from converter.layerwise import Walk
-from converter.model import constant
+from converter.model import known, operand
 from converter.ops import OPS
 from converter.plan import NodePlan, QuantizedWeight, QuantPlan, TensorPlan, WeightPlan
 from converter.quantized import Quantized
@@ -58,16 +58,16 @@ def make_plan(model: ir.Model, job: Job) -> QuantPlan:
 def quantize(model: ir.Model, job: Job, watch: Watch) -> Quantized:
     """The quantized copy of a prepared float model."""
     resources = resources_of(job)
-    data = open_data(model, job, watch) if job.config.preprocess.calibrate_path else None
+    data = open_data(model, job, watch)
     quantized = model.clone()
     if not _by_row(job):  # rows with scales of their own, before weights with one for all, gain little
         _smooth(quantized, make_plan(quantized, job), data, resources, watch)
-    plan = _by_themselves(quantized, make_plan(quantized, job), resources, watch)
-    if data is not None:
+    plan = _by_themselves(quantized, make_plan(quantized, job), watch)
+    if len(data):
         plan = _by_outputs(quantized, plan, data, resources, watch)
     smoothed = quantized.clone()
     emit_dynamic(quantized, _tied(quantized, plan), _by_row(job))
-    return Quantized(model, quantized, plan, data or Dataset((), (), ()), compared=smoothed)
+    return Quantized(model, quantized, plan, data, compared=smoothed)
 
 
 def _by_row(job: Job) -> bool:
@@ -76,30 +76,30 @@ def _by_row(job: Job) -> bool:
 
 def _multiplies(node: ir.Node) -> bool:
     """Whether `node` multiplies rows with a constant matrix, so that runtimes have an integer kernel for it."""
-    known = node.op_type in {"MatMul", "Gemm"} and not node.domain and OPS[node.op_type].obstacle(node) is None
-    weight = constant(node.inputs[1]) if known else None
+    if node.op_type not in {"MatMul", "Gemm"} or node.domain or OPS[node.op_type].obstacle(node):
+        return False
+    weight = operand(node, 1)
     return weight is not None and weight.ndim == 2
 
 
 def _looks_up(node: ir.Node) -> bool:
     """Whether `node` picks rows of a table that is large or read by others too."""
-    value = node.inputs[0] if node.op_type == "Gather" and node.attributes.get_int("axis", 0) == 0 else None
-    table = constant(value)
-    kept = value is not None and table is not None and (table.size > SMALL_TABLE or len(value.uses()) > 1)
-    return kept and table is not None and table.ndim == 2
+    table = operand(node, 0) if node.op_type == "Gather" and node.attributes.get_int("axis", 0) == 0 else None
+    if table is None or table.ndim != 2:
+        return False
+    return table.size > SMALL_TABLE or len(known(node.inputs[0]).uses()) > 1
 
 
 def _product_plan(node: ir.Node, unit: NodePlan, per_channel: bool) -> NodePlan:
-    assert unit.weight is not None
-    last = next(use.node for use in node.outputs[0].uses()) if unit.absorbed else node
-    biases = [v.name for v in (last.inputs if unit.absorbed else node.inputs[2:]) if v and constant(v) is not None]
-    axis = unit.weight.axis if per_channel else None
+    weight, (last, index) = known(unit.weight), bias_place(node, unit)
+    bias = last.inputs[index] if operand(last, index) is not None else None
+    axis = weight.axis if per_channel else None
     return replace(
         unit,
         reason="integer product, activations quantized at run time",
         outputs=(last.outputs[0].name or "",),
-        weight=WeightPlan(unit.weight.name, 1, INT8_NARROW, axis, CPU.pair_limit),
-        bias=biases[0] if biases else None,
+        weight=WeightPlan(weight.name, 1, INT8_NARROW, axis, CPU.pair_limit),
+        bias=bias.name if bias else None,
     )
 
 
@@ -116,46 +116,35 @@ def _keeps_codes(unit: NodePlan) -> bool:
 # --- outlier channels ------------------------------------------------------------------------------------------------
 
 
-def _smooth(model: ir.Model, plan: QuantPlan, data: Dataset | None, resources: Resources, watch: Watch) -> None:
+def _smooth(model: ir.Model, plan: QuantPlan, data: Dataset, resources: Resources, watch: Watch) -> None:
     """Moves the channels that stand out in the main graph's activations into the weights, in place."""
-    if data is None and all(value.dtype is not None and value.dtype.is_integer() for value in model.graph.inputs):
+    if not len(data) and all(value.dtype is not None and value.dtype.is_integer() for value in model.graph.inputs):
         data = synthetic_data(model, RANDOM_SAMPLES, RANDOM_LENGTH)
     products = [unit for node in model.graph if _is_integer(unit := plan.nodes[node.name or ""])]
     try:
-        smooth(model, products if data else (), data or Dataset((), (), ()), resources.threads, watch)
+        smooth(model, products if len(data) else (), data, resources.threads, watch)
     except CalibError as error:
         watch.warn(f"Channels that stand out stay, as the model cannot be probed; give calibrate_path: {error}")
-
-
-def _matrix(node: ir.Node, index: int) -> Array:
-    """A product's weight, or a table, in float64 as (1, rows, columns)."""
-    weight = constant(node.inputs[index])
-    assert weight is not None
-    return _view(node).matrix(weight.astype(np.float64))
-
-
-def _view(node: ir.Node) -> ProductView:
-    return ProductView(node.op_type == "Gather" or bool(node.attributes.get_int("transB", 0)))
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------
 
 
-def _by_themselves(model: ir.Model, plan: QuantPlan, resources: Resources, watch: Watch) -> QuantPlan:
+def _by_themselves(model: ir.Model, plan: QuantPlan, watch: Watch) -> QuantPlan:
     """The plan with every weight fitted by itself."""
     others = {name: unit for name, unit in plan.nodes.items() if not _keeps_codes(unit)}
-    fitter = Fitter(model, Dataset((), (), ()), resources, StoredOptions(by_outputs=False), watch)
-    stored = fitter.by_weights(replace(plan, nodes=others)).stored
-    fitted = {unit.name: _fitted(node, unit.weight) for node, unit in planned(model, plan) if _keeps_codes(unit)}
+    stored = store_by_weights(model, replace(plan, nodes=others), StoredOptions(), watch).stored
+    fitted = {unit.name: _fitted(node, known(unit.weight)) for node, unit in planned(model, plan) if _keeps_codes(unit)}
     return replace(plan, stored=stored, weights=fitted)
 
 
-def _fitted(node: ir.Node, wanted: WeightPlan | None) -> QuantizedWeight:
-    assert wanted is not None
-    matrix, grid = _matrix(node, wanted.index), Grid(wanted.format, wanted.pair_limit)
+def _fitted(node: ir.Node, wanted: WeightPlan) -> QuantizedWeight:
+    view = ProductView(node.op_type == "Gather" or bool(node.attributes.get_int("transB", 0)))
+    matrix = view.matrix(known(operand(node, wanted.index)).astype(np.float64))
+    grid = Grid(wanted.format, wanted.pair_limit)
     scale = search_scales(matrix, np.ones(matrix.shape[::2]), grid, wanted.axis is not None).astype(np.float32)
     codes = nearest(matrix / scale[..., None].astype(np.float64), grid)
-    return packed(_view(node).weight(codes), scale, wanted)
+    return packed(view.weight(codes), scale, wanted)
 
 
 def _by_outputs(model: ir.Model, plan: QuantPlan, data: Dataset, resources: Resources, watch: Watch) -> QuantPlan:

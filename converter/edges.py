@@ -12,12 +12,12 @@ from dataclasses import dataclass, replace
 import numpy as np
 import onnx_ir as ir
 
-from calib.affine import UINT8, Array, QParams
+from calib.affine import UINT8, Array, QParams, along
 from converter.config import DataPreprocessParam, TransformQuantParam
 from converter.emit.integer_edges import feed_integers, hand_out_integers
 from converter.errors import UsageError
 from converter.job import Watch
-from converter.model import Names, add_constant, constant, replace_constant
+from converter.model import Names, constant, known, operand, replace_constant
 
 TYPES = {"UINT8": ir.DataType.UINT8, "INT8": ir.DataType.INT8}
 
@@ -74,11 +74,8 @@ def take_integers(model: ir.Model, name: str, kind: str, pixels: Pixels | None) 
     """Graph input `name` becomes an integer input: pixels (INT8: less 128), or without `pixels` the plan's codes."""
     value = next(v for v in model.graph.inputs if v.name == name)
     pair = next((use.node for use in value.uses() if use.node.op_type == "QuantizeLinear"), None)
-    zero_point = constant(pair.inputs[2]) if pair and len(pair.inputs) > 2 else None
-    direct = zero_point is not None and ir.DataType.from_numpy(zero_point.dtype) == TYPES[kind]
-    if pixels and kind == "INT8":
-        direct = False  # the plan's own int8 codes are no pixels
-    if direct and len(value.uses()) == 1:
+    # The plan's own int8 codes are no pixels.
+    if _holds(kind, pair) and len(value.uses()) == 1 and not (pixels and kind == "INT8"):
         feed_integers(model.graph, name)
     elif pixels:
         _dequantize_input(model, value, kind, pixels.qparams)
@@ -91,14 +88,18 @@ def give_integers(model: ir.Model, name: str, kind: str, q: QParams) -> str:
     """Graph output `name` becomes integers; says what they stand for."""
     value = next(v for v in model.graph.outputs if v.name == name)
     restore = value.producer()
-    zero_point = constant(restore.inputs[2]) if restore and restore.op_type == "DequantizeLinear" else None
-    if zero_point is None or ir.DataType.from_numpy(zero_point.dtype) != TYPES[kind]:
-        _quantize_output(model, value, q)
-    hand_out_integers(model.graph, name)
-    quantize = next(v for v in model.graph.outputs if v.name == name).producer()
-    assert quantize is not None
-    scale, zero = (constant(v) for v in quantize.inputs[1:3])
-    return f"Output '{name}' is {kind}: value = (code - {zero}) * {scale}."
+    direct = restore and restore.op_type == "DequantizeLinear" and _holds(kind, restore)
+    conversion = restore if restore and direct else _quantize_output(model, value, kind, q)
+    told = f"Output '{name}' is {kind}: value = (code - {operand(conversion, 2)}) * {operand(conversion, 1)}."
+    if direct:
+        hand_out_integers(model.graph, name)
+    return told
+
+
+def _holds(kind: str, conversion: ir.Node | None) -> bool:
+    """Whether a QuantizeLinear or DequantizeLinear is one of integers of that kind."""
+    zero_point = operand(conversion, 2) if conversion else None
+    return zero_point is not None and ir.DataType.from_numpy(zero_point.dtype) == TYPES[kind]
 
 
 def _pixel_qparams(scale: float, zero_point: float) -> QParams:
@@ -124,9 +125,8 @@ def _first_convolutions(value: ir.Value) -> list[ir.Node]:
 
 def _can_fold(node: ir.Node) -> bool:
     """Whether it is a convolution, not in groups, of constants alone."""
-    operands = [value for value in node.inputs[1:] if value is not None]
     plain = node.op_type == "Conv" and node.attributes.get_int("group", 1) == 1
-    return plain and all(constant(value) is not None for value in operands)
+    return plain and all(value is None or constant(value) is not None for value in node.inputs[1:])
 
 
 def _pads_itself(conv: ir.Node) -> bool:
@@ -134,43 +134,34 @@ def _pads_itself(conv: ir.Node) -> bool:
 
 
 def _fold(conv: ir.Node, mean: Array, std: Array, names: Names) -> None:
-    weight, bias = constant(conv.inputs[1]), constant(conv.inputs[2]) if len(conv.inputs) > 2 else None
-    assert weight is not None
-    per_input = (1, -1) + (1,) * (weight.ndim - 2)
-    scaled = weight.astype(np.float64) / std.reshape(per_input)
-    shift = (scaled * mean.reshape(per_input)).sum(axis=tuple(range(1, weight.ndim)))
+    weight, bias = known(operand(conv, 1)), operand(conv, 2)
+    scaled = weight.astype(np.float64) / along(std, 1, weight.shape)
+    shift = (scaled * along(mean, 1, weight.shape)).sum(axis=tuple(range(1, weight.ndim)))
     replace_constant(conv, 1, scaled.astype(np.float32), names)
     replace_constant(conv, 2, ((0.0 if bias is None else bias) - shift).astype(np.float32), names)
 
 
 def _dequantize_input(model: ir.Model, value: ir.Value, kind: str, q: QParams) -> None:
     """A new integer input in front of the float one."""
-    names, name = Names(model), value.name or ""
+    names, name = Names(model), known(value.name)
     shift = 128 if kind == "INT8" else 0
     zero = (q.zero_point.astype(np.int64) - shift).astype(TYPES[kind].numpy())
-    parameters = [
-        add_constant(model.graph, names.fresh(f"{name}_{part}"), array)
-        for part, array in (("pixel_scale", q.scale), ("pixel_zero_point", zero))
-    ]
     fed = ir.Value(name=name, shape=value.shape, type=ir.TensorType(TYPES[kind]))
     value.name = names.fresh(f"{name}_float")
-    restored = ir.node("DequantizeLinear", [fed, *parameters], name=names.fresh(f"{name}_pixels"))
-    restored.outputs[0].name = names.fresh(f"{name}_values")
+    parameters = names.constant(f"{name}_pixel_scale", q.scale), names.constant(f"{name}_pixel_zero_point", zero)
+    restored = names.node("DequantizeLinear", [fed, *parameters], name, "values")
     value.replace_all_uses_with(restored.outputs[0])
     model.graph.inputs[list(model.graph.inputs).index(value)] = fed
     model.graph.insert_before(model.graph[0], restored)
 
 
-def _quantize_output(model: ir.Model, value: ir.Value, q: QParams) -> None:
-    """A Q/DQ pair behind a float output, under the output's name."""
-    names, name = Names(model), value.name or ""
-    scale = add_constant(model.graph, names.fresh(f"{name}_scale"), q.scale)
-    zero = add_constant(model.graph, names.fresh(f"{name}_zero_point"), q.zero_point)
+def _quantize_output(model: ir.Model, value: ir.Value, kind: str, q: QParams) -> ir.Node:
+    """A conversion behind a float output, under the output's name."""
+    names, name = Names(model), known(value.name)
     value.name = names.fresh(f"{name}_float")
-    quantize = ir.node("QuantizeLinear", [value, scale, zero], name=names.fresh(f"{name}_QuantizeLinear"))
-    quantize.outputs[0].name = names.fresh(f"{name}_codes")
-    restored = ir.node("DequantizeLinear", [quantize.outputs[0], scale, zero], name=names.fresh(f"{name}_values"))
-    restored.outputs[0].name = name
-    restored.outputs[0].type, restored.outputs[0].shape = value.type, value.shape
-    model.graph.extend([quantize, restored])
-    model.graph.outputs[list(model.graph.outputs).index(value)] = restored.outputs[0]
+    parameters = names.constant(f"{name}_scale", q.scale), names.constant(f"{name}_zero_point", q.zero_point)
+    quantize = names.node("QuantizeLinear", [value, *parameters], name, like=value)
+    quantize.outputs[0].name, quantize.outputs[0].type = name, ir.TensorType(TYPES[kind])
+    model.graph.append(quantize)
+    model.graph.outputs[list(model.graph.outputs).index(value)] = quantize.outputs[0]
+    return quantize

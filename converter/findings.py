@@ -55,9 +55,9 @@ class NodeFinding:
     bytes_before: int
     bytes_after: int
     own: TensorError | None
-    output: TensorError | None
-    share: float | None
-    advice: str
+    output: TensorError | None = None
+    share: float | None = None
+    advice: str = ""
 
 
 @dataclass(frozen=True)
@@ -85,6 +85,11 @@ class Findings:
     facts: Mapping[str, str]
     sizes: tuple[int, int]
     verification: Verification | None
-    nodes: tuple[NodeFinding, ...]
-    tensors: tuple[TensorFinding, ...]
-    advice: tuple[str, ...]
+    nodes: tuple[NodeFinding, ...] = ()
+    tensors: tuple[TensorFinding, ...] = ()
+    advice: tuple[str, ...] = ()
+
+    @property
+    def ranked(self) -> list[NodeFinding]:
+        """The quantized nodes, those that cost the outputs most first."""
+        return sorted((node for node in self.nodes if node.quantized), key=lambda node: -(node.share or 0.0))

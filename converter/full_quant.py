@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 
 import onnx_ir as ir
 
 from calib.affine import INT8, UINT8, IntFormat, QParams
-from calib.ranges import RANGE_METHODS, RangeMethod, RangeSpec, range_of
-from calib.samples import Dataset
+from calib.ranges import RANGE_METHODS, RangeSpec, range_of
 from converter import weight_quant
 from converter.algorithms.smoothing import smooth
 from converter.algorithms.stored_weights import Options as StoredOptions
@@ -20,18 +21,19 @@ from converter.calibrate import Evidence, Wanted, activation_qparams, of_constan
 from converter.checks import check
 from converter.config import Config
 from converter.data import open_data, resources_of
-from converter.edges import TYPES, Pixels, fold_normalisation, give_integers, take_integers, trained_pixels
+from converter.edges import TYPES, fold_normalisation, give_integers, take_integers, trained_pixels
 from converter.emit.qdq import emit
 from converter.errors import ConfigError, ModelError, UsageError
-from converter.job import FLOATS, Job, Resources, Watch
+from converter.job import FLOATS, Job, Watch
 from converter.layerwise import Walk
 from converter.model import constant, is_float, values_by_name
 from converter.ops import OPS
+from converter.pairs import pair
 from converter.placement import Wishes, build_plan
 from converter.plan import NodePlan, QuantPlan, TensorPlan
-from converter.prepare.equalize import EqualizePass
+from converter.prepare.equalize import equalize
 from converter.quantized import Quantized
-from converter.sensitivity import fewest, output_drop, read_labels, sensitivities
+from converter.sensitivity import RANKED_ON, alone, fewest, output_drop, read_labels
 from converter.targets import TARGETS, Target
 from converter.trained.ranges import in_format, untrained, with_trained_ranges
 from converter.trained.taking import Trained, take_trained
@@ -49,9 +51,9 @@ def make_plan(model: ir.Model, job: Job) -> QuantPlan:
 def quantize(model: ir.Model, job: Job, watch: Watch) -> Quantized:
     """The quantized copy of a prepared float model."""
     given = model.clone()
-    work = _Work.of(model, job, watch)
+    work = _Work(model, job, watch)
     quantized, plan, restored = work.within_drop()
-    check(quantized, plan, work.target)
+    check(quantized, plan, _target(job.config))
     _require_full_integer(plan, job.config)
     if not plan.units():
         watch.warn("No node could be quantized: the output is the float model in another form.")
@@ -59,16 +61,13 @@ def quantize(model: ir.Model, job: Job, watch: Watch) -> Quantized:
     reference = given if work.trained and _edges(given) == _edges(model) else model
     known = values_by_name(reference.graph)
     outputs = [name for unit in plan.units() for name in unit.outputs if name in restored and name in known]
-    computed = {name: restored[name] for name in outputs}
-    trained = bool(work.trained)
-    return Quantized(
-        reference, quantized, plan, work.data, computed, lambda: work.set_edges(quantized, job), model, trained
-    )
+    computed, finish = {name: restored[name] for name in outputs}, partial(work.set_edges, quantized)
+    return Quantized(reference, quantized, plan, work.data, computed, finish, model, bool(work.trained))
 
 
 def calibrate(model: ir.Model, job: Job, watch: Watch) -> None:
     """Looks at `job.part` of the calibration data and leaves what it finds beside the calibration cache."""
-    _Work.of(model, job, watch)
+    _Work(model, job, watch)
 
 
 def _edges(model: ir.Model) -> list[ir.DataType | None]:
@@ -78,10 +77,6 @@ def _edges(model: ir.Model) -> list[ir.DataType | None]:
 def _target(config: Config) -> Target:
     target = TARGETS[config.full_quant.target_device or "CPU"]
     return target if config.full_quant.overflow_safe else replace(target, pair_limit=None)
-
-
-def _wishes(config: Config) -> Wishes:
-    return Wishes(config.common.skip_quant_node, config.common.skip_quant_type, config.full_quant.per_channel)
 
 
 def _taken(model: ir.Model, job: Job) -> Trained:
@@ -96,8 +91,10 @@ def _taken(model: ir.Model, job: Job) -> Trained:
 
 def _planned(model: ir.Model, config: Config, trained: Trained, kept_float: Mapping[str, str]) -> QuantPlan:
     """The plan with trained ranges; without data, the nodes whose ranges are open stay float."""
-    plan = build_plan(model.graph, _target(config), replace(_wishes(config), kept_float=kept_float))
-    plan = with_trained_ranges(plan, trained.tensors, config.full_quant.power_of_two_scale)
+    common, full = config.common, config.full_quant
+    wishes = Wishes(common.skip_quant_node, common.skip_quant_type, full.per_channel, kept_float)
+    plan = build_plan(model.graph, _target(config), wishes)
+    plan = with_trained_ranges(plan, trained.tensors, full.power_of_two_scale)
     if config.preprocess.calibrate_path:
         return plan
     values = values_by_name(model.graph)
@@ -105,85 +102,73 @@ def _planned(model: ir.Model, config: Config, trained: Trained, kept_float: Mapp
     return _planned(model, config, trained, {**kept_float, **left}) if left else plan
 
 
-def _observed(model: ir.Model, plan: QuantPlan, trained: Trained, data: Dataset, job: Job, watch: Watch) -> Evidence:
-    """What data says about all that `plan`, with what was trained, leaves open."""
-    full, resources = job.config.full_quant, resources_of(job)
-    method = RANGE_METHODS[full.activation_quant_method]
-    open_units = replace(plan, nodes={name: unit for name, unit in plan.nodes.items() if name not in plan.weights})
-    # Without its trained bounds a model has other means.
-    means = products(model.graph, open_units) if full.bias_correction and not trained else ()
-    outputs = [v.name or "" for v in model.graph.outputs if job.output_type in TYPES and is_float(v)]
-    tensors = tuple(dict.fromkeys([*(group for group in plan.groups() if group not in plan.qparams), *outputs]))
-    wanted = Wanted(tensors, means, method.needs_histogram, method.needs_samples, part=job.part or (0, 1))
-    if not len(data):
-        return Evidence(of_constants(wanted, values_by_name(model.graph)), {})
-    if not tensors and not any(unit.weight for unit in open_units.units()):
-        return Evidence({}, {})
-    wanted = replace(wanted, first=Walk(model, plan, data, resources).count)
-    return observe_with_cache(model, wanted, data, resources, watch, job.config.common.calibration_cache)
-
-
 Attempt = tuple[ir.Model, QuantPlan, dict[str, str]]
 
 
-@dataclass(frozen=True)
 class _Work:
     """Everything that attempts with different nodes left float share."""
 
-    model: ir.Model
-    config: Config
-    target: Target
-    data: Dataset
-    resources: Resources
-    watch: Watch
-    method: RangeMethod
-    evidence: Evidence
-    pixels: Pixels | None
-    trained: Trained
-    lookups: Mapping[str, NodePlan]
-
-    @classmethod
-    def of(cls, model: ir.Model, job: Job, watch: Watch) -> _Work:
-        full, wanted_data = job.config.full_quant, job.config.preprocess
-        trained = _taken(model, job)
-        if full.equalize and not full.per_channel and not trained:
-            EqualizePass()(model)
-        pixels = trained_pixels(job.config.transform, watch)
-        if pixels is None and job.input_type in TYPES and wanted_data.input_type == "IMAGE":
-            pixels = fold_normalisation(model, wanted_data)
-            wanted_data = pixels.preprocess(wanted_data)
-        given = wanted_data.calibrate_path
-        data = open_data(model, job, watch, wanted_data) if given else Dataset((), (), ())
-        plan = _planned(model, job.config, trained, {})
-        if given and not trained:
-            smooth(model, _fed_by_floats(model, plan), data, resources_of(job).threads, watch)
-            plan = _planned(model, job.config, trained, {})
-        plan, kept = with_trained_weights(model, plan, trained, everything=not given)
+    def __init__(self, model: ir.Model, job: Job, watch: Watch) -> None:
+        self.model, self.job, self.config, self.watch = model, job, job.config, watch
+        self.full, self.resources = job.config.full_quant, resources_of(job)
+        self.method = RANGE_METHODS[self.full.activation_quant_method]
+        self.trained = _taken(model, job)
+        if self.full.equalize and not self.full.per_channel and not self.trained:
+            equalize(model)
+        samples, self.pixels = job.config.preprocess, trained_pixels(job.config.transform, watch)
+        if self.pixels is None and job.input_type in TYPES and samples.input_type == "IMAGE":
+            self.pixels = fold_normalisation(model, samples)
+            samples = self.pixels.preprocess(samples)
+        self.data = open_data(model, job, watch, samples)
+        plan = self._planned({})
+        if len(self.data) and not self.trained:
+            smooth(model, _fed_by_floats(model, plan), self.data, self.resources.threads, watch)
+            plan = self._planned({})
+        plan, kept = with_trained_weights(model, plan, self.trained, everything=not len(self.data))
         tell_kept(kept, watch)
-        evidence = _observed(model, plan, trained, data, job, watch)
-        resources, method = resources_of(job), RANGE_METHODS[full.activation_quant_method]
+        self.evidence = self._observed(plan)
         stored = weight_quant.storage_plan(model, job).units()
-        lookups = {unit.name: unit for unit in stored if unit.op_type == "Gather" and unit.name in plan.nodes}
-        target = _target(job.config)
-        return cls(model, job.config, target, data, resources, watch, method, evidence, pixels, trained, lookups)
+        self.lookups = {unit.name: unit for unit in stored if unit.op_type == "Gather" and unit.name in plan.nodes}
+
+    def _planned(self, kept_float: Mapping[str, str]) -> QuantPlan:
+        return _planned(self.model, self.config, self.trained, kept_float)
+
+    def _observed(self, plan: QuantPlan) -> Evidence:
+        """What data says about all that `plan`, with what was trained, leaves open."""
+        open_units = replace(plan, nodes={name: unit for name, unit in plan.nodes.items() if name not in plan.weights})
+        # Without its trained bounds a model has other means.
+        means = products(self.model.graph, open_units) if self.full.bias_correction and not self.trained else ()
+        outputs = [v.name or "" for v in self.model.graph.outputs if self.job.output_type in TYPES and is_float(v)]
+        tensors = tuple(dict.fromkeys([*(group for group in plan.groups() if group not in plan.qparams), *outputs]))
+        method, part = self.method, self.job.part or (0, 1)
+        wanted = Wanted(tensors, means, method.needs_histogram, method.needs_samples, part=part)
+        if not len(self.data):
+            return Evidence(of_constants(wanted, values_by_name(self.model.graph)), {})
+        if not tensors and not any(unit.weight for unit in open_units.units()):
+            return Evidence({}, {})
+        wanted = replace(wanted, first=Walk(self.model, plan, self.data, self.resources).count)
+        cache = self.config.common.calibration_cache
+        return observe_with_cache(self.model, wanted, self.data, self.resources, self.watch, cache)
 
     def within_drop(self) -> Attempt:
         """The attempt that keeps the fewest nodes float and loses no more than max_drop."""
-        bound, path = self.config.full_quant.max_drop, self.config.preprocess.label_file
+        bound, path = self.full.max_drop, self.config.preprocess.label_file
         if bound is None:
             return self.attempt({})
         labels = read_labels(path, self.data) if path else None
         first = self.attempt({})
         if self._drop(first, labels) <= bound:
             return first
-        ranked = sensitivities(self.model, first[1], self.data, self.resources, self.watch)
-        for found in ranked:
-            self.watch.say(f"Alone, {found.node.name} leaves the output {found.sqnr_db:.1f} dB, {found.cosine:.6f}.")
+        found = alone(pair(self.model, first[0], first[1]), self.data, RANKED_ON, self.resources)
         # What only moves values has its neighbours' integers, or none where they are float.
-        worst = [found for found in ranked if not OPS[found.node.op_type].moves]
+        units = [unit.name for unit in first[1].units() if not OPS[unit.op_type].moves]
+        leaves = {name: found[name].output.sqnr_db if name in found else math.inf for name in units}
+        worst = sorted(units, key=lambda name: leaves[name])
+        for name in worst:
+            self.watch.say(f"Alone, {name} leaves the output {leaves[name]:.1f} dB.")
 
         def attempt(count: int) -> Attempt | None:
-            kept = {s.node.name: f"kept float for max_drop: alone it leaves {s.sqnr_db:.1f} dB" for s in worst[:count]}
+            kept = {name: f"kept float for max_drop: alone it leaves {leaves[name]:.1f} dB" for name in worst[:count]}
             result = self.attempt(kept)
             return result if self._drop(result, labels) <= bound or count == len(worst) else None
 
@@ -197,15 +182,14 @@ class _Work:
 
     def attempt(self, kept_float: Mapping[str, str]) -> Attempt:
         """The model quantized without the nodes `kept_float`."""
-        plan = self._with_ranges(_planned(self.model, self.config, self.trained, kept_float))
+        plan = self._with_ranges(self._planned(kept_float))
         if mixed := _mixed_concats(plan):
-            plan = self._with_ranges(_planned(self.model, self.config, self.trained, {**kept_float, **mixed}))
+            plan = self._with_ranges(self._planned({**kept_float, **mixed}))
         plan, _ = with_trained_weights(self.model, plan, self.trained, everything=not len(self.data))
         if any(unit.weight and unit.name not in plan.weights for unit in plan.units()):
             walk = Walk(self.model, plan, self.data, self.resources, samples=self.evidence.first)
             self.watch.say(f"Weights are decided on {walk.count} of {len(self.data)} samples.")
-            wanted = self.config.full_quant
-            options = Options(wanted.weight_rounding == "GPTQ", wanted.power_of_two_scale)
+            options = Options(self.full.weight_rounding == "GPTQ", self.full.power_of_two_scale)
             plan = decide_weights(self.model, plan, walk, self.evidence.means, options, self.watch)
         quantized, plan = self.model.clone(), self._with_tables(plan)
         return quantized, plan, emit(quantized, plan)
@@ -219,18 +203,18 @@ class _Work:
         return replace(plan, nodes={**plan.nodes, **nodes}, stored={**stored, **tied})
 
     def _with_ranges(self, plan: QuantPlan) -> QuantPlan:
-        full = self.config.full_quant
-        spec = RangeSpec(UINT8, False, full.power_of_two_scale, full.outlier_ratio)
+        spec = RangeSpec(UINT8, False, self.full.power_of_two_scale, self.full.outlier_ratio)
         statistics, threads = self.evidence.statistics, self.resources.threads
         plan = plan.with_qparams(activation_qparams(plan, statistics, self.method, spec, threads))
         plan = plan.with_qparams(probability_qparams(self.model.graph, plan, spec))
-        if self.pixels is None or self.target.activation != UINT8:
+        if self.pixels is None or _target(self.config).activation != UINT8:
             return plan
         inputs = {value.name for value in self.model.graph.inputs}
         return plan.with_qparams({group: self.pixels.qparams for group in plan.groups() if group in inputs})
 
-    def set_edges(self, quantized: ir.Model, job: Job) -> None:
+    def set_edges(self, quantized: ir.Model) -> None:
         """Gives the quantized model the input and output types that the flags ask for."""
+        job = self.job
         kind = job.input_type if job.input_type in TYPES else "UINT8" if self.pixels else ""
         for value in [v for v in quantized.graph.inputs if kind and is_float(v)]:
             take_integers(quantized, value.name or "", kind, self.pixels)
@@ -240,7 +224,7 @@ class _Work:
 
     def _output_qparams(self, name: str, fmt: IntFormat) -> QParams:
         """Parameters of an output that becomes integers; raises UsageError where no range is known."""
-        spec = RangeSpec(fmt, False, self.config.full_quant.power_of_two_scale)
+        spec = RangeSpec(fmt, False, self.full.power_of_two_scale)
         if name in self.trained.tensors:
             return in_format(self.trained.tensors[name], TensorPlan(name, fmt, False, name, ""), spec.power_of_two)
         if name not in self.evidence.statistics:

@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from converter.pipeline import Outcome
+    from converter.findings import Verification
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(%|KB|MB|GB)", re.IGNORECASE)
 _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
@@ -28,12 +28,11 @@ class Figures:
     speedup: float | None = None
 
     @classmethod
-    def of(cls, outcome: Outcome) -> Figures:
-        """The figures of a conversion."""
-        sizes, found = (outcome.size_before, outcome.size_after), outcome.verification
+    def of(cls, before: int, after: int, found: Verification | None) -> Figures:
+        """The figures of two models of so many bytes and what a verification found."""
         if found is None:
-            return cls(*sizes)
-        return cls(*sizes, min((e.cosine for e in found.outputs), default=None), found.agreement, found.speedup)
+            return cls(before, after)
+        return cls(before, after, min((e.cosine for e in found.outputs), default=None), found.agreement, found.speedup)
 
 
 @dataclass(frozen=True)

@@ -10,12 +10,12 @@ from typing import Any
 
 import onnx_ir as ir
 
-from calib.affine import Array
 from converter import model as models
 from converter.config import Config, DataPreprocessParam
 from converter.config.keys import QUANT_TYPES, QuantType, default_config
-from converter.job import Job, Silent
-from converter.model import constant
+from converter.job import Job, Watch
+from converter.model import constant, operand
+from converter.pairs import codes_behind
 from converter.pipeline import MODES, read
 from converter.plan import NodePlan, QuantPlan
 from converter.prepare.opset import opset_of
@@ -30,7 +30,7 @@ def inspect(path: Path) -> dict[str, int | str | list[Row]]:
     """
     model = models.load(path)
     job = Job(path, path.with_suffix(".quantized"), _defaults("WEIGHT_QUANT"))
-    prepared = read(job, Silent())
+    prepared = read(job, Watch())
     plans: dict[str, QuantPlan] = {
         mode: MODES[mode].make_plan(prepared.clone(), replace(job, config=_defaults(mode))) for mode in QUANT_TYPES
     }
@@ -57,29 +57,20 @@ def _defaults(mode: QuantType) -> Config:
 
 def _tensor(value: ir.Value) -> Row:
     dtype = str(value.dtype.numpy()) if value.dtype else "?"
-    return {"name": value.name, "type": dtype, "shape": _shape(value.shape)}
-
-
-def _shape(shape: ir.Shape | None) -> list[int | str] | None:
-    return None if shape is None else [d if isinstance(d, int) else d.value or "?" for d in shape]
+    shape = None if value.shape is None else [d if isinstance(d, int) else d.value or "?" for d in value.shape]
+    return {"name": value.name, "type": dtype, "shape": shape}
 
 
 def _layers(model: ir.Model, plans: Mapping[str, QuantPlan]) -> list[Row]:
     """The nodes with constant matrices or vectors of floats."""
     rows = []
     for node in (node for graph in model.graphs() for node in graph):
-        constants = [array for value in node.inputs if (array := _stored(value)) is not None and array.size > 1]
-        if arrays := [array for array in constants if array.ndim > 1 or array.dtype.kind == "f"]:
+        found = (constant(codes_behind(value) or value) for value in node.inputs)
+        if arrays := [x for x in found if x is not None and x.size > 1 and (x.ndim > 1 or x.dtype.kind == "f")]:
             size, largest = sum(array.nbytes for array in arrays), max(arrays, key=lambda array: array.nbytes)
             row = {"layer": node.name, "operator": node.op_type, "weights": list(largest.shape), "bytes": size}
             rows.append({**row, **{mode: _becomes(plan.nodes.get(node.name or "")) for mode, plan in plans.items()}})
     return rows
-
-
-def _stored(value: ir.Value | None) -> Array | None:
-    """The constant that a node reads, be it as floats or as what a DequantizeLinear makes floats of."""
-    maker = value.producer() if value else None
-    return constant(maker.inputs[0] if maker and maker.op_type == "DequantizeLinear" else value)
 
 
 def _becomes(node: NodePlan | None) -> str:
@@ -110,11 +101,11 @@ def _parameters(nodes: list[ir.Node]) -> dict[str | None, Row]:
     """Every tensor of integers that a node makes or reads as such, with the least and greatest of its scales."""
     found = {}
     for node in (node for node in nodes if node.op_type in {"QuantizeLinear", "DequantizeLinear"}):
-        scale, zero_point = (constant(value) for value in (*node.inputs, None)[1:3])
-        value = node.inputs[0] if node.op_type == "DequantizeLinear" else node.outputs[0]
+        scale, zero_point = operand(node, 1), operand(node, 2)
+        value = codes_behind(node.outputs[0]) or node.outputs[0]
         scales = [] if scale is None else scale.ravel().tolist()
-        found[value.name if value else None] = {
-            "tensor": value.name if value else None,
+        found[value.name] = {
+            "tensor": value.name,
             "type": "uint8" if zero_point is None else str(zero_point.dtype),
             "scales": len(scales) or None,
             "least_scale": min(scales, default=None),

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Protocol, TypeVar
+from typing import TypeVar
 
 from converter.config import Config
 from converter.errors import UsageError
@@ -50,11 +51,12 @@ class Resources:
     memory: int
 
 
-class Watch(Protocol):
-    """Receives progress and remarks while a job runs."""
+class Watch:
+    """Receives progress and remarks while a job runs, and shows nothing of them; others show what they override."""
 
     def track(self, items: Iterable[T], label: str, total: int) -> Iterator[T]:
         """Hands the items on and shows how many of `total` are done."""
+        yield from items
 
     def say(self, text: str) -> None:
         """A detail for those who want to follow."""
@@ -64,23 +66,6 @@ class Watch(Protocol):
 
     def warn(self, text: str) -> None:
         """One sentence the user should know."""
-
-
-class Silent:
-    """A watch that shows nothing."""
-
-    def track(self, items: Iterable[T], label: str, total: int) -> Iterator[T]:
-        """Hands the items on."""
-        yield from items
-
-    def say(self, text: str) -> None:
-        """Ignored."""
-
-    def tell(self, text: str) -> None:
-        """Ignored."""
-
-    def warn(self, text: str) -> None:
-        """Ignored."""
 
 
 def output_path(model: Path, given: str | None) -> Path:
@@ -95,6 +80,12 @@ def output_path(model: Path, given: str | None) -> Path:
         msg = f"--outputFile {output} cannot be written; give the path of a file in a folder that you may write to."
         raise UsageError(msg)
     return output
+
+
+def sha256(path: Path) -> str:
+    """The SHA-256 of a file's contents in hexadecimal."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def processors() -> int:

@@ -204,19 +204,16 @@ class Walk:
     def advance(self, position: int, plan: QuantPlan) -> None:
         """Runs step number `position` as `plan` says and forgets what no later step reads."""
         step = self.steps[position]
-        if step.writes:
-            self._run(step, plan)
-        for stored in self._store:
+        session = open_session(serialized(self._step_model(step, plan))) if step.writes else None
+
+        def work(index: int) -> None:
+            stored = self._store[index]
+            made = run(session, step.writes, {name: stored[name] for name in step.reads}) if session else {}
+            # Sample by sample, so that never all of them have what the step reads beside what it writes.
             for name in step.reads:
                 if self._last_reader[name] == position:
                     del stored[name]
-
-    def _run(self, step: Step, plan: QuantPlan) -> None:
-        session = open_session(serialized(self._step_model(step, plan)))
-
-        def work(index: int) -> None:
-            feed = {name: self._store[index][name] for name in step.reads}
-            self._store[index].update(run(session, step.writes, feed))
+            stored.update(made)
 
         for _ in over_samples(self.count, work, self.threads):
             pass

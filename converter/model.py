@@ -7,8 +7,9 @@ import hashlib
 import itertools
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import Any, TypeVar
 
 import numpy as np
 import onnx
@@ -17,6 +18,8 @@ import onnx_ir.passes.common as common
 
 from calib.affine import Array
 from converter.errors import ModelError, QConvertError, UsageError
+
+T = TypeVar("T")
 
 # A protobuf message ends at 2 GiB; above this many bytes of weights the tensors go to a file beside the model.
 EXTERNAL_DATA_ABOVE = 1_500_000_000
@@ -235,6 +238,23 @@ def constant(value: ir.Value | None) -> Array | None:
     return value.const_value.numpy()
 
 
+def operand(node: ir.Node, index: int) -> Array | None:
+    """The constant that `node` reads at `index`, None for anything else and for nothing."""
+    return constant(node.inputs[index]) if index < len(node.inputs) else None
+
+
+def known(found: T | None) -> T:
+    """`found`, where it is certain that something was."""
+    assert found is not None
+    return found
+
+
+def graph_of(part: ir.Node | ir.Value) -> ir.Graph:
+    """The graph that a node or value of a model without functions is part of."""
+    assert isinstance(part.graph, ir.Graph)
+    return part.graph
+
+
 def is_float(value: ir.Value | None) -> bool:
     """Whether the value holds float32 (an unknown type counts: exporters often leave it out)."""
     return value is not None and value.dtype in (None, ir.DataType.FLOAT)
@@ -249,9 +269,10 @@ def only_consumer(value: ir.Value) -> ir.Node | None:
 
 
 class Names:
-    """Hands out names that no value or node of the model bears, subgraphs included."""
+    """Hands out names that no value or node of the model bears, subgraphs included, and what bears them."""
 
     def __init__(self, model: ir.Model) -> None:
+        self._main, self._constants = model.graph, dict[tuple[str, str, bytes], ir.Value]()
         nodes = [node for graph in model.graphs() for node in graph.all_nodes()]
         values = [v for g in model.graphs() for v in (*g.inputs, *g.initializers.values())]
         self._taken = {n.name for n in nodes} | {v.name for n in nodes for v in n.outputs} | {v.name for v in values}
@@ -265,6 +286,29 @@ class Names:
             name = f"{wish}_{number}"
         self._taken.add(name)
         return name
+
+    def constant(self, wish: str, array: Array | np.generic) -> ir.Value:
+        """An initializer of the main graph, which all graphs see; equal ones of one wish are stored once."""
+        key = (wish, array.dtype.str, array.tobytes())
+        if key not in self._constants:
+            self._constants[key] = add_constant(self._main, self.fresh(wish), np.asarray(array))
+        return self._constants[key]
+
+    def node(
+        self,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        wish: str,
+        output: str = "",
+        attributes: Mapping[str, Any] | None = None,
+        like: ir.Value | None = None,
+        count: int = 1,
+    ) -> ir.Node:
+        """A node `wish`_`op_type` of no graph yet, with outputs `wish`_`output` of the shape and type of `like`."""
+        output = output or f"{op_type}_output"
+        shape, kind = (like.shape, like.type) if like else (None, None)
+        made = [ir.Value(name=self.fresh(f"{wish}_{output}"), shape=shape, type=kind) for _ in range(count)]
+        return ir.node(op_type, inputs, attributes, name=self.fresh(f"{wish}_{op_type}"), outputs=made)
 
 
 def add_constant(graph: ir.Graph, name: str, array: Array, kind: ir.DataType | None = None) -> ir.Value:
@@ -294,10 +338,19 @@ def replace_constant(node: ir.Node, index: int, array: Array, names: Names) -> N
     if old is not None and len(old.uses()) == 1 and not old.is_graph_output():
         old.const_value, old.shape = ir.tensor(array, name=old.name), ir.Shape(array.shape)
         return
-    assert isinstance(node.graph, ir.Graph)
     name = names.fresh(old.name if old and old.name else f"{node.name}.bias")
     node.resize_inputs(max(len(node.inputs), index + 1))
-    node.replace_input_with(index, add_constant(node.graph, name, array))
+    node.replace_input_with(index, add_constant(graph_of(node), name, array))
+
+
+def drop_unread(model: ir.Model) -> None:
+    """Drops the constants of all graphs that nothing reads, or only a branch that is part of the model no more."""
+    alive = {node for graph in model.graphs() for node in graph}
+    for value in [value for graph in model.graphs() for value in graph.initializers.values()]:
+        for use in [use for use in value.uses() if use.node not in alive]:
+            use.node.replace_input_with(use.idx, None)
+        if not value.uses() and not value.is_graph_output():
+            del graph_of(value).initializers[known(value.name)]
 
 
 def first_line(error: BaseException) -> str:

@@ -14,13 +14,9 @@ import numpy as np
 import onnx_ir as ir
 
 from calib.affine import Array
-from converter.model import constant
+from converter.model import operand
 
 Obstacle = Callable[[ir.Node], str | None]
-
-
-def _no_obstacle(_: ir.Node) -> str | None:
-    return None
 
 
 @dataclass(frozen=True)
@@ -43,7 +39,7 @@ class OpRule:
     output_axis: int = 1
     pairs: Callable[[ir.Node], bool] = lambda node: True
     moves: bool = False
-    obstacle: Obstacle = _no_obstacle
+    obstacle: Obstacle = lambda node: None
 
 
 def _all_of(*obstacles: Obstacle) -> Obstacle:
@@ -60,7 +56,7 @@ def unusable(array: Array) -> str | None:
 
 
 def _weight_unusable(node: ir.Node) -> str | None:
-    array = constant(node.inputs[1])
+    array = operand(node, 1)
     if array is None:
         return "its weight is computed at run time"
     reason = "is no matrix" if array.ndim < 2 else unusable(array)
@@ -68,10 +64,9 @@ def _weight_unusable(node: ir.Node) -> str | None:
 
 
 def _bias_unusable(node: ir.Node) -> str | None:
-    bias = node.inputs[2] if len(node.inputs) > 2 else None
-    if bias is None:
+    if len(node.inputs) < 3 or node.inputs[2] is None:
         return None
-    array = constant(bias)
+    array = operand(node, 2)
     reason = "is not one constant a channel" if array is None or array.ndim != 1 else unusable(array)
     return reason and f"its bias {reason}"
 
@@ -85,7 +80,7 @@ def _gemm_attributes(node: ir.Node) -> str | None:
 
 def _gemm_bias(node: ir.Node) -> str | None:
     # A Gemm's bias may be of any shape that broadcasts; a Conv's may not.
-    weight, bias = constant(node.inputs[1]), constant(node.inputs[2]) if len(node.inputs) > 2 else None
+    weight, bias = operand(node, 1), operand(node, 2)
     fits = weight is None or bias is None or bias.shape == (weight.shape[_gemm_axis(node)],)
     return None if fits else "its bias is not one constant a channel"
 
@@ -108,10 +103,10 @@ def _gemm_axis(node: ir.Node) -> int:
 
 
 def _matmul_weight(node: ir.Node) -> str | None:
-    weight = constant(node.inputs[1])
-    if weight is not None and weight.ndim != 2:
-        return "its weight is not one matrix"
-    return None if weight is None else _weight_unusable(node)
+    weight = operand(node, 1)
+    if weight is None:
+        return None
+    return _weight_unusable(node) if weight.ndim == 2 else "its weight is not one matrix"
 
 
 def _matmul_axis(node: ir.Node) -> int | None:
@@ -121,37 +116,22 @@ def _matmul_axis(node: ir.Node) -> int | None:
 
 
 def _not_depthwise(node: ir.Node) -> bool:
-    weight, group = constant(node.inputs[1]), node.attributes.get_int("group", 1)
+    weight, group = operand(node, 1), node.attributes.get_int("group", 1)
     return weight is None or not (weight.shape[1] == 1 and weight.shape[0] == group)
 
 
 def _pad_mode(node: ir.Node) -> str | None:
-    mode = node.attributes.get_string("mode", "constant")
-    value = constant(node.inputs[2]) if len(node.inputs) > 2 and node.inputs[2] is not None else np.zeros(1)
-    if mode == "constant" and (value is None or value.any()):
-        return "it pads with something else than zero"
-    return None
+    value = operand(node, 2) if len(node.inputs) > 2 and node.inputs[2] is not None else np.zeros(1)
+    other = node.attributes.get_string("mode", "constant") == "constant" and (value is None or value.any())
+    return "it pads with something else than zero" if other else None
 
 
-_MOVES = OpRule(moves=True)
+_CHECKED = _all_of(_weight_unusable, _bias_unusable)
 
 OPS: dict[str, OpRule] = {
-    "Conv": OpRule(
-        weight=1,
-        bias=2,
-        channel_axis=lambda node: 0,
-        pairs=_not_depthwise,
-        obstacle=_all_of(_weight_unusable, _bias_unusable),
-    ),
-    "ConvTranspose": OpRule(
-        weight=1, bias=2, channel_axis=_conv_transpose_axis, obstacle=_all_of(_weight_unusable, _bias_unusable)
-    ),
-    "Gemm": OpRule(
-        weight=1,
-        bias=2,
-        channel_axis=_gemm_axis,
-        obstacle=_all_of(_gemm_attributes, _weight_unusable, _bias_unusable, _gemm_bias),
-    ),
+    "Conv": OpRule(weight=1, bias=2, channel_axis=lambda node: 0, pairs=_not_depthwise, obstacle=_CHECKED),
+    "ConvTranspose": OpRule(weight=1, bias=2, channel_axis=_conv_transpose_axis, obstacle=_CHECKED),
+    "Gemm": OpRule(weight=1, bias=2, channel_axis=_gemm_axis, obstacle=_all_of(_gemm_attributes, _CHECKED, _gemm_bias)),
     "MatMul": OpRule(data=(0, 1), weight=1, channel_axis=_matmul_axis, output_axis=-1, obstacle=_matmul_weight),
     **dict.fromkeys(("Add", "Sub", "Mul", "Div", "Max", "Min", "Concat", "PRelu"), OpRule(data=None)),
     **dict.fromkeys(
@@ -162,18 +142,13 @@ OPS: dict[str, OpRule] = {
         ),
         OpRule(),
     ),
-    "MaxPool": _MOVES,
-    "Reshape": _MOVES,
-    "Flatten": _MOVES,
-    "Squeeze": _MOVES,
-    "Unsqueeze": _MOVES,
-    "Transpose": _MOVES,
-    "Slice": _MOVES,
-    "Split": _MOVES,
-    "DepthToSpace": _MOVES,
-    "SpaceToDepth": _MOVES,
-    "Gather": _MOVES,
-    "Tile": _MOVES,
+    **dict.fromkeys(
+        (
+            *("MaxPool", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Slice", "Split"),
+            *("DepthToSpace", "SpaceToDepth", "Gather", "Tile"),
+        ),
+        OpRule(moves=True),
+    ),
     "Pad": OpRule(moves=True, obstacle=_pad_mode),
     "Resize": OpRule(moves=True, obstacle=_resize_mode),
 }
@@ -199,6 +174,6 @@ def weights_of(node: ir.Node) -> dict[int, int | None]:
     if rule and rule.weight is not None:
         others = {i: lambda node: None for i in rule.data or () if i != rule.weight and node.op_type == "MatMul"}
         axes = {rule.weight: rule.channel_axis, **others}
-    arrays = {i: constant(node.inputs[i]) for i in axes if i < len(node.inputs) and not node.domain}
+    arrays = {i: operand(node, i) for i in axes if not node.domain}
     found = {i: a for i, a in arrays.items() if a is not None and a.dtype == np.float32 and a.ndim > 1}
     return {i: axes[i](node) for i in found}

@@ -54,6 +54,11 @@ class Place:
     counterpart: str | None = None
     qparams: QParams | None = None
 
+    @property
+    def bits(self) -> int | None:
+        """Of the integers here; None where there are none, and for sums, as biases are."""
+        return self.qparams.format.bits if self.qparams and self.qparams.format != INT32 else None
+
 
 @dataclass(frozen=True)
 class Pairing:
@@ -84,6 +89,12 @@ def parameters(node: ir.Node) -> Iterator[tuple[ir.Value, Parameters]]:
         yield node.outputs[0], (by, values[output[1]], axis)
     if node.op_type == "DynamicQuantizeLinear":
         yield node.outputs[0], (node.outputs[1], node.outputs[2], axis)
+
+
+def codes_behind(value: ir.Value | None) -> ir.Value | None:
+    """The integers that a DequantizeLinear makes `value` of, None if none does."""
+    maker = value.producer() if value is not None else None
+    return maker.inputs[0] if maker is not None and maker.op_type == "DequantizeLinear" else None
 
 
 def qparams_of(codes: ir.Value, scale: ir.Value, zero_point: ir.Value | None, axis: int) -> QParams | None:
@@ -138,9 +149,8 @@ class _Finder:
             found = None  # integers of which nothing says what they stand for
         q = qparams_of(codes, *self.codes[codes]) if codes else None
         if place.weight is not None:
-            stored = self._stored(place.node, index)
-            if q and (array := constant(codes)) is not None:
-                return replace(place, restored=dequantize(array, q), qparams=q)
+            array = constant(codes)
+            stored = QuantizedWeight(array, q) if q and array is not None else self._stored(place.node, index)
             if stored is not None:
                 return replace(place, restored=dequantize(stored.codes, stored.qparams), qparams=stored.qparams)
             if (array := constant(found)) is not None:
@@ -157,11 +167,9 @@ class _Finder:
 
     def _codes_of(self, value: ir.Value, follow: bool) -> ir.Value | None:
         """The integers that `value` is, comes from or, to `follow`, becomes."""
-        maker = value.producer()
-        if maker is not None and maker.op_type == "DequantizeLinear":
-            return maker.inputs[0]
-        if value in self.codes or not follow:
-            return value if value in self.codes else None
+        codes = codes_behind(value) or (value if value in self.codes else None)
+        if codes or not follow:
+            return codes
         quantizers = (use.node for use in value.uses() if use.node.op_type in QUANTIZERS)
         return next((node.outputs[0] for node in quantizers if node.outputs[0] in self.codes), None)
 
@@ -170,9 +178,8 @@ class _Finder:
         readers = [use.node for use in codes.uses() if use.node.op_type == "DequantizeLinear"]
         if not readers:
             scale, zero_point, axis = self.codes[codes]
-            output = ir.Value(name=self.names.fresh(f"{codes.name}_floats"))
             inputs = [codes, scale, *([zero_point] if zero_point else [])]
             attributes = {"axis": axis} if scale.shape and scale.shape.rank() else {}
-            readers = [ir.node("DequantizeLinear", inputs, attributes, outputs=[output], name=output.name)]
+            readers = [self.names.node("DequantizeLinear", inputs, codes.name or "", "floats", attributes)]
             self.model.graph.append(readers[0])
         return readers[0].outputs[0]

@@ -14,8 +14,9 @@ from converter.data import resources_of
 from converter.emit.half import store_constants_as_half
 from converter.emit.inferred import forget_inferred
 from converter.errors import ModelError, QConvertError
-from converter.findings import Verification
-from converter.job import Job, Resources, Silent, Watch
+from converter.findings import Findings, Verification
+from converter.gates import Figures
+from converter.job import Job, Resources, Watch
 from converter.ops import computes_on_integers
 from converter.placement import check_skips
 from converter.plan import QuantPlan
@@ -24,7 +25,7 @@ from converter.prepare.inputs import check_shapes, set_input_shapes
 from converter.prepare.opset import opset_of, raise_opset
 from converter.provenance import provenance
 from converter.quantized import Quantized
-from converter.report.write import check_folder, write_reports
+from converter.report.findings import check_folder, write_reports
 from converter.verify import tensor_errors, verify
 
 MODES = {
@@ -48,10 +49,15 @@ class Outcome:
     errors: tuple[TensorError, ...]
     verification: Verification | None = None
 
+    @property
+    def figures(self) -> Figures:
+        """What quality gates look at."""
+        return Figures.of(self.size_before, self.size_after, self.verification)
+
 
 def convert(job: Job, watch: Watch | None = None) -> Outcome:
     """Runs one job; raises QConvertError for anything that is the input's fault."""
-    watch = watch or Silent()
+    watch = watch or Watch()
     model = read(job, watch)
     try:
         result = MODES[job.mode].quantize(model, job, watch)
@@ -80,9 +86,9 @@ def _report(job: Job, result: Quantized, outcome: Outcome, resources: Resources,
     folder, sizes = job.config.common.debug_info_save_path, (outcome.size_before, outcome.size_after)
     if folder is None:
         return
-    facts, found = {**_facts(job, result), **provenance(job, result.data)}, outcome.verification
+    known = Findings({**_facts(job, result), **provenance(job, result.data)}, sizes, outcome.verification)
     try:
-        write_reports(folder, job.output.name, result, facts, sizes, found, resources, watch)
+        write_reports(folder, job.output.name, result, known, resources, watch)
     except CalibError as error:
         if len(result.data):
             raise
@@ -151,7 +157,7 @@ def _check_raised(model: ir.Model, raised: ir.Model, watch: Watch) -> None:
     change = f"Opset {opset_of(model)} converted to {opset_of(raised)}"
     try:
         difference = largest_difference(model, raised)
-    except CalibError as error:
+    except (CalibError, ModelError) as error:
         watch.warn(f"{change}, unchecked: {error}")
         return
     if not difference <= RAISED_TOLERANCE:

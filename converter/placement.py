@@ -11,13 +11,13 @@ from __future__ import annotations
 import difflib
 import fnmatch
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
 
 from converter.config import Config
 from converter.errors import ConfigError
-from converter.model import bias_add, constant, is_float, only_consumer
+from converter.model import bias_add, constant, is_float, known, only_consumer, operand, values_read
 from converter.ops import OPS, OpRule
 from converter.plan import NodePlan, QuantPlan, TensorPlan, WeightPlan
 from converter.targets import Target
@@ -56,7 +56,7 @@ class _Unit:
     def weight_index(self) -> int | None:
         """Where the constant weight stands; a constant on the left of a MatMul is an activation to kernels."""
         index = self.rule.weight
-        return index if index is not None and constant(self.node.inputs[index]) is not None else None
+        return index if index is not None and operand(self.node, index) is not None else None
 
     @property
     def data(self) -> list[ir.Value]:
@@ -67,6 +67,7 @@ class _Unit:
 
 def build_plan(graph: ir.Graph, target: Target, wishes: Wishes) -> QuantPlan:
     """The plan of a prepared float graph, without numbers."""
+    wishes = replace(wishes, kept_float={**_moved_into_bodies(graph), **wishes.kept_float})
     units, reasons = _candidates(graph, target, wishes)
     if not target.all_pays:
         _drop(units, reasons, _fed_by_floats(units), "an input of it is float: converting it costs more than it saves")
@@ -101,6 +102,22 @@ def _candidates(graph: ir.Graph, target: Target, wishes: Wishes) -> tuple[dict[i
     return units, reasons
 
 
+def _moved_into_bodies(graph: ir.Graph) -> dict[str, str]:
+    """Nodes, with the reason, whose results bodies of control flow read after moves (a Transpose, a Slice, …).
+
+    ONNX Runtime takes conversions to integers along such moves, and crashes where a body reads on.
+    """
+    kept: dict[str, str] = {}
+    for node in graph:
+        for value in set(values_read(node)) - set(node.inputs):
+            chain = [value.producer()]
+            while (last := chain[-1]) is not None and OPS.get(last.op_type, OPS["Conv"]).moves and last.inputs[0]:
+                chain.append(last.inputs[0].producer())
+            if len(chain) > 1:
+                kept.update((each.name or "", f"a body of {node.name} reads it on") for each in chain if each)
+    return kept
+
+
 def skipped(node: ir.Node, wishes: Wishes) -> str | None:
     """Why the user wants `node` left float; None if that was not asked."""
     if any(fnmatch.fnmatchcase(node.name or "", pattern) for pattern in wishes.skip_nodes):
@@ -121,8 +138,8 @@ def check_skips(config: Config, nodes: Collection[tuple[str, str]]) -> None:
             raise _unknown(config, "skip_quant_type", f"no node is of type '{op_type}'", op_type, types)
 
 
-def _unknown(config: Config, key: str, what: str, wish: str, known: list[str]) -> ConfigError:
-    nearest = difflib.get_close_matches(wish, known, 1, cutoff=0.0)[0]
+def _unknown(config: Config, key: str, what: str, wish: str, there: list[str]) -> ConfigError:
+    nearest = difflib.get_close_matches(wish, there, 1, cutoff=0.0)[0]
     return ConfigError(f"{config.at('common_quant_param', key)}: {what} in this model; the nearest is '{nearest}'.")
 
 
@@ -161,7 +178,7 @@ def clips_at_zero(node: ir.Node, target: Target) -> bool:
     """Whether `node` is a fused Relu or Clip from zero, so that the integer type's own clipping can stand for it."""
     if node.domain or node.op_type not in target.fused:
         return False
-    low = constant(node.inputs[1]) if len(node.inputs) > 1 else None
+    low = operand(node, 1)
     return node.op_type == "Relu" or (low is not None and low.size == 1 and low.item() == 0.0)
 
 
@@ -248,19 +265,15 @@ def _unit_plan(unit: _Unit, target: Target, wishes: Wishes) -> NodePlan:
 
 
 def _weight_plan(unit: _Unit, target: Target, wishes: Wishes) -> WeightPlan | None:
-    index = unit.weight_index
-    weight = None if index is None else unit.node.inputs[index]
-    if index is None or weight is None:
+    if (index := unit.weight_index) is None:
         return None
     axis = unit.rule.channel_axis(unit.node) if wishes.per_channel else None
     pair_limit = target.pair_limit if unit.rule.pairs(unit.node) else None
-    return WeightPlan(weight.name or "", index, target.weight, axis, pair_limit)
+    return WeightPlan(known(unit.node.inputs[index]).name or "", index, target.weight, axis, pair_limit)
 
 
 def _bias_name(unit: _Unit) -> str | None:
-    add = next((node for node in unit.absorbed if node.op_type == "Add"), None)
-    if add:
-        return next(v.name for v in add.inputs if v is not None and v is not unit.node.outputs[0])
-    index = unit.rule.bias
-    bias = unit.node.inputs[index] if index is not None and index < len(unit.node.inputs) else None
-    return bias.name if bias else None
+    product, index = unit.node.outputs[0], unit.rule.bias
+    added = [v for node in unit.absorbed if node.op_type == "Add" for v in node.inputs if v is not product]
+    own = [] if index is None else unit.node.inputs[index : index + 1]
+    return next((value.name for value in (*added, *own) if value), None)

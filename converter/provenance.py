@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Iterable, Iterator
-from pathlib import Path
 
 from calib.samples import Dataset
 from converter.config import Config
 from converter.config.keys import SECTIONS
-from converter.job import Job
+from converter.job import Job, sha256
 from converter.version import __version__
 
 # Keys that say where files are and what a run may use, but not what comes out.
@@ -29,12 +28,12 @@ def provenance(job: Job, data: Dataset) -> dict[str, str]:
     found = {
         "qconvert.version": __version__,
         "qconvert.mode": job.mode,
-        "qconvert.model_sha256": _sha256(job.model),
+        "qconvert.model_sha256": sha256(job.model),
         "qconvert.config_sha256": _sha256_of_lines(_settings(job.config)),
     }
     files = dict.fromkeys(path for index in range(len(data)) for path in data.files(index))
     if files:
-        found["qconvert.calibration_sha256"] = _sha256_of_lines(map(_sha256, files))
+        found["qconvert.calibration_sha256"] = _sha256_of_lines(map(sha256, files))
     return found
 
 
@@ -48,8 +47,3 @@ def _settings(config: Config) -> Iterator[str]:
 
 def _sha256_of_lines(lines: Iterable[str]) -> str:
     return hashlib.sha256("".join(f"{line}\n" for line in lines).encode()).hexdigest()
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -8,7 +8,6 @@ from collections.abc import Iterator, Sequence
 
 from calib.sources import IMAGE_AXES, PIXEL_DTYPES, InputSpec
 from converter.config.keys import SECTIONS, Key, QuantType
-from converter.config.reference import default_text
 from converter.errors import ModelError
 
 # What the model cannot tell stands before these keys.
@@ -40,8 +39,8 @@ def _lines(name: str, key: Key, value: str | None, example: str | None) -> Itera
     """A key's meaning as a comment, and the key: behind a # where it has no value."""
     yield from (f"# {line}" for line in textwrap.wrap(key.meaning, 108))
     if value is None:
-        default = default_text(key.default)
-        yield f"# {name} = {example or (key.kind.example if default == '-' else default)}"
+        default = key.kind.example if key.default_text == "-" else key.default_text
+        yield f"# {name} = {example or default}"
         return
     if name in _FILL_IN:
         yield f"# {_FILL_IN[name]}"

@@ -26,8 +26,8 @@ class Target:
     activation: IntFormat
     symmetric: bool
     integer: frozenset[str]
-    fused: frozenset[str]
     float_output: frozenset[str]
+    fused: frozenset[str] = frozenset({"Relu", "Clip"})
     bare: frozenset[str] = frozenset()
     weight: IntFormat = INT8_NARROW
     pair_limit: int | None = None
@@ -50,7 +50,6 @@ CPU = Target(
     activation=UINT8,
     symmetric=False,
     integer=_WEIGHTED | _COMPUTED | _MOVES,
-    fused=_set("Relu Clip"),
     float_output=_set("Gemm MatMul"),
     bare=_set("Pad"),
     # x86 without VNNI multiplies u8 by s8 and adds two products in 16 bits: 128 * 255 fits, 129 * 255 does not.
@@ -72,7 +71,6 @@ NVGPU = Target(
     activation=INT8,
     symmetric=True,
     integer=_WEIGHTED | _set("ConvTranspose Add Concat AveragePool GlobalAveragePool") | _MOVES,
-    fused=_set("Relu Clip"),
     # TensorRT fuses what follows a weighted operator by itself: only what operators read is converted.
     float_output=_WEIGHTED | _set("ConvTranspose Add Concat AveragePool GlobalAveragePool"),
     integer_bias=False,
@@ -87,7 +85,6 @@ DSP = Target(
     | _MOVES
     | _set("ConvTranspose Abs BatchNormalization Ceil Clip Div Exp Floor Gather InstanceNormalization Max Min Neg Pad")
     | _set("PRelu ReduceMax ReduceMean ReduceMin ReduceSum Relu Round Softmax Sqrt Sub Tanh Tile"),
-    fused=_set("Relu Clip"),
     float_output=frozenset(),
     all_pays=True,
 )

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from calib.samples import Dataset
 from converter.data import open_data
 from converter.errors import ModelError
 from converter.job import FLOATS, Job, Watch
@@ -19,7 +18,11 @@ def make_plan(model: ir.Model, job: Job) -> QuantPlan:
         where = job.config.at("transform_quant_param", "export_precision_mode")
         msg = f"{where}: {job.model} was not trained with quantization; convert a model that was, or keep this one."
         raise ModelError(msg)
-    reason = "export_precision_mode = FLOAT32"
+    return float_plan(model, "export_precision_mode = FLOAT32")
+
+
+def float_plan(model: ir.Model, reason: str) -> QuantPlan:
+    """All nodes, float."""
     return QuantPlan({n.name or "": NodePlan(n.name or "", n.op_type, False, reason) for n in model.graph}, {})
 
 
@@ -27,5 +30,4 @@ def quantize(model: ir.Model, job: Job, watch: Watch) -> Quantized:
     """The model without its quantization, beside itself as it was trained."""
     reference = model.clone()
     plan = make_plan(model, job)
-    data = open_data(model, job, watch) if job.config.preprocess.calibrate_path else Dataset((), (), ())
-    return Quantized(reference, model, plan, data, trained=True)
+    return Quantized(reference, model, plan, open_data(model, job, watch), trained=True)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -13,14 +13,13 @@ from calib import CalibError
 from calib.affine import Array
 from calib.samples import Dataset
 from calib.session import open_session, over_samples, run
-from converter.algorithms.matrices import view_of
-from converter.compare import TensorError, compare, error_of, products, speedup
+from converter.checks import saturating
+from converter.compare import TensorError, compare, error_of, extent, products, speedup
 from converter.data import synthetic_data
 from converter.errors import DataError, ModelError
 from converter.findings import Verification
 from converter.job import Resources, Watch
-from converter.model import constant, load, saved, weight_bytes
-from converter.pairs import parameters
+from converter.model import load, saved, weight_bytes
 from converter.quantized import Quantized
 from converter.sensitivity import read_labels
 
@@ -30,14 +29,6 @@ VERIFIED_SAMPLES, PLAIN_SAMPLES, COMPARED_SAMPLES = 16, 4, 4
 TIMED_BYTES = 500_000_000
 # What is called slower and not noise, a cosine similarity called a loss, and dB that optimizations may cost.
 SLOWER, LOST_COSINE, LOST_DB = 0.95, 0.95, 3.0
-# Two codes of one sign may sum up to this: 128 * 255 fits into 16 bits.
-PAIR_LIMIT = 128
-# Products that kernels compute in pairs: input and weight among the operands, and the operator they stand for.
-PRODUCTS = {
-    **{name: (0, 1, name) for name in ("Conv", "MatMul", "Gemm")},
-    **{"QLinearConv": (0, 3, "Conv"), "QLinearMatMul": (0, 3, "MatMul"), "QGemm": (0, 3, "Gemm")},
-    **dict.fromkeys(("MatMulInteger", "MatMulIntegerToFloat"), (0, 1, "MatMul")),
-}
 # All outputs of each sample.
 Outputs = Sequence[Sequence[Array]]
 
@@ -78,14 +69,15 @@ def _verified(
         _, plain = _outputs(other, data, PLAIN_SAMPLES if len(before) > 1 else 0, resources, optimize=False)
         ratio = None if big else speedup(reference, other, data.sample(0))
         executed = [] if big else _executed(other)
+    answers = _answers(before, after)
     found = Verification(
         samples=len(before),
         held_back=held_back,
         outputs=_errors(names, before, after),
         fused_difference=_difference(plain, after),
         speedup=ratio,
-        top1=_top1(before, after, data, labels, watch),
-        agreement=_agreement(before, after),
+        top1=_top1(answers, data, labels, watch) if labels and answers is not None else None,
+        agreement=None if answers is None else float(np.mean(answers[:, 0] == answers[:, 1])),
         kernels=dict(Counter(node.op_type for node in executed)),
         conversions=tuple(n.name or "" for n in executed if n.op_type in {"QuantizeLinear", "DequantizeLinear"}),
         saturated=tuple(saturating(result.model)),
@@ -121,34 +113,29 @@ def _errors(names: Sequence[str], before: Outputs, after: Outputs) -> tuple[Tens
 
 def _difference(plain: Outputs, after: Outputs) -> float:
     """The largest relative to the largest value."""
-    pairs = [both for sample in zip(plain, after, strict=False) for both in zip(*sample, strict=True) if both[0].size]
-    largest = max((float(np.abs(x.astype(np.float64)).max()) for x, _ in pairs), default=0.0)
-    differences = (float(np.abs(np.subtract(x, y, dtype=np.float64)).max()) for x, y in pairs)
-    return max(differences, default=0.0) / (largest or 1.0)
+    pairs = [both for sample in zip(plain, after, strict=False) for both in zip(*sample, strict=True)]
+    largest, difference = np.max([(0.0, 0.0), *(extent(x, y) for x, y in pairs)], axis=0)
+    return float(difference / (largest or 1.0))
 
 
-def _agreement(before: Outputs, after: Outputs) -> float | None:
-    """The share of samples with the same largest value, where the first output is one row of floats, a classifier's."""
+def _answers(before: Outputs, after: Outputs) -> Array | None:
+    """Where both find the largest value of each sample (samples, 2); None where it is not one of a row of floats."""
     rows = [x[0] for x in before]
     if not all(x.dtype.kind == "f" and x.ndim == 2 and len(x) == 1 < x.size for x in rows):
         return None
-    return float(np.mean([x.argmax() == y[0].argmax() for x, y in zip(rows, after, strict=True)]))
+    return np.array([(x.argmax(), y[0].argmax()) for x, y in zip(rows, after, strict=True)])
 
 
-def _top1(
-    before: Outputs, after: Outputs, data: Dataset, label_file: Path | None, watch: Watch
-) -> tuple[float, float] | None:
+def _top1(answers: Array, data: Dataset, label_file: Path, watch: Watch) -> tuple[float, float] | None:
     """The share of right answers of both models."""
-    if label_file is None or _agreement(before, after) is None:
-        return None
     try:
         labels = read_labels(label_file, data)
     except DataError as error:
         watch.warn(f"Right answers are not counted: {error}")
         return None
-    wanted = [labels[data.files(index)[0].name] for index in range(len(before))]
-    first, second = ([x[0].argmax() for x in outputs] for outputs in (before, after))
-    return float(np.mean(np.equal(first, wanted))), float(np.mean(np.equal(second, wanted)))
+    wanted = [[labels[data.files(index)[0].name]] for index in range(len(answers))]
+    before, after = np.mean(answers == wanted, axis=0).tolist()
+    return before, after
 
 
 def _executed(path: Path) -> list[ir.Node]:
@@ -156,42 +143,6 @@ def _executed(path: Path) -> list[ir.Node]:
     optimized = path.with_name("optimized.onnx")
     open_session(path, optimized=optimized)
     return list(load(optimized).graph)
-
-
-def saturating(model: ir.Model) -> Iterator[str]:
-    """Nodes whose weights let kernels that add products in 16 bits, those of x86 without VNNI, saturate."""
-    kinds = {codes: found for node in model.graph for codes, found in parameters(node)}
-
-    def integers(value: ir.Value | None) -> tuple[ir.Value | None, ir.DataType | None]:
-        maker = value.producer() if value is not None else None
-        codes = maker.inputs[0] if maker is not None and maker.op_type == "DequantizeLinear" else value
-        zero_point = kinds[codes][1] if codes in kinds else None
-        return codes, (zero_point.dtype if zero_point is not None else codes.dtype if codes is not None else None)
-
-    for node in model.graph:
-        first, second, op_type = PRODUCTS.get(node.op_type, (0, 0, ""))
-        data, kind = integers(node.inputs[first]) if op_type else (None, None)  # a Constant has no inputs
-        if kind == ir.DataType.UINT8:
-            # Fewer codes of the data, which a Clip bounds, leave those of the weights more room.
-            clip = data.producer() if data is not None else None
-            high = constant(clip.inputs[2]) if clip is not None and clip.op_type == "Clip" else None
-            limit = PAIR_LIMIT if high is None else PAIR_LIMIT * 255 // int(high)
-            codes, kind = integers(node.inputs[second])
-            array = constant(codes)
-            if kind == ir.DataType.INT8 and array is not None and _may_saturate(node, op_type, array, limit):
-                yield node.name or ""
-
-
-def _may_saturate(node: ir.Node, op_type: str, codes: Array, limit: int) -> bool:
-    """Whether two codes that such a kernel multiplies and adds in one go sum up to more than `limit`."""
-    if op_type == "Conv" and codes.shape[1] == 1 and codes.shape[0] == node.attributes.get_int("group", 1):
-        return False  # depthwise kernels add in 32 bits
-    view = view_of(ir.Node("", op_type, [], list(node.attributes.values())), codes.shape, 1)
-    if view is None:
-        return False
-    matrix = view.matrix(codes.astype(np.int32))
-    even, odd = matrix[..., : matrix.shape[-1] - 1 : 2], matrix[..., 1::2]
-    return bool((np.abs(even + odd)[even * odd > 0] > limit).any())
 
 
 def _warn(
@@ -227,7 +178,6 @@ def tensor_errors(result: Quantized, resources: Resources) -> tuple[TensorError,
     if not len(result.data):
         return ()
     outputs = {value.name or "": value.name or "" for value in result.reference.graph.outputs}
-    pairs = {**result.tensors, **outputs}
-    with saved(result.reference, pairs) as reference, saved(result.model, pairs.values()) as other:
-        found = compare(reference, other, pairs, result.data, COMPARED_SAMPLES, resources.threads)
+    tensors = {**result.tensors, **outputs}
+    found = compare(result.reference, result.model, tensors, result.data, COMPARED_SAMPLES, resources.threads)
     return tuple(sorted(found, key=lambda error: error.sqnr_db))

@@ -113,7 +113,7 @@ def _node_plan(node: ir.Node, job: Job) -> NodePlan:
         name,
         node.op_type,
         quantized=True,
-        reason=f"weights stored in {common.bit_num or 'as few bits as they need'}",
+        reason=f"weights stored in {f'{common.bit_num} bits' if common.bit_num else 'as few bits as they need'}",
         inputs=(data.name or "",),
         absorbed=(add.name or "",) if add else (),
         weight=weights[0],

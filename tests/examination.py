@@ -17,9 +17,9 @@ from simulation import BY_ROW, FAKE, NOISE, noise_to_signal, simulation
 from converter import model as models
 from converter import pipeline
 from converter.config import load_config
-from converter.job import Job, Silent
+from converter.job import Job, Watch
 
-SAMPLES = 3
+SAMPLES, NOISE_DRAWS = 3, 3
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ def examine(folder: Path, seed: int, mode: str, with_data: bool = False, **secti
     model, data = random_model(seed)
     job = _job(folder, model, data if with_data or mode == "FULL_QUANT" else {}, mode, sections)
     start = time.perf_counter()
-    quantized = pipeline.MODES[mode].quantize(pipeline.read(job, Silent()), job, Silent())
+    quantized = pipeline.MODES[mode].quantize(pipeline.read(job, Watch()), job, Watch())
     models.save(quantized.model, job.output)
     seconds = time.perf_counter() - start
     samples = [{name: array[i] for name, array in data.items()} for i in range(SAMPLES)]
@@ -69,13 +69,16 @@ def examine(folder: Path, seed: int, mode: str, with_data: bool = False, **secti
             (simulated, False),
         )
     )
-    noisy = simulation(quantized.reference, quantized.plan, NOISE) if mode == "FULL_QUANT" else None
+    # A single draw may hit little of what an output is sensitive to.
+    draws = range(NOISE_DRAWS if mode == "FULL_QUANT" else 0)
+    noisy = [simulation(quantized.reference, quantized.plan, NOISE, seed) for seed in draws]
+    errors = [noise_to_signal(wanted, [run(model, sample) for sample in samples]) for model in noisy]
     return Examination(
         units=len(quantized.plan.units()),
         error=noise_to_signal(wanted, found),
         simulated=noise_to_signal(planned, found),
         optimized=noise_to_signal(found, fused),
-        predicted=None if noisy is None else noise_to_signal(wanted, [run(noisy, sample) for sample in samples]),
+        predicted=max(errors, default=None),
         seconds=seconds,
     )
 

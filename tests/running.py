@@ -13,7 +13,7 @@ from calib.affine import Array
 from calib.samples import Dataset, Sample
 from calib.session import CPU_PROVIDERS
 from converter.config import load_config
-from converter.job import Job, Resources, Silent
+from converter.job import Job, Resources, Watch
 
 Keys = Mapping[str, object]
 
@@ -39,7 +39,7 @@ def resources(threads: int = 1, memory: int = 64 << 20) -> Resources:
     return Resources(threads, CPU_PROVIDERS, memory)
 
 
-class Ear(Silent):
+class Ear(Watch):
     """Keeps what is said."""
 
     def __init__(self) -> None:

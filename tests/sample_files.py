@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from calib.samples import Dataset, Folder, ImageOptions, InputSpec, open_dataset
+from calib.samples import Dataset, ImageOptions, InputSpec, open_dataset
 
 PLAIN = ImageOptions()
 
@@ -18,7 +18,7 @@ def spec(*shape: int | None, name: str = "x", dtype: Any = np.float32, layout: s
 
 
 def opened(given: InputSpec, path: Path, kind: str, size: int = 1, image: ImageOptions = PLAIN) -> Dataset:
-    return open_dataset([given], [Folder(given.name, path)], size, kind, image)
+    return open_dataset([given], {given.name: path}, size, kind, image)
 
 
 def only(dataset: Dataset, name: str = "x") -> np.ndarray:

@@ -36,12 +36,14 @@ def _spread(part: np.ndarray, weight: QuantizedWeight) -> np.ndarray:
     return part
 
 
-def simulation(reference: ir.Model, plan: QuantPlan, kind: str = FAKE) -> bytes:
+def simulation(reference: ir.Model, plan: QuantPlan, kind: str = FAKE, seed: int = 0) -> bytes:
     """The model that computes what `plan` makes of `reference`, both as a conversion hands them out.
 
-    `kind` is FAKE or NOISE or, for a plan with dynamic ranges, BY_ROW where every row has a scale of its own.
+    `kind` is FAKE or NOISE or, for a plan with dynamic ranges, BY_ROW where every row has a scale of its own. `seed`
+    draws other noise.
     """
     writer = _Writer(ir.to_proto(reference), plan, kind)
+    writer.count = 10_000 * seed
     for unit in plan.units():
         writer.weights(unit.name)
         writer.bias(unit.name)

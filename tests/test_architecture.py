@@ -13,7 +13,7 @@ import pytest
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("calib", "converter")
 FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
-MOST_LINES, MOST_LINES_OF_A_FILE = 8500, 400
+MOST_LINES, MOST_LINES_OF_A_FILE = 8200, 400
 
 # Modules import from their own layer and those above it.
 LAYERS = (
@@ -23,7 +23,7 @@ LAYERS = (
     {"ops"},
     {"prepare", "emit", "placement"},
     {"data", "calibrate", "cache", "compare", "quantized", "findings", "pairs", "journal"},
-    {"algorithms", "layerwise", "sensitivity", "checks", "edges", "trained", "verify", "alone"},
+    {"algorithms", "layerwise", "sensitivity", "checks", "edges", "trained", "verify"},
     {"full_quant", "weight_quant", "dynamic_quant", "transform", "half_precision"},
     {"pipeline", "provenance", "report", "inspection", "comparison", "starter", "gates", "api", "batch"},
     {"cli"},

@@ -120,6 +120,16 @@ def graph(path: str) -> bytes:
 # --- which jobs there are --------------------------------------------------------------------------------------------
 
 
+def test_configs_need_no_mode_where_constants_alone_become_half(qconvert: Command, inline: None) -> None:
+    Path("half.cfg").write_text("[job]\nmodel = m.onnx\n")
+    manifest(",half.cfg,half.onnx")
+    assert qconvert("batch", "jobs.csv", "--fp16=on").code == 0
+    assert statuses() == {"half": "converted"}
+    assert Path("half.onnx").stat().st_size < 0.6 * Path("m.onnx").stat().st_size
+    assert qconvert("batch", "jobs.csv").code == 1
+    assert "quant_type: is missing" in messages()["line 2"]
+
+
 def test_a_folder_of_configs_is_a_batch(qconvert: Command) -> None:
     folder = Path("nightly")
     folder.mkdir()

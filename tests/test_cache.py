@@ -144,7 +144,7 @@ def test_node_names_and_docs_do_not_matter(observed, tmp_path):
 
 
 def damaged(data):
-    return data[:-200], data[:100], b"", b"not an archive", data.replace(b"tensors", b"zensors"), flipped(data)
+    return data[:-200], data[:100], b"", b"not an archive", data.replace(b"index", b"yndex"), flipped(data)
 
 
 def flipped(data):
@@ -181,9 +181,12 @@ def saved_arrays(path, **changes):
     [
         {"tensor0.totals": np.zeros(3)},
         {"tensor0.counts": np.zeros(5, np.int64)},
-        {"tensors": np.array(["x"] * 40)},
-        {"fingerprint": np.array(["a", "b"])},
-        {"means": np.array(["m"] * 7)},
+        {"index": np.array("[]")},
+        {"index": np.array("{")},
+        {"index": np.array("[" * 100_000)},
+        {"index": np.array(["a", "b"])},
+        {"index": np.array('{"fingerprint": "a", "tensors": 1, "means": [], "first": 1}')},
+        {"index": np.array('{"fingerprint": "a", "tensors": [], "means": ["m"], "first": 1}')},
     ],
 )
 def test_a_file_that_holds_something_else_is_made_anew(observed, tmp_path, changes):

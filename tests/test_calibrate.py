@@ -69,8 +69,8 @@ def test_statistics_are_those_of_the_tensors():
         assert stats.count == values.size
         np.testing.assert_allclose([stats.lo, stats.hi], [values.min(), values.max()], rtol=1e-6)
     assert evidence.statistics["r"].zero_count == (truth()["m"] < 0).sum()
-    np.testing.assert_allclose(evidence.statistics["m"].sample_lo, truth()["m"].min(axis=(1, 2)), rtol=1e-6)
-    np.testing.assert_allclose(evidence.statistics["m"].sample_hi, truth()["m"].max(axis=(1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(evidence.statistics["m"].sample_extremes[:, 0], truth()["m"].min(axis=(1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(evidence.statistics["m"].sample_extremes[:, 1], truth()["m"].max(axis=(1, 2)), rtol=1e-6)
     assert evidence.statistics.keys() == set(EVERYTHING.tensors)
     assert ear.warned == []
 

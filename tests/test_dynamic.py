@@ -21,7 +21,7 @@ from converter.config import load_config
 from converter.job import Job
 from converter.plan import QuantPlan
 from converter.prepare import prepare
-from converter.prepare.smooth import SmoothPass
+from converter.prepare.smooth import divide_channels
 
 ROWS = "g (float[B,T,64] x) => (float[] y)"
 TOKENS = "g (int64[B,T] ids) => (float[] y)"
@@ -247,7 +247,7 @@ def test_smoothing_leaves_the_function_as_it_is(text, muls):
     model = build(f"{ROWS} {{ {NORM}  {text} }}", opset=17, w=square, scale=gains, shift=normal(64, seed=2))
     before = frozen(model)
     product = next(node for node in model.graph if node.op_type == "MatMul")
-    SmoothPass({"n": np.linspace(1, 9, 64)}, {"n": [product]})(model)
+    divide_channels(model, {"n": np.linspace(1, 9, 64)}, {"n": [product]})
     assert types(model).count("Mul") == muls
     found, wanted = run(model, {"x": X})["y"], run(before, {"x": X})["y"]
     np.testing.assert_allclose(found, wanted, atol=1e-4 * np.abs(wanted).max())

@@ -7,7 +7,7 @@ import pytest
 from graphs import assert_same, frozen, node, normal, positive, prepared, types
 
 from converter.model import constant
-from converter.prepare.equalize import EqualizePass
+from converter.prepare.equalize import equalize
 
 HEAD = "g (float[1,4,8,8] x) => (float[] y)"
 X = {"x": normal(1, 4, 8, 8)}
@@ -39,9 +39,9 @@ WEIGHTS = {
 def equalized(nodes, **more):
     model = prepared(f"{HEAD} {{ {nodes} }}", **WEIGHTS, **more)
     before = frozen(model)
-    result = EqualizePass()(model)
+    changed = equalize(model)
     assert_same(before, model, X)
-    return model, before, result.modified
+    return model, before, changed
 
 
 def sizes(model, name, axis=0):
@@ -105,14 +105,14 @@ def test_what_does_not_commute_is_left_alone(nodes):
     graph = HEAD.replace("x)", "x, float[5,6,1,1] k)") if "Relu (k)" in nodes else HEAD
     model = prepared(f"{graph} {{ {nodes} }}", **WEIGHTS)
     before = frozen(model)
-    assert not EqualizePass()(model).modified
+    assert not equalize(model)
     assert frozen(model) == before
 
 
 def test_a_graph_output_between_is_left_alone():
     model = prepared("g (float[1,4,8,8] x) => (float[] a, float[] y) { a = Conv (x, w)  y = Conv (a, v) }", **WEIGHTS)
     before = frozen(model)
-    EqualizePass()(model)
+    equalize(model)
     assert frozen(model) == before
 
 
@@ -120,7 +120,7 @@ def test_a_bias_computed_at_run_time_is_respected():
     graph = HEAD.replace("x)", "x, float[6] k)")
     model = prepared(f"{graph} {{ t = Neg (k)  a = Conv (x, w, t)  y = Conv (a, v) }}", **WEIGHTS)
     before = frozen(model)
-    EqualizePass()(model)
+    equalize(model)
     assert_same(before, model, {**X, "k": normal(6)})
 
 
@@ -145,6 +145,6 @@ def test_one_dimension():
     graph = "g (float[1,4,9] x) => (float[] y) { [one] a = Conv (x, w1)  [two] y = Conv (a, v1) }"
     model = prepared(graph, **weights)
     before = frozen(model)
-    EqualizePass()(model)
+    equalize(model)
     assert_same(before, model, {"x": normal(1, 4, 9)})
     np.testing.assert_allclose(sizes(model, "one"), sizes(model, "two", axis=1), rtol=1e-5)

@@ -455,3 +455,14 @@ def test_a_product_without_an_integer_output_alone(tmp_path):
     assert outcome.plan.nodes["one"].quantized
     x = {"x": normal(2, 3, 5, seed=3)}
     np.testing.assert_allclose(run(model, x, optimize=True)["y"], x["x"] @ normal(5, 4), atol=0.1)
+
+
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_bounds_of_a_clip_may_be_vectors_of_one(tmp_path, shape):
+    text = "g (float[N, 3, 8, 8] x) => (float[N, 4, 6, 6] y) { h = Conv (x, w)  y = Clip (h, low, high) }"
+    rng = np.random.default_rng(0)
+    low, high = np.zeros(shape, np.float32), np.full(shape, 6, np.float32)
+    model = build(text, w=rng.normal(size=(4, 3, 3, 3)).astype(np.float32), low=low, high=high)
+    data = {"x": rng.normal(size=(8, 3, 8, 8)).astype(np.float32)}
+    _, outcome, _ = converted(tmp_path, model, data)
+    assert outcome.verification.outputs[0].cosine > 0.999

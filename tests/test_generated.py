@@ -11,10 +11,13 @@ import pytest
 from examination import examine
 from generator import random_model
 from graphs import build, normal, run
-from running import Silent, job
+from running import Watch, job
 from simulation import noise_to_signal
 
 from converter import pipeline
+from converter.placement import Wishes, build_plan
+from converter.prepare import prepare
+from converter.targets import DSP
 
 FULL, WEIGHT, DYNAMIC = "FULL_QUANT", "WEIGHT_QUANT", "DYNAMIC_QUANT"
 WIDE = {"min_quant_weight_channel": 0}
@@ -94,11 +97,29 @@ def test_a_softmax_between_integers_reaches_one(tmp_path: Path) -> None:
     )
 
 
+def test_what_bodies_read_on_behind_moves_stays_float(tmp_path: Path) -> None:
+    """ONNX Runtime crashes where it takes conversions along a Slice that the body of an If reads."""
+    branches = (
+        "then_branch = t () => (float[1,4] a) { a = Tanh(s) }, else_branch = e () => (float[1,4] b) { b = Exp(s) }"
+    )
+    model = build(
+        "g (float[3,4] x, bool k) => (float[1,4] y, float[3,4] z) { [p] h = MatMul(x, w) "
+        f"[c] c = Concat <axis = 0> (h, h) [s] s = Slice(c, zero, one, zero) "
+        f"y = If (k) <{branches}> [m] z = MatMul(h, w) }}",
+        w=normal(4, 4),
+        zero=np.array([0]),
+        one=np.array([1]),
+    )
+    plan = build_plan(prepare(model).graph, DSP, Wishes())
+    assert {name for name in "pcsm" if not plan.nodes[name].quantized} == {"c", "s"}
+    assert "reads it on" in plan.nodes["c"].reason
+
+
 def _assert_converts(folder: Path, graph: str, **constants: np.ndarray) -> None:
     model = build(graph, **constants)
     shapes = {value.name or "": value.shape.numpy() for value in model.graph.inputs if value.shape}
     data = {name: normal(4 * shape[0], *shape[1:]) for name, shape in shapes.items()}
-    pipeline.convert(job(folder, model, data), Silent())
+    pipeline.convert(job(folder, model, data), Watch())
     sample = {name: array[: shapes[name][0]] for name, array in data.items()}
     wanted = run(model, sample)
     for optimize in (False, True):

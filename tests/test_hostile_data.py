@@ -22,7 +22,7 @@ from PIL import Image
 
 from calib import CalibError
 from calib.images import ImageOptions, load_image
-from calib.samples import Folder, InputSpec, open_dataset
+from calib.samples import InputSpec, open_dataset
 
 SUCCESS = "CONVERT RESULT SUCCESS:0"
 GREY = InputSpec("image", np.dtype(np.float32), (None, 1, 28, 28))
@@ -136,7 +136,7 @@ def test_no_usable_file_is_an_error(qconvert: Command, tmp_path: Path, name: str
 def test_every_mode_of_picture_keeps_its_pixels(tmp_path: Path, mode: str, to_format: str) -> None:
     path = tmp_path / "picture"
     path.write_bytes(_saved(mode, MODES[mode]) if mode != "I" else _saved("I;16", "TIFF"))
-    found = load_image(path, ImageOptions(to_format=to_format), 3 if to_format == "RGB" else 1)
+    found = load_image(path, ImageOptions(image_to_format=to_format), 3 if to_format == "RGB" else 1)
     plain = _in_mode(mode if mode != "I" else "L")
     wide = plain.mode.startswith("I")
     wanted = np.asarray(plain, np.float64) / 257 if wide else np.asarray(plain.convert("RGB"), np.float64)
@@ -176,7 +176,7 @@ def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path: Path) -> None:
             stream.write(bytes(1 << 25))
     assert (folder / "bomb.npz").stat().st_size < 8 << 20
     with pytest.raises(CalibError, match=r"bomb\.npz: unpacks to .* more than the"):
-        open_dataset([GREY], [Folder("image", folder)], 1, "NPY", ImageOptions())
+        open_dataset([GREY], {"image": folder}, 1, "NPY", ImageOptions())
 
 
 @pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"PK\x03\x04", b"\x80\x04\x95cos\nsystem\n"])
@@ -184,7 +184,7 @@ def test_files_that_are_no_arrays_are_refused(tmp_path: Path, content: bytes) ->
     for name in ("a.npy", "a.npz"):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(CalibError, match=rf"{name}"):
-            open_dataset([GREY], [Folder("image", tmp_path)], 1, "NPY", ImageOptions())
+            open_dataset([GREY], {"image": tmp_path}, 1, "NPY", ImageOptions())
         (tmp_path / name).unlink()
 
 
@@ -196,7 +196,7 @@ def test_pickled_objects_are_never_unpacked(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.array([Evil()], dtype=object), allow_pickle=True)
     np.savez(tmp_path / "b.npz", image=np.array([Evil()], dtype=object))
     with pytest.raises(CalibError, match=r"a\.npy"):
-        open_dataset([GREY], [Folder("image", tmp_path)], 2, "NPY", ImageOptions())
+        open_dataset([GREY], {"image": tmp_path}, 2, "NPY", ImageOptions())
     assert not (tmp_path / "executed").exists()
 
 
@@ -206,7 +206,7 @@ def test_ten_thousand_files_are_listed_in_no_time(tmp_path: Path) -> None:
     for number in range(1, 10_000):
         (tmp_path / f"{number}.png").hardlink_to(first)
     start = time.perf_counter()
-    data = open_dataset([GREY], [Folder("image", tmp_path)], 4, "IMAGE", ImageOptions(), workers=1)
+    data = open_dataset([GREY], {"image": tmp_path}, 4, "IMAGE", ImageOptions(), workers=1)
     assert time.perf_counter() - start < 5
     assert [data.files(i)[0].name for i in range(4)] == ["0.png", "1.png", "2.png", "3.png"]
 

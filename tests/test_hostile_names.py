@@ -100,6 +100,6 @@ def test_names_stay_text_everywhere(qconvert: Command, tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["=1+1", "+1", "-1", "@SUM(A1)", "\t=1", "\r=1"])
 def test_a_formula_in_a_table_stays_text(tmp_path: Path, name: str) -> None:
-    write_table(tmp_path / "t.csv", ("Name", "Value"), [(name, -1.5)])
+    write_table(tmp_path / "t.csv", [("Name", "Value"), (name, -1.5)])
     with (tmp_path / "t.csv").open(newline="", encoding="utf-8") as file:
         assert list(csv.reader(file))[1] == [f"'{name}", "-1.5"]

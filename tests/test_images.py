@@ -86,7 +86,7 @@ def test_mean_and_std_are_in_the_order_of_the_format(tmp_path: Path) -> None:
 
 def test_the_result_is_contiguous_float32(tmp_path: Path) -> None:
     path = picture(tmp_path / "a.png", noise(6, 8))
-    array = load_image(path, ImageOptions("BGR", crop_width=3, crop_height=3), 3)
+    array = load_image(path, ImageOptions("BGR", center_crop_width=3, center_crop_height=3), 3)
     assert array.flags.c_contiguous and array.flags.writeable and array.dtype == np.float32
 
 
@@ -231,9 +231,9 @@ def test_short_side_keeps_the_proportions(
 def test_crop_offsets_are_floored(tmp_path: Path) -> None:
     pixels = noise(6, 9)
     path = picture(tmp_path / "a.png", pixels)
-    cropped = load_image(path, ImageOptions(crop_width=4, crop_height=3), 3)
+    cropped = load_image(path, ImageOptions(center_crop_width=4, center_crop_height=3), 3)
     assert np.array_equal(cropped, pixels[1:4, 2:6])
-    assert np.array_equal(load_image(path, ImageOptions(crop_width=9, crop_height=6), 3), pixels)
+    assert np.array_equal(load_image(path, ImageOptions(center_crop_width=9, center_crop_height=6), 3), pixels)
 
 
 def test_usual_classifier_preprocessing(tmp_path: Path) -> None:
@@ -242,7 +242,9 @@ def test_usual_classifier_preprocessing(tmp_path: Path) -> None:
     smooth.save(tmp_path / "a.jpg")
     resized = Image.open(tmp_path / "a.jpg").convert("RGB").resize((341, 256), Image.Resampling.BILINEAR)
     expected = (np.asarray(resized.crop((58, 16, 282, 240)), np.float64) - 127.5) / 127.5
-    options = ImageOptions("RGB", (127.5,) * 3, (127.5,) * 3, resize_short_side=256, crop_width=224, crop_height=224)
+    options = ImageOptions(
+        "RGB", (127.5,) * 3, (127.5,) * 3, resize_short_side=256, center_crop_width=224, center_crop_height=224
+    )
     actual = load_image(tmp_path / "a.jpg", options, 3)
     assert np.abs(actual - expected).max() <= 1.01 / 127.5
     assert np.abs(actual - expected).mean() <= 0.4 / 127.5
@@ -254,7 +256,7 @@ def test_usual_classifier_preprocessing(tmp_path: Path) -> None:
 def test_crop_larger_than_the_picture(tmp_path: Path) -> None:
     path = picture(tmp_path / "small.png", noise(5, 8))
     with pytest.raises(CalibError, match=r"small\.png: the picture is 8x5 .* center_crop_height = 6x6"):
-        load_image(path, ImageOptions(crop_width=6, crop_height=6), 3)
+        load_image(path, ImageOptions(center_crop_width=6, center_crop_height=6), 3)
 
 
 @pytest.mark.parametrize("kept", [0, 10, 60, 0.5])
@@ -324,9 +326,9 @@ def test_pillows_own_limit_is_a_calib_error_outside_of_tests_too(tmp_path: Path,
     [
         (ImageOptions("GRAY"), 3, r"image_to_format = GRAY does not suit .* 3 channel.*write RGB or BGR\."),
         (ImageOptions("RGB"), 1, r"image_to_format = RGB does not suit .* 1 channel.*write GRAY\."),
-        (ImageOptions(mean=(1.0,)), 3, r"normalize_mean has 1 number.* 3 channel.*write 3\."),
-        (ImageOptions(std=(1.0, 1.0, 1.0)), 1, r"normalize_std has 3 number.* 1 channel.*write 1\."),
-        (ImageOptions(std=(1.0, 0.0, 1.0)), 3, r"normalize_std must not hold 0"),
+        (ImageOptions(normalize_mean=(1.0,)), 3, r"normalize_mean has 1 number.* 3 channel.*write 3\."),
+        (ImageOptions(normalize_std=(1.0, 1.0, 1.0)), 1, r"normalize_std has 3 number.* 1 channel.*write 1\."),
+        (ImageOptions(normalize_std=(1.0, 0.0, 1.0)), 3, r"normalize_std must not hold 0"),
     ],
 )
 def test_options_that_do_not_suit_the_input(options: ImageOptions, channels: int, message: str) -> None:

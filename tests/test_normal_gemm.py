@@ -8,7 +8,7 @@ from graphs import assert_same, build, frozen, normal, prepared, types
 from onnx_ir.passes.common import ShapeInferencePass
 
 from converter.model import constant
-from converter.prepare.normal_gemm import NormalGemmPass
+from converter.prepare.normal_gemm import normal_gemm
 
 ROWS = "g (float[3,4] x) => (float[] y)"
 WEIGHT = {"w": normal(4, 4)}
@@ -18,9 +18,9 @@ def normalized(graph, changed=True, feeds=None, **constants):
     model = build(graph, **constants)
     ShapeInferencePass()(model)
     before = frozen(model)
-    assert NormalGemmPass()(model).modified is changed
+    assert normal_gemm(model) is changed
     assert_same(before, model, feeds or {"x": normal(3, 4)})
-    assert not NormalGemmPass()(model).modified
+    assert not normal_gemm(model)
     return model
 
 
@@ -69,7 +69,7 @@ def test_a_product_of_integers_stays():
 
 def test_a_function_of_another_domain_stays():
     for nodes in ("m = local.MatMul (x, w)  y = Add (m, b)", "m = MatMul (x, w)  y = local.Add (m, b)"):
-        assert not NormalGemmPass()(build(f"{ROWS} {{ {nodes} }}", **WEIGHT, b=normal(4))).modified
+        assert not normal_gemm(build(f"{ROWS} {{ {nodes} }}", **WEIGHT, b=normal(4)))
 
 
 @pytest.mark.parametrize("transposed", [0, 1])

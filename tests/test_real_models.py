@@ -31,7 +31,15 @@ class Case:
 
 
 PICTURES = "input_type = IMAGE\n"
+IMAGENET = PICTURES + "resize_short_side = 256\ncenter_crop_width = 224\ncenter_crop_height = 224\n"
 CASES = (
+    Case(
+        "mobilenet_v1_0.75_224",
+        "input",
+        "imagenet/calib",
+        IMAGENET + "normalize_mean = [127.5, 127.5, 127.5]\nnormalize_std = [127.5, 127.5, 127.5]",
+        0.95,
+    ),
     Case(
         "resnet20_cifar10",
         "input",
@@ -45,9 +53,7 @@ CASES = (
         "super_resolution_224",
         "input",
         "imagenet/calib",
-        PICTURES
-        + "resize_short_side = 256\ncenter_crop_width = 224\ncenter_crop_height = 224\n"
-        + "normalize_mean = [0]\nnormalize_std = [255]",
+        IMAGENET + "normalize_mean = [0]\nnormalize_std = [255]",
         0.999,
     ),
 )
@@ -84,6 +90,9 @@ def _sample(case: Case, scratch: Path) -> np.ndarray:
     if case.data == "cifar10/calib":
         pixels = (np.asarray(picture, np.float64) - [123.675, 116.28, 103.53]) / [58.395, 57.12, 57.375]
         return pixels.transpose(2, 0, 1)[None].astype(np.float32)
+    if case.model.startswith("mobilenet"):
+        pixels = np.asarray(picture.convert("RGB").resize((224, 224)), np.float32) / 127.5 - 1
+        return pixels.transpose(2, 0, 1)[None]
     grey = np.asarray(picture.convert("L").resize((28, 28) if case.data == "digits" else (224, 224)), np.float32)
     return grey[None, None] / np.float32(1 if case.data == "digits" else 255)
 

@@ -22,11 +22,12 @@ from running import Ear, InMemory, job, resources, write_config
 from test_weights import IMAGES, decided
 
 from calib.affine import Array
-from converter.alone import alone
+from converter.checks import saturating
+from converter.compare import output_errors
 from converter.config import load_config
 from converter.emit.qdq import emit
 from converter.errors import ConfigError
-from converter.findings import Verification
+from converter.findings import Findings, Verification
 from converter.job import Job
 from converter.model import load, saved
 from converter.pairs import pair
@@ -35,8 +36,7 @@ from converter.plan import QuantPlan
 from converter.quantized import Quantized
 from converter.report.findings import findings
 from converter.report.rounds import rounds, summary
-from converter.sensitivity import sensitivities
-from converter.verify import saturating
+from converter.sensitivity import alone, only
 from converter.version import __version__
 
 GRAPH = """g (float[1,4,8,8] x) => (float[1,6] y, float[1,6,8,8] z) {
@@ -234,7 +234,12 @@ def test_the_cheap_ranking_is_the_thorough_one():
     powers = {"w1": 4, "w2": 0.3, "w3": 30, "w4": 1, "w5": 1}
     spread = {n: normal(4, 4, 1, 1, seed=i) * positive(1, 4, 1, 1) ** k for i, (n, k) in enumerate(powers.items())}
     float_model, plan = decided(graph, IMAGES, **spread)
-    thorough = {s.node.name: s.sqnr_db for s in sensitivities(float_model, plan, InMemory(IMAGES), resources(), Ear())}
+    thorough = {}
+    for unit in plan.units():
+        by_itself = float_model.clone()
+        emit(by_itself, only(plan, unit))
+        (error,) = output_errors(float_model, by_itself, InMemory(IMAGES), 1)
+        thorough[unit.name] = error.sqnr_db
     quantized = float_model.clone()
     emit(quantized, plan)
     cheap = alone(pair(float_model, quantized, plan), InMemory(IMAGES), len(IMAGES), resources())
@@ -288,9 +293,8 @@ def test_models_of_other_tools_are_paired(foreign):
 def test_a_report_names_saturation_and_its_nodes(foreign):
     before, after = foreign
     result = Quantized(before, after, QuantPlan({}, {}), InMemory([{"x": DATA[:1]}]))
-    found = findings(
-        result, {}, (1, 1), Verification(**NOTHING, saturated=tuple(saturating(after))), resources(), Ear()
-    )
+    verified = Verification(**NOTHING, saturated=tuple(saturating(after)))
+    found = findings(result, Findings({}, (1, 1), verified), resources(), Ear())
     assert any(line.startswith("Saturation: the weights of one, two") for line in found.advice)
     assert {node.name for node in found.nodes if "saturate" in node.advice} == {"one, two", "conv", "gemm"}
 
@@ -317,7 +321,7 @@ def test_a_report_names_mixed_ranges(tmp_path, small, named):
     (tmp_path / "float.onnx").write_bytes(frozen(before))
     quantize_static(tmp_path / "float.onnx", tmp_path / "other.onnx", Reader(DATA), quant_format=QuantFormat.QDQ)
     result = Quantized(before, load(tmp_path / "other.onnx"), QuantPlan({}, {}), InMemory([{"x": DATA[:1]}]))
-    found = findings(result, {}, (1, 1), None, resources(), Ear())
+    found = findings(result, Findings({}, (1, 1), None), resources(), Ear())
     advice = {node.name: node.advice for node in found.nodes}
     assert ("mixed ranges" in advice["tail"]) == named
     assert any(line.startswith("Mixed ranges: the inputs of tail ") for line in found.advice) == named
@@ -334,7 +338,7 @@ def test_a_report_names_what_is_cut_off():
     quantized = float_model.clone()
     emit(quantized, plan.with_qparams({h: narrow}))
     result = Quantized(float_model, quantized, plan, InMemory(samples))
-    found = findings(result, {}, (1, 1), None, resources(), Ear())
+    found = findings(result, Findings({}, (1, 1), None), resources(), Ear())
     advice = {node.name: node.advice for node in found.nodes}
     assert "of h is cut off" in advice["first"]
     assert any(line.startswith("Much is cut off at first") for line in found.advice)

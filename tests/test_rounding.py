@@ -331,3 +331,18 @@ def test_pairs_widen_the_scale_until_they_fit():
     assert search_scales(weight, np.ones((1, 8)), PLAIN, True)[0, 0] == pytest.approx(0.01, rel=0.001)
     widened = search_scales(weight, np.ones((1, 8)), PAIRED, True)
     assert np.abs(weight - widened[..., None] * nearest(weight / widened[..., None], PAIRED)).max() < 0.005
+
+
+@pytest.mark.parametrize("limit", [None, 128])
+def test_given_codes_stay_and_the_others_make_up_for_them(limit):
+    rng = np.random.default_rng(0)
+    x = rng.normal(size=(200, 7)) @ rng.normal(size=(7, 7))
+    weight, moments, grid = rng.normal(size=(1, 5, 7)), (x.T @ x)[None] / 200, Grid(IntFormat(8, signed=True), limit)
+    fixed = np.where(rng.random(weight.shape) < 0.4, 0.0, np.nan)
+    scale = np.full((1, 5), 0.05)
+    codes = compensated(weight, scale, moments, grid, fixed)
+    given = ~np.isnan(fixed)
+    assert (codes[given] == 0).all()
+    naive = np.where(given, 0.0, np.clip(np.rint(weight / 0.05), -127, 127))
+    costs = [np.einsum("grk,gkl,grl->", e, moments, e) for e in (weight - 0.05 * c for c in (codes, naive))]
+    assert costs[0] < 0.95 * costs[1]

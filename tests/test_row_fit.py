@@ -140,3 +140,20 @@ def test_codes_of_a_trellis_stand_for_its_points():
     weight, moments = problem(3, rows=13, columns=64)
     rows = fit(weight, moments, Grids(IntFormat(3, signed=False, trellis=True)))
     np.testing.assert_array_equal(trellis.points(rows.codes()[0].T, 3).T, rows.points[0])
+
+
+@pytest.mark.parametrize("data", [False, True])
+@pytest.mark.parametrize("bits", [2, 4, 8])
+def test_pruned_weights_stay_zeros_and_the_others_make_up_for_it(bits, data):
+    found = nearest = 0.0
+    for seed in range(5):
+        weight, moments = problem(seed, columns=16)
+        kept = np.random.default_rng(seed).random(weight.shape) > 0.6
+        pruned = np.where(kept, weight, 0.0)
+        rows = fit(pruned, moments if data else None, grids(bits, integer_zero=True), kept)
+        assert (rows.values()[~kept] == 0).all()
+        found += errors(pruned, rows, moments).sum()
+        step = np.abs(pruned).max(axis=2, keepdims=True) / ((1 << bits) // 2 - 0.5)
+        rounded = np.rint(pruned / step) * step - pruned
+        nearest += np.einsum("grk,gkl,grl->gr", rounded, moments, rounded).sum()
+    assert found < (0.6 if data else 1.0) * nearest

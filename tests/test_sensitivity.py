@@ -5,19 +5,31 @@ from __future__ import annotations
 import math
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from graphs import build, normal, types
 from hypothesis import given
 from hypothesis import strategies as st
-from running import Ear, InMemory, resources
+from running import InMemory, resources
 from test_weights import BATCHES, IMAGES, decided
 
+from calib.samples import Sample
+from converter.compare import output_errors
 from converter.emit.qdq import emit
 from converter.errors import DataError
 from converter.model import saved
-from converter.sensitivity import fewest, only, output_drop, read_labels, sensitivities, top1
+from converter.pairs import pair
+from converter.plan import QuantPlan
+from converter.sensitivity import Alone, alone, fewest, only, output_drop, read_labels, top1
 
 ROWS = "g (float[5,8] x) => (float[] y)"
+
+
+def by_themselves(model: ir.Model, plan: QuantPlan, samples: list[Sample]) -> dict[str, Alone]:
+    """What every node of the plan does alone, over all samples."""
+    quantized = model.clone()
+    emit(quantized, plan)
+    return alone(pair(model, quantized, plan), InMemory(samples), len(samples), resources())
 
 
 def test_the_node_with_the_coarsest_integers_comes_first():
@@ -26,12 +38,11 @@ def test_the_node_with_the_coarsest_integers_comes_first():
     samples = [{"x": sample["x"] * sizes} for sample in BATCHES]
     graph = f"{ROWS} {{ [rough] a = Gemm (x, k)  [fine] c = Gemm (a, t)  [last] y = Gemm (c, t) }}"
     model, plan = decided(graph, samples, k=normal(8, 6) / (10 * sizes[:, None]))
-    found = sensitivities(model, plan, InMemory(samples), resources(), Ear())
-    assert {s.node.name for s in found} == {"rough", "fine", "last"}
-    assert found[0].node.name == "rough"
-    assert [s.sqnr_db for s in found] == sorted(s.sqnr_db for s in found)
-    assert found[0].sqnr_db < 15 < 30 < found[1].sqnr_db
-    assert found[0].cosine < 0.99 < min(s.cosine for s in found[1:]) < 1
+    found = {name: cost.output for name, cost in by_themselves(model, plan, samples).items()}
+    assert found.keys() == {"rough", "fine", "last"}
+    rough = found.pop("rough")
+    assert rough.sqnr_db < 15 < 30 < min(error.sqnr_db for error in found.values())
+    assert rough.cosine < 0.99 < min(error.cosine for error in found.values()) < 1
 
 
 def test_one_unit_is_quantized_alone():
@@ -55,9 +66,41 @@ def test_a_node_that_costs_nothing_is_infinitely_good():
     whole = np.diag([127] * 8)[:, :6].astype(np.float32)
     samples = [{"x": np.tile(np.array([0, 255] * 4, np.float32), (5, 1))}]
     model, plan = decided(graph, samples, m=whole, correct=False)
-    (found,) = sensitivities(model, plan, InMemory(samples), resources(), Ear())
+    found = by_themselves(model, plan, samples)["one"].output
     assert found.sqnr_db > 100
     assert found.cosine == pytest.approx(1)
+
+
+def test_a_float_that_is_an_output_and_becomes_integers():
+    graph = "g (float[5,8] x) => (float[] a, float[] y) { a = Tanh (x)  [one] y = Gemm (a, m) }"
+    model, plan = decided(graph, BATCHES)
+    quantized = model.clone()
+    emit(quantized, plan)
+    lost = next(e for e in output_errors(model, quantized, InMemory(BATCHES), 1) if e.name == "y")
+    found = by_themselves(model, plan, BATCHES)["one"]
+    # Nothing else is quantized.
+    assert found.output.name == "y"
+    assert found.output.sqnr_db == pytest.approx(lost.sqnr_db, abs=0.01)
+
+
+def test_a_tensor_of_one_number():
+    graph = "g (float[5,8] x) => (float[] y) { [one] a = Gemm (x, m)  s = ReduceSum <keepdims = 0> (a)  y = Abs (s) }"
+    model = build(graph, m=normal(8, 6))
+    quantized = build(
+        """g (float[5,8] x) => (float[] y) {
+            [one] a = Gemm (x, m)  s = ReduceSum <keepdims = 0> (a)
+            q = QuantizeLinear (s, k, z)  d = DequantizeLinear (q, k, z)  y = Abs (d)
+        }""",
+        m=normal(8, 6),
+        k=np.float32(0.5),
+        z=np.uint8(128),
+    )
+    found = alone(pair(model, quantized, QuantPlan({}, {})), InMemory(BATCHES), len(BATCHES), resources())
+    sums = np.array([np.sum(sample["x"].astype(np.float64) @ normal(8, 6)) for sample in BATCHES])
+    codes = np.clip(np.rint(sums / 0.5), -128, 127) * 0.5
+    (error,) = (cost.output for cost in found.values())
+    expected = 10 * np.log10(np.sum(sums**2) / np.sum((np.abs(codes) - np.abs(sums)) ** 2))
+    assert error.sqnr_db == pytest.approx(expected, abs=0.01)
 
 
 # --- what the output loses -------------------------------------------------------------------------------------------

@@ -102,7 +102,7 @@ def test_pictures_of_one_batch_must_agree(tmp_path: Path) -> None:
 )
 def test_input_dtypes(tmp_path: Path, dtype: str, expected: list[float]) -> None:
     Image.fromarray(np.array([[0, 99, 101, 103, 255]], np.uint8)).save(tmp_path / "a.png")
-    image = ImageOptions(mean=(100.0,), std=(2.0,))
+    image = ImageOptions(normalize_mean=(100.0,), normalize_std=(2.0,))
     array = only(opened(spec(1, 1, 1, 5, dtype=dtype), tmp_path, "IMAGE", 1, image))
     assert array.dtype == dtype and array.ravel().tolist() == expected
 
@@ -110,7 +110,7 @@ def test_input_dtypes(tmp_path: Path, dtype: str, expected: list[float]) -> None
 @pytest.mark.parametrize(("dtype", "expected"), [("uint8", [0, 255]), ("int8", [-128, 127])])
 def test_integer_inputs_are_clipped(tmp_path: Path, dtype: str, expected: list[int]) -> None:
     Image.fromarray(np.array([[0, 255]], np.uint8)).save(tmp_path / "a.png")
-    image = ImageOptions(mean=(100.0,), std=(0.5,))
+    image = ImageOptions(normalize_mean=(100.0,), normalize_std=(0.5,))
     assert only(opened(spec(1, 1, 1, 2, dtype=dtype), tmp_path, "IMAGE", 1, image)).ravel().tolist() == expected
 
 

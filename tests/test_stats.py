@@ -83,8 +83,7 @@ def test_counts_and_extremes(samples):
 def test_extremes_of_each_sample_by_index(samples):
     stats = stats_of(samples)
     finite = [[v for v in sample if math.isfinite(v)] for sample in samples]
-    assert stats.sample_lo.tolist() == [min(sample) for sample in finite if sample]
-    assert stats.sample_hi.tolist() == [max(sample) for sample in finite if sample]
+    assert stats.sample_extremes.tolist() == [[min(sample), max(sample)] for sample in finite if sample]
 
 
 @given(st.lists(FLOATS, min_size=1, max_size=40))
@@ -172,7 +171,7 @@ def test_scalars_and_empty_arrays():
     stats = TensorStats(True, True)
     stats.update(np.float32(3.0), 4)
     stats.update(np.empty((0, 7), np.float32), 9)
-    assert (stats.count, stats.lo, stats.hi, stats.sample_lo.tolist()) == (1, 3.0, 3.0, [3.0])
+    assert (stats.count, stats.lo, stats.hi, stats.sample_extremes.tolist()) == (1, 3.0, 3.0, [[3.0, 3.0]])
 
 
 def test_memory_does_not_depend_on_the_number_of_samples():
@@ -214,6 +213,6 @@ def test_what_was_not_kept_is_not_given():
     with pytest.raises(ValueError, match="without a histogram"):
         plain.histogram()
     with pytest.raises(ValueError, match="without the extremes of each sample"):
-        _ = plain.sample_lo
+        _ = plain.sample_extremes
     with pytest.raises(ValueError, match="different things"):
         plain.merge(TensorStats(True))

@@ -17,9 +17,9 @@ from converter.job import Job
 from converter.model import constant, load
 from converter.pipeline import convert
 from converter.prepare import prepare
-from converter.prepare.share_shapes import ShareShapesPass
-from converter.prepare.smooth import SmoothPass, linear_in
-from converter.prepare.tie import TiePass
+from converter.prepare.share import share_shapes
+from converter.prepare.smooth import divide_channels, linear_in
+from converter.prepare.tie import tie
 
 VOCABULARY, WIDTH = 600, 64
 TABLE = normal(VOCABULARY, WIDTH)
@@ -70,7 +70,7 @@ def test_a_weight_of_its_own_and_a_table_as_it_is_are_not_tied():
     other[0, 0] += 1
     square = build(f"{LM} {{ h = Gather (t, ids)  y = MatMul (h, t) }}", t=normal(WIDTH, WIDTH))
     for model in (language_model("", t=other), square):
-        assert not TiePass()(model).modified
+        assert not tie(model)
 
 
 MODES = {
@@ -133,7 +133,7 @@ def test_dimensions_that_may_differ_are_read_each(shapes):
     model = build(text.replace("?,?", "A,?") if "?" in text else text)
     if shapes[0] is None:
         model.graph.inputs[0].shape = None
-    assert not ShareShapesPass()(model).modified
+    assert not share_shapes(model)
 
 
 # --- channels that stand out -----------------------------------------------------------------------------------------
@@ -167,7 +167,7 @@ def test_the_values_of_attention_take_the_division_in(split):
     model = attention(split)
     before, count = frozen(model), len(types(model))
     assert places(model) == [("v", 1), ("vb", 0)]
-    SmoothPass({"m": np.linspace(1, 9, WIDTH)}, {"m": [named(model, "out")]})(model)
+    divide_channels(model, {"m": np.linspace(1, 9, WIDTH)}, {"m": [named(model, "out")]})
     assert len(types(model)) == count
     wanted, found = (run(m, STATE)["y"] for m in (before, model))
     np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())
@@ -218,7 +218,7 @@ def test_a_gemm_takes_the_division_in_with_its_bias(transposed):
     text = f"[p] p = Gemm <transB = {int(transposed)}> (x, w, b)  [out] y = Gemm <transB = {int(transposed)}> (p, v)"
     model = build(f"g (float[N,64] x) => (float[] y) {{ {text} }}", w=weight, v=WEIGHTS["wo"], b=normal(WIDTH))
     before = frozen(model)
-    SmoothPass({"p": np.linspace(1, 9, WIDTH)}, {"p": [named(model, "out")]})(model)
+    divide_channels(model, {"p": np.linspace(1, 9, WIDTH)}, {"p": [named(model, "out")]})
     assert types(model) == ["Gemm", "Gemm"]
     wanted, found = (run(m, {"x": STATE["x"][0]})["y"] for m in (before, model))
     np.testing.assert_allclose(found, wanted, atol=1e-5 * np.abs(wanted).max())

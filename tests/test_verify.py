@@ -13,14 +13,15 @@ from running import Ear, InMemory, job, resources
 
 from calib.affine import Array
 from calib.images import ImageOptions
-from calib.samples import Dataset, Folder, InputSpec, open_dataset
+from calib.samples import Dataset, InputSpec, open_dataset
+from converter.checks import saturating
 from converter.config import load_config
 from converter.findings import Verification
 from converter.pipeline import convert
 from converter.plan import QuantPlan
 from converter.quantized import Quantized
 from converter.report.text import verification_lines
-from converter.verify import _difference, saturating, verify
+from converter.verify import _difference, verify
 
 ROWS = "g (float[1,3] x) => (float[1,3] y) { y = Add (x, k) }"
 
@@ -215,7 +216,7 @@ def test_verification_is_left_out(tmp_path):
 def test_further_samples_of_a_dataset(tmp_path):
     np.save(tmp_path / "x.npy", np.arange(7, dtype=np.float32)[:, None])
     spec = InputSpec("x", np.dtype(np.float32), (1, 1))
-    first = open_dataset([spec], [Folder("x", tmp_path / "x.npy")], 3, "NPY", ImageOptions())
+    first = open_dataset([spec], {"x": tmp_path / "x.npy"}, 3, "NPY", ImageOptions())
     behind = first.further(3)
     assert [float(behind.sample(i)["x"][0, 0]) for i in range(len(behind))] == [3, 4, 5]
     assert [float(behind.further(9).sample(0)["x"][0, 0]), len(behind.further(9))] == [6, 1]

@@ -12,6 +12,7 @@ import pytest
 from graphs import build, frozen, normal, run
 from running import Ear, write_config
 
+from calib.affine import dequantize
 from converter import pipeline
 from converter.config import load_config
 from converter.job import Job
@@ -191,3 +192,24 @@ def test_a_search_keeps_the_cosine(tmp_path, mixed):
     wanted, found = all_outputs(frozen(model), x), all_outputs(data, x)
     assert wanted @ found / np.linalg.norm(wanted) / np.linalg.norm(found) >= 0.99
     assert any("cosine" in line for line in ear.said)
+
+
+@pytest.mark.parametrize("data", [None, np.abs(normal(16, 8, 9, 9)) + 1])
+def test_pruned_weights_stay_zeros(tmp_path, data):
+    keep = np.random.default_rng(0).random(SHAPES["w1"]) > 0.5
+    model = build(CONV, **{**WEIGHTS, "w1": WEIGHTS["w1"] * keep})
+    outcome, _ = converted(tmp_path, model, data, {"bit_num": 4})
+    weight = next(w for w in outcome.plan.stored.values() if w.codes.shape == keep.shape)
+    found = dequantize(weight.codes, weight.qparams)
+    assert (found[~keep] == 0).all()
+    assert (found[keep] != 0).mean() > 0.8
+
+
+def test_weights_that_no_walk_sees_say_so(tmp_path):
+    text = """g (float[2,8,9,9] x) => (float[2,4,9,9] y) {
+        a = Conv <pads=[1,1,1,1]> (x, w1)  r = Relu (a)  y = ConvTranspose <pads=[1,1,1,1]> (r, w2) }"""
+    model = build(text, w1=normal(16, 8, 3, 3), w2=normal(16, 4, 3, 3))
+    outcome, _ = converted(tmp_path, model, normal(4, 8, 9, 9), {"bit_num": 4})
+    reasons = {node.op_type: node.reason for node in outcome.plan.nodes.values()}
+    assert reasons["ConvTranspose"] == "weights stored in 4 bits, rounded without data"
+    assert reasons["Conv"] == "weights stored in 4 bits"

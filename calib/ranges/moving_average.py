@@ -15,7 +15,7 @@ def moving_average(stats: TensorStats, spec: RangeSpec) -> Range:
     m_0 = x_0, m_t = (1 - c) * m_(t-1) + c * x_t with c the averaging constant: Jacob et al. 2018, section 3.1, and
     PyTorch's MovingAverageMinMaxObserver. The order is that of the sample indices, whatever order they were taken in.
     """
-    lows, highs = stats.sample_lo.astype(np.float64), stats.sample_hi.astype(np.float64)
+    lows, highs = stats.sample_extremes.astype(np.float64).T
     c = spec.averaging_constant
     weights = (1 - c) ** np.arange(lows.size - 1, -1, -1.0)
     weights[1:] *= c
@@ -27,5 +27,5 @@ def range_abs_max(stats: TensorStats, spec: RangeSpec) -> Range:
 
     PaddlePaddle's fake_quantize_range_abs_max, whose window is 10,000 steps too.
     """
-    threshold = float(np.maximum(-stats.sample_lo, stats.sample_hi)[-spec.window :].max())
+    threshold = float(np.abs(stats.sample_extremes[-spec.window :]).max())
     return within_data(stats, -threshold, threshold)

@@ -25,6 +25,8 @@ from calib.affine import SMALLEST_SCALE, Array, IntFormat
 DAMPING = 0.01
 # Columns rounded before the others hear of their errors: even, so that no pair is parted.
 BLOCK = 32
+# Share of zeros from which a weight counts as pruned.
+PRUNED = 0.3
 # Weights of one search step: few enough to stay in cache.
 CHUNK = 1 << 15
 # Weights of rows that are fitted together, where each row is fitted by itself.
@@ -52,9 +54,17 @@ class Grid:
     pair_limit: int | None = None
 
 
-def row_parts(weight: Array) -> list[Array]:
-    """`weight` (groups, rows, columns) in parts of rows: what is made of a large one need not be in memory at once."""
-    return np.array_split(weight, max(1, -(-weight.size // PART)), axis=1)
+def row_parts(weight: Array) -> list[slice]:
+    """Parts of the rows of `weight` (groups, rows, columns), so that little of what is made of it is in memory."""
+    rows = PART * weight.shape[1] // max(1, weight.size)
+    step = max(1, rows // trellis.GROUP) * trellis.GROUP
+    return [slice(start, start + step) for start in range(0, weight.shape[1], step)]
+
+
+def kept_weights(weight: Array) -> Array | None:
+    """Where a pruned weight is not 0, as it should stay; None where too few are 0 to be meant."""
+    kept = weight != 0
+    return kept if kept.mean() <= 1 - PRUNED else None
 
 
 def search_scales(weight: Array, importance: Array, grid: Grid, per_channel: bool) -> Array:
@@ -64,7 +74,7 @@ def search_scales(weight: Array, importance: Array, grid: Grid, per_channel: boo
     `per_channel` false all rows get one scale. A row without weights gets scale 1.
     """
     if per_channel and len(parts := row_parts(weight)) > 1:
-        return np.concatenate([search_scales(part, importance, grid, per_channel) for part in parts], axis=1)
+        return np.concatenate([search_scales(weight[:, i], importance, grid, per_channel) for i in parts], axis=1)
     loudest = importance.max(axis=1, keepdims=True)
     heard = (importance > SILENT * loudest) | (loudest == 0)
     magnitude = np.abs(weight) * heard[:, None]
@@ -127,22 +137,23 @@ def chosen(aims: Array, weights: Array, fmt: IntFormat) -> Array:
     return trellis.points(trellis.nearest(flat, weights.reshape(-1), fmt.bits), fmt.bits).reshape(aims.shape)
 
 
-def compensated(weight: Array, scale: Array, moments: Array, grid: Grid) -> Array:
+def compensated(weight: Array, scale: Array, moments: Array, grid: Grid, fixed: Array | None = None) -> Array:
     """Points of `weight` (groups, rows, columns) for `scale` (groups, rows): codes, or the levels of a trellis.
 
     `moments` (groups, columns, columns) are E[x x'] of the inputs. Columns of large ones are rounded first, pairs one
-    after the other.
+    after the other. `fixed`, as the weight, are points that are given, NaN where they are to be found.
     """
     damping, columns = DAMPING * np.einsum("gkk->g", moments) / moments.shape[1], weight.shape[2]
+    codes = np.full(weight.shape, np.nan) if fixed is None else fixed.copy()
     if grid.pair_limit is not None and columns % 2:
         # A silent partner for the last column: from here on all are in pairs.
-        weight, moments = np.pad(weight, ((0, 0), (0, 0), (0, 1))), np.pad(moments, ((0, 0), (0, 1), (0, 1)))
+        weight, codes = (np.pad(x, ((0, 0), (0, 0), (0, 1))) for x in (weight, codes))
+        moments = np.pad(moments, ((0, 0), (0, 1), (0, 1)))
     order = _order(np.einsum("gkk->gk", moments), 1 if grid.pair_limit is None else 2)
     group, column = np.arange(len(order)), order.T
     # Inside, columns stand first: (columns, groups, rows).
-    scaled = (weight / scale[..., None])[group, :, column]
-    codes = np.empty(weight.shape)
-    codes[group, :, column] = _sequential(scaled, scale, _root(moments, order, damping), grid)
+    scaled, given = (x[group, :, column] for x in (weight / scale[..., None], codes))
+    codes[group, :, column] = _sequential(scaled, given, scale, _root(moments, order, damping), grid)
     return codes[:, :, :columns]
 
 
@@ -162,21 +173,21 @@ def _root(moments: Array, order: Array, damping: Array) -> Array:
     return np.linalg.cholesky(damped)[:, ::-1, ::-1]
 
 
-def _sequential(scaled: Array, scale: Array, root: Array, grid: Grid) -> Array:
-    """Codes of `scaled` (columns, groups, rows), each column aimed at what makes up for the errors e before it.
+def _sequential(scaled: Array, codes: Array, scale: Array, root: Array, grid: Grid) -> Array:
+    """Fills `codes` of `scaled` (columns, groups, rows), each column aimed at what makes up for the errors e before it.
 
     The output error |V' e|^2 loses its k-th term where e_k = -sum of V_jk e_j / V_kk over j < k.
     """
     diagonal = np.einsum("gkk->gk", root)
     ratio = root / diagonal[:, None, :]
     share = _shares(ratio, diagonal)
-    codes, errors = np.empty_like(scaled), np.empty_like(scaled)
+    errors = np.empty_like(scaled)
     for start in range(0, len(scaled), BLOCK):
         block = slice(start, start + BLOCK)
         carried = np.matmul(ratio[:, :start, block].swapaxes(1, 2), errors[:start].swapaxes(0, 1))
         within = ratio[:, block, block].transpose(1, 2, 0)[..., None]
         weights = [np.square(scale * step[:, None]) for step in diagonal[:, block].T]
-        codes[block] = _block(scaled[block], carried.swapaxes(0, 1), within, share[block], weights, grid)
+        _fill(codes[block], scaled[block], carried.swapaxes(0, 1), within, share[block], weights, grid)
         errors[block] = scaled[block] - codes[block]
     return codes
 
@@ -192,12 +203,14 @@ def _shares(ratio: Array, diagonal: Array) -> Array:
     return shares.T[..., None]
 
 
-def _block(scaled: Array, carried: Array, ratio: Array, share: Array, weights: Sequence[Array], grid: Grid) -> Array:
+def _fill(
+    codes: Array, scaled: Array, carried: Array, ratio: Array, share: Array, weights: Sequence[Array], grid: Grid
+) -> None:
     """Codes of columns: `carried` is what they make up for, `ratio` (columns, columns, groups, 1) what they hand on.
 
     The first of a pair makes room for the second, which takes what is left.
     """
-    aim, codes = scaled + carried, np.empty_like(scaled)
+    aim = scaled + carried
     limit, fmt = grid.pair_limit, grid.format
     for k in range(len(aim)):
         target, low, high = aim[k], fmt.qmin, fmt.qmax
@@ -206,6 +219,6 @@ def _block(scaled: Array, carried: Array, ratio: Array, share: Array, weights: S
             target = _with_room(target, second, share[k], limit, fmt)
         elif limit is not None:
             low, high = np.maximum(low, -limit - codes[k - 1]), np.minimum(high, limit - codes[k - 1])
-        codes[k] = np.clip(np.rint(target), low, high) if limit is not None else chosen(target, weights[k], fmt)
+        found = np.clip(np.rint(target), low, high) if limit is not None else chosen(target, weights[k], fmt)
+        codes[k] = np.where(np.isnan(codes[k]), found, codes[k])
         aim[k + 1 :] += ratio[k, k + 1 :] * (scaled[k] - codes[k])
-    return codes

@@ -14,7 +14,7 @@ import numpy as np
 
 from calib import trellis
 from calib.affine import SMALLEST_SCALE, Array, IntFormat
-from converter.algorithms.rounding import DAMPING, Grid, chosen, compensated
+from converter.algorithms.rounding import DAMPING, Grid, chosen, compensated, row_parts
 from converter.emit.planes import HALF_BITS
 
 # Widths tried for the first grid, as shares of the one that covers all weights of a row.
@@ -62,24 +62,43 @@ class Grids:
     integer_zero: bool = False
 
 
-def fit(weight: Array, moments: Array | None, grids: Grids) -> Rows:
+def fit(weight: Array, moments: Array | None, grids: Grids, kept: Array | None = None) -> Rows:
     """The points of `weight` (groups, rows, columns); `moments` are (groups, columns, columns) or None.
 
-    Where a trellis is wanted, rows may still be too short for it: then codes stand for themselves.
+    Where `kept` is false, weights become exact zeros; grids must have integer ones then. Where a trellis is wanted,
+    rows may still be too short for it: then codes stand for themselves.
     """
-    importance = np.ones(weight.shape[::2]) if moments is None else np.einsum("gkk->gk", moments)
-    ways = {grids.format.trellis, False}
-    firsts = [_first(weight, importance, replace(grids, format=replace(grids.format, trellis=way))) for way in ways]
-    rows = min(firsts, key=lambda first: _weighted_error(weight, importance, first).sum())
-    grids = replace(grids, format=rows.format)
+    ways = [replace(grids, format=replace(grids.format, trellis=way)) for way in {grids.format.trellis, False}]
+    firsts = [_first(weight, moments, way) for way in ways]
+    (_, scale, zero), grids = min(zip(firsts, ways, strict=True), key=lambda found: found[0][0])
+    moments = None if moments is None else _damped(moments)
+
+    def better(part: slice) -> Rows:
+        free = None if kept is None else kept[:, part]
+        first = _zeroed(_on(weight[:, part], scale[:, part], zero[:, part], grids.format), free)
+        return _bettered(weight[:, part], moments, first, grids, free)
+
+    alone = moments is None and grids.per_row
+    parts = [better(part) for part in (row_parts(weight) if alone else [slice(None)])]
+    points = np.concatenate([rows.points for rows in parts], axis=1, dtype=np.float32, casting="same_kind")
+    scale, zero = (np.concatenate(x, axis=1) for x in zip(*((r.scale, r.zero) for r in parts), strict=True))
+    return Rows(points, scale, zero, grids.format)
+
+
+def _bettered(weight: Array, moments: Array | None, rows: Rows, grids: Grids, kept: Array | None) -> Rows:
     if moments is not None:
-        moments = _damped(moments)
         shifted = weight + (rows.scale * rows.zero)[..., None]
-        rows = replace(rows, points=compensated(shifted, rows.scale, moments, Grid(grids.format)))
+        fixed = None if kept is None else np.where(kept, np.nan, rows.zero[..., None])
+        rows = replace(rows, points=compensated(shifted, rows.scale, moments, Grid(grids.format), fixed))
     rounds = FEW_ROUNDS if weight.shape[2] >= LONG_ROW else ROUNDS
     for _ in range(rounds if grids.format.bits < HALF_BITS else 1):
-        rows = _descended(weight, moments, _refitted(weight, moments, rows, grids))
+        rows = _descended(weight, moments, _zeroed(_refitted(weight, moments, rows, grids), kept), kept)
     return rows
+
+
+def _zeroed(rows: Rows, kept: Array | None) -> Rows:
+    """The same with points that stand for 0 where weights are not `kept`."""
+    return rows if kept is None else replace(rows, points=np.where(kept, rows.points, rows.zero[..., None]))
 
 
 def with_variance(weight: Array, rows: Rows, grids: Grids) -> Rows:
@@ -87,11 +106,11 @@ def with_variance(weight: Array, rows: Rows, grids: Grids) -> Rows:
 
     A factor beyond 0.1 to 10 would follow from a row that is lost: it stays as it is.
     """
-    values = rows.values()
-    ratio = weight.std(axis=2) / np.maximum(values.std(axis=2), SMALLEST_SCALE)
+    deviation = rows.points.std(axis=2, dtype=np.float64) * rows.scale
+    ratio = weight.std(axis=2) / np.maximum(deviation, SMALLEST_SCALE)
     ratio = np.where((ratio > 0.1) & (ratio < 10), ratio, 1.0)
     scale = rows.scale * ratio
-    scale, zero = _storable(scale, rows.points.mean(axis=2) - weight.mean(axis=2) / scale, grids)
+    scale, zero = _storable(scale, rows.points.mean(axis=2, dtype=np.float64) - weight.mean(axis=2) / scale, grids)
     return replace(rows, scale=scale, zero=zero)
 
 
@@ -102,24 +121,24 @@ def _damped(moments: Array) -> Array:
     return damped
 
 
-def _first(weight: Array, importance: Array, grids: Grids) -> Rows:
-    """The nearest points on the best of grids around the middle of each row's weights, for a trellis their mean."""
+def _first(weight: Array, moments: Array | None, grids: Grids) -> tuple[float, Array, Array]:
+    """The best of grids around the middle of each row's weights, for a trellis their mean: error, scale and zero."""
     axis, coded = 2 if grids.per_row else None, grids.format.trellis
     low, high, mean = (np.broadcast_to(f(weight, axis=axis), weight.shape[:2]) for f in (np.min, np.max, np.mean))
     middle = mean if coded else (high + low) / 2
     width = 2 * np.maximum(high - middle, middle - low)
+    importance = np.ones(weight.shape[::2]) if moments is None else np.einsum("gkk->gk", moments)
+
+    def error(scale: Array, zero: Array) -> Array:
+        difference = _on(weight, scale, zero, grids.format).values() - weight
+        return np.asarray(np.matmul(difference**2, importance[..., None])[..., 0])
+
     tried = [_grid(share * width, middle, grids) for share in (TRELLIS_SHARES if coded else SHARES)]
-    fits = [_on(weight, *grid, grids.format) for grid in tried]
-    errors = np.stack([_weighted_error(weight, importance, rows) for rows in fits])
+    errors = np.stack([error(*grid) for grid in tried])
     if not grids.per_row:
         errors = np.broadcast_to(errors.sum(axis=(1, 2), keepdims=True), errors.shape)
     scale, zero = (np.choose(errors.argmin(axis=0), numbers) for numbers in zip(*tried, strict=True))
-    return _on(weight, scale, zero, grids.format)
-
-
-def _weighted_error(weight: Array, importance: Array, rows: Rows) -> Array:
-    found: Array = np.matmul((rows.values() - weight) ** 2, importance[..., None])[..., 0]
-    return found
+    return float(error(scale, zero).sum()), scale, zero
 
 
 def _on(weight: Array, scale: Array, zero: Array, fmt: IntFormat) -> Rows:
@@ -164,10 +183,10 @@ def _refitted(weight: Array, moments: Array | None, rows: Rows, grids: Grids) ->
     return Rows(points, *_storable(scale, np.where(safe, -offset / scale, rows.zero), grids), grids.format)
 
 
-def _descended(weight: Array, moments: Array | None, rows: Rows) -> Rows:
+def _descended(weight: Array, moments: Array | None, rows: Rows, kept: Array | None) -> Rows:
     """The same grids with every column moved once to its optimum, given all others."""
     if moments is None:
-        return _on(weight, rows.scale, rows.zero, rows.format)
+        return _zeroed(_on(weight, rows.scale, rows.zero, rows.format), kept)
     # Columns first: (columns, groups, rows).
     errors, points = (np.moveaxis(x, 2, 0).copy() for x in (weight - rows.values(), rows.points))
     aim, step = np.moveaxis(weight / rows.scale[..., None] + rows.zero[..., None], 2, 0), rows.scale
@@ -179,6 +198,7 @@ def _descended(weight: Array, moments: Array | None, rows: Rows) -> Rows:
             row, curvature = by_column[k][:, block].T[..., None], by_column[k][:, k, None]
             wanted = errors[k] - gradient[k - start] / curvature
             point = chosen(aim[k] - wanted / step, curvature * step**2, rows.format)
+            point = point if kept is None else np.where(kept[:, :, k], point, points[k])
             change = (points[k] - point) * step
             points[k], errors[k] = point, errors[k] + change
             gradient += row * change

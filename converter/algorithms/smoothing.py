@@ -19,7 +19,7 @@ from calib.session import open_session, over_samples, run
 from converter.job import Watch
 from converter.model import constant, saved
 from converter.plan import NodePlan
-from converter.prepare.smooth import SmoothPass, linear_in
+from converter.prepare.smooth import divide_channels, linear_in
 
 # Limits tried, as shares of the largest magnitude.
 LIMITS = 2.0 ** -np.arange(0, 5.5, 0.5)
@@ -43,7 +43,7 @@ def smooth(model: ir.Model, products: Iterable[NodePlan], data: Dataset, threads
     }
     factors = {name: values for name, values in found.items() if values is not None}
     watch.say(f"Channels that stand out in {len(factors)} of {len(readers)} tensors are moved into the weights.")
-    SmoothPass(factors, readers)(model)
+    divide_channels(model, factors, readers)
 
 
 def _readers(graph: ir.Graph, inputs: Mapping[str, str]) -> dict[str, list[ir.Node]]:

@@ -18,7 +18,7 @@ import onnx_ir as ir
 from calib.affine import Array, QParams, dequantize
 from calib.samples import Dataset
 from converter.algorithms.matrices import View, view_of
-from converter.algorithms.rounding import row_parts
+from converter.algorithms.rounding import kept_weights
 from converter.algorithms.row_fit import Grids, Rows, fit, with_variance
 from converter.emit.stored import as_floats, bias_of, emit_stored, planned
 from converter.job import Resources, Watch
@@ -72,8 +72,20 @@ class Fitter:
         if not self.options.by_outputs:
             return self.by_weights(plan)
         layers = _Layers(self, plan, alone)
+        plan = self._told_of_blind(plan, layers.seen)
         # What others read too, as a lookup does a tied table, may be needed before its product is decided.
         return layers.decide(self.by_weights(plan, [value for value in layers.seen if len(value.uses()) == 1]))
+
+    def _told_of_blind(self, plan: QuantPlan, seen: Collection[ir.Value]) -> QuantPlan:
+        """The plan whose reasons say which weights are rounded without data, as no walk sees what they multiply."""
+        blind = {
+            unit.name: replace(unit, reason=f"{unit.reason}, rounded without data")
+            for node, unit in planned(self.model, plan)
+            if any(_operand(node, wanted)[0] not in seen for wanted in unit.weights)
+        }
+        if blind:
+            self.watch.say(f"Rounded without data: the weights of {', '.join(blind)}.")
+        return replace(plan, nodes={**plan.nodes, **blind})
 
     def by_weights(self, plan: QuantPlan, but: Collection[ir.Value] = ()) -> QuantPlan:
         """The plan with every weight fitted by itself, but for some."""
@@ -99,27 +111,29 @@ def _stored_alone(array: Array, wanted: WeightPlan, options: Options) -> Quantiz
     # Channels first, all in one row where they share a grid, in several where blocks have their own.
     moved = np.moveaxis(array, wanted.axis or 0, 0)
     matrix = moved.reshape(1, 1, -1) if wanted.axis is None else moved.reshape(1, -1, wanted.block or moved[0].size)
-    rows = _fewest_bits(matrix, None, wanted, options)
-    if options.correct and not options.integer_zero:
+    kept = kept_weights(matrix)
+    rows = _fewest_bits(matrix, None, wanted, options, kept)
+    if options.correct and not options.integer_zero and kept is None:
         rows = with_variance(matrix, rows, Grids(rows.format))
     return _packed(rows, np.moveaxis(rows.codes().reshape(moved.shape), 0, wanted.axis or 0), wanted)
 
 
 def _fewest_bits(
-    weight: Array, moments: Array | None, wanted: WeightPlan, options: Options, judged: Array | None = None
+    weight: Array,
+    moments: Array | None,
+    wanted: WeightPlan,
+    options: Options,
+    kept: Array | None,
+    judged: Array | None = None,
 ) -> Rows:
     """The fit of a matrix in the planned bits or in the fewest that keep an error, which `judged` moments measure."""
-    grids, bound = Grids(wanted.format, wanted.axis is not None, options.integer_zero), options.max_error
-    varied = grids.per_row and not options.integer_zero and _varied(weight)
+    bound, integer_zero = options.max_error, options.integer_zero or kept is not None
+    grids = Grids(wanted.format, wanted.axis is not None, integer_zero)
+    varied = grids.per_row and not integer_zero and _varied(weight)
 
     def fitted(bits: int) -> Rows:
         fmt = replace(wanted.format, bits=bits, trellis=varied and bits in TRELLIS_BITS)
-        parts = row_parts(weight) if moments is None and grids.per_row and not fmt.trellis else [weight]
-        found = [fit(part, moments, replace(grids, format=fmt)) for part in parts]
-        points, scale, zero = (
-            np.concatenate(each, axis=1) for each in zip(*((r.points, r.scale, r.zero) for r in found), strict=True)
-        )
-        return Rows(points, scale, zero, found[0].format)
+        return fit(weight, moments, replace(grids, format=fmt), kept)
 
     def within(bits: int) -> Rows | None:
         rows = fitted(bits)
@@ -129,7 +143,7 @@ def _fewest_bits(
 
 
 def _varied(weight: Array) -> bool:
-    """Whether weights are neither pruned nor repeated, which fewer bits would store as well."""
+    """Whether weights are not repeated, which fewer bits would store as well."""
     some = weight.reshape(-1)[:: max(1, weight.size >> 16)]
     return len(np.unique(some)) > min(some.size // 2, 1024)
 
@@ -191,7 +205,7 @@ class _Layers:
         moments, cross = _joint(x, reference, self._corrects(unit), self.walk.threads)
         extra = _shrinkage(moments, x.shape[1])
         target = _target(matrix, moments + extra, cross + extra)
-        return _fewest_bits(target, moments + extra, wanted, self.fitter.options, moments)
+        return _fewest_bits(target, moments + extra, wanted, self.fitter.options, kept_weights(matrix), moments)
 
     def _corrects(self, unit: NodePlan) -> bool:
         return self.fitter.options.correct and (OPS[unit.op_type].bias is not None or bool(unit.absorbed))

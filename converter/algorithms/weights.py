@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from calib.affine import Array, QParams, dequantize
 from converter.algorithms.matrices import View, plain_matrix, plain_weight, view_of
-from converter.algorithms.rounding import Grid, compensated, nearest, search_scales
+from converter.algorithms.rounding import Grid, compensated, kept_weights, nearest, search_scales
 from converter.calibrate import Mean
 from converter.job import Watch
 from converter.layerwise import Walk, product_of_mean, second_moments
@@ -114,7 +114,8 @@ def _rounded(layer: _Layer, plan: QuantPlan, walk: Walk, options: Options) -> Qu
     importance = np.square(drawn).mean(axis=1, dtype=np.float64) * unit_scale**2
     scale = _scales(layer, plan, matrix, importance, grid, options)
     if options.compensate and columns <= MOST_COMPENSATED:
-        codes = compensated(matrix, scale, second_moments(drawn, walk.threads) * unit_scale**2, grid)
+        moments, kept = second_moments(drawn, walk.threads) * unit_scale**2, kept_weights(matrix)
+        codes = compensated(matrix, scale, moments, grid, None if kept is None else np.where(kept, np.nan, 0.0))
     else:
         codes = nearest(matrix / scale[..., None], grid)
     return packed(view.weight(codes), scale, wanted)

@@ -21,7 +21,7 @@ from shutil import rmtree
 from converter.batch import stamp
 from converter.errors import QConvertError
 from converter.gates import Figures
-from converter.job import Job, Silent
+from converter.job import Job, Watch
 
 SERVE = "import sys; from converter.batch.isolated import serve; serve(sys.argv[1])"
 _children: set[subprocess.Popen[bytes]] = set()
@@ -105,7 +105,7 @@ def _death(code: int) -> str:
     return f"its process crashed ({signal.Signals(-code).name if code < 0 else code}); convert it alone to see more."
 
 
-class _Notes(Silent):
+class _Notes(Watch):
     """A watch that keeps the warnings."""
 
     def __init__(self) -> None:
@@ -146,7 +146,7 @@ def _work(task: Task, notes: _Notes) -> Figures | None:
     files = stamp.states([*stamp.inputs(job), *model.external_files(job.model)])
     if task.parts and path:
         cache.merge([cache.part_path(path, number, task.parts) for number in range(task.parts)], path)
-    figures = Figures.of(pipeline.convert(job, notes))
+    figures = pipeline.convert(job, notes).figures
     files |= stamp.states([job.output, *model.external_files(job.output)])
     stamp.write(task.stamp, task.identity, files, figures)
     return figures

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import csv
 import os
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from glob import glob
 from pathlib import Path
 
 from converter.config import Config, load_config
+from converter.config.rules import RULES, Rule
 from converter.errors import ConfigError, QConvertError, UsageError
 from converter.job import Job
 
@@ -38,9 +39,17 @@ class Entry:
         return f"{self.source}:{self.line}" if self.line else str(self.source)
 
 
-def read_entries(path: Path, make: MakeJob) -> list[Entry]:
-    """All jobs in order; one that is wrong has a problem, a list that is itself wrong raises QConvertError."""
-    entries = list(_of_folder(path, make) if path.is_dir() else _of_manifest(path, make))
+# A place with the model and the output that it names, which may be empty.
+Line = tuple[Entry, str, str]
+
+
+def read_entries(path: Path, make: MakeJob, rules: Sequence[Rule] = RULES) -> list[Entry]:
+    """All jobs in order; one that is wrong has a problem, a list that is itself wrong raises QConvertError.
+
+    `rules` are those that every config keeps.
+    """
+    folder, lines = (path, _of_folder(path)) if path.is_dir() else (path.parent, _of_manifest(path))
+    entries = [entry for line in lines for entry in _entries(*line, folder, make, rules)]
     if not entries:
         msg = f"{path}: there are no jobs; give a folder of configs or a CSV file with a line below its header."
         raise UsageError(msg)
@@ -53,12 +62,12 @@ def read_entries(path: Path, make: MakeJob) -> list[Entry]:
     return entries
 
 
-def _of_folder(path: Path, make: MakeJob) -> Iterator[Entry]:
+def _of_folder(path: Path) -> Iterator[Line]:
     for config in sorted(found for found in path.iterdir() if found.suffix in SUFFIXES):
-        yield from _entries(Entry(config.stem, config, 0, config), path, "", "", make)
+        yield Entry(config.stem, config, 0, config), "", ""
 
 
-def _of_manifest(path: Path, make: MakeJob) -> Iterator[Entry]:
+def _of_manifest(path: Path) -> Iterator[Line]:
     try:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
@@ -74,17 +83,19 @@ def _of_manifest(path: Path, make: MakeJob) -> Iterator[Entry]:
                     raise ConfigError(msg)
                 model, config, output = (row.pop(name).strip() for name in COLUMNS)
                 settings = {name: text for name, text in row.items() if text.strip()}
-                entry = Entry(f"line {reader.line_num}", path, reader.line_num, path.parent / config, settings)
-                yield from _entries(entry, path.parent, model, output, make)
+                number = reader.line_num
+                yield Entry(f"line {number}", path, number, path.parent / config, settings), model, output
     except (UnicodeDecodeError, csv.Error) as error:
         msg = f"{path}: this is no CSV file in UTF-8 ({error}); give such a file or a folder of configs."
         raise ConfigError(msg) from error
 
 
-def _entries(entry: Entry, folder: Path, model: str, output: str, make: MakeJob) -> Iterator[Entry]:
+def _entries(
+    entry: Entry, model: str, output: str, folder: Path, make: MakeJob, rules: Sequence[Rule]
+) -> Iterator[Entry]:
     """The jobs of one place, one for every model that matches; the config says what is empty there."""
     try:
-        config = load_config(entry.config, entry.settings, entry.source, entry.line)
+        config = load_config(entry.config, entry.settings, entry.source, entry.line, rules)
         models = _models(entry, folder / model if model else config.job.model)
         target = folder / output if output else config.job.output
         if target and len(models) > 1 and "*" not in str(target):

@@ -113,9 +113,8 @@ def _arranged(todo: Mapping[int, Task], options: Options) -> tuple[dict[Hashable
     caches = {key: _cache(task, options.folder) for key, task in todo.items()}
     tasks: dict[Hashable, Task] = {}
     order: Order = {}
-    for cache, group in (
-        (cache, [key for key in todo if caches[key] == cache]) for cache in dict.fromkeys(caches.values())
-    ):
+    for cache in dict.fromkeys(caches.values()):
+        group = [key for key in todo if caches[key] == cache]
         shared = cache if len(group) > 1 or options.parts > 1 else None
         for key in group:
             common = todo[key].job.config.common

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from converter.gates import Figures
-from converter.job import Job
+from converter.job import Job, sha256
 from converter.version import __version__
 
 LIBRARIES = ("numpy", "onnx", "onnxruntime")
@@ -46,17 +46,12 @@ def _paths(table: Any) -> Iterator[Path]:
 
 def states(files: Iterable[Path]) -> dict[str, list[Any]]:
     """Size, time in ns and SHA-256 of every file."""
-    return {str(path): [*_look(path), _digest(path)] for path in files}
+    return {str(path): [*_look(path), sha256(path)] for path in files}
 
 
 def _look(path: Path) -> list[int]:
     found = path.stat()
     return [found.st_size, found.st_mtime_ns]
-
-
-def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def write(stamp: Path, made_of: str, files: dict[str, list[Any]], figures: Figures) -> None:
@@ -78,4 +73,4 @@ def up_to_date(stamp: Path, job: Job) -> Figures | None:
 
 def _is_same(path: Path, size: int, time: int, digest: str) -> bool:
     found = _look(path)
-    return found == [size, time] or (found[0] == size and _digest(path) == digest)
+    return found == [size, time] or (found[0] == size and sha256(path) == digest)

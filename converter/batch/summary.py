@@ -5,7 +5,8 @@ from __future__ import annotations
 import csv
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -20,26 +21,19 @@ UNWRITABLE = re.compile("[^\\t\\n\\r\\x20-\\ud7ff\\ue000-\\ufffd\\U00010000-\\U0
 
 
 def row(record: Record) -> dict[str, Any]:
-    """Everything about a record, flat; it has figures where it was converted."""
+    """Everything about a record and a manifest's settings, flat; it has figures where it was converted."""
     entry, result = record.entry, record.result
     files = {"model": str(entry.job.model), "output": str(entry.job.output)} if entry.job else {}
     cost = {"seconds": round(result.seconds, 3), "memory_mb": round(result.megabytes, 1)}
     figures = asdict(result.figures) if result.figures else {}
     told = {"warnings": " ".join(result.warnings), "message": record.message}
-    return {
-        "name": entry.name,
-        "status": record.status,
-        "config": str(entry.config),
-        **files,
-        **cost,
-        **figures,
-        **told,
-    }
+    about = {"name": entry.name, "status": record.status, "config": str(entry.config)}
+    return {**about, **files, **cost, **figures, **told, **entry.settings}
 
 
 def write(records: Sequence[Record], folder: Path, junit: Path | None) -> None:
-    """Writes batch_summary.json and .csv, which have a manifest's settings as well, into the folder, and JUnit XML."""
-    rows = [row(record) | dict(record.entry.settings) for record in records]
+    """Writes batch_summary.json and batch_summary.csv into the folder, and JUnit XML."""
+    rows = [row(record) for record in records]
     (folder / "batch_summary.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
     with (folder / "batch_summary.csv").open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
         writer = csv.DictWriter(file, _names(rows))
@@ -50,27 +44,27 @@ def write(records: Sequence[Record], folder: Path, junit: Path | None) -> None:
         ElementTree(_suite(records)).write(junit, encoding="utf-8", xml_declaration=True)
 
 
-def _names(rows: Sequence[dict[str, Any]]) -> list[str]:
+def _names(rows: Iterable[Mapping[str, Any]]) -> list[str]:
     return list(dict.fromkeys(name for found in rows for name in found))
 
 
 def _suite(records: Sequence[Record]) -> Element:
     """One test case a record: a failed job is an error, a missed gate a failure."""
-    kinds = [FAILURES.get(record.status) for record in records]
-    totals = {"errors": kinds.count("error"), "failures": kinds.count("failure"), "skipped": kinds.count("skipped")}
-    suite = Element(
-        "testsuite", {"name": "qconvert", "tests": str(len(records))} | {k: str(v) for k, v in totals.items()}
-    )
-    for record, kind in zip(records, kinds, strict=True):
-        about = {
-            "classname": str(record.entry.config),
-            "name": record.entry.name,
-            "time": f"{record.result.seconds:.3f}",
-        }
-        case = SubElement(suite, "testcase", {name: UNWRITABLE.sub("?", text) for name, text in about.items()})
-        if kind:
-            SubElement(case, kind, {"message": UNWRITABLE.sub("?", record.message)})
+    found = Counter(record.status for record in records)
+    totals = {"errors": found["failed"], "failures": found["missed"], "skipped": found["skipped"]}
+    counts = {name: str(count) for name, count in {"tests": len(records), **totals}.items()}
+    suite = Element("testsuite", {"name": "qconvert", **counts})
+    for record in records:
+        about = {"classname": str(record.entry.config), "name": record.entry.name}
+        seconds = f"{record.result.seconds:.3f}"
+        case = SubElement(suite, "testcase", {name: _xml(text) for name, text in about.items()}, time=seconds)
+        if record.status in FAILURES:
+            SubElement(case, FAILURES[record.status], message=_xml(record.message))
     return suite
+
+
+def _xml(text: str) -> str:
+    return UNWRITABLE.sub("?", text)
 
 
 def progress(record: Record, number: int, total: int) -> str:
@@ -83,12 +77,9 @@ def progress(record: Record, number: int, total: int) -> str:
 
 def table(records: Sequence[Record]) -> Iterator[str]:
     """Every job with its figures and the settings that a manifest overrides."""
-    rows = [row(record) | dict(record.entry.settings) for record in records]
-    names = [*SHOWN, *_names([dict(record.entry.settings) for record in records])]
-    lines = [
-        [name.rpartition(".")[2] for name in names],
-        *([_cell(found.get(name)) for name in names] for found in rows),
-    ]
+    names = [*SHOWN, *_names(record.entry.settings for record in records)]
+    rows = [[_cell(row(record).get(name)) for name in names] for record in records]
+    lines = [[name.rpartition(".")[2] for name in names], *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
         yield "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()

@@ -23,7 +23,7 @@ from converter.config import load_config
 from converter.config.keys import default_config
 from converter.config.rules import MODELESS_RULES, RULES
 from converter.errors import GateError, QConvertError, UsageError
-from converter.gates import Figures, Gates
+from converter.gates import Gates
 from converter.job import Job
 from converter.version import __version__
 
@@ -81,15 +81,17 @@ def run(job: Job, terminal: Terminal, gates: Gates, dry: bool) -> None:
     from converter import pipeline  # imports what takes long, which --help must not wait for
     from converter.report.text import plan_lines, summary_lines
 
-    outcome = None if dry else pipeline.convert(job, terminal)
-    lines = summary_lines(outcome, job.output) if outcome else plan_lines(pipeline.make_plan(job, terminal))
-    for line in [] if terminal.quiet else lines:
-        show(line)
-    if outcome and (missed := gates.missed(Figures.of(outcome))):
+    if dry:
+        for line in plan_lines(pipeline.make_plan(job, terminal)):
+            terminal.tell(line)
+        return
+    outcome = pipeline.convert(job, terminal)
+    for line in summary_lines(outcome, job.output):
+        terminal.tell(line)
+    if missed := gates.missed(outcome.figures):
         msg = f"The model was written, but misses a quality gate: {missed}."
         raise GateError(msg)
-    if outcome:
-        click.echo("CONVERT RESULT SUCCESS:0")
+    click.echo("CONVERT RESULT SUCCESS:0")
 
 
 for subcommand in (batch_command, compare_command, init_command, inspect_command):

@@ -13,6 +13,7 @@ from converter.batch.manifest import read_entries
 from converter.batch.run import Options, Record, open_pool, run_batch
 from converter.cli.flags import gate_flags, gates_of, job_flags, job_of
 from converter.cli.terminal import show
+from converter.config.rules import MODELESS_RULES, RULES
 from converter.errors import GateError, QConvertError, StoppedError
 from converter.job import processors
 
@@ -36,7 +37,8 @@ def batch_command(jobs: Path, scheduler: str | None, workers: int | None, junit:
     paths are relative to it; a pattern in model stands for many models, and * in output for the model's name. Results
     go to batch_summary.json and batch_summary.csv beside the jobs.
     """
-    entries = read_entries(jobs, lambda model, output, config: job_of(model, output, config, flags))
+    rules = MODELESS_RULES if flags["fp16"] == "on" else RULES
+    entries = read_entries(jobs, lambda model, output, config: job_of(model, output, config, flags), rules)
     folder = jobs if jobs.is_dir() else jobs.parent
     at_once = None if scheduler else workers or processors()
     given = flags["timeout"], flags["resume"], not flags["keep_going"], flags["parts"], gates_of(flags)

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from converter.cli.flags import LAYOUT, gate_flags, gates_of, input_shapes
+from converter.cli.flags import INPUT_FLAGS, gate_flags, gates_of, with_flags
 from converter.cli.terminal import Terminal, show
 from converter.config import load_config
 from converter.config.keys import default_config
@@ -25,8 +25,7 @@ PATH = click.Path(path_type=Path)
 @click.argument("other", metavar="QUANT", type=PATH)
 @click.option("--configFile", "config", type=PATH, help="INI file with [data_preprocess_param]; unset: random data.")
 @click.option("--report", type=PATH, help="Folder for the debug reports.")
-@click.option("--inputShape", "shapes", default="", help="Shapes of dynamic inputs: name:1,3,224,224;name2:…")
-@click.option("--inputDataFormat", "layout", type=LAYOUT, help="Layout of 4-D image inputs.")
+@with_flags(*INPUT_FLAGS)
 @click.option("--verbose", is_flag=True, help="Print more on the way.")
 @gate_flags
 def compare_command(reference: Path, other: Path, config: Path | None, report: Path | None, **flags: Any) -> None:
@@ -34,17 +33,14 @@ def compare_command(reference: Path, other: Path, config: Path | None, report: P
     wanted = load_config(config, rules=DATA_RULES) if config else default_config()
     wanted = replace(wanted, common=replace(wanted.common, debug_info_save_path=report))
     from converter.comparison import compare  # imports what takes long
-    from converter.pipeline import Outcome
-    from converter.plan import QuantPlan
     from converter.report.text import comparison_lines
 
-    job = Job(reference, other, wanted, input_shapes(flags["shapes"]), flags["layout"])
+    job = Job(reference, other, wanted, flags["input_shapes"], flags["input_format"])
     found = compare(job, Terminal(False, flags["verbose"]))
     for line in comparison_lines(found):
         show(line)
     if report:
         click.echo(f"Reports in {report}")
-    outcome = Outcome(QuantPlan({}, {}), *found.sizes, (), found.verification)
-    if missed := gates_of(flags).missed(Figures.of(outcome)):
+    if missed := gates_of(flags).missed(Figures.of(*found.sizes, found.verification)):
         msg = f"{other} misses a quality gate: {missed}."
         raise GateError(msg)

@@ -9,9 +9,6 @@ import click
 
 from converter.cli.terminal import show
 
-# Longer names lose their middle; --json has them whole.
-LONGEST = 72
-
 
 @click.command(name="inspect")
 @click.argument("model", type=click.Path(path_type=Path))
@@ -19,7 +16,7 @@ LONGEST = 72
 def inspect_command(model: Path, as_json: bool) -> None:
     """Show operators, sizes and what could be quantized."""
     from converter.inspection import inspect  # imports what takes long
-    from converter.report.text import columns
+    from converter.report.text import columns, short
 
     document = inspect(model)
     if as_json:
@@ -30,9 +27,8 @@ def inspect_command(model: Path, as_json: bool) -> None:
             show(f"{_words(title)}: {found}")
             continue
         click.echo(f"\n{_words(title)}{'' if found else ': none'}")
-        names = tuple(_words(name) for name in found[0]) if found else ()
-        rows = (tuple(_text(cell) for cell in row.values()) for row in found)
-        for line in columns(names, rows) if found else ():
+        names = [list(map(_words, row)) for row in found[:1]]
+        for line in columns([*names, *([short(_text(cell)) for cell in row.values()] for row in found)]):
             show(f"  {line}")
 
 
@@ -42,5 +38,4 @@ def _words(name: str) -> str:
 
 
 def _text(cell: object) -> str:
-    text = f"[{', '.join(map(str, cell))}]" if isinstance(cell, list) else "-" if cell is None else str(cell)
-    return text if len(text) <= LONGEST else f"{text[:20]}…{text[21 - LONGEST :]}"
+    return f"[{', '.join(map(str, cell))}]" if isinstance(cell, list) else "-" if cell is None else str(cell)

@@ -8,6 +8,8 @@ from typing import TypeVar
 
 import click
 
+from converter.job import Watch
+
 T = TypeVar("T")
 
 
@@ -16,7 +18,7 @@ def show(text: str, err: bool = False) -> None:
     click.echo("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text), err=err)
 
 
-class Terminal:
+class Terminal(Watch):
     """Shows progress on a terminal only, remarks when verbose, and warnings always."""
 
     def __init__(self, quiet: bool, verbose: bool) -> None:

@@ -1,25 +1,6 @@
-"""The configuration file: what it may say (`keys`), how it is read (`reader`) and its reference (`reference`)."""
+"""The configuration file: what it may say (`keys`) and how it is read (`reader`)."""
 
-from converter.config.keys import (
-    CommonQuantParam,
-    Config,
-    DataPreprocessParam,
-    FullQuantParam,
-    MixedBitWeightQuantParam,
-    TransformQuantParam,
-    WeightQuantParam,
-)
+from converter.config.keys import Config, DataPreprocessParam, TransformQuantParam, default_config
 from converter.config.reader import load_config
-from converter.config.reference import reference_markdown
 
-__all__ = [
-    "CommonQuantParam",
-    "Config",
-    "DataPreprocessParam",
-    "FullQuantParam",
-    "MixedBitWeightQuantParam",
-    "TransformQuantParam",
-    "WeightQuantParam",
-    "load_config",
-    "reference_markdown",
-]
+__all__ = ["Config", "DataPreprocessParam", "TransformQuantParam", "default_config", "load_config"]

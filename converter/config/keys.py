@@ -8,41 +8,19 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import Field, dataclass, field, fields, replace
 from pathlib import Path
-from typing import Any, Literal, get_args, get_type_hints
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from converter.config.values import (
-    InputFolders,
-    Kind,
-    boolean,
-    channel_values,
-    input_folders,
-    integer,
-    names,
-    number_between,
-    one_of,
-    path,
-    path_beside,
-    power_of_two,
-)
+from converter.config import values as kinds
+from converter.config.values import InputFolders, Kind
 
 QuantType = Literal["WEIGHT_QUANT", "FULL_QUANT", "DYNAMIC_QUANT"]
 ActivationQuantMethod = Literal[
     "MAX_MIN", "KL", "REMOVAL_OUTLIER", "PERCENTILE", "MSE", "MOVING_AVERAGE", "RANGE_ABS_MAX", "AUTO"
 ]
-InputType = Literal["IMAGE", "BIN", "NPY"]
-ImageFormat = Literal["RGB", "GRAY", "BGR"]
-TargetDevice = Literal["CPU", "CPU_VNNI", "ARM", "OPENVINO", "NVGPU", "DSP"]
-WeightRounding = Literal["GPTQ", "NEAREST"]
-ResizeMethod = Literal["NEAREST", "LINEAR", "CUBIC"]
-DequantStrategy = Literal["ON_LOAD", "ON_THE_FLY"]
-QuantStrategy = Literal["MAX_MIN", "GPTQ"]
-ActivationStrategy = Literal["ALWC", "ACWL"]
-BitSearch = Literal["ERROR", "SENSITIVITY"]
-ExportPrecision = Literal["QUANT", "FLOAT32"]
 
 QUANT_TYPES: tuple[QuantType, ...] = get_args(QuantType)
 
-_PIXELS = integer(1, 65535, 224)
+_PIXELS = kinds.integer(1, 65535, 224)
 
 
 @dataclass(frozen=True)
@@ -72,7 +50,13 @@ _TRAINED = Scope(("FULL_QUANT", "FLOAT32"))
 _STORED = Scope(_WEIGHT.modes, " with dequant_strategy = ON_THE_FLY", lambda config: config.weight_quant.on_the_fly)
 _DYNAMIC = Scope(("DYNAMIC_QUANT",))
 _IMAGES = Scope(QUANT_TYPES, " with input_type = IMAGE", lambda config: config.preprocess.input_type == "IMAGE")
-_RESIZED = Scope(QUANT_TYPES, _IMAGES.condition + " and a size to resize to", lambda config: config.preprocess.resizes)
+_RESIZED = Scope(
+    QUANT_TYPES,
+    " with input_type = IMAGE and a size to resize to",
+    lambda config: (
+        _IMAGES.holds(config) and bool(config.preprocess.resize_width or config.preprocess.resize_short_side)
+    ),
+)
 
 
 @dataclass(frozen=True)
@@ -83,6 +67,13 @@ class Key:
     meaning: str
     default: Any
     scope: Scope
+
+    @property
+    def default_text(self) -> str:
+        """The default as it is written in the file; an empty one is a dash."""
+        if self.default is None or self.default == ():
+            return "-"
+        return str(self.default).lower() if isinstance(self.default, bool) else str(self.default)
 
 
 @dataclass(frozen=True)
@@ -100,46 +91,53 @@ def _key(kind: Kind, meaning: str, default: Any = None, scope: Scope | None = No
     return field(default=default, metadata={"kind": kind, "meaning": meaning, "scope": scope})
 
 
+def _choice(meaning: str, default: Any = None, scope: Scope | None = None) -> Any:
+    """A row whose field's type, a bool or a Literal, says which values there are."""
+    return field(default=default, metadata={"kind": None, "meaning": meaning, "scope": scope})
+
+
 @dataclass(frozen=True)
 class CommonQuantParam:
     """`[common_quant_param]`: what to do, and to which operators."""
 
-    quant_type: QuantType | None = _key(
-        one_of(*QUANT_TYPES),
+    quant_type: QuantType | None = _choice(
         "WEIGHT_QUANT stores the weights in fewer bits; FULL_QUANT computes in integers; DYNAMIC_QUANT does so "
-        "with activation ranges measured at run time. Required, but beside export_precision_mode.",
+        "with activation ranges measured at run time. Required unless export_precision_mode is set."
     )
     bit_num: int = _key(
-        replace(integer(0, 16, 8), allowed="an integer from 0 to 16 (8 for FULL_QUANT and DYNAMIC_QUANT)"),
+        replace(kinds.integer(0, 16, 8), allowed="an integer from 0 to 16 (8 for FULL_QUANT and DYNAMIC_QUANT)"),
         "Bits of a quantized weight; 0 chooses the bits of every layer (mixed bits).",
         8,
     )
     min_quant_weight_size: int = _key(
-        integer(0, 65535), "Only weights with more elements than this are quantized.", 0, _WEIGHT
+        kinds.integer(0, 65535), "Only weights with more elements than this are quantized.", 0, _WEIGHT
     )
     min_quant_weight_channel: int = _key(
-        integer(0, 65535, 16), "Only weights with more channels than this are quantized.", 16, _WEIGHT
+        kinds.integer(0, 65535, 16), "Only weights with more channels than this are quantized.", 16, _WEIGHT
     )
     skip_quant_node: tuple[str, ...] = _key(
-        names("conv_1,/head/*"),
+        kinds.names("conv_1,/head/*"),
         "Nodes to leave in float: names, or patterns with `*`, `?` and `[...]`; put a name with a comma in quotes.",
         (),
     )
     skip_quant_type: tuple[str, ...] = _key(
-        names("Gemm,MatMul"), "Operator types to leave in float, as ONNX writes them.", ()
+        kinds.names("Gemm,MatMul"), "Operator types to leave in float, as ONNX writes them.", ()
     )
     debug_info_save_path: Path | None = _key(
-        path("debug"), "Folder for the debug reports, seen from the current folder; unset: no reports."
+        kinds.path("debug"), "Folder for the debug reports, seen from the current folder; unset: no reports."
     )
-    thread_num: int | None = _key(integer(1, 1024, 4), "Threads to compute with; unset: all cores.")
+    thread_num: int | None = _key(kinds.integer(1, 1024, 4), "Threads to compute with; unset: all cores.")
     providers: tuple[str, ...] = _key(
-        names("CPUExecutionProvider"), "ONNX Runtime execution providers to calibrate with; unset: the CPU.", (), _FULL
+        kinds.names("CPUExecutionProvider"),
+        "ONNX Runtime execution providers to calibrate with; unset: the CPU.",
+        (),
+        _FULL,
     )
     calibration_memory: int = _key(
-        integer(16, 1 << 20, 512), "Megabytes of activations to hold at a time while calibrating.", 512, _FULL
+        kinds.integer(16, 1 << 20, 512), "Megabytes of activations to hold at a time while calibrating.", 512, _FULL
     )
     calibration_cache: Path | None = _key(
-        path("calibration.npz"),
+        kinds.path("calibration.npz"),
         "File that keeps what calibration found, so that the next conversion of the same model and data, with "
         "other range methods, targets or skips, need not calibrate; unset: none.",
         scope=_FULL,
@@ -151,24 +149,23 @@ class MixedBitWeightQuantParam:
     """`[mixed_bit_weight_quant_param]`: how the bits of a layer are chosen."""
 
     init_scale: float = _key(
-        number_between(0, 1, 0.02),
+        kinds.number_between(0, 1, 0.02),
         "Relative error allowed in every layer: a larger value gives a smaller, less exact model.",
         0.02,
     )
-    auto_tune: bool = _key(
-        boolean(), "Search the largest init_scale whose outputs keep the cosine similarity min_cosine.", False
+    auto_tune: bool = _choice(
+        "Search the largest init_scale whose outputs keep the cosine similarity min_cosine.", False
     )
     min_cosine: float = _key(
-        number_between(0, 1, 0.995), "Least cosine similarity of the outputs that a search accepts.", 0.995
+        kinds.number_between(0, 1, 0.995), "Least cosine similarity of the outputs that a search accepts.", 0.995
     )
-    search: BitSearch = _key(
-        one_of(*get_args(BitSearch)),
+    search: Literal["ERROR", "SENSITIVITY"] = _choice(
         "ERROR gives every layer the bits that init_scale asks for; SENSITIVITY the bits its effect on the outputs "
         "is worth.",
         "ERROR",
     )
     target_ratio: float | None = _key(
-        number_between(1, 32, 8),
+        kinds.number_between(1, 32, 8),
         "How many times smaller SENSITIVITY makes the model; unset: as small as min_cosine allows.",
         scope=_SENSITIVITY,
     )
@@ -178,27 +175,22 @@ class MixedBitWeightQuantParam:
 class WeightQuantParam:
     """`[weight_quant_param]`: how stored weights are rounded, and when they become floats again."""
 
-    dequant_strategy: DequantStrategy = _key(
-        one_of(*get_args(DequantStrategy)),
+    dequant_strategy: Literal["ON_LOAD", "ON_THE_FLY"] = _choice(
         "ON_LOAD unpacks weights of any width when the model is loaded and runs at float speed; ON_THE_FLY keeps "
         "them as integers of 2, 4, 8 or 16 bits in memory.",
         "ON_LOAD",
     )
-    per_channel: bool = _key(
-        boolean(), "One scale for every output channel of a weight; false: one for a weight.", True
-    )
-    bias_correction: bool = _key(
-        boolean(),
+    per_channel: bool = _choice("One scale for every output channel of a weight; false: one for a weight.", True)
+    bias_correction: bool = _choice(
         "Keep the mean of every channel: of its outputs where GPTQ sees data, else mean and variance of its weights.",
         True,
     )
-    quant_strategy: QuantStrategy | None = _key(
-        one_of(*get_args(QuantStrategy)),
+    quant_strategy: Literal["MAX_MIN", "GPTQ"] | None = _choice(
         "GPTQ rounds weights for least error of the outputs on calibration data, MAX_MIN for least error of the "
-        "weights; unset: GPTQ if there is data.",
+        "weights; unset: GPTQ if there is data."
     )
     block_size: int | None = _key(
-        power_of_two(16, 256, 32),
+        kinds.power_of_two(16, 256, 32),
         "Weights of a matrix product that share a scale; unset: a whole channel.",
         scope=_STORED,
     )
@@ -213,8 +205,7 @@ class WeightQuantParam:
 class DynamicQuantParam:
     """`[dynamic_quant_param]`: what activations and weights share a scale."""
 
-    quant_strategy: ActivationStrategy = _key(
-        one_of(*get_args(ActivationStrategy)),
+    quant_strategy: Literal["ALWC", "ACWL"] = _choice(
         "ALWC: one scale for an activation, one for every output channel of a weight, which is the fastest; ACWL: one "
         "for every row of an activation, one for a weight.",
         "ALWC",
@@ -225,41 +216,34 @@ class DynamicQuantParam:
 class FullQuantParam:
     """`[full_quant_param]`: how activations and weights become integers."""
 
-    activation_quant_method: ActivationQuantMethod = _key(
-        one_of(*get_args(ActivationQuantMethod)),
+    activation_quant_method: ActivationQuantMethod = _choice(
         "How an activation's range follows from the data: MAX_MIN for data like the real one, KL or "
         "REMOVAL_OUTLIER for noisy data.",
         "MAX_MIN",
     )
     outlier_ratio: float = _key(
-        number_between(0, 0.5, 0.0001), "Share of the values that REMOVAL_OUTLIER takes off at each end.", 0.0001
+        kinds.number_between(0, 0.5, 0.0001), "Share of the values that REMOVAL_OUTLIER takes off at each end.", 0.0001
     )
-    bias_correction: bool = _key(
-        boolean(), "Correct the shift that quantization causes in a layer's mean output.", True
+    bias_correction: bool = _choice("Correct the shift that quantization causes in a layer's mean output.", True)
+    per_channel: bool = _choice("One scale for every output channel of a weight; false: one for a weight.", True)
+    weight_rounding: Literal["GPTQ", "NEAREST"] = _choice(
+        "GPTQ rounds weights so that errors cancel out in the layer's output, NEAREST each by itself.", "GPTQ"
     )
-    per_channel: bool = _key(
-        boolean(), "One scale for every output channel of a weight; false: one for a weight.", True
+    equalize: bool = _choice(
+        "Even out the channels of neighbouring layers before rounding, where per_channel = false.", True
     )
-    weight_rounding: WeightRounding = _key(
-        one_of(*get_args(WeightRounding)),
-        "GPTQ rounds weights so that errors cancel out in the layer's output, NEAREST each by itself.",
-        "GPTQ",
+    overflow_safe: bool = _choice(
+        "Keep weights small enough that no x86 processor's 8-bit kernels saturate (target CPU).", True
     )
-    equalize: bool = _key(
-        boolean(), "Even out the channels of neighbouring layers before rounding, where per_channel = false.", True
-    )
-    overflow_safe: bool = _key(
-        boolean(), "Keep weights small enough that no x86 processor's 8-bit kernels saturate (target CPU).", True
-    )
-    power_of_two_scale: bool = _key(boolean(), "Make every scale a power of two, for hardware that shifts.", False)
-    require_full_integer: bool = _key(boolean(), "Fail, naming the nodes, where any node would stay float.", False)
+    power_of_two_scale: bool = _choice("Make every scale a power of two, for hardware that shifts.", False)
+    require_full_integer: bool = _choice("Fail, naming the nodes, where any node would stay float.", False)
     max_drop: float | None = _key(
-        number_between(0, 1, 0.01),
+        kinds.number_between(0, 1, 0.01),
         "Most that the output may lose over the calibration data: of its cosine similarity, or of the share of "
         "right answers if label_file is given; the fewest nodes that achieve it stay float. Unset: no bound.",
     )
-    target_device: TargetDevice | None = _key(
-        one_of(*get_args(TargetDevice)), "Hardware that sets the integer types and operators; unset: CPU."
+    target_device: Literal["CPU", "CPU_VNNI", "ARM", "OPENVINO", "NVGPU", "DSP"] | None = _choice(
+        "Hardware that sets the integer types and operators; unset: CPU."
     )
 
 
@@ -267,18 +251,17 @@ class FullQuantParam:
 class TransformQuantParam:
     """`[transform_quant_param]`: what becomes of a model that was trained with fake quantization."""
 
-    export_precision_mode: ExportPrecision | None = _key(
-        one_of(*get_args(ExportPrecision)),
+    export_precision_mode: Literal["QUANT", "FLOAT32"] | None = _choice(
         "QUANT makes a model that computes in integers with the ranges and weights it was trained with, FLOAT32 takes "
-        "its quantization away; instead of a quant_type, and no data is needed.",
+        "its quantization away; instead of a quant_type, and no data is needed."
     )
     mean: float | None = _key(
-        number_between(-0.5, 255.5, 127.5),
+        kinds.number_between(-0.5, 255.5, 127.5),
         "Beside std_dev: the model takes uint8 pixels, and pixel p stands for (p - mean) / std_dev.",
         scope=_FULL,
     )
     std_dev: float | None = _key(
-        number_between(0, 1e6, 127.5), "Beside mean: what the training divided pixels by.", scope=_FULL
+        kinds.number_between(0, 1e6, 127.5), "Beside mean: what the training divided pixels by.", scope=_FULL
     )
 
 
@@ -287,40 +270,38 @@ class DataPreprocessParam:
     """`[data_preprocess_param]`: the calibration data, and what is done to a picture before it enters the model."""
 
     calibrate_path: InputFolders = _key(
-        input_folders(),
+        kinds.input_folders(),
         "Data of every model input, required for FULL_QUANT. A relative folder is seen from the configuration "
         "file's folder if it exists there, else from the current folder; in quotes it may hold commas and colons.",
         (),
     )
     calibrate_size: int | None = _key(
-        integer(1, 65535, 100), "Number of samples to calibrate with, beside calibrate_path."
+        kinds.integer(1, 65535, 100), "Number of samples to calibrate with, beside calibrate_path."
     )
-    input_type: InputType | None = _key(
-        one_of(*get_args(InputType)), "Type of the files: pictures, raw buffers or NumPy arrays; beside calibrate_path."
+    input_type: Literal["IMAGE", "BIN", "NPY"] | None = _choice(
+        "Type of the files: pictures, raw buffers or NumPy arrays; beside calibrate_path."
     )
     label_file: Path | None = _key(
-        path("labels.csv"),
+        kinds.path("labels.csv"),
         "CSV with a line `file,label` for every file that right answers are counted on, label being a class index; "
         "seen from the current folder.",
     )
-    image_to_format: ImageFormat | None = _key(
-        one_of(*get_args(ImageFormat)),
-        "Channels of the preprocessed picture; unset: RGB, or GRAY for a model input of one channel.",
-        scope=_IMAGES,
+    image_to_format: Literal["RGB", "GRAY", "BGR"] | None = _choice(
+        "Channels of the preprocessed picture; unset: RGB, or GRAY for a model input of one channel.", scope=_IMAGES
     )
     normalize_mean: tuple[float, ...] = _key(
-        channel_values(), "Mean of each channel: (pixel - mean) / std, with pixels from 0 to 255.", (), _IMAGES
+        kinds.channel_values(), "Mean of each channel: (pixel - mean) / std, with pixels from 0 to 255.", (), _IMAGES
     )
     normalize_std: tuple[float, ...] = _key(
-        channel_values(nonzero=True), "Standard deviation of each channel, beside the mean.", (), _IMAGES
+        kinds.channel_values(nonzero=True), "Standard deviation of each channel, beside the mean.", (), _IMAGES
     )
     resize_width: int | None = _key(_PIXELS, "Width to resize to, beside resize_height.", scope=_IMAGES)
     resize_height: int | None = _key(_PIXELS, "Height to resize to, beside resize_width.", scope=_IMAGES)
     resize_short_side: int | None = _key(
         _PIXELS, "Shorter side to resize to, keeping the proportions; instead of width and height.", scope=_IMAGES
     )
-    resize_method: ResizeMethod = _key(
-        one_of(*get_args(ResizeMethod), NEARST="NEAREST"), "Interpolation when resizing.", "LINEAR", _RESIZED
+    resize_method: Literal["NEAREST", "LINEAR", "CUBIC"] = _key(
+        kinds.one_of("NEAREST", "LINEAR", "CUBIC", NEARST="NEAREST"), "Interpolation when resizing.", "LINEAR", _RESIZED
     )
     center_crop_width: int | None = _key(
         _PIXELS, "Width cut from the centre after resizing, beside center_crop_height.", scope=_IMAGES
@@ -329,41 +310,37 @@ class DataPreprocessParam:
         _PIXELS, "Height cut from the centre after resizing, beside center_crop_width.", scope=_IMAGES
     )
 
-    @property
-    def resizes(self) -> bool:
-        """Whether pictures are resized."""
-        return self.input_type == "IMAGE" and bool(self.resize_width or self.resize_short_side)
-
 
 @dataclass(frozen=True)
 class JobParam:
     """`[job]`: the files of one conversion, so that a configuration is a whole job of `qconvert batch`."""
 
     model: Path | None = _key(
-        path_beside("model.onnx"), "Float model where no flag or manifest names one, seen from this file's folder."
+        kinds.path_beside("model.onnx"),
+        "Float model where no flag or manifest names one, seen from this file's folder.",
     )
     output: Path | None = _key(
-        path_beside("model_quant.onnx"), "Output likewise; unset: MODEL_quant.onnx beside the model."
+        kinds.path_beside("model_quant.onnx"), "Output likewise; unset: MODEL_quant.onnx beside the model."
     )
 
 
-def _section(name: str, scope: Scope) -> Any:
+def _section(table: type[Any], name: str, scope: Scope) -> Any:
     """A field of `Config`: the section of that name, whose keys have this scope where they give none."""
-    return field(metadata={"section": name, "scope": scope})
+    return field(default_factory=table, metadata={"section": name, "table": table, "scope": scope})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     """A configuration file: its sections, where it was read from, and sentences about keys without effect."""
 
-    common: CommonQuantParam = _section("common_quant_param", _ALWAYS)
-    mixed_bit: MixedBitWeightQuantParam = _section("mixed_bit_weight_quant_param", _MIXED_BIT)
-    weight_quant: WeightQuantParam = _section("weight_quant_param", _WEIGHT)
-    full_quant: FullQuantParam = _section("full_quant_param", _FULL)
-    dynamic_quant: DynamicQuantParam = _section("dynamic_quant_param", _DYNAMIC)
-    transform: TransformQuantParam = _section("transform_quant_param", _TRAINED)
-    preprocess: DataPreprocessParam = _section("data_preprocess_param", _ALWAYS)
-    job: JobParam = _section("job", _ALWAYS)
+    common: CommonQuantParam = _section(CommonQuantParam, "common_quant_param", _ALWAYS)
+    mixed_bit: MixedBitWeightQuantParam = _section(MixedBitWeightQuantParam, "mixed_bit_weight_quant_param", _MIXED_BIT)
+    weight_quant: WeightQuantParam = _section(WeightQuantParam, "weight_quant_param", _WEIGHT)
+    full_quant: FullQuantParam = _section(FullQuantParam, "full_quant_param", _FULL)
+    dynamic_quant: DynamicQuantParam = _section(DynamicQuantParam, "dynamic_quant_param", _DYNAMIC)
+    transform: TransformQuantParam = _section(TransformQuantParam, "transform_quant_param", _TRAINED)
+    preprocess: DataPreprocessParam = _section(DataPreprocessParam, "data_preprocess_param", _ALWAYS)
+    job: JobParam = _section(JobParam, "job", _ALWAYS)
     path: Path
     warnings: tuple[str, ...] = ()
     lines: Mapping[tuple[str, str], int] = field(default_factory=dict)
@@ -380,13 +357,19 @@ class Config:
         return f"{self.path}:{line}: [{section}] {key}" if line else f"{self.path}: [{section}] {key}"
 
 
+def _implied(hint: Any) -> Kind:
+    """The kind of values that a type, a bool or a Literal, allows."""
+    literals = [part for part in (hint, *get_args(hint)) if get_origin(part) is Literal]
+    return kinds.one_of(*get_args(literals[0])) if literals else kinds.boolean()
+
+
 def _as_section(row: Field[Any]) -> Section:
-    table = get_type_hints(Config)[row.name]
-    scope = row.metadata["scope"]
-    keys = {
-        key.name: Key(key.metadata["kind"], key.metadata["meaning"], key.default, key.metadata["scope"] or scope)
-        for key in fields(table)
-    }
+    table, scope = row.metadata["table"], row.metadata["scope"]
+    hints, keys = get_type_hints(table), {}
+    for key in fields(table):
+        about = key.metadata
+        kind = about["kind"] or _implied(hints[key.name])
+        keys[key.name] = Key(kind, about["meaning"], key.default, about["scope"] or scope)
     return Section(row.metadata["section"], table, row.name, keys)
 
 
@@ -395,5 +378,4 @@ SECTIONS = {row.metadata["section"]: _as_section(row) for row in fields(Config) 
 
 def default_config(mode: QuantType | None = None) -> Config:
     """The configuration in which nothing is set but the mode."""
-    sections = {row.attribute: row.table() for row in SECTIONS.values()}
-    return Config(path=Path("default settings"), **{**sections, "common": CommonQuantParam(quant_type=mode)})
+    return Config(path=Path("default settings"), common=CommonQuantParam(quant_type=mode))

@@ -44,11 +44,9 @@ class DequantizeWriter:
             add_constant(graph, self.names.fresh(f"{name}_{what}"), array, None if what == "scale" else kind)
             for what, array in zip(("codes", "scale", "zero"), arrays, strict=True)
         ]
-        output = ir.Value(name=self.names.fresh(f"{name}_restored"))
-        node_name = self.names.fresh(f"{name}_DequantizeLinear")
-        node = ir.node("DequantizeLinear", inputs, _attributes(weight.codes, q), name=node_name, outputs=[output])
+        node = self.names.node("DequantizeLinear", inputs, name, "restored", _attributes(weight.codes, q))
         graph.insert_before(graph[0], node)
-        return output
+        return node.outputs[0]
 
 
 def _attributes(codes: Array, q: QParams) -> dict[str, int]:

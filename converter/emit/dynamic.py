@@ -8,7 +8,7 @@ becomes floats. Every other weight of the plan is restored when the model is loa
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,7 +17,7 @@ import onnx_ir as ir
 from calib.affine import INT8_NARROW, SMALLEST_SCALE, UINT8, Array
 from converter.emit.planes import PlaneWriter
 from converter.emit.stored import emit_stored, planned, write_bias
-from converter.model import Names, add_constant
+from converter.model import Names, graph_of, known
 from converter.plan import NodePlan, QuantPlan
 
 # ReduceMax takes its axes as an input from this opset on.
@@ -30,16 +30,13 @@ def emit_dynamic(model: ir.Model, plan: QuantPlan, by_row: bool) -> None:
     for node, unit in list(planned(model, plan)):
         if unit.name in plan.weights:
             (emitter.lookup if node.op_type == "Gather" else emitter.product)(node, unit)
-    emitter.drop_unread()
     emit_stored(model, plan, PlaneWriter(model))
 
 
 class _Emitter:
     def __init__(self, model: ir.Model, plan: QuantPlan, by_row: bool) -> None:
         self.model, self.plan, self.by_row, self.names = model, plan, by_row, Names(model)
-        self.constants: dict[tuple[str, bytes], ir.Value] = {}
         self.activations: dict[tuple[ir.Graph, ir.Value], Sequence[ir.Value]] = {}
-        self.weights: list[ir.Value] = []
         self.at: ir.Node  # new nodes stand before this one
 
     def product(self, node: ir.Node, unit: NodePlan) -> None:
@@ -50,7 +47,7 @@ class _Emitter:
         # Stored as it was: a lookup may read the same codes. Runtimes transpose when they load the model.
         codes = self._node("Transpose", codes) if node.attributes.get_int("transB", 0) else codes
         x, x_scale, zero = self._activation(node)
-        products = self._cast(self._node("MatMulInteger", x, codes, zero), ir.DataType.FLOAT)
+        products = self._node("Cast", self._node("MatMulInteger", x, codes, zero), to=ir.DataType.FLOAT)
         if self.by_row:  # one by one: ONNX Runtime takes the scale in the product of scales for one of the whole tensor
             y = self._node("Mul", self._node("Mul", products, x_scale), w_scale)
         else:
@@ -63,71 +60,43 @@ class _Emitter:
         scales = np.broadcast_to(weight.qparams.scale.reshape(-1, 1), (len(weight.codes), 1))
         scale = self._node("Gather", self._of_weight(0, "scale_of_row", scales), rows)
         codes = self._node("Gather", self._of_weight(0, "codes", weight.codes), rows)
-        self._replace(self._node("Mul", self._cast(codes, ir.DataType.FLOAT), scale))
-
-    def drop_unread(self) -> None:
-        """Removes the float weights that nothing reads any more."""
-        for weight in self.weights:
-            if not weight.uses() and not weight.is_graph_output() and isinstance(weight.graph, ir.Graph):
-                weight.graph.initializers.pop(weight.name or "", None)
+        self._replace(self._node("Mul", self._node("Cast", codes, to=ir.DataType.FLOAT), scale))
 
     def _activation(self, node: ir.Node) -> Sequence[ir.Value]:
         """Codes, scale and zero point of the product's input."""
-        x, graph = node.inputs[0], node.graph
-        assert x is not None
-        assert isinstance(graph, ir.Graph)
+        x, graph = known(node.inputs[0]), graph_of(node)
         if (graph, x) not in self.activations:
-            quantized = self._rows(x) if self.by_row else self._outputs("DynamicQuantizeLinear", [x], 3)
-            self.activations[graph, x] = quantized
+            self.activations[graph, x] = self._rows(x) if self.by_row else self._tensor(x)
         return self.activations[graph, x]
+
+    def _tensor(self, x: ir.Value) -> Sequence[ir.Value]:
+        node = self.names.node("DynamicQuantizeLinear", [x], known(self.at.name), count=3)
+        graph_of(self.at).insert_before(self.at, node)
+        return node.outputs
 
     def _rows(self, x: ir.Value) -> Sequence[ir.Value]:
         """x / scale + 128 in uint8, with scale = max |x| / 127 over a row."""
         middle, magnitude = 1 << (UINT8.bits - 1), self._node("Abs", x)
         if self.model.graph.opset_imports[""] >= AXES_AS_INPUT:
-            largest = self._node("ReduceMax", magnitude, self._constant("last_axis", np.array([-1])))
+            largest = self._node("ReduceMax", magnitude, self.names.constant("last_axis", np.array([-1])))
         else:
-            largest = self._outputs("ReduceMax", [magnitude], 1, {"axes": [-1]})[0]
-        scale = self._node("Mul", largest, self._constant("per_code", np.float32(1 / INT8_NARROW.qmax)))
-        scale = self._node("Max", scale, self._constant("least_scale", np.float32(SMALLEST_SCALE)))
+            largest = self._node("ReduceMax", magnitude, axes=[-1])
+        scale = self._node("Mul", largest, self.names.constant("per_code", np.float32(1 / INT8_NARROW.qmax)))
+        scale = self._node("Max", scale, self.names.constant("least_scale", np.float32(SMALLEST_SCALE)))
         steps = self._node("Round", self._node("Div", x, scale))
-        codes = self._node("Add", steps, self._constant("middle", np.float32(middle)))
-        return self._cast(codes, ir.DataType.UINT8), scale, self._constant("zero_point", np.uint8(middle))
+        codes = self._node("Add", steps, self.names.constant("middle", np.float32(middle)))
+        codes = self._node("Cast", codes, to=ir.DataType.UINT8)
+        return codes, scale, self.names.constant("zero_point", np.uint8(middle))
 
     def _of_weight(self, index: int, what: str, array: Array) -> ir.Value:
-        weight = self.at.inputs[index]
-        assert weight is not None
-        self.weights.append(weight)
-        return self._constant(f"{weight.name}_{what}", array)
+        return self.names.constant(f"{known(self.at.inputs[index]).name}_{what}", array)
 
-    def _constant(self, name: str, array: Array | np.generic) -> ir.Value:
-        """An initializer of the main graph, which all graphs see; equal ones of one name are stored once."""
-        key = (name, array.tobytes())
-        if key not in self.constants:
-            self.constants[key] = add_constant(self.model.graph, self.names.fresh(name), np.asarray(array))
-        return self.constants[key]
-
-    def _cast(self, value: ir.Value, to: ir.DataType) -> ir.Value:
-        return self._outputs("Cast", [value], 1, {"to": to})[0]
-
-    def _node(self, op_type: str, *inputs: ir.Value | None) -> ir.Value:
-        return self._outputs(op_type, inputs, 1)[0]
-
-    def _outputs(
-        self, op_type: str, inputs: Sequence[ir.Value | None], count: int, attributes: Mapping[str, Any] | None = None
-    ) -> Sequence[ir.Value]:
-        name = self.names.fresh(f"{self.at.name}_{op_type}")
-        outputs = [ir.Value(name=self.names.fresh(f"{name}_output")) for _ in range(count)]
-        node = ir.node(op_type, inputs, attributes, name=name, outputs=outputs)
-        assert isinstance(self.at.graph, ir.Graph)
-        self.at.graph.insert_before(self.at, node)
-        return outputs
+    def _node(self, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
+        node = self.names.node(op_type, inputs, known(self.at.name), attributes=attributes)
+        graph_of(self.at).insert_before(self.at, node)
+        return node.outputs[0]
 
     def _replace(self, y: ir.Value) -> None:
         """Lets `y` stand for the node's output, under its name."""
-        old, graph = self.at.outputs[0], self.at.graph
-        y.type, y.shape, name, old.name = old.type, old.shape, old.name, None
-        old.replace_all_uses_with(y, replace_graph_outputs=True)
-        y.name = name
-        assert isinstance(graph, ir.Graph)
-        graph.remove(self.at, safe=True)
+        graph, node = graph_of(self.at), self.at
+        ir.convenience.replace_nodes_and_values(graph, node, [node], [], node.outputs, [y])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from converter.model import Names, add_constant, constant
+from converter.model import Names, add_constant, constant, known
 
 # Below this many elements the Cast costs more bytes than float16 saves.
 LEAST_SIZE = 64
@@ -30,11 +30,9 @@ def _worthwhile(value: ir.Value) -> bool:
 
 
 def _store(graph: ir.Graph, value: ir.Value, names: Names) -> None:
-    array = constant(value)
-    assert array is not None
+    array = known(constant(value))
     half = add_constant(graph, names.fresh(f"{value.name}_float16"), array.astype(np.float16))
-    cast = ir.node("Cast", [half], {"to": ir.DataType.FLOAT}, name=names.fresh(f"{value.name}_Cast"))
-    cast.outputs[0].name = names.fresh(f"{value.name}_float32")
+    cast = names.node("Cast", [half], known(value.name), "float32", {"to": ir.DataType.FLOAT})
     graph.insert_before(graph[0], cast)
     value.replace_all_uses_with(cast.outputs[0])
     del graph.initializers[value.name or ""]

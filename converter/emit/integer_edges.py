@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
+from converter.model import known
+
 
 def feed_integers(graph: ir.Graph, name: str) -> None:
     """Graph input `name`, quantized by an emitted pair, becomes an input of the pair's integers."""
@@ -11,8 +13,7 @@ def feed_integers(graph: ir.Graph, name: str) -> None:
     quantize = next(use.node for use in old.uses() if use.node.op_type == "QuantizeLinear")
     codes = quantize.outputs[0]
     for use in [use for use in old.uses() if use.node is not quantize]:
-        restore = _restoring(codes)
-        use.node.replace_input_with(use.idx, restore.outputs[0])
+        use.node.replace_input_with(use.idx, _restoring(codes).outputs[0])
     new = ir.Value(name=name, shape=old.shape, type=_integers_of(quantize))
     codes.replace_all_uses_with(new)
     graph.remove(quantize, safe=True)
@@ -23,10 +24,8 @@ def feed_integers(graph: ir.Graph, name: str) -> None:
 def hand_out_integers(graph: ir.Graph, name: str) -> None:
     """Graph output `name`, restored by an emitted pair, becomes an output of the pair's integers."""
     old = next(value for value in graph.outputs if value.name == name)
-    restore = old.producer()
-    assert restore is not None
-    codes = restore.inputs[0]
-    assert codes is not None
+    restore = known(old.producer())
+    codes = known(restore.inputs[0])
     old.name, codes.name = codes.name, name
     codes.type, codes.shape = _integers_of(restore), old.shape
     graph.outputs[list(graph.outputs).index(old)] = codes
@@ -42,7 +41,4 @@ def _restoring(codes: ir.Value) -> ir.Node:
 
 def _integers_of(conversion: ir.Node) -> ir.TensorType:
     """The type of the integers on one side of a QuantizeLinear or DequantizeLinear: that of its zero point."""
-    zero_point = conversion.inputs[2]
-    assert zero_point is not None
-    assert zero_point.dtype is not None
-    return ir.TensorType(zero_point.dtype)
+    return ir.TensorType(known(known(conversion.inputs[2]).dtype))

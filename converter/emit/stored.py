@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from calib.affine import Array, dequantize
-from converter.model import Names, add_constant, constant, replace_constant
+from converter.model import Names, add_constant, drop_unread, graph_of, known, operand, replace_constant
 from converter.plan import NodePlan, QuantizedWeight, QuantPlan
 
 # (graph, name, weight) -> the value of the restored floats
@@ -20,18 +20,14 @@ def emit_stored(model: ir.Model, plan: QuantPlan, write: Writer) -> None:
     names, written = Names(model), dict[ir.Value, ir.Value]()
     for node, unit in planned(model, plan):
         for weight in unit.weights:
-            old = node.inputs[weight.index]
-            assert old is not None
-            assert isinstance(old.graph, ir.Graph)
+            old = known(node.inputs[weight.index])
             if old not in written:
-                written[old] = write(old.graph, weight.name, plan.stored[unit.name, weight.index])
+                written[old] = write(graph_of(old), weight.name, plan.stored[unit.name, weight.index])
                 written[old].shape, written[old].type = old.shape, old.type
             node.replace_input_with(weight.index, written[old])
         if unit.name in plan.biases:
             write_bias(node, unit, plan, names)
-    for value in written:
-        if not value.uses() and not value.is_graph_output() and isinstance(value.graph, ir.Graph):
-            del value.graph.initializers[value.name or ""]
+    drop_unread(model)
 
 
 def as_floats(graph: ir.Graph, name: str, weight: QuantizedWeight) -> ir.Value:
@@ -50,21 +46,18 @@ def planned(model: ir.Model, plan: QuantPlan) -> Iterator[tuple[ir.Node, NodePla
 
 def bias_of(node: ir.Node, unit: NodePlan) -> Array | None:
     """The unit's constant bias."""
-    owner, index = _bias_place(node, unit)
-    return constant(owner.inputs[index]) if index < len(owner.inputs) else None
+    return operand(*bias_place(node, unit))
 
 
 def write_bias(node: ir.Node, unit: NodePlan, plan: QuantPlan, names: Names) -> None:
     """Gives the unit the plan's bias."""
     old, bias = bias_of(node, unit), plan.biases[unit.name].astype(np.float32)
-    owner, index = _bias_place(node, unit)
+    owner, index = bias_place(node, unit)
     replace_constant(owner, index, bias if old is None else bias.reshape(old.shape), names)
 
 
-def _bias_place(node: ir.Node, unit: NodePlan) -> tuple[ir.Node, int]:
+def bias_place(node: ir.Node, unit: NodePlan) -> tuple[ir.Node, int]:
     """The node that adds the bias, and at which input."""
-    if not unit.absorbed:
-        return node, 2
     product = node.outputs[0]
-    add = next(use.node for use in product.uses())
-    return add, int(add.inputs[0] is product)
+    readers = [use.node for use in product.uses() if use.node.op_type == "Add" and use.node.name in unit.absorbed]
+    return (readers[0], int(readers[0].inputs[0] is product)) if readers else (node, 2)

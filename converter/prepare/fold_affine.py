@@ -11,26 +11,24 @@ that share a weight each get a copy of their own.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
 
 from calib.affine import Array
-from converter.model import Names, constant, only_consumer, replace_constant
+from converter.model import Names, constant, graph_of, known, only_consumer, operand, replace_constant
 from converter.ops import OPS
 
 Affine = tuple[Array, Array]
 
 
-class FoldAffinePass(ir.passes.InPlacePass):
-    """Shell around `fold`, over the nodes of every graph of the model."""
-
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Folds in place."""
-        names = Names(model)
-        folded = [fold(node, names) for graph in model.graphs() for node in list(graph) if _foldable(node)]
-        return ir.passes.PassResult(model, any(folded))
+def fold_affine(model: ir.Model) -> bool:
+    """Folds into the nodes of every graph, in place; returns whether there was anything to fold."""
+    names = Names(model)
+    folded = [_fold(node, names) for graph in model.graphs() for node in list(graph) if _foldable(node)]
+    return any(folded)
 
 
 def _foldable(node: ir.Node) -> bool:
@@ -40,27 +38,20 @@ def _foldable(node: ir.Node) -> bool:
     return OPS[node.op_type].obstacle(node) is None
 
 
-def fold(node: ir.Node, names: Names) -> bool:
+def _fold(node: ir.Node, names: Names) -> bool:
     """Folds all foldable followers of `node` into it; returns whether there was one."""
     folded = False
     while (follower := only_consumer(node.outputs[0])) and (affine := _affine_of(follower, node)) and _usable(affine):
         _rescale(node, *affine, names)
-        follower.outputs[0].replace_all_uses_with(node.outputs[0], replace_graph_outputs=True)
-        _take_name(node.outputs[0], follower.outputs[0])
-        follower.graph.remove(follower, safe=True)  # type: ignore[union-attr]
+        # The surviving tensor bears the last name, which graph outputs and users know.
+        graph, outputs = graph_of(follower), follower.outputs
+        ir.convenience.replace_nodes_and_values(graph, follower, [follower], [], outputs, node.outputs)
         folded = True
     return folded
 
 
 def _usable(affine: Affine) -> bool:
     return all(np.isfinite(part.astype(np.float32)).all() for part in affine)
-
-
-def _take_name(kept: ir.Value, gone: ir.Value) -> None:
-    """The surviving tensor bears the last name, which graph outputs and users know."""
-    name = gone.name
-    gone.name = None
-    kept.name, kept.shape = name, gone.shape or kept.shape
 
 
 def _affine_of(node: ir.Node, producer: ir.Node) -> Affine | None:
@@ -105,8 +96,7 @@ def _arithmetic(node: ir.Node, producer: ir.Node, channels: int) -> Affine | Non
 
 def _per_channel(value: Array, producer: ir.Node, channels: int) -> Array | None:
     """`value` as one float64 a channel; None if it varies along another axis or would widen the output's shape."""
-    weight = constant(producer.inputs[1])
-    rank = weight.ndim if weight is not None else 0
+    rank = known(operand(producer, 1)).ndim
     shape = (1,) * (rank - value.ndim) + value.shape
     channel_shape = tuple(channels if axis == 1 else 1 for axis in range(rank))
     if value.size == 1 and value.ndim <= rank:
@@ -115,27 +105,22 @@ def _per_channel(value: Array, producer: ir.Node, channels: int) -> Array | None
 
 
 def _channels(node: ir.Node) -> int:
-    weight = constant(node.inputs[1])
-    assert weight is not None
-    if node.op_type == "ConvTranspose":
-        return int(weight.shape[1] * node.attributes.get_int("group", 1))
-    return int(weight.shape[OPS[node.op_type].channel_axis(node) or 0])
+    return math.prod(_by_channel(node, known(operand(node, 1))).shape[:2])
 
 
 def _rescale(node: ir.Node, scale: Array, shift: Array, names: Names) -> None:
-    weight, bias = constant(node.inputs[1]), constant(node.inputs[2]) if len(node.inputs) > 2 else None
-    assert weight is not None
-    new_weight = (weight.astype(np.float64) * _weight_factor(node, weight, scale)).astype(weight.dtype)
+    weight, bias = known(operand(node, 1)), operand(node, 2)
+    scaled = weight.astype(np.float64, order="C")
+    by_channel = _by_channel(node, scaled)
+    by_channel *= scale.reshape(*by_channel.shape[:2], *(1,) * (by_channel.ndim - 2))
     new_bias = ((0.0 if bias is None else bias.astype(np.float64)) * scale + shift).astype(weight.dtype)
-    replace_constant(node, 1, new_weight, names)
+    replace_constant(node, 1, scaled.astype(weight.dtype), names)
     replace_constant(node, 2, new_bias, names)
 
 
-def _weight_factor(node: ir.Node, weight: Array, scale: Array) -> Array:
-    """`scale` shaped to multiply the weight along its output channels."""
+def _by_channel(node: ir.Node, weight: Array) -> Array:
+    """A view of the weight with the axes (groups, output channels of a group, …)."""
     if node.op_type == "ConvTranspose":
-        group = node.attributes.get_int("group", 1)
-        per_input = np.repeat(scale.reshape(group, -1), weight.shape[0] // group, axis=0)
-        return per_input.reshape(per_input.shape + (1,) * (weight.ndim - 2))
-    axis = OPS[node.op_type].channel_axis(node) or 0
-    return scale.reshape([-1 if i == axis else 1 for i in range(weight.ndim)])
+        groups = node.attributes.get_int("group", 1)
+        return weight.reshape(groups, -1, *weight.shape[1:]).swapaxes(1, 2)
+    return np.moveaxis(weight, OPS[node.op_type].channel_axis(node) or 0, 0)[None]

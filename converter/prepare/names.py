@@ -2,27 +2,23 @@
 
 from __future__ import annotations
 
+import itertools
+
 import onnx_ir as ir
 
 
-class NameNodesPass(ir.passes.InPlacePass):
-    """Names unnamed nodes after their first output and numbers repeated names; given names stay."""
+def name_nodes(model: ir.Model) -> bool:
+    """Names unnamed nodes after their first output and numbers repeated names, in place; given names stay.
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Renames in place."""
-        nodes = [node for graph in model.graphs() for node in graph]
-        first = {node.name: node for node in reversed(nodes) if node.name}
-        taken = set(first)
-        renamed = [node for node in nodes if not node.name or first[node.name] is not node]
-        for node in renamed:
-            node.name = _free(node.name or node.outputs[0].name or node.op_type, taken)
-            taken.add(node.name)
-        return ir.passes.PassResult(model, bool(renamed))
-
-
-def _free(wish: str, taken: set[str]) -> str:
-    name, number = wish, 1
-    while name in taken:
-        number += 1
-        name = f"{wish}_{number}"
-    return name
+    Returns whether there was anything to name.
+    """
+    nodes = [node for graph in model.graphs() for node in graph]
+    first = {node.name: node for node in reversed(nodes) if node.name}
+    taken = set(first)
+    renamed = [node for node in nodes if not node.name or first[node.name] is not node]
+    for node in renamed:
+        wish = node.name or node.outputs[0].name or node.op_type
+        numbered = (f"{wish}_{number}" for number in itertools.count(2))
+        node.name = next(name for name in itertools.chain([wish], numbered) if name not in taken)
+        taken.add(node.name)
+    return bool(renamed)

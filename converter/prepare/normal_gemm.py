@@ -11,41 +11,34 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from converter.model import Names, bias_add, constant, replace_constant
+from converter.model import Names, bias_add, graph_of, known, operand, replace_constant
 
 
-class NormalGemmPass(ir.passes.InPlacePass):
-    """Shell around the two rewrites, over the nodes of every graph of the model."""
+def normal_gemm(model: ir.Model) -> bool:
+    """Does both rewrites over the nodes of every graph, in place; returns whether anything changed."""
+    names = Names(model)
+    joined = [_join(node) for graph in model.graphs() for node in list(graph) if _is("MatMul", node)]
+    scaled = [_scale(node, names) for graph in model.graphs() for node in graph if _is("Gemm", node)]
+    return any(joined) or any(scaled)
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Rewrites in place."""
-        names = Names(model)
-        nodes = [node for graph in model.graphs() for node in graph if not node.domain]
-        joined = [_join(node) for node in nodes if node.op_type == "MatMul"]
-        nodes = [node for graph in model.graphs() for node in graph if not node.domain]
-        scaled = [_scale(node, names) for node in nodes if node.op_type == "Gemm"]
-        return ir.passes.PassResult(model, any(joined) or any(scaled))
+
+def _is(op_type: str, node: ir.Node) -> bool:
+    return node.op_type == op_type and not node.domain
 
 
 def _join(matmul: ir.Node) -> bool:
-    add, x, graph = bias_add(matmul), matmul.inputs[0], matmul.graph
-    if (
-        graph is None
-        or add is None
-        or x is None
-        or x.dtype != ir.DataType.FLOAT
-        or x.shape is None
-        or x.shape.rank() != 2
-    ):
+    add, x = bias_add(matmul), known(matmul.inputs[0])
+    if add is None or x.dtype != ir.DataType.FLOAT or x.shape is None or x.shape.rank() != 2:
         return False
     bias = next(value for value in add.inputs if value is not matmul.outputs[0])
     gemm = ir.node("Gemm", [*matmul.inputs, bias], name=matmul.name, outputs=[ir.Value()])
+    graph = graph_of(matmul)
     ir.convenience.replace_nodes_and_values(graph, add, [matmul, add], [gemm], add.outputs, gemm.outputs)
     return True
 
 
 def _scale(gemm: ir.Node, names: Names) -> bool:
-    weight, bias = constant(gemm.inputs[1]), constant(gemm.inputs[2]) if len(gemm.inputs) > 2 else None
+    weight, bias = operand(gemm, 1), operand(gemm, 2)
     if weight is None or (bias is None and len(gemm.inputs) > 2 and gemm.inputs[2] is not None):
         return False
     if bias is not None and bias.ndim == 2 and bias.shape[0] > 1:

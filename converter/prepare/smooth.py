@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from calib.affine import Array
-from converter.model import Names, add_constant, constant, only_consumer, replace_constant
+from converter.model import Names, graph_of, known, only_consumer, operand, replace_constant
 
 # Operators whose output is linear in the constants behind their first input, channel by channel of the last axis.
 _LINEAR = {"LayerNormalization", "MatMul", "Gemm"}
@@ -18,37 +18,27 @@ _ATTENTION = (("Transpose", 0), ("MatMul", 0), ("Transpose", 1), ("Reshape", 0))
 Place = tuple[ir.Node, int]
 
 
-class SmoothPass(ir.passes.InPlacePass):
-    """Divides each tensor of `factors` for the products that read it, and for nothing else that does.
+def divide_channels(model: ir.Model, factors: Mapping[str, Array], products: Mapping[str, Sequence[ir.Node]]) -> None:
+    """Divides each tensor of `factors` for the `products` that read it, and for nothing else that does, in place.
 
     The constants that the tensor is linear in take the division in, where there are such; elsewhere it is a Mul.
     """
-
-    def __init__(self, factors: Mapping[str, Array], products: Mapping[str, Sequence[ir.Node]]) -> None:
-        self.factors, self.products = factors, products
-
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Rewrites in place."""
-        names = Names(model)
-        for tensor, factors in self.factors.items():
-            nodes = self.products[tensor]
-            if places := linear_in(nodes):
-                for node, index in places:
-                    _multiply(node, index, 1 / factors, by_row=index == 1 and _transposed(node), names=names)
-            else:
-                _divide(nodes, factors, names)
-            for node in nodes:
-                _multiply(node, 1, factors, by_row=not _transposed(node), names=names)
-        return ir.passes.PassResult(model, bool(self.factors))
+    names = Names(model)
+    for tensor, by in factors.items():
+        nodes = products[tensor]
+        if places := linear_in(nodes):
+            for node, index in places:
+                _multiply(node, index, 1 / by, by_row=index == 1 and _transposed(node), names=names)
+        else:
+            _divide(nodes, by, names)
+        for node in nodes:
+            _multiply(node, 1, by, by_row=not _transposed(node), names=names)
 
 
 def _divide(nodes: Sequence[ir.Node], factors: Array, names: Names) -> None:
-    x, graph = nodes[0].inputs[0], nodes[0].graph
-    assert x is not None
-    assert isinstance(graph, ir.Graph)
-    reciprocals = add_constant(graph, names.fresh(f"{x.name}_smoothing"), (1 / factors).astype(np.float32))
-    name = names.fresh(f"{x.name}_smoothed")
-    divided = ir.node("Mul", [x, reciprocals], name=name, outputs=[ir.Value(name=name, shape=x.shape, type=x.type)])
+    x, graph = known(nodes[0].inputs[0]), graph_of(nodes[0])
+    reciprocals = names.constant(f"{x.name}_smoothing", (1 / factors).astype(np.float32))
+    divided = names.node("Mul", [x, reciprocals], f"{x.name}_smoothed", like=x)
     graph.insert_before(min(nodes, key=list(graph).index), divided)
     for node in nodes:
         node.replace_input_with(0, divided.outputs[0])
@@ -59,9 +49,8 @@ def linear_in(readers: Sequence[ir.Node]) -> list[Place]:
 
     Those of a LayerNormalization or a product and its bias, also where attention weighs the rows of the product.
     """
-    weight = constant(readers[0].inputs[1])
-    assert weight is not None
-    return _constants_of(readers[0].inputs[0], set(readers), weight.shape[int(_transposed(readers[0]))])
+    size = known(operand(readers[0], 1)).shape[int(_transposed(readers[0]))]
+    return _constants_of(readers[0].inputs[0], set(readers), size)
 
 
 def _constants_of(x: ir.Value | None, readers: set[ir.Node], size: int) -> list[Place]:
@@ -69,7 +58,7 @@ def _constants_of(x: ir.Value | None, readers: set[ir.Node], size: int) -> list[
     if x is None or node is None or node.domain or x.is_graph_output() or {use.node for use in x.uses()} != readers:
         return []
     operands = [index for index, value in enumerate(node.inputs) if value is not None]
-    found = [(node, index) for index in operands if constant(node.inputs[index]) is not None]
+    found = [(node, index) for index in operands if operand(node, index) is not None]
     if node.op_type in _LINEAR and node.attributes.get_int("axis", -1) == -1:
         return found if operands[1:] == [index for _, index in found] else []
     if node.op_type == "Add" and len(found) == 1:
@@ -101,6 +90,5 @@ def _transposed(node: ir.Node) -> bool:
 
 
 def _multiply(node: ir.Node, index: int, factors: Array, by_row: bool, names: Names) -> None:
-    old = constant(node.inputs[index])
-    assert old is not None
+    old = known(operand(node, index))
     replace_constant(node, index, (old * (factors[:, None] if by_row else factors)).astype(np.float32), names)

@@ -12,22 +12,22 @@ import numpy as np
 import onnx_ir as ir
 
 from calib.affine import Array
-from converter.model import Names, add_constant, constant
+from converter.model import Names, constant, graph_of
 
 
-class TiePass(ir.passes.InPlacePass):
-    """Turns products with the transposed of a table, in the graph that holds it, into Gemm nodes that read it."""
+def tie(model: ir.Model) -> bool:
+    """Turns products with the transposed of a table, in the graph that holds it, into Gemm nodes that read it.
 
-    def call(self, model: ir.Model) -> ir.passes.PassResult:
-        """Rewrites in place."""
-        names, nodes = Names(model), [node for node in model.graph if not node.domain]
-        tables = [node.inputs[0] for node in nodes if node.op_type == "Gather"]
-        known = {v: a for v in tables if v is not None and (a := constant(v)) is not None and a.ndim == 2}
-        products = [node for node in nodes if node.op_type == "MatMul"]
-        tied = [(node, table) for node in products if (table := _tied(node, known)) is not None]
-        for node, table in tied:
-            _read(table, known[table].shape, node, names)
-        return ir.passes.PassResult(model, bool(tied))
+    Rewrites in place; returns whether there was any.
+    """
+    names, nodes = Names(model), [node for node in model.graph if not node.domain]
+    tables = [node.inputs[0] for node in nodes if node.op_type == "Gather"]
+    arrays = {v: a for v in tables if v is not None and (a := constant(v)) is not None and a.ndim == 2}
+    products = [node for node in nodes if node.op_type == "MatMul"]
+    tied = [(node, table) for node in products if (table := _tied(node, arrays)) is not None]
+    for node, table in tied:
+        _read(table, arrays[table].shape, node, names)
+    return bool(tied)
 
 
 def _tied(product: ir.Node, tables: Mapping[ir.Value, Array]) -> ir.Value | None:
@@ -41,11 +41,10 @@ def _tied(product: ir.Node, tables: Mapping[ir.Value, Array]) -> ir.Value | None
 
 def _read(table: ir.Value, sizes: tuple[int, ...], product: ir.Node, names: Names) -> None:
     """Writes x T' as a Gemm over the rows of x, whatever its rank."""
-    graph, x, tape = product.graph, product.inputs[0], ir.tape.Tape()
-    assert isinstance(graph, ir.Graph)
+    graph, x, tape = graph_of(product), product.inputs[0], ir.tape.Tape()
 
     def ints(what: str, *numbers: int) -> ir.Value:
-        return add_constant(graph, names.fresh(f"{product.name}_{what}"), np.array(numbers))
+        return names.constant(f"{product.name}_{what}", np.array(numbers))
 
     def floats(columns: int) -> ir.Value:
         return ir.Value(shape=ir.Shape([None, columns]), type=table.type)

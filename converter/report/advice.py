@@ -14,7 +14,6 @@ MERGES, MIXED_RANGES = {"Add", "Sub", "Concat", "Max", "Min"}, 4.0
 # Shares of values cut off, of the range cut off, and of the outputs' error that deserve a word, as do a node's own
 # noise and its noise at the outputs, in dB.
 CLIPPED, SHORTENED, COSTLY, NOISY_DB, HEARD_DB = 0.01, 0.02, 0.1, 15.0, 40.0
-NAMED = 5
 
 
 def advice_for(node: NodeFinding, tensors: Sequence[tuple[Place, Figures]], saturates: bool) -> str:
@@ -65,7 +64,7 @@ def overall_advice(nodes: Sequence[NodeFinding], found: Verification | None) -> 
     """Sentences on the whole, the gravest first."""
     if found and found.saturated:
         yield (
-            f"Saturation: the weights of {_names(found.saturated)} let kernels that add two products in 16 bits, those "
+            f"Saturation: the weights of {listed(found.saturated)} let kernels that add two products in 16 bits, those "
             "of x86 processors without VNNI, cut sums off; convert with overflow_safe = true (in other tools: 7-bit "
             "weights, reduce_range)."
         )
@@ -74,13 +73,14 @@ def overall_advice(nodes: Sequence[NodeFinding], found: Verification | None) -> 
         ("cut off", "Much is cut off at {}: a wider range (activation_quant_method = MAX_MIN) may be better."),
     ):
         if named := [node.name for node in nodes if word in node.advice]:
-            yield sentence.format(_names(named))
+            yield sentence.format(listed(named))
     costly = sorted(filter(_is_costly, nodes), key=lambda n: -(n.share or 0))
     if costly:
-        yield f"Most of the outputs' error comes from {_names([n.name for n in costly])}: skip_quant_node, or max_drop."
+        yield f"Most of the outputs' error comes from {listed([n.name for n in costly])}: skip_quant_node, or max_drop."
     if found and found.speedup is not None and found.speedup < 1:
         yield "It is not faster here than the float model: few operators have integer kernels; WEIGHT_QUANT may do."
 
 
-def _names(names: Sequence[str]) -> str:
-    return ", ".join(names[:NAMED]) + (f" and {len(names) - NAMED} more" if len(names) > NAMED else "")
+def listed(names: Sequence[str], most: int = 5) -> str:
+    """The first few of the names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

@@ -2,81 +2,113 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import numpy as np
 
-from calib.affine import INT32, QParams
+from calib.affine import QParams
 from calib.samples import Dataset
 from calib.stats import TensorStats
-from converter.alone import Alone, alone
 from converter.calibrate import Wanted, observe
 from converter.compare import error_of
 from converter.data import synthetic_data
+from converter.errors import ConfigError
 from converter.findings import Findings, NodeFinding, TensorFinding, Verification
-from converter.job import Resources, Silent, Watch
-from converter.model import weight_bytes
+from converter.job import Resources, Watch
+from converter.model import known, weight_bytes
 from converter.pairs import Pairing, Place, pair
 from converter.plan import NodePlan
 from converter.quantized import Quantized
 from converter.report.advice import advice_for, overall_advice
+from converter.report.page import page
 from converter.report.rounds import Figures, Key, Summary, key_of, rounds
-from converter.report.tables import (
-    OUTPUTS,
-    PARAMETERS,
-    ROUND,
-    SENSITIVITY,
-    Row,
-    output_rows,
-    parameter_rows,
-    round_rows,
-    sensitivity_rows,
-    write_table,
-)
-from converter.sensitivity import RANKED_ON
+from converter.report.tables import OUTPUTS, output_rows, parameter_rows, round_rows, sensitivity_rows, write_table
+from converter.sensitivity import RANKED_ON, Alone, alone
 from converter.verify import TIMED_BYTES
 
+# Nodes in summary.json.
+WORST = 10
 # Samples that histograms and, where no tables are wanted, figures are made of.
 SHOWN_SAMPLES = 8
 # So much above the signal is all noise.
 MOST_DB = 300.0
 
 
-def findings(
-    result: Quantized,
-    facts: Mapping[str, str],
-    sizes: tuple[int, int],
-    verification: Verification | None,
-    resources: Resources,
-    watch: Watch,
-    tables: Path | None = None,
-) -> Findings:
-    """Everything a report says of a pair of models; the tables of all samples are written into the folder `tables`.
+def check_folder(folder: Path, where: str) -> None:
+    """Raises ConfigError where no folder of reports can be; `where` names the line that asks for it."""
+    if (stands := next((p for p in (folder, *folder.absolute().parents) if p.exists()), folder)).is_file():
+        msg = f"{where}: {stands} is a file; give the path of a folder."
+        raise ConfigError(msg)
 
-    `result.plan` may be empty, as for what another tool made. Without data there is one random sample.
+
+def write_reports(
+    folder: Path, title: str, result: Quantized, given: Findings, resources: Resources, watch: Watch
+) -> Findings:
+    """The tables, summary.json and report.html in `folder`, in place of those of an earlier run; what they tell.
+
+    All of the folder's reports are new, or none of them is touched.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        tables = Path(temporary)
+        found = findings(result, given, resources, watch, tables)
+        (tables / "summary.json").write_text(_summary(found), encoding="utf-8")
+        (tables / "report.html").write_text(page(found, title), encoding="utf-8")
+        for old in folder.iterdir():
+            if re.fullmatch(r"round_\d+\.csv", old.name):
+                old.unlink()
+        for new in sorted(tables.iterdir()):
+            new.replace(folder / new.name)
+    return found
+
+
+def _summary(found: Findings) -> str:
+    """For programs; a number that is not finite is null."""
+    before, after = found.sizes
+    content = {
+        "facts": dict(found.facts),
+        "bytes": {"before": before, "after": after},
+        "verification": asdict(found.verification) if found.verification else None,
+        "worst_nodes": [asdict(node) for node in found.ranked[:WORST]],
+        "advice": found.advice,
+    }
+    finite = json.loads(json.dumps(content), parse_constant=lambda _: None)
+    return json.dumps(finite, indent=2, ensure_ascii=False) + "\n"
+
+
+def findings(
+    result: Quantized, given: Findings, resources: Resources, watch: Watch, tables: Path | None = None
+) -> Findings:
+    """What is `given` of a pair of models, with all that a look inside tells.
+
+    `result.plan` may be empty, as for what another tool made. Without data there is one random sample. The tables of
+    all samples are written into the folder `tables`.
     """
     pairing = pair(result.compared or result.reference, result.model, result.plan)
     data = result.data if len(result.data) else synthetic_data(result.reference, 1)
     count = len(data) if tables else min(len(data), SHOWN_SAMPLES)
     totals: dict[Key, Figures] = {}
-    outputs: list[Row] = []
+    outputs = [OUTPUTS]
     for index, found in enumerate(watch.track(rounds(pairing, data, count, resources), "Measuring tensors", count)):
         totals = {key: _both(totals.get(key), figures) for key, figures in found.items()}
         if tables:
-            write_table(tables / f"round_{index}.csv", ROUND, round_rows(pairing.places, found))
+            write_table(tables / f"round_{index}.csv", round_rows(pairing.places, found))
             outputs += output_rows(index, pairing, found)
     totals = {key: replace(figures, clip=figures.clip / count) for key, figures in totals.items()}
     big = weight_bytes(result.reference) > TIMED_BYTES
     by_itself = {} if big else alone(pairing, data, RANKED_ON, resources)
-    nodes = _nodes(pairing, result, totals, by_itself, verification)
+    nodes, tensors = _nodes(pairing, result, totals, by_itself, given.verification), _tensors(pairing, data, resources)
+    told = replace(given, nodes=nodes, tensors=tuple(tensors), advice=tuple(overall_advice(nodes, given.verification)))
     if tables:
-        write_table(tables / "output_summary.csv", OUTPUTS, outputs)
-        write_table(tables / "quant_param.csv", PARAMETERS, parameter_rows(pairing.places, totals))
-        write_table(tables / "sensitivity.csv", SENSITIVITY, sensitivity_rows(nodes))
-    tensors = tuple(_tensors(pairing, data, resources))
-    return Findings(facts, sizes, verification, nodes, tensors, tuple(overall_advice(nodes, verification)))
+        write_table(tables / "output_summary.csv", outputs)
+        write_table(tables / "quant_param.csv", parameter_rows(pairing.places, totals))
+        write_table(tables / "sensitivity.csv", sensitivity_rows(told.ranked))
+    return told
 
 
 def _both(first: Figures | None, second: Figures) -> Figures:
@@ -126,10 +158,9 @@ def _nodes(
 
 def _node(name: str, places: list[Place], unit: NodePlan | None, totals: Mapping[Key, Figures]) -> NodeFinding:
     read = [place for place in places if not place.output]
-    integers = [place.qparams.format.bits for place in read if place.qparams and place.qparams.format != INT32]
     weights = [place for place in read if place.weight is not None]
-    bits = [place.qparams.format.bits for place in weights if place.qparams and place.qparams.format != INT32]
-    quantized = unit.quantized if unit else bool(integers)
+    bits = [place.bits for place in weights if place.bits] or [place.bits for place in read if place.bits]
+    quantized = unit.quantized if unit else bool(bits)
     written = (totals.get(key_of(place)) for place in places if place.output)
     error = next((error_of(name, f.products) for f in written if f and f.dequant), None)
     return NodeFinding(
@@ -137,39 +168,32 @@ def _node(name: str, places: list[Place], unit: NodePlan | None, totals: Mapping
         places[0].op_type,
         quantized,
         unit.reason if unit else "",
-        min(bits or integers, default=None) if quantized else None,
+        min(bits, default=None) if quantized else None,
         sum(place.weight.nbytes for place in weights if place.weight is not None),
         sum(map(_bytes_after, weights)),
         error if quantized else None,
-        output=None,
-        share=None,
-        advice="",
     )
 
 
 def _bytes_after(place: Place) -> int:
     """Bytes of a constant with its parameters, as codes if it has any."""
-    assert place.weight is not None
-    if place.qparams is None:
-        return place.weight.nbytes
-    q = place.qparams
-    return -(-place.weight.size * q.format.bits // 8) + q.scale.nbytes + q.zero_point.nbytes
+    weight, q = known(place.weight), place.qparams
+    return -(-weight.size * q.format.bits // 8) + q.scale.nbytes + q.zero_point.nbytes if q else weight.nbytes
 
 
 def _tensors(pairing: Pairing, data: Dataset, resources: Resources) -> Iterator[TensorFinding]:
     """Histograms over a few samples of everything that became integers with known ranges."""
-    wanted = {p.name: p for p in pairing.places if p.qparams is not None and p.qparams.format != INT32}
+    wanted = {place.name: place for place in pairing.places if place.bits}
     parts = max(1, len(data) // SHOWN_SAMPLES)
     activations = tuple(name for name, place in wanted.items() if place.weight is None)
     asked = Wanted(activations, (), histogram=True, samples=False, part=(0, parts))
-    statistics = dict(observe(pairing.reference, asked, data, resources, Silent()).statistics)
+    statistics = dict(observe(pairing.reference, asked, data, resources, Watch()).statistics)
     for name, place in wanted.items():
-        assert place.qparams is not None
         if place.weight is not None:
             statistics[name] = TensorStats(histogram=True)
             statistics[name].update(place.weight, 0)
         if statistics[name].count:
-            yield _tensor(place, place.qparams, statistics[name])
+            yield _tensor(place, known(place.qparams), statistics[name])
 
 
 def _tensor(place: Place, q: QParams, statistics: TensorStats) -> TensorFinding:

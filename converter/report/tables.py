@@ -1,4 +1,4 @@
-"""The debug reports as tables, with the columns and names of the reference converter's document."""
+"""The debug reports as tables, a header first, with the columns and names of the reference converter's document."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from converter.pairs import Pairing, Place
 from converter.report.rounds import Figures, Key, key_of
 
 Row = Sequence[object]
-OUTPUTS = ("Round", "TensorName", "CosineSimilarity")
+OUTPUTS: Row = ("Round", "TensorName", "CosineSimilarity")
 STATISTICS = ("Min", "Q1", "Median", "Q3", "MAX", "Mean", "Var", "Sparsity", "Clip", "CosineSimilarity")
 ROUND = ("NodeName", "NodeType", "TensorName", "InOutFlag", "DataTypeFlag", "TensorTypeFlag", *STATISTICS)
 PARAMETERS = (
@@ -27,12 +27,10 @@ SENSITIVITY = (
 )
 
 
-def write_table(path: Path, header: Row, rows: Iterable[Row]) -> None:
+def write_table(path: Path, rows: Iterable[Row]) -> None:
     """A CSV file; numbers in 9 significant digits, an empty cell for None, an apostrophe before a formula."""
     with path.open("w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(header)
-        writer.writerows([_cell(x) for x in row] for row in rows)
+        csv.writer(file).writerows([_cell(x) for x in row] for row in rows)
 
 
 def _cell(content: object) -> object:
@@ -44,6 +42,7 @@ def _cell(content: object) -> object:
 
 def round_rows(places: Sequence[Place], found: Mapping[Key, Figures]) -> Iterator[Row]:
     """For every place the float tensor's row and, if the quantized model has the tensor, that of its floats there."""
+    yield ROUND
     for place in places:
         figures = found.get(key_of(place))
         if figures is None:
@@ -65,6 +64,7 @@ def output_rows(index: int, pairing: Pairing, found: Mapping[Key, Figures]) -> I
 
 def parameter_rows(places: Sequence[Place], found: Mapping[Key, Figures]) -> Iterator[Row]:
     """Scale and zero point of everything that became integers, a row for every channel."""
+    yield PARAMETERS
     for place in places:
         figures, q = found.get(key_of(place)), place.qparams
         if figures is None or q is None:
@@ -75,8 +75,9 @@ def parameter_rows(places: Sequence[Place], found: Mapping[Key, Figures]) -> Ite
             yield (place.node, place.op_type, place.name, elements, dims, scale, zero_point, q.format.bits, 1.0, 0.0)
 
 
-def sensitivity_rows(nodes: Iterable[NodeFinding]) -> Iterator[Row]:
-    """The quantized nodes, those that cost the outputs most first."""
-    for node in sorted((n for n in nodes if n.quantized), key=lambda node: -(node.share or 0.0)):
+def sensitivity_rows(ranked: Iterable[NodeFinding]) -> Iterator[Row]:
+    """What each node costs."""
+    yield SENSITIVITY
+    for node in ranked:
         own, output = ((e.cosine, e.sqnr_db) if e else (None, None) for e in (node.own, node.output))
         yield (node.name, node.op_type, node.bits, *own, *output, node.share, node.advice)

@@ -3,29 +3,30 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from converter.findings import Findings, Verification
 from converter.plan import NodePlan, QuantPlan
+from converter.report.advice import listed
 
 if TYPE_CHECKING:
     from converter.pipeline import Outcome
 
 WORST = 5
-# Kinds of operators that the summary names.
-SHOWN = 4
+# Longer names lose their middle where a person reads them; reports and --json have them whole.
+LONGEST = 72
+# Kinds of operators, and nodes left float for one reason, that the summary names.
+SHOWN, NAMED = 4, 3
 
 
 def plan_lines(plan: QuantPlan) -> Iterator[str]:
     """Every node and every tensor with its bits and the reason."""
-    yield from columns(
-        ("node", "operator", "becomes", "why"),
-        ((n.name, n.op_type, _becomes(n), n.reason) for n in plan.nodes.values()),
-    )
+    nodes = ((node.name, node.op_type, _becomes(node), node.reason) for node in plan.nodes.values())
+    yield from columns([("node", "operator", "becomes", "why"), *nodes])
     yield ""
-    yield from columns(("tensor", "bits", "why"), _tensor_rows(plan))
+    yield from columns([("tensor", "bits", "why"), *_tensor_rows(plan)])
 
 
 def summary_lines(outcome: Outcome, output: Path) -> Iterator[str]:
@@ -33,13 +34,16 @@ def summary_lines(outcome: Outcome, output: Path) -> Iterator[str]:
     counted = [node for node in outcome.plan.nodes.values() if not node.inside]
     quantized = Counter(node.op_type for node in counted if node.quantized)
     yield f"Quantized {sum(quantized.values())} of {len(counted)} nodes: {_counts(quantized)}."
-    for reason, nodes in _by_reason(node for node in counted if not node.quantized).items():
-        yield f"Left float, {reason}: {_names(nodes)}."
+    left = [node for node in counted if not node.quantized]
+    for reason in dict.fromkeys(node.reason for node in left):
+        names = [f"{node.name} ({node.op_type})" for node in left if node.reason == reason]
+        yield f"Left float, {reason}: {listed(names, NAMED)}."
     yield _size_line(outcome.size_before, outcome.size_after)
     if outcome.errors:
         yield "Tensors that changed most (cosine similarity, signal to quantization noise):"
-        rows = ((f"  {e.name}", f"{e.cosine:.5f}", f"{e.sqnr_db:.1f} dB") for e in outcome.errors[:WORST])
-        yield from columns((), rows)
+        yield from columns(
+            (f"  {short(e.name)}", f"{e.cosine:.5f}", f"{e.sqnr_db:.1f} dB") for e in outcome.errors[:WORST]
+        )
     yield from verification_lines(outcome.verification) if outcome.verification else ()
     yield f"Written to {output}"
 
@@ -63,20 +67,25 @@ def comparison_lines(found: Findings) -> Iterator[str]:
     """Size, verification, the nodes that cost most, and advice."""
     yield _size_line(*found.sizes)
     yield from verification_lines(found.verification) if found.verification else ()
-    costly = sorted((node for node in found.nodes if node.share), key=lambda node: -(node.share or 0))
+    costly = [node for node in found.ranked if node.share]
     changed = [(node, node.own) for node in found.nodes if node.own]
     if costly:
         yield "Nodes that cost the outputs most, each by itself (share of the error, bits):"
-        yield from columns((), ((f"  {n.name}", f"{n.share:.1%}", f"{n.bits} bits") for n in costly[:WORST]))
+        yield from columns((f"  {short(n.name)}", f"{n.share:.1%}", f"{n.bits} bits") for n in costly[:WORST])
     elif changed:
         yield "Nodes that changed most (signal to quantization noise, bits):"
         worst = sorted(changed, key=lambda pair: pair[1].sqnr_db)[:WORST]
-        yield from columns((), ((f"  {n.name}", f"{own.sqnr_db:.1f} dB", f"{n.bits} bits") for n, own in worst))
+        yield from columns((f"  {short(n.name)}", f"{own.sqnr_db:.1f} dB", f"{n.bits} bits") for n, own in worst)
     yield from (f"- {sentence}" for sentence in found.advice)
 
 
+def short(name: str) -> str:
+    """At most LONGEST characters of `name`."""
+    return name if len(name) <= LONGEST else f"{name[:20]}…{name[21 - LONGEST :]}"
+
+
 def _size_line(before: int, after: int) -> str:
-    return f"Size {_megabytes(before)} -> {_megabytes(after)} ({after / before:.0%} of the float model)."
+    return f"Size {before / 1e6:.2f} MB -> {after / 1e6:.2f} MB ({after / before:.0%} of the float model)."
 
 
 def _becomes(node: NodePlan) -> str:
@@ -95,29 +104,13 @@ def _tensor_rows(plan: QuantPlan) -> Iterator[tuple[str, str, str]]:
             yield unit.bias, "int32", f"bias of {unit.name}"
 
 
-def _by_reason(nodes: Iterable[NodePlan]) -> dict[str, list[NodePlan]]:
-    groups: dict[str, list[NodePlan]] = {}
-    for node in nodes:
-        groups.setdefault(node.reason, []).append(node)
-    return groups
-
-
-def _names(nodes: list[NodePlan]) -> str:
-    shown = [f"{node.name} ({node.op_type})" for node in nodes[:3]]
-    return ", ".join(shown) + (f" and {len(nodes) - 3} more" if len(nodes) > 3 else "")
-
-
 def _counts(types: Counter[str]) -> str:
     return ", ".join(f"{count} {op_type}" for op_type, count in types.most_common()) or "none"
 
 
-def _megabytes(size: int) -> str:
-    return f"{size / 1e6:.2f} MB"
-
-
-def columns(header: tuple[str, ...], rows: Iterable[tuple[str, ...]]) -> Iterator[str]:
-    """Left-aligned columns, the last one free."""
-    table = [*([header] if header else []), *rows]
-    widths = [max(len(row[i]) for row in table) for i in range(len(table[0]) - 1)] if table else []
-    for row in table:
-        yield "  ".join([*(cell.ljust(width) for cell, width in zip(row, widths, strict=False)), row[-1]]).rstrip()
+def columns(table: Iterable[Sequence[str]]) -> Iterator[str]:
+    """The rows with their cells one below the other."""
+    rows = list(table)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    for row in rows:
+        yield "  ".join(map(str.ljust, row, widths)).rstrip()

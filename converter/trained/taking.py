@@ -14,7 +14,7 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from calib.affine import Array, IntFormat, QParams, dequantize, quantize
-from converter.model import Names, add_constant, constant, replace_constant
+from converter.model import Names, add_constant, constant, known, operand, replace_constant
 from converter.ops import OPS
 from converter.plan import QuantizedWeight
 from converter.prepare import prepare
@@ -60,8 +60,7 @@ class _Taker:
             self._float_input(value)
         for value in list(self.graph.outputs) if float_outputs else ():
             node = value.producer()
-            q = _qparams(node) if node and node.op_type == "QuantizeLinear" else None
-            if node and q and _may_hand_over(node.inputs[0]):
+            if node and node.op_type == "QuantizeLinear" and (q := _qparams(node)) and _may_hand_over(node.inputs[0]):
                 _join(value, node.inputs[0])
                 self.tensors[value.name or ""] = q
         for node in nodes:
@@ -76,18 +75,17 @@ class _Taker:
 
     def _pairs(self, node: ir.Node, q: QParams) -> None:
         """Takes out a QuantizeLinear, every DequantizeLinear that reads its codes and what stands between."""
-        source, found = node.inputs[0], _reach(node.outputs[0])
-        assert source is not None
+        source, found = known(node.inputs[0]), _reach(node.outputs[0])
         array = constant(source)
         if found is None or not found.ends:
             if q.axis is None:
                 self.tensors.setdefault(source.name or "", q)
             return
-        fmt, known = format_of(*found.narrowed(q.format)), self.tensors.get(source.name or "")
+        fmt, earlier = format_of(*found.narrowed(q.format)), self.tensors.get(source.name or "")
         if fmt is None or (array is None and q.axis is not None) or (array is not None and found.moved):
             return
         q = replace(q, format=fmt)
-        if not all(same(_qparams(end), q) for end in found.ends) or (known and not same(known, q)):
+        if not all(same(_qparams(end), q) for end in found.ends) or (earlier and not same(earlier, q)):
             return
         if array is not None:
             for end in found.ends:
@@ -113,14 +111,13 @@ class _Taker:
         if array is not None or chain.output.is_graph_output() or (chain.codes and not all(map(_multiplies, readers))):
             return
         for node in readers if chain.codes else ():
-            index, weight = OPS[node.op_type].weight or 0, constant(node.inputs[OPS[node.op_type].weight or 0])
-            assert weight is not None
-            replace_constant(node, index, weight / chain.qparams.scale, self.names)
+            index = OPS[node.op_type].weight or 0
+            replace_constant(node, index, known(operand(node, index)) / chain.qparams.scale, self.names)
         chain.output.replace_all_uses_with(chain.source)
         self.tensors.setdefault(chain.source.name or "", chain.qparams)
 
     def _restored(self, node: ir.Node, q: QParams) -> None:
-        codes, output = constant(node.inputs[0]), node.outputs[0]
+        codes, output = operand(node, 0), node.outputs[0]
         if codes is not None:
             self._constant(output, codes, q)
         elif q.axis is None:
@@ -152,7 +149,7 @@ class _Taker:
 
 def _qparams(node: ir.Node) -> QParams | None:
     """The constant parameters of a QuantizeLinear or DequantizeLinear; None for computed ones and other types."""
-    scale, zero = constant(node.inputs[1]), constant(node.inputs[2]) if len(node.inputs) > 2 else None
+    scale, zero = operand(node, 1), operand(node, 2)
     codes = node.inputs[2] if zero is not None else node.outputs[0] if node.op_type[0] == "Q" else node.inputs[0]
     kind = codes.dtype if codes else None
     if scale is None or scale.dtype != np.float32 or kind is None or not kind.is_integer():
@@ -217,8 +214,7 @@ def _may_hand_over(value: ir.Value | None) -> bool:
 
 def _join(gone: ir.Value, kept: ir.Value | None) -> None:
     """What read `gone` reads `kept`, which takes the name of a graph output."""
-    assert kept is not None
-    output = gone.is_graph_output()
+    kept, output = known(kept), gone.is_graph_output()
     gone.replace_all_uses_with(kept, replace_graph_outputs=True)
     if output:
         name, gone.name = gone.name, None
@@ -228,4 +224,4 @@ def _join(gone: ir.Value, kept: ir.Value | None) -> None:
 def _multiplies(node: ir.Node) -> bool:
     """Whether all that `node` reads but its constant weight is the data it multiplies."""
     rule = OPS.get(node.op_type)
-    return rule is not None and rule.weight is not None and constant(node.inputs[rule.weight]) is not None
+    return rule is not None and rule.weight is not None and operand(node, rule.weight) is not None

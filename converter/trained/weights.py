@@ -2,19 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 
 import numpy as np
 import onnx_ir as ir
 
 from calib.affine import Array, QParams, along
-from converter.algorithms.matrices import View, plain_matrix, plain_weight, view_of
+from converter.algorithms.matrices import plain_matrix, plain_weight, view_of
 from converter.algorithms.rounding import Grid, nearest, search_scales
 from converter.algorithms.weights import BIAS_LIMIT, packed
+from converter.emit.stored import bias_of, planned
 from converter.job import Watch
-from converter.model import constant, values_by_name
-from converter.plan import NodePlan, QuantizedWeight, QuantPlan, WeightPlan
+from converter.model import known, operand
+from converter.plan import QuantizedWeight, QuantPlan, WeightPlan
 from converter.trained.taking import Trained
 
 # A weight is a code times a scale where it is to within this of a code: float32 rounding, folded operators included.
@@ -43,17 +45,15 @@ def with_trained_weights(
 
     Weights on no grid are left out, or, with `everything`, rounded for least error of the weights.
     """
-    values, nodes = values_by_name(model.graph), {node.name: node for node in model.graph}
     kept: dict[str, Kept] = {}
-    for unit in plan.units() if trained else ():
-        weight = constant(values[unit.weight.name]) if unit.weight else None
-        if weight is None or unit.weight is None:
+    for node, unit in planned(model, plan) if trained else ():
+        if unit.weight is None:
             continue
-        bias = constant(values[unit.bias]) if unit.bias else None
-        bias = None if bias is None else bias.reshape(-1).astype(np.float64)
-        rows = _Rows.of(unit, nodes[unit.name], weight, trained.weights.get(unit.name))
+        rows = _Rows.of(unit.weight, node, trained.weights.get(unit.name))
         if not (everything or rows.scale.any()):
             continue
+        bias = bias_of(node, unit)
+        bias = None if bias is None else bias.reshape(-1).astype(np.float64)
         tensor = plan.tensors.get(unit.inputs[0])
         data = plan.params(tensor.name) if bias is not None and tensor and tensor.group in plan.qparams else None
         found, how_much = rows.decided(unit.weight, bias, data)
@@ -77,22 +77,22 @@ def tell_kept(kept: Mapping[str, Kept], watch: Watch) -> None:
 
 @dataclass(frozen=True)
 class _Rows:
-    """A weight as rows (groups, rows, columns) with its `codes`; `scale` (groups, rows) is 0 where they are unknown."""
+    """A weight as rows (groups, rows, columns) with its `codes`; `scale` (groups, rows) is 0 where they are unknown.
 
-    view: View | None
-    shape: tuple[int, ...]
+    `weight_of` brings rows back into the weight's shape.
+    """
+
+    weight_of: Callable[[Array], Array]
     matrix: Array
     codes: Array
     scale: Array
 
     @classmethod
-    def of(cls, unit: NodePlan, node: ir.Node, weight: Array, taught: QuantizedWeight | None) -> _Rows:
-        assert unit.weight is not None
-        view, axis = view_of(node, weight.shape, unit.weight.index), unit.weight.axis
-
-        def rows(array: Array) -> Array:
-            return view.matrix(array) if view else plain_matrix(array, axis)
-
+    def of(cls, wanted: WeightPlan, node: ir.Node, taught: QuantizedWeight | None) -> _Rows:
+        weight, axis = known(operand(node, wanted.index)), wanted.axis
+        view = view_of(node, weight.shape, wanted.index)
+        rows = view.matrix if view else partial(plain_matrix, axis=axis)
+        weight_of = view.weight if view else partial(plain_weight, shape=weight.shape, axis=axis)
         matrix = rows(weight.astype(np.float64))
         scale, codes = np.zeros(matrix.shape[:2]), np.zeros(matrix.shape)
         if taught is not None and taught.codes.shape == weight.shape:
@@ -110,7 +110,7 @@ class _Rows:
                 scale[~codes.any(axis=2)] = scale[codes.any(axis=2)].min()
         if axis is None and np.ptp(scale):
             scale[:] = 0  # one scale must serve them all
-        return cls(view, weight.shape, matrix, codes, scale)
+        return cls(weight_of, matrix, codes, scale)
 
     def decided(self, wanted: WeightPlan, bias: Array | None, data: QParams | None) -> tuple[QuantizedWeight, Kept]:
         """The weight as the kernel takes it, beside a `bias` (channels,) where `data` are the parameters of its input.
@@ -133,9 +133,8 @@ class _Rows:
             codes[anew], scale[anew] = _rounded(self.matrix[anew], scale[anew], floor[anew], grid, not whole)
         error = np.square(self.matrix - codes * scale[..., None])[anew].sum()
         power = np.square(self.matrix)[anew].sum()
-        codes = self.view.weight(codes) if self.view else plain_weight(codes, self.shape, wanted.axis)
         kept = Kept(anew.size, int(anew.sum()), float(np.sqrt(error / power)) if power else 0.0)
-        return packed(codes, scale, wanted), kept
+        return packed(self.weight_of(codes), scale, wanted), kept
 
 
 def _as_taught(matrix: Array, codes: Array, trained: Array) -> tuple[Array, Array]:

@@ -1,0 +1,52 @@
+"""Lets what exporters write several times be read from one place."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import defaultdict
+
+import onnx_ir as ir
+
+from converter.model import Names, graph_of, known
+
+# Smaller constants are not worth the search, and equal biases belong to operators that may want different ones later.
+LEAST_SIZE = 1 << 12
+
+
+def share_shapes(model: ir.Model) -> bool:
+    """Lets a Shape read what an earlier one of its graph reads, where all dimensions have the same size or name.
+
+    As ONNX has it, equal names are equal sizes. What is computed from equal shapes are common subexpressions then.
+    Works in place; returns whether there was any.
+    """
+    modified = False
+    for graph in model.graphs():
+        first: dict[tuple[str, ...], ir.Value] = {}
+        for node in (node for node in graph if node.op_type == "Shape" and not node.domain):
+            x = known(node.inputs[0])
+            if x.shape is not None and not x.shape.has_unknown_dim():
+                earlier = first.setdefault(tuple(map(str, x.shape)), x)
+                node.replace_input_with(0, earlier)
+                modified |= earlier is not x
+    return modified
+
+
+def share_constants(model: ir.Model) -> None:
+    """Lets all readers of equal large constants read one; in the main graph, where they stand in different graphs.
+
+    Exporters write tied weights, and folding what branches share, several times.
+    """
+    found: dict[tuple[object, ...], list[ir.Value]] = defaultdict(list)
+    for value in [value for graph in model.graphs() for value in graph.initializers.values()]:
+        tensor = value.const_value
+        if tensor is not None and tensor.size >= LEAST_SIZE and not value.is_graph_output():
+            content = hashlib.sha256(tensor.tobytes()).digest()
+            found[tensor.dtype, tuple(tensor.shape), content].append(value)
+    names = Names(model)
+    for first, *others in found.values():
+        if first.graph is not model.graph and any(value.graph is not first.graph for value in others):
+            others.append(first)
+            first = names.constant(known(first.name), known(first.const_value).numpy())
+        for value in others:
+            value.replace_all_uses_with(first)
+            del graph_of(value).initializers[known(value.name)]

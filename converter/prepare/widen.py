@@ -1,0 +1,60 @@
+"""float16 and bfloat16 models become float32 ones, so that everything behind has one float type to know."""
+
+from __future__ import annotations
+
+import numpy as np
+import onnx_ir as ir
+
+from converter.model import Names
+
+NARROW = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
+# Attributes by which operators name the type that they compute.
+TYPE_ATTRIBUTES = ("to", "dtype")
+
+
+def widen(model: ir.Model) -> bool:
+    """Computes in float32, in place, between Casts at inputs and outputs; returns whether there was anything narrow."""
+    values = [v for g in model.graphs() for v in (*g.inputs, *g.initializers.values(), *_computed(g))]
+    narrow = {v: v.dtype for v in values if v.dtype in NARROW and isinstance(v.type, ir.TensorType)}
+    edges = {v: narrow[v] for v in (*model.graph.inputs, *model.graph.outputs) if v in narrow}
+    for value in narrow:
+        if value.const_value is not None:
+            value.const_value = ir.tensor(value.const_value.numpy().astype(np.float32), name=value.name)
+        value.type = ir.TensorType(ir.DataType.FLOAT)
+    for node in (node for graph in model.graphs() for node in graph):
+        for name in TYPE_ATTRIBUTES:
+            if node.attributes.get_int(name, 0) in NARROW:
+                node.attributes[name] = ir.AttrInt64(name, ir.DataType.FLOAT)
+    names = Names(model)
+    for value, dtype in edges.items():
+        cast = _cast_input if value.is_graph_input() else _cast_output
+        cast(model.graph, value, dtype, names)
+    return bool(narrow)
+
+
+def _computed(graph: ir.Graph) -> list[ir.Value]:
+    return [value for node in graph for value in node.outputs]
+
+
+def _cast_input(graph: ir.Graph, value: ir.Value, dtype: ir.DataType, names: Names) -> None:
+    cast = _cast(value, ir.DataType.FLOAT, f"{value.name}_float32", names)
+    value.type = ir.TensorType(dtype)
+    value.replace_all_uses_with(cast.outputs[0])
+    cast.replace_input_with(0, value)
+    graph.insert_before(graph[0], cast)
+
+
+def _cast_output(graph: ir.Graph, value: ir.Value, dtype: ir.DataType, names: Names) -> None:
+    """A Cast hands the output over under its name."""
+    name = value.name or ""
+    value.name = names.fresh(f"{name}_float32")
+    cast = _cast(value, dtype, name, names)
+    graph.append(cast)
+    graph.outputs[list(graph.outputs).index(value)] = cast.outputs[0]
+
+
+def _cast(value: ir.Value, to: ir.DataType, name: str, names: Names) -> ir.Node:
+    node = ir.node("Cast", [value], {"to": to}, name=names.fresh(f"{name}_Cast"))
+    result = node.outputs[0]
+    result.name, result.shape, result.type = name, value.shape, ir.TensorType(to)
+    return node
