@@ -1,8 +1,7 @@
 """qconvert: a float ONNX model and an INI file become a quantized ONNX model.
 
-from converter import convert
-
-outcome = convert("model.onnx", "full_quant.cfg", "model_int8.onnx")
+>>> from converter import convert
+>>> outcome = convert("model.onnx", "full_quant.cfg", "model_int8.onnx")
 """
 
 from converter.api import convert
