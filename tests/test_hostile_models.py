@@ -72,7 +72,7 @@ def config_of(folder: Path, mode: str, data: Mapping[str, np.ndarray]) -> Path:
     preprocess = {}
     if mode == FULL and data:
         for name, samples in data.items():
-            (folder / f"of_{name}").mkdir()
+            (folder / f"of_{name}").mkdir(parents=True)
             for number, sample in enumerate(samples):
                 np.save(folder / f"of_{name}" / f"{number}.npy", sample)
         paths = ",".join(f"{name}:{folder}/of_{name}" for name in data)
