@@ -1,9 +1,11 @@
-"""What `qconvert batch` gains: several jobs at once, nothing done twice, a lost worker made good, a split calibration.
+"""What `qconvert batch` gains: several jobs at once, nothing done twice, a lost worker made good, a
+split calibration.
 
     python benchmarks/batch.py                          the 12 jobs convert examples/digits
     python benchmarks/batch.py mobilenet_v2_1.0_224     they convert real models, see common.py
 
-Twelve jobs are four models with three range methods each (the same model four times if one is given).
+Twelve jobs are four models with three range methods each (the same model four times if one is
+given).
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ import sys
 from distributed import LocalCluster
 if __name__ == "__main__":
     with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
-        print(cluster.scheduler_address, *(nanny.pid for nanny in cluster.workers.values()), flush=True)
+        pids = [nanny.pid for nanny in cluster.workers.values()]
+        print(cluster.scheduler_address, *pids, flush=True)
         sys.stdin.read()
 """
 
@@ -41,11 +44,15 @@ if __name__ == "__main__":
 def sources(folder: Path, names: list[str]) -> list[tuple[Path, Path]]:
     """Four pairs of model and config."""
     if names:
-        pairs = [(CLASSIFIERS[name].path, CLASSIFIERS[name].config(folder, "FULL_QUANT", 100)) for name in names]
+        pairs = [
+            (CLASSIFIERS[name].path, CLASSIFIERS[name].config(folder, "FULL_QUANT", 100))
+            for name in names
+        ]
         return (pairs * 4)[:4]
     config = folder / "digits.cfg"
     config.write_text(
-        f"[common_quant_param]\nquant_type = FULL_QUANT\n[data_preprocess_param]\ncalibrate_size = 100\n"
+        "[common_quant_param]\nquant_type = FULL_QUANT\n[data_preprocess_param]\ncalibrate_size "
+        "= 100\n"
         f"calibrate_path = image:'{DIGITS / 'calib'}'\ninput_type = IMAGE\nimage_to_format = GRAY\n"
         f"normalize_mean = [127.5]\nnormalize_std = [127.5]\n"
     )
@@ -53,13 +60,17 @@ def sources(folder: Path, names: list[str]) -> list[tuple[Path, Path]]:
 
 
 def write_manifest(folder: Path, names: list[str]) -> Path:
-    """Twelve jobs; those of the same model differ in calibrate_size too, so that only three share a calibration."""
+    """Twelve jobs; those of the same model differ in calibrate_size too, so that only three share a
+    calibration.
+    """
     path = folder / "jobs.csv"
     with path.open("w", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["model", "config", "output", METHOD, SIZE])
         for number, (model, config) in enumerate(sources(folder, names)):
-            writer.writerows((model, config, f"out/{number}_{m}.onnx", m, 100 - number) for m in METHODS)
+            writer.writerows(
+                (model, config, f"out/{number}_{m}.onnx", m, 100 - number) for m in METHODS
+            )
     return path
 
 
@@ -67,7 +78,8 @@ def run(manifest: Path, *flags: str) -> tuple[float, float]:
     """Seconds and peak megabytes, summed over all processes, of a batch."""
     start, peak = time.perf_counter(), 0.0
     process = psutil.Popen(
-        [sys.executable, "-m", "converter", "batch", str(manifest), "--quiet", *flags], stdout=subprocess.DEVNULL
+        [sys.executable, "-m", "converter", "batch", str(manifest), "--quiet", *flags],
+        stdout=subprocess.DEVNULL,
     )
     while process.poll() is None:
         peak = max(peak, memory(process))
@@ -90,7 +102,10 @@ def memory(process: psutil.Process) -> float:
 
 def results(folder: Path) -> dict[str, str]:
     """The fingerprint of every output."""
-    return {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in sorted((folder / "out").iterdir())}
+    return {
+        path.name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted((folder / "out").iterdir())
+    }
 
 
 def forget(folder: Path) -> None:
@@ -126,7 +141,8 @@ def speed(folder: Path, manifest: Path) -> dict[str, str]:
         equal = results(folder) == expected
         gain = alone / seconds
         print(
-            f"batch, {jobs} at once: {seconds:.1f} s, {gain:.2f}x as fast, at most {megabytes:.0f} MB, equal: {equal}"
+            f"batch, {jobs} at once: {seconds:.1f} s, {gain:.2f}x as fast, at most "
+            f"{megabytes:.0f} MB, equal: {equal}"
         )
     seconds, _ = run(manifest, "--resume")
     print(f"again, nothing changed: {seconds:.2f} s, {statuses(folder)}")
@@ -139,7 +155,9 @@ def speed(folder: Path, manifest: Path) -> dict[str, str]:
 
 
 def cluster(folder: Path, manifest: Path, expected: dict[str, str]) -> None:
-    """All jobs on two workers of a local Dask cluster, one of which is killed after a third of the time."""
+    """All jobs on two workers of a local Dask cluster, one of which is killed after a third of the
+    time.
+    """
     script = folder / "cluster.py"
     script.write_text(CLUSTER)
     command = [sys.executable, str(script)]
@@ -160,7 +178,8 @@ def cluster(folder: Path, manifest: Path, expected: dict[str, str]) -> None:
         seconds, _ = run(manifest, f"--scheduler={address}")
         os.waitpid(pid, 0)
         print(
-            f"Dask, one worker killed midway: {seconds:.1f} s, {statuses(folder)}, equal: {results(folder) == expected}"
+            f"Dask, one worker killed midway: {seconds:.1f} s, {statuses(folder)}, equal: "
+            f"{results(folder) == expected}"
         )
         workers.stdin.close()
 
@@ -174,8 +193,12 @@ def split(folder: Path, names: list[str]) -> None:
     many.mkdir()
     files = sorted(Path(found[2]).iterdir())
     for number in range(1000):  # there may be fewer pictures: some are there more than once
-        (many / f"{number}{files[number % len(files)].suffix}").symlink_to(files[number % len(files)])
-    header = "model,config,output,common_quant_param.calibration_cache,common_quant_param.thread_num"
+        (many / f"{number}{files[number % len(files)].suffix}").symlink_to(
+            files[number % len(files)]
+        )
+    header = (
+        "model,config,output,common_quant_param.calibration_cache,common_quant_param.thread_num"
+    )
     manifest, made = folder / "split.csv", []
     for parts in (1, 2):
         forget(folder)

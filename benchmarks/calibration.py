@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""What calibration costs: whole qconvert processes against the bare float inference and onnxruntime's calibration.
+"""What calibration costs: whole qconvert processes against the bare float inference and
+onnxruntime's calibration.
 
     python benchmarks/calibration.py [--model mobilenet_v2_1.0_224] [--quick]
 
-The floor is ONNX Runtime's time for the 100 decoded pictures once. Growth is shown over samples, input size and
-tensors.
+The floor is ONNX Runtime's time for the 100 decoded pictures once. Growth is shown over samples,
+input size and tensors.
 """
 
 from __future__ import annotations
@@ -24,7 +25,8 @@ import sys
 from pathlib import Path
 sys.path.insert(0, sys.argv[1])
 from full_quant import CLASSIFIERS, PEER_OPTIONS, peer
-peer(CLASSIFIERS[sys.argv[2]], {**PEER_OPTIONS["onnxruntime default"], "method": sys.argv[4]}, Path(sys.argv[3]))
+options = {**PEER_OPTIONS["onnxruntime default"], "method": sys.argv[4]}
+peer(CLASSIFIERS[sys.argv[2]], options, Path(sys.argv[3]))
 """
 
 
@@ -47,18 +49,23 @@ def methods(classifier: Classifier, folder: Path, quick: bool) -> None:
     print(f"{'':34s} seconds  x floor     MB")
     out = folder / "out.onnx"
     for method in ("MAX_MIN", "KL", "REMOVAL_OUTLIER", "MSE", "AUTO"):
-        config = classifier.config(folder, "FULL_QUANT", extra=f"[full_quant_param]\nactivation_quant_method={method}")
+        config = classifier.config(
+            folder, "FULL_QUANT", extra=f"[full_quant_param]\nactivation_quant_method={method}"
+        )
         least = floor(classifier)
         cost = qconvert(classifier.path, config, out)
         print(
-            f"qconvert {method:25s} {cost.seconds:7.2f}  {cost.seconds / least:7.1f}  {cost.megabytes:6.0f}", flush=True
+            f"qconvert {method:25s} {cost.seconds:7.2f}  {cost.seconds / least:7.1f}  "
+            f"{cost.megabytes:6.0f}",
+            flush=True,
         )
     for method in () if quick else ("MinMax", "Entropy"):
         least = floor(classifier)
         here = str(Path(__file__).parent)
         cost = measure([sys.executable, "-c", PEER, here, classifier.name, str(out), method])
         print(
-            f"onnxruntime {method:22s} {cost.seconds:7.2f}  {cost.seconds / least:7.1f}  {cost.megabytes:6.0f}",
+            f"onnxruntime {method:22s} {cost.seconds:7.2f}  {cost.seconds / least:7.1f}  "
+            f"{cost.megabytes:6.0f}",
             flush=True,
         )
 
@@ -66,14 +73,25 @@ def methods(classifier: Classifier, folder: Path, quick: bool) -> None:
 def cached(classifier: Classifier, folder: Path) -> None:
     """The same conversion again with a calibration cache, and with another range method."""
     print("\nwith calibration_cache              seconds")
-    cache = f"calibration_cache={folder / 'cache.npz'}\n[full_quant_param]\nactivation_quant_method="
-    for label, method in (("first time, MAX_MIN", "MAX_MIN"), ("again, KL", "KL"), ("again, MSE", "MSE")):
+    cache = (
+        f"calibration_cache={folder / 'cache.npz'}\n[full_quant_param]\nactivation_quant_method="
+    )
+    for label, method in (
+        ("first time, MAX_MIN", "MAX_MIN"),
+        ("again, KL", "KL"),
+        ("again, MSE", "MSE"),
+    ):
         config = classifier.config(folder, "FULL_QUANT", extra=cache + method)
-        print(f"{label:34s} {qconvert(classifier.path, config, folder / 'out.onnx').seconds:7.2f}", flush=True)
+        print(
+            f"{label:34s} {qconvert(classifier.path, config, folder / 'out.onnx').seconds:7.2f}",
+            flush=True,
+        )
 
 
 def samples(classifier: Classifier, folder: Path, quick: bool) -> None:
-    """Growth with the number of samples; pictures are linked under new names beyond the 100 there are."""
+    """Growth with the number of samples; pictures are linked under new names beyond the 100 there
+    are.
+    """
     source = sorted(classifier.samples("calib", 100)[0].files(i)[0] for i in range(100))
     many = folder / "many"
     many.mkdir()
@@ -88,7 +106,9 @@ def samples(classifier: Classifier, folder: Path, quick: bool) -> None:
 
 
 def sizes(folder: Path) -> None:
-    """Growth with the input's side and the number of tensors: chains of 3x3 convolutions of 16 channels, 20 samples."""
+    """Growth with the input's side and the number of tensors: chains of 3x3 convolutions of 16
+    channels, 20 samples.
+    """
     print("\nside  layers   seconds     MB")
     for side, layers in ((64, 8), (128, 8), (256, 8), (512, 8), (128, 16), (128, 32), (128, 64)):
         model, data = folder / "chain.onnx", folder / f"data{side}"
@@ -109,7 +129,9 @@ def sizes(folder: Path) -> None:
 def chain(layers: int) -> ir.Model:
     """Conv and Relu, `layers` times."""
     rng = np.random.default_rng(0)
-    value = ir.Value(name="x", shape=ir.Shape(["N", 16, "H", "W"]), type=ir.TensorType(ir.DataType.FLOAT))
+    value = ir.Value(
+        name="x", shape=ir.Shape(["N", 16, "H", "W"]), type=ir.TensorType(ir.DataType.FLOAT)
+    )
     inputs, nodes, weights = [value], [], []
     for i in range(layers):
         array = (rng.normal(size=(16, 16, 3, 3)) / 12).astype(np.float32)
@@ -121,13 +143,17 @@ def chain(layers: int) -> ir.Model:
         nodes += [conv, relu]
         weights.append(weight)
     value.type, value.shape = ir.TensorType(ir.DataType.FLOAT), ir.Shape(["N", 16, "H", "W"])
-    graph = ir.Graph(inputs, [value], nodes=nodes, initializers=weights, opset_imports={"": 17}, name="chain")
+    graph = ir.Graph(
+        inputs, [value], nodes=nodes, initializers=weights, opset_imports={"": 17}, name="chain"
+    )
     return ir.Model(graph, ir_version=8)
 
 
 def main() -> None:
     """Reads the arguments."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--model", default="mobilenet_v2_1.0_224", choices=list(CLASSIFIERS))
     parser.add_argument("--quick", action="store_true", help="leave out what takes minutes")
     args = parser.parse_args()

@@ -1,7 +1,9 @@
-"""What the benchmarks share: the real models and how each is fed, scores, timings and whole-process costs.
+"""What the benchmarks share: the real models and how each is fed, scores, timings and whole-process
+costs.
 
-The data is looked for in `../shared/data` or where the environment variable QCONVERT_DATA points: `models/NAME.onnx`,
-`images/imagenet|cifar10/{calib,dev}` with `calib.csv`/`dev.csv` (columns file and label).
+The data is looked for in `../shared/data` or where the environment variable QCONVERT_DATA points:
+`models/NAME.onnx`, `images/imagenet|cifar10/{calib,dev}` with `calib.csv`/`dev.csv` (columns file
+and label).
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ import onnxruntime as ort
 from calib.images import ImageOptions
 from calib.samples import Dataset, InputSpec, open_dataset
 
-DATA = Path(os.environ.get("QCONVERT_DATA", Path(__file__).resolve().parents[2] / "shared" / "data"))
+DATA = Path(
+    os.environ.get("QCONVERT_DATA", Path(__file__).resolve().parents[2] / "shared" / "data")
+)
 
 
 @dataclass(frozen=True)
@@ -44,11 +48,17 @@ class Classifier:
 
     def config(self, folder: Path, quant: str, size: int = 100, extra: str = "") -> Path:
         """Writes a config: the calibration data, `quant` as quant_type, and more lines."""
-        crop = f"resize_short_side=256\ncenter_crop_width={self.crop}\ncenter_crop_height={self.crop}\n"
+        crop = (
+            "resize_short_side=256\n"
+            f"center_crop_width={self.crop}\ncenter_crop_height={self.crop}\n"
+        )
         text = (
-            f"[data_preprocess_param]\ncalibrate_path={self.input}:'{DATA / 'images' / self.images / 'calib'}'\n"
+            "[data_preprocess_param]\n"
+            f"calibrate_path={self.input}:'{DATA / 'images' / self.images / 'calib'}'\n"
+            ""
             f"calibrate_size={size}\ninput_type=IMAGE\nimage_to_format={self.format}\n"
-            f"normalize_mean={list(self.mean)}\nnormalize_std={list(self.std)}\n{crop if self.crop else ''}"
+            f"normalize_mean={list(self.mean)}\nnormalize_std={list(self.std)}\n"
+            f"{crop if self.crop else ''}"
             f"[common_quant_param]\nquant_type={quant}\n{extra}\n"
         )
         path = folder / f"{self.name}.cfg"
@@ -59,11 +69,21 @@ class Classifier:
         """Preprocessed samples of `calib` or `dev` with their labels."""
         folder = DATA / "images" / self.images / split
         with (folder.parent / f"{split}.csv").open(newline="") as file:
-            labels = {row["file"]: int(row["label"]) + self.first_label for row in csv.DictReader(file)}
+            labels = {
+                row["file"]: int(row["label"]) + self.first_label for row in csv.DictReader(file)
+            }
         session = ort.InferenceSession(self.path, providers=["CPUExecutionProvider"])
         shape = tuple(d if isinstance(d, int) else None for d in session.get_inputs()[0].shape)
         options = ImageOptions(
-            self.format, self.mean, self.std, None, None, 256 if self.crop else None, "LINEAR", self.crop, self.crop
+            self.format,
+            self.mean,
+            self.std,
+            None,
+            None,
+            256 if self.crop else None,
+            "LINEAR",
+            self.crop,
+            self.crop,
         )
         spec = InputSpec(self.input, np.dtype(np.float32), shape)
         data = open_dataset([spec], {self.input: folder}, count or len(labels), "IMAGE", options)
@@ -78,7 +98,12 @@ CLASSIFIERS = {
         Classifier("mobilenet_v2_1.0_224", "input", "imagenet", _HALF, _HALF, first_label=1),
         Classifier("squeezenet1.1", "data_0", "imagenet", (104.0, 117.0, 123.0), (1.0,) * 3, "BGR"),
         Classifier(
-            "resnet20_cifar10", "input", "cifar10", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375), crop=None
+            "resnet20_cifar10",
+            "input",
+            "cifar10",
+            (123.675, 116.28, 103.53),
+            (58.395, 57.12, 57.375),
+            crop=None,
         ),
     )
 }
@@ -97,7 +122,11 @@ def measure(command: list[str], env: dict[str, str] | None = None) -> Cost:
     """Runs a command to its end; raises RuntimeError with its last words if it fails."""
     start = time.perf_counter()
     process = subprocess.Popen(
-        command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env={**os.environ, **(env or {})}
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, **(env or {})},
     )
     assert process.stdout is not None
     text = process.stdout.read()
@@ -127,10 +156,14 @@ def session(path: Path, threads: int = 0, exact: bool = False) -> ort.InferenceS
 def outputs(path: Path, data: Dataset, exact: bool = False) -> np.ndarray:
     """The first output for every sample: (samples, values), float64."""
     runner = session(path, exact=exact)
-    return np.stack([runner.run(None, dict(data.sample(i)))[0].ravel() for i in range(len(data))]).astype(np.float64)
+    return np.stack(
+        [runner.run(None, dict(data.sample(i)))[0].ravel() for i in range(len(data))]
+    ).astype(np.float64)
 
 
-def speedup(reference: Path, other: Path, data: Dataset, seconds: float = 3.0, threads: int = 1) -> float:
+def speedup(
+    reference: Path, other: Path, data: Dataset, seconds: float = 3.0, threads: int = 1
+) -> float:
     """Median time of `reference` over that of `other`, interleaved single inferences."""
     pair, feed = [session(reference, threads), session(other, threads)], dict(data.sample(0))
     times: list[list[float]] = [[], []]

@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""Transformers and recurrent models in every mode against the float model and onnxruntime's tools, all in this run.
+"""Transformers and recurrent models in every mode against the float model and onnxruntime's tools,
+all in this run.
 
     python benchmarks/dynamic_quant.py [--quick]
 
-A sentence transformer, quantized dynamically with and without calibration data and statically with it: cosine
-similarity to the float embeddings, rank correlation with human similarity scores (Spearman), size, and speed over the
-float model for single sentences and a batch. Then recurrent models and graphs with control flow in every mode: outputs
-against float, size and speed. One thread; times are medians of interleaved runs.
+A sentence transformer, quantized dynamically with and without calibration data and statically with
+it: cosine similarity to the float embeddings, rank correlation with human similarity scores
+(Spearman), size, and speed over the float model for single sentences and a batch. Then recurrent
+models and graphs with control flow in every mode: outputs against float, size and speed. One
+thread; times are medians of interleaved runs.
 """
 
 from __future__ import annotations
@@ -20,7 +22,12 @@ from pathlib import Path
 
 import numpy as np
 from common import DATA, qconvert, session
-from onnxruntime.quantization import CalibrationDataReader, QuantType, quantize_dynamic, quantize_static
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    QuantType,
+    quantize_dynamic,
+    quantize_static,
+)
 
 Feed = Mapping[str, np.ndarray]
 TRANSFORMER = DATA / "models" / "minilm_l6.onnx"
@@ -37,7 +44,11 @@ def sentences(split: str, side: str) -> list[Feed]:
 
 def tokens(ids: np.ndarray) -> Feed:
     """A feed of unpadded sentences."""
-    return {"input_ids": ids, "attention_mask": np.ones_like(ids), "token_type_ids": np.zeros_like(ids)}
+    return {
+        "input_ids": ids,
+        "attention_mask": np.ones_like(ids),
+        "token_type_ids": np.zeros_like(ids),
+    }
 
 
 def given(folder: Path, feeds: Sequence[Feed]) -> str:
@@ -47,7 +58,10 @@ def given(folder: Path, feeds: Sequence[Feed]) -> str:
             (folder / name).mkdir(parents=True, exist_ok=True)
             np.save(folder / name / f"{i:04d}.npy", array)
     paths = ",".join(f"{name}:'{folder / name}'" for name in feeds[0])
-    return f"[data_preprocess_param]\ncalibrate_path={paths}\ncalibrate_size={len(feeds)}\ninput_type=NPY\n"
+    size = len(feeds)
+    return (
+        f"[data_preprocess_param]\ncalibrate_path={paths}\ncalibrate_size={size}\ninput_type=NPY\n"
+    )
 
 
 def calibration(folder: Path, count: int) -> str:
@@ -55,7 +69,9 @@ def calibration(folder: Path, count: int) -> str:
     return given(folder, list(Sentences(count).feeds))
 
 
-def converted(model: Path, folder: Path, label: str, extra: str = "", mode: str = "DYNAMIC_QUANT") -> Path:
+def converted(
+    model: Path, folder: Path, label: str, extra: str = "", mode: str = "DYNAMIC_QUANT"
+) -> Path:
     """The model quantized by a whole qconvert process."""
     config, out = folder / f"{label}.cfg", folder / f"{model.stem}_{label}.onnx"
     config.write_text(f"[common_quant_param]\nquant_type = {mode}\n{extra}")
@@ -65,7 +81,9 @@ def converted(model: Path, folder: Path, label: str, extra: str = "", mode: str 
 
 
 def by_peer(model: Path, folder: Path) -> dict[str, Path]:
-    """quantize_dynamic with its defaults, per channel, and with the types that are exact on every x86."""
+    """quantize_dynamic with its defaults, per channel, and with the types that are exact on every
+    x86.
+    """
     choices = {
         "onnxruntime": {},
         "onnxruntime per channel": {"per_channel": True},
@@ -81,7 +99,9 @@ class Sentences(CalibrationDataReader):
     """The sentences of `calibration` for the peer."""
 
     def __init__(self, count: int) -> None:
-        self.feeds = iter([*sentences("calib", "a")[: count // 2], *sentences("calib", "b")[: count // 2]])
+        self.feeds = iter(
+            [*sentences("calib", "a")[: count // 2], *sentences("calib", "b")[: count // 2]]
+        )
 
     def get_next(self) -> Feed | None:
         """The next feed, None behind the last."""
@@ -89,8 +109,14 @@ class Sentences(CalibrationDataReader):
 
 
 def statically_by_peer(folder: Path, count: int) -> dict[str, Path]:
-    """quantize_static on the same sentences: with its defaults, and with what a user who knows it would choose."""
-    known = {"per_channel": True, "activation_type": QuantType.QUInt8, "op_types_to_quantize": ["MatMul", "Gather"]}
+    """quantize_static on the same sentences: with its defaults, and with what a user who knows it
+    would choose.
+    """
+    known = {
+        "per_channel": True,
+        "activation_type": QuantType.QUInt8,
+        "op_types_to_quantize": ["MatMul", "Gather"],
+    }
     found = {}
     for label, options in {"static onnxruntime": {}, "static ort, MatMul u8s8": known}.items():
         found[label] = folder / f"{label.replace(' ', '_')}.onnx"
@@ -101,7 +127,9 @@ def statically_by_peer(folder: Path, count: int) -> dict[str, Path]:
 def outputs(path: Path, feeds: Sequence[Feed]) -> np.ndarray:
     """All outputs of every feed in one row each, float64."""
     runner = session(path)
-    return np.stack([np.concatenate([y.ravel() for y in runner.run(None, dict(f))]) for f in feeds]).astype(np.float64)
+    return np.stack(
+        [np.concatenate([y.ravel() for y in runner.run(None, dict(f))]) for f in feeds]
+    ).astype(np.float64)
 
 
 def cosines(left: np.ndarray, right: np.ndarray) -> np.ndarray:
@@ -136,7 +164,9 @@ def transformer(folder: Path, quick: bool) -> None:
         "float": TRANSFORMER,
         "qconvert": converted(TRANSFORMER, folder, "no_data"),
         "qconvert, data": converted(TRANSFORMER, folder, "data", data),
-        "qconvert, ACWL": converted(TRANSFORMER, folder, "acwl", "[dynamic_quant_param]\nquant_strategy = ACWL\n"),
+        "qconvert, ACWL": converted(
+            TRANSFORMER, folder, "acwl", "[dynamic_quant_param]\nquant_strategy = ACWL\n"
+        ),
         **by_peer(TRANSFORMER, folder),
         "static qconvert": converted(TRANSFORMER, folder, "full", data, "FULL_QUANT"),
         **statically_by_peer(folder, samples),
@@ -145,7 +175,9 @@ def transformer(folder: Path, quick: bool) -> None:
     sides = [sentences("dev", side)[:count] for side in "ab"]
     scores = np.load(DATA / "sts" / "sts_dev.npz")["score"][:count]
     reference = [outputs(TRANSFORMER, side) for side in sides]
-    clocked = [times(list(models.values()), tokens(np.full(s, 2000)), 3 if quick else 12) for s in SHAPES]
+    clocked = [
+        times(list(models.values()), tokens(np.full(s, 2000)), 3 if quick else 12) for s in SHAPES
+    ]
     shapes = "".join(f"{f'{rows}x{length}':>8s}" for rows, length in SHAPES)
     print(f"{'':26s} cosine   least  Spearman  ratio  speed of {shapes}")
     for i, (label, path) in enumerate(models.items()):
@@ -155,13 +187,16 @@ def transformer(folder: Path, quick: bool) -> None:
         ratio = TRANSFORMER.stat().st_size / path.stat().st_size
         speeds = "".join(f"{row[0] / row[i]:8.2f}" for row in clocked)
         print(
-            f"{label:26s} {near.mean():.5f} {near.min():.5f}  {spearman:.4f}  {ratio:5.2f}          {speeds}",
+            f"{label:26s} {near.mean():.5f} {near.min():.5f}  {spearman:.4f}  {ratio:5.2f}   "
+            f"       {speeds}",
             flush=True,
         )
 
 
 def recurrent_feeds() -> dict[str, list[Feed]]:
-    """Made-up inputs of the models with recurrence and control flow: text bytes, tones in noise, feature maps."""
+    """Made-up inputs of the models with recurrence and control flow: text bytes, tones in noise,
+    feature maps.
+    """
     rng = np.random.default_rng(0)
     text = np.frombuffer(Path(__file__).read_bytes(), np.uint8)
     wave = np.sin(np.cumsum(rng.uniform(0.02, 0.3, (20, 1)), axis=0) * np.arange(576)) * 0.3
@@ -198,7 +233,9 @@ def recurrent(folder: Path) -> None:
 
 def main() -> None:
     """Prints both tables."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--quick", action="store_true", help="Fewer sentences and shorter timings.")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:

@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""FULL_QUANT beside onnxruntime's and NNCF's static quantization: accuracy, agreement, speed and size in one run.
+"""FULL_QUANT beside onnxruntime's and NNCF's static quantization: accuracy, agreement, speed and
+size in one run.
 
     python benchmarks/full_quant.py [MODEL ...] [--ablation] [--ours] [--nncf PYTHON]
 
-PYTHON is an interpreter of an environment with nncf installed. Columns: top-1 on the dev split, agreement with the
-float model's best class, agreement with kernels that cannot saturate (session.x64quantprecision=1), speed-up over float
-(1 thread, median of interleaved runs), times smaller.
+PYTHON is an interpreter of an environment with nncf installed. Columns: top-1 on the dev split,
+agreement with the float model's best class, agreement with kernels that cannot saturate
+(session.x64quantprecision=1), speed-up over float (1 thread, median of interleaved runs), times
+smaller.
 """
 
 from __future__ import annotations
@@ -100,7 +102,10 @@ def compare(classifier: Classifier, args: argparse.Namespace, folder: Path) -> N
     """Prints one model's table."""
     data, labels = classifier.samples("dev")
     reference = outputs(classifier.path, data)
-    print(f"\n{classifier.name}: float top-1 {score(reference, reference, labels)[0]:.4f}, {len(data)} images")
+    print(
+        f"\n{classifier.name}: float top-1 {score(reference, reference, labels)[0]:.4f}, "
+        f"{len(data)} images"
+    )
     print(f"{'':36s} top-1   agree   exact   speed  smaller")
     out = folder / f"{classifier.name}.onnx"
     for label, extra in {**OURS, **(ABLATION if args.ablation else {})}.items():
@@ -113,7 +118,10 @@ def compare(classifier: Classifier, args: argparse.Namespace, folder: Path) -> N
         try:
             nncf(classifier, args.nncf, out)
         except RuntimeError as error:
-            print(f"NNCF, full bias correction           fails: {str(error).strip().splitlines()[-1][:80]}")
+            print(
+                "NNCF, full bias correction           fails: "
+                f"{str(error).strip().splitlines()[-1][:80]}"
+            )
             return
         row("NNCF, full bias correction", classifier, out, reference, labels, data)
 
@@ -124,12 +132,17 @@ def row(label, classifier, out, reference, labels, data) -> None:
     exact = score(reference, outputs(out, data, exact=True), labels)[1]
     faster = speedup(classifier.path, out, data)
     smaller = classifier.path.stat().st_size / out.stat().st_size
-    print(f"{label:36s} {top1:.4f}  {agree:.4f}  {exact:.4f}  {faster:5.2f}  {smaller:5.2f}", flush=True)
+    print(
+        f"{label:36s} {top1:.4f}  {agree:.4f}  {exact:.4f}  {faster:5.2f}  {smaller:5.2f}",
+        flush=True,
+    )
 
 
 def main() -> None:
     """Reads the arguments."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("models", nargs="*", default=list(CLASSIFIERS))
     parser.add_argument("--ablation", action="store_true")
     parser.add_argument("--ours", action="store_true", help="leave out onnxruntime's tool")

@@ -1,7 +1,8 @@
 """Which test notices which mistake: python benchmarks/mutations.py [mutation ...].
 
-Each mutation changes the arithmetic or the graph in one place of a copy of the sources, runs the tests that should
-notice, and lists those that do. A mutation that no test notices is a hole in the tests.
+Each mutation changes the arithmetic or the graph in one place of a copy of the sources, runs the
+tests that should notice, and lists those that do. A mutation that no test notices is a hole in the
+tests.
 """
 
 from __future__ import annotations
@@ -20,7 +21,9 @@ ROOT = Path(__file__).resolve().parents[1]
 
 @dataclass(frozen=True)
 class Mutation:
-    """In `file`, `old` (which occurs once) becomes `new`; `tests` are run, all of a file or those of an expression."""
+    """In `file`, `old` (which occurs once) becomes `new`; `tests` are run, all of a file or those
+    of an expression.
+    """
 
     name: str
     file: str
@@ -173,7 +176,8 @@ MUTATIONS = (
     Mutation(
         "files of external data outside of the folder",
         "converter/model.py",
-        "inside = not Path(tensor.location).is_absolute() and file.resolve().is_relative_to(folder.resolve())",
+        "inside = not Path(tensor.location).is_absolute() and "
+        "file.resolve().is_relative_to(folder.resolve())",
         "inside = True",
         ("test_hostile_models.py -k external",),
     ),
@@ -199,9 +203,20 @@ def noticed(mutation: Mutation, tree: Path) -> list[str] | None:
         for tests in mutation.tests:
             file, *options = tests.split(" ", 1)
             chosen = [f"tests/{file}", *(options[0].split(" ", 1) if options else [])]
-            command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "--maxfail=3", *chosen]
+            command = [
+                sys.executable,
+                "-m",
+                "pytest",
+                "-q",
+                "-p",
+                "no:cacheprovider",
+                "--maxfail=3",
+                *chosen,
+            ]
             environment = {**os.environ, "PYTHONPATH": str(tree)}
-            done = subprocess.run(command, cwd=tree, env=environment, capture_output=True, text=True, check=False)
+            done = subprocess.run(
+                command, cwd=tree, env=environment, capture_output=True, text=True, check=False
+            )
             failed += re.findall(r"^(?:FAILED|ERROR) tests/(\S+)", done.stdout, re.MULTILINE)
     finally:
         path.write_text(text, encoding="utf-8")

@@ -1,5 +1,6 @@
 #!/usr/bin/env python3
-"""target_device=OPENVINO and the default target, in OpenVINO: accuracy, agreement and speed against float there.
+"""target_device=OPENVINO and the default target, in OpenVINO: accuracy, agreement and speed against
+float there.
 
 pip install openvino && python benchmarks/openvino_runtime.py [MODEL ...] [--pictures 200]
 """
@@ -39,7 +40,9 @@ def speedup(reference: Runner, other: Runner, x: np.ndarray, runs: int = 60) -> 
 
 def main() -> None:
     """Reads the arguments."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("models", nargs="*", default=list(CLASSIFIERS))
     parser.add_argument("--pictures", type=int, default=200)
     args = parser.parse_args()
@@ -50,7 +53,10 @@ def main() -> None:
             inputs = [data.sample(i)[classifier.input] for i in range(len(data))]
             reference = compiled(classifier.path)
             scores = np.stack([reference(x).ravel() for x in inputs])
-            print(f"{name}: float top-1 {score(scores, scores, labels)[0]:.4f} in OpenVINO, {len(data)} pictures")
+            print(
+                f"{name}: float top-1 {score(scores, scores, labels)[0]:.4f} in OpenVINO, "
+                f"{len(data)} pictures"
+            )
             for target in ("OPENVINO", "CPU"):
                 config = classifier.config(
                     Path(folder), "FULL_QUANT", extra=f"[full_quant_param]\ntarget_device={target}"
@@ -59,7 +65,10 @@ def main() -> None:
                 runner = compiled(out)
                 top1, agree = score(scores, np.stack([runner(x).ravel() for x in inputs]), labels)
                 faster = speedup(reference, runner, inputs[0])
-                print(f"  {target:10s} top-1 {top1:.4f}  agree {agree:.4f}  speed {faster:.2f}", flush=True)
+                print(
+                    f"  {target:10s} top-1 {top1:.4f}  agree {agree:.4f}  speed {faster:.2f}",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

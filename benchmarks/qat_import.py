@@ -1,12 +1,14 @@
 #!/usr/bin/env python3
-"""Import of models trained with fake quantization: a real one, and the example's network in 1 to 8 bits.
+"""Import of models trained with fake quantization: a real one, and the example's network in 1 to 8
+bits.
 
     python benchmarks/qat_import.py [--example]
 
-The real one: top-1 on the dev split, agreement with the model run as it was trained, speed-up over the float model (1
-thread, median of interleaved runs), times smaller; then the same model with its weights held as fake-quantized floats.
-The example: accuracy on its held-out pictures of the float network rounded to so many bits, of the network trained in
-them, of its import, and of the float network whose weights alone are stored in them.
+The real one: top-1 on the dev split, agreement with the model run as it was trained, speed-up over
+the float model (1 thread, median of interleaved runs), times smaller; then the same model with its
+weights held as fake-quantized floats. The example: accuracy on its held-out pictures of the float
+network rounded to so many bits, of the network trained in them, of its import, and of the float
+network whose weights alone are stored in them.
 """
 
 from __future__ import annotations
@@ -23,7 +25,9 @@ import onnx
 from common import CLASSIFIERS, DATA, qconvert, session
 from onnx import helper, numpy_helper
 
-IMPORT = "[common_quant_param]\nthread_num=1\n[transform_quant_param]\nexport_precision_mode=QUANT\n"
+IMPORT = (
+    "[common_quant_param]\nthread_num=1\n[transform_quant_param]\nexport_precision_mode=QUANT\n"
+)
 WEIGHTS = """[common_quant_param]
 quant_type=WEIGHT_QUANT
 bit_num={bits}
@@ -49,11 +53,15 @@ def outputs(path: Path, samples: Array) -> Array:
     model = session(path)
     (fed,) = model.get_inputs()
     rows = pixels(samples) if "uint8" in fed.type else samples
-    return np.concatenate([model.run(None, {fed.name: row[None]})[0].reshape(1, -1) for row in rows]).astype(float)
+    return np.concatenate(
+        [model.run(None, {fed.name: row[None]})[0].reshape(1, -1) for row in rows]
+    ).astype(float)
 
 
 def with_float_weights(path: Path, out: Path) -> None:
-    """Writes the model with floats and a Q/DQ pair in the place of every integer weight, and float biases."""
+    """Writes the model with floats and a Q/DQ pair in the place of every integer weight, and float
+    biases.
+    """
     model = onnx.load(path)
     constants = {tensor.name: tensor for tensor in model.graph.initializer}
     nodes = []
@@ -66,7 +74,9 @@ def with_float_weights(path: Path, out: Path) -> None:
                 node.op_type = "Identity"
                 del node.input[1:]
             else:
-                nodes.append(helper.make_node("QuantizeLinear", list(node.input), [f"{node.name}_codes"]))
+                nodes.append(
+                    helper.make_node("QuantizeLinear", list(node.input), [f"{node.name}_codes"])
+                )
                 node.input[0] = f"{node.name}_codes"
         nodes.append(node)
     changed = [onnx.NodeProto.FromString(node.SerializeToString()) for node in nodes]
@@ -94,7 +104,8 @@ def real(folder: Path) -> None:
             classifier.path.stat().st_size / path.stat().st_size,
         )
         print(
-            f"{name:12s} {np.mean(classes == labels):.4f}  {np.mean(classes == best):.4f}  {fast:5.2f}x  {small:5.2f}x"
+            f"{name:12s} {np.mean(classes == labels):.4f}  {np.mean(classes == best):.4f}  "
+            f"{fast:5.2f}x  {small:5.2f}x"
         )
     with_float_weights(trained, folder / "floats.onnx")
     qconvert(folder / "floats.onnx", config, folder / "b.onnx")
@@ -125,8 +136,13 @@ def example(folder: Path) -> None:
     def accuracy(path: Path) -> float:
         return float(np.mean(outputs(path, held_out["images"]).argmax(1) == held_out["labels"]))
 
-    print(f"example, {len(held_out['labels'])} pictures, float {accuracy(EXAMPLE / 'float.onnx'):.1%}")
-    print("| Bits | Rounded | Trained | Imported | Weights alone, rounded | Weights alone, GPTQ |\n|" + " --- |" * 6)
+    print(
+        f"example, {len(held_out['labels'])} pictures, float {accuracy(EXAMPLE / 'float.onnx'):.1%}"
+    )
+    print(
+        "| Bits | Rounded | Trained | Imported | Weights alone, rounded | Weights alone, GPTQ |\n|"
+        + " --- |" * 6
+    )
     config, out = folder / "e.cfg", folder / "e.onnx"
     for bits, plain in rounded.items():
         trained = EXAMPLE / f"qat_{bits}.onnx"
@@ -134,7 +150,9 @@ def example(folder: Path) -> None:
         qconvert(trained, config, out)
         cells = [plain, accuracy(trained), accuracy(out)]
         for strategy in ("MAX_MIN", "GPTQ"):
-            config.write_text(WEIGHTS.format(bits=bits, strategy=strategy, data=EXAMPLE / "calib" / "images.npy"))
+            config.write_text(
+                WEIGHTS.format(bits=bits, strategy=strategy, data=EXAMPLE / "calib" / "images.npy")
+            )
             qconvert(EXAMPLE / "float.onnx", config, out)
             cells.append(accuracy(out))
         print(f"| {bits} | " + " | ".join(f"{cell:.1%}" for cell in cells) + " |", flush=True)
@@ -142,7 +160,9 @@ def example(folder: Path) -> None:
 
 def main() -> None:
     """Prints both tables, or the example's alone."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--example", action="store_true", help="the example's table alone")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as name:

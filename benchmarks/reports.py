@@ -1,10 +1,11 @@
 #!/usr/bin/env python3
-"""What verification and the debug reports cost, and that the cheap ranking of nodes is the thorough one.
+"""What verification and the debug reports cost, and that the cheap ranking of nodes is the thorough
+one.
 
     python benchmarks/reports.py [MODEL ...] [--samples 8] [--pictures 100]
 
-Prints the seconds of a conversion without verification, with it and with reports, in one process, best of three, and
-Spearman's correlation of the two rankings' decibels at the output.
+Prints the seconds of a conversion without verification, with it and with reports, in one process,
+best of three, and Spearman's correlation of the two rankings' decibels at the output.
 """
 
 from __future__ import annotations
@@ -34,7 +35,11 @@ REPEATS = 3
 def job(model: Classifier, folder: Path, samples: int, reports: bool = False) -> Job:
     """A full quantization, into `folder`."""
     extra = f"debug_info_save_path={folder / 'reports'}" if reports else ""
-    return Job(model.path, folder / "out.onnx", load_config(model.config(folder, "FULL_QUANT", samples, extra)))
+    return Job(
+        model.path,
+        folder / "out.onnx",
+        load_config(model.config(folder, "FULL_QUANT", samples, extra)),
+    )
 
 
 def seconds(task: Job) -> float:
@@ -69,7 +74,9 @@ def correlation(model: Classifier, folder: Path, samples: int) -> tuple[float, f
 
 def main() -> None:
     """Measures what the arguments ask for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("models", nargs="*", metavar="MODEL")
     parser.add_argument("--samples", type=int, default=8)
     parser.add_argument("--pictures", type=int, default=100)
@@ -86,7 +93,10 @@ def main() -> None:
                     reported = seconds(job(model, folder, count, reports=True))
                     print(f"  with reports {reported:.1f} s ({reported / plain:.2f} x)")
             agreement, slow, quick = correlation(model, folder, arguments.samples)
-            print(f"  rankings agree {agreement:.3f} (Spearman); {slow:.1f} s node by node, {quick:.1f} s cut open")
+            print(
+                f"  rankings agree {agreement:.3f} (Spearman); {slow:.1f} s node by node, "
+                f"{quick:.1f} s cut open"
+            )
 
 
 if __name__ == "__main__":

@@ -1,7 +1,9 @@
-"""Everything that could break a conversion, many times: python benchmarks/robustness.py [random models a setting].
+"""Everything that could break a conversion, many times: python benchmarks/robustness.py [random
+models a setting].
 
-Counts, kind by kind, what was tried, what was converted to a checked model with the right numbers, what was refused
-with a sentence, and what was neither (there must be nothing), and names the slowest case. The cases are the tests'.
+Counts, kind by kind, what was tried, what was converted to a checked model with the right numbers,
+what was refused with a sentence, and what was neither (there must be nothing), and names the
+slowest case. The cases are the tests'.
 """
 
 from __future__ import annotations
@@ -43,7 +45,10 @@ SETTINGS = {
     },
     "WEIGHT_QUANT": {
         "8 bits": {"common_quant": {"min_quant_weight_channel": 0}},
-        "3 bits, data": {"common_quant": {"min_quant_weight_channel": 0, "bit_num": 3}, "with_data": True},
+        "3 bits, data": {
+            "common_quant": {"min_quant_weight_channel": 0, "bit_num": 3},
+            "with_data": True,
+        },
         "16 bits": {"common_quant": {"min_quant_weight_channel": 0, "bit_num": 16}},
         "mixed": {"common_quant": {"min_quant_weight_channel": 0, "bit_num": 0}},
     },
@@ -82,11 +87,15 @@ def command(*arguments: object) -> tuple[int, str]:
     return 0, said.getvalue()
 
 
-def attempt(folder: Path, name: str, mode: str, path: Path, data: dict[str, np.ndarray], tally: Tally) -> None:
+def attempt(
+    folder: Path, name: str, mode: str, path: Path, data: dict[str, np.ndarray], tally: Tally
+) -> None:
     """One conversion by the command, and what is wrong with it."""
     output, start = folder / "out" / "q.onnx", time.perf_counter()
     code, said = command(
-        f"--modelFile={path}", f"--configFile={config_of(folder, mode, data)}", f"--outputFile={output}"
+        f"--modelFile={path}",
+        f"--configFile={config_of(folder, mode, data)}",
+        f"--outputFile={output}",
     )
     seconds = time.perf_counter() - start
     errors = [line for line in said.splitlines() if line.startswith("ERROR: ")]
@@ -105,7 +114,11 @@ def _fault(name: str, path: Path, output: Path, data: dict[str, np.ndarray]) -> 
         sample = {key: np.asarray(samples[0]) for key, samples in data.items()}
         wanted = run(path, sample, optimized=False)
         worst = min(
-            (decibels(x, y) for fast in (False, True) for x, y in zip(wanted, run(output, sample, fast), strict=True)),
+            (
+                decibels(x, y)
+                for fast in (False, True)
+                for x, y in zip(wanted, run(output, sample, fast), strict=True)
+            ),
             default=np.inf,
         )
     except Exception as error:
@@ -114,7 +127,9 @@ def _fault(name: str, path: Path, output: Path, data: dict[str, np.ndarray]) -> 
 
 
 def broken(tally: Tally) -> None:
-    """Files that are no models, whole ones cut off at many places, and whole ones with random bytes in them."""
+    """Files that are no models, whole ones cut off at many places, and whole ones with random bytes
+    in them.
+    """
     for name, (make, _) in BROKEN.items():
         for mode in MODES:
             with tempfile.TemporaryDirectory() as folder:
@@ -125,7 +140,14 @@ def broken(tally: Tally) -> None:
         for place in rng.integers(len(content), size=8) if content and number % 4 < 2 else ():
             content[place] = rng.integers(256)
         with tempfile.TemporaryDirectory() as folder:
-            attempt(Path(folder), f"damaged {number}", "WEIGHT_QUANT", written(Path(folder), bytes(content)), {}, tally)
+            attempt(
+                Path(folder),
+                f"damaged {number}",
+                "WEIGHT_QUANT",
+                written(Path(folder), bytes(content)),
+                {},
+                tally,
+            )
 
 
 def odd(tally: Tally) -> None:
@@ -134,7 +156,9 @@ def odd(tally: Tally) -> None:
         model = make()
         for mode in MODES:
             with tempfile.TemporaryDirectory() as folder:
-                attempt(Path(folder), name, mode, written(Path(folder), model), feeds_of(model), tally)
+                attempt(
+                    Path(folder), name, mode, written(Path(folder), model), feeds_of(model), tally
+                )
 
 
 def light(tally: Tally) -> None:
@@ -166,7 +190,10 @@ def generated(mode: str, setting: str, count: int) -> Callable[[Tally], None]:
             try:
                 seconds, fault = pool.submit(one, seed, mode, setting).result(MOST_SECONDS)
             except (BrokenProcessPool, TimeoutError) as error:
-                seconds, fault = 0.0, f"the process {'hangs' if isinstance(error, TimeoutError) else 'was aborted'}"
+                seconds, fault = (
+                    0.0,
+                    f"the process {'hangs' if isinstance(error, TimeoutError) else 'was aborted'}",
+                )
                 pool.shutdown(wait=False, cancel_futures=True)
                 pool = ProcessPoolExecutor(1, get_context("spawn"))
             tally.count(f"model {seed}", seconds, fault)
@@ -193,7 +220,10 @@ def report(count: int) -> int:
     for name, work in kinds(count):
         tally = Tally()
         work(tally)
-        tried, (seconds, slowest) = tally.converted + tally.refused + len(tally.wrong), tally.slowest
+        tried, (seconds, slowest) = (
+            tally.converted + tally.refused + len(tally.wrong),
+            tally.slowest,
+        )
         figures = f"{tried} | {tally.converted} | {tally.refused} | {len(tally.wrong)}"
         print(f"| {name} | {figures} | {seconds:.1f} s, {slowest} |", flush=True)
         wrong += [f"{name}: {fault}" for fault in tally.wrong]

@@ -1,10 +1,12 @@
 #!/usr/bin/env python3
-"""Proof that no x86 processor saturates: the same files run here and under an emulated CPU with AVX2 but without VNNI.
+"""Proof that no x86 processor saturates: the same files run here and under an emulated CPU with
+AVX2 but without VNNI.
 
     python benchmarks/saturation.py [MODEL ...] [--pictures 4]
 
-Needs `qemu-x86_64` (Debian: qemu-user) and a CPU with VNNI, which is exact. Converts with overflow_safe true and false
-and prints the largest difference of the outputs between this CPU and the emulated one, relative to the largest output.
+Needs `qemu-x86_64` (Debian: qemu-user) and a CPU with VNNI, which is exact. Converts with
+overflow_safe true and false and prints the largest difference of the outputs between this CPU and
+the emulated one, relative to the largest output.
 """
 
 from __future__ import annotations
@@ -32,7 +34,9 @@ numpy.save(sys.argv[3], numpy.stack([s.run(None, {name: x})[0] for x in numpy.lo
 
 def main() -> None:
     """Reads the arguments."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("models", nargs="*", default=list(CLASSIFIERS))
     parser.add_argument("--pictures", type=int, default=4)
     args = parser.parse_args()
@@ -48,15 +52,24 @@ def main() -> None:
             samples = np.stack([data.sample(i)[classifier.input] for i in range(len(data))])
             np.save(folder / "in.npy", samples)
             for safe in ("true", "false"):
-                config = classifier.config(folder, "FULL_QUANT", extra=f"[full_quant_param]\noverflow_safe={safe}")
+                config = classifier.config(
+                    folder, "FULL_QUANT", extra=f"[full_quant_param]\noverflow_safe={safe}"
+                )
                 qconvert(classifier.path, config, folder / "out.onnx")
                 runner = session(folder / "out.onnx", 1)
                 here = np.stack([runner.run(None, {classifier.input: x})[0] for x in samples])
                 single = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
                 paths = [str(folder / part) for part in ("out.onnx", "in.npy", "there.npy")]
-                measure([emulator, "-cpu", "Haswell", sys.executable, "-c", RUN, *paths], {**os.environ, **single})
+                measure(
+                    [emulator, "-cpu", "Haswell", sys.executable, "-c", RUN, *paths],
+                    {**os.environ, **single},
+                )
                 there = np.load(folder / "there.npy")
-                print(f"{model:28s} {safe:13s}   {np.abs(there - here).max() / np.abs(here).max():.6f}", flush=True)
+                print(
+                    f"{model:28s} {safe:13s}   "
+                    f"{np.abs(there - here).max() / np.abs(here).max():.6f}",
+                    flush=True,
+                )
 
 
 if __name__ == "__main__":

@@ -1,11 +1,13 @@
 #!/usr/bin/env python3
-"""WEIGHT_QUANT: accuracy, size, speed and load time of every width; mixed bits; a sentence transformer.
+"""WEIGHT_QUANT: accuracy, size, speed and load time of every width; mixed bits; a sentence
+transformer.
 
     python benchmarks/weight_quant.py [MODEL ...] [--bits 1 2 …] [--mixed] [--transformer]
 
-Columns: top-1 on the dev split, agreement with the float model's best class, times smaller and how many that should at
-least be, speed-up over float (1 thread, median of interleaved runs), seconds to load and to convert, and the largest
-difference of OpenVINO's outputs from ONNX Runtime's where openvino is installed.
+Columns: top-1 on the dev split, agreement with the float model's best class, times smaller and how
+many that should at least be, speed-up over float (1 thread, median of interleaved runs), seconds to
+load and to convert, and the largest difference of OpenVINO's outputs from ONNX Runtime's where
+openvino is installed.
 """
 
 from __future__ import annotations
@@ -47,7 +49,9 @@ def load_seconds(path: Path) -> float:
 
 
 def openvino_difference(path: Path, x: np.ndarray) -> str:
-    """The largest difference of the first output between the two runtimes, over its largest value."""
+    """The largest difference of the first output between the two runtimes, over its largest
+    value.
+    """
     if importlib.util.find_spec("openvino") is None:
         return "-"
     import openvino
@@ -57,7 +61,14 @@ def openvino_difference(path: Path, x: np.ndarray) -> str:
     return f"{np.abs(compiled([x])[0] - wanted).max() / np.abs(wanted).max():.0e}"
 
 
-def row(classifier: Classifier, name: str, extra: str, bits: int | None, folder: Path, reference: np.ndarray) -> str:
+def row(
+    classifier: Classifier,
+    name: str,
+    extra: str,
+    bits: int | None,
+    folder: Path,
+    reference: np.ndarray,
+) -> str:
     """Converts and measures; `bits` sets the least ratio."""
     out = folder / "out.onnx"
     config = classifier.config(folder, "WEIGHT_QUANT", extra=f"min_quant_weight_channel=0\n{extra}")
@@ -68,7 +79,8 @@ def row(classifier: Classifier, name: str, extra: str, bits: int | None, folder:
     least = f"{0.9 * 32 / (bits + 0.25):.2f}" if bits else "-"
     x = dict(data.sample(0))[classifier.input]
     return (
-        f"{name:34} {top1:.4f} {agreement:.4f} {ratio:6.2f} {least:>6} {speedup(classifier.path, out, data):5.2f} "
+        f"{name:34} {top1:.4f} {agreement:.4f} {ratio:6.2f} {least:>6} "
+        f"{speedup(classifier.path, out, data):5.2f} "
         f"{load_seconds(out):5.2f} {cost.seconds:6.1f} {openvino_difference(out, x):>6}"
     )
 
@@ -92,17 +104,23 @@ def embeddings(path: Path, pairs: dict[str, np.ndarray]) -> list[np.ndarray]:
     runner, sides = session(path), []
     for side in "ab":
         rows = []
-        for ids, mask in zip(pairs[f"{side}_input_ids"], pairs[f"{side}_attention_mask"], strict=True):
+        for ids, mask in zip(
+            pairs[f"{side}_input_ids"], pairs[f"{side}_attention_mask"], strict=True
+        ):
             length = int(mask.sum())
             tokens = {"input_ids": ids[None, :length], "attention_mask": mask[None, :length]}
             feed = {**tokens, "token_type_ids": np.zeros((1, length))}
-            rows.append(runner.run(None, {name: x.astype(np.int64) for name, x in feed.items()})[0][0])
+            rows.append(
+                runner.run(None, {name: x.astype(np.int64) for name, x in feed.items()})[0][0]
+            )
         sides.append(np.array(rows))
     return sides
 
 
 def spearman(sides: list[np.ndarray], scores: np.ndarray) -> float:
-    """Rank correlation of the pairs' similarity with the human scores, equal scores sharing a rank."""
+    """Rank correlation of the pairs' similarity with the human scores, equal scores sharing a
+    rank.
+    """
 
     def ranks(values: np.ndarray) -> np.ndarray:
         _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
@@ -130,7 +148,11 @@ def transformer_table() -> None:
     print(f"{'':34} cosine  Spearman   MB   load convert")
     with tempfile.TemporaryDirectory() as folder:
         out, config = Path(folder) / "out.onnx", Path(folder) / "c.cfg"
-        for name, extra in [*TRANSFORMER.items(), ("onnxruntime 8 bits", "8"), ("onnxruntime 4 bits", "4")]:
+        for name, extra in [
+            *TRANSFORMER.items(),
+            ("onnxruntime 8 bits", "8"),
+            ("onnxruntime 4 bits", "4"),
+        ]:
             start = time.perf_counter()
             if name in TRANSFORMER:
                 config.write_text(f"[common_quant_param]\nquant_type=WEIGHT_QUANT\n{extra}\n")
@@ -140,12 +162,18 @@ def transformer_table() -> None:
             seconds, found = time.perf_counter() - start, embeddings(out, pairs)
             cosine = np.mean([(a * b).sum(1) for a, b in zip(reference, found, strict=True)])
             size, rank = out.stat().st_size / 1e6, spearman(found, pairs["score"])
-            print(f"{name:34} {cosine:.5f} {rank:.4f} {size:6.2f} {load_seconds(out):6.2f} {seconds:6.1f}", flush=True)
+            print(
+                f"{name:34} {cosine:.5f} {rank:.4f} {size:6.2f} {load_seconds(out):6.2f} "
+                f"{seconds:6.1f}",
+                flush=True,
+            )
 
 
 def main() -> None:
     """Prints the tables asked for."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("models", nargs="*", default=["mobilenet_v1_0.75_224"])
     parser.add_argument("--bits", nargs="*", type=int, default=list(range(1, 17)))
     parser.add_argument("--mixed", action="store_true")

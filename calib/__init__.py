@@ -7,4 +7,6 @@ os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 
 class CalibError(Exception):
-    """Calibration data or a calibration run is unusable; `str(error)` is one sentence for the user."""
+    """Calibration data or a calibration run is unusable; `str(error)` is one sentence for the
+    user.
+    """

@@ -1,7 +1,8 @@
 """Affine (uniform) quantization arithmetic: real = scale * (integer - zero_point).
 
-Formulas: Jacob et al., "Quantization and Training of Neural Networks for Efficient Integer-Arithmetic-Only Inference"
-(2018), section 2.1; rounding is half to even, as ONNX QuantizeLinear defines it.
+Formulas: Jacob et al., "Quantization and Training of Neural Networks for Efficient
+Integer-Arithmetic-Only Inference" (2018), section 2.1; rounding is half to even, as ONNX
+QuantizeLinear defines it.
 """
 
 from __future__ import annotations
@@ -22,7 +23,8 @@ SMALLEST_SCALE = 2.0**-60
 
 @dataclass(frozen=True)
 class IntFormat:
-    """An integer format: `bits` wide; `narrow` gives up the lowest code so that a signed range is symmetric.
+    """An integer format: `bits` wide; `narrow` gives up the lowest code so that a signed range is
+    symmetric.
 
     Codes of a `trellis` stand for levels that `calib.trellis` tells.
     """
@@ -70,8 +72,8 @@ class Range:
 class QParams:
     """scale (float32) and zero_point, both of shape () or (channels,); `axis` is None per tensor.
 
-    The zero point is an integer of the format. Stored weights that are floats again before use may have any, and
-    parameters for every block of a channel: an array with as many axes as the weight.
+    The zero point is an integer of the format. Stored weights that are floats again before use may
+    have any, and parameters for every block of a channel: an array with as many axes as the weight.
     """
 
     scale: Array
@@ -81,12 +83,17 @@ class QParams:
 
 
 def qparams_of(
-    span: Range, fmt: IntFormat, symmetric: bool, axis: int | None = None, power_of_two: bool = False
+    span: Range,
+    fmt: IntFormat,
+    symmetric: bool,
+    axis: int | None = None,
+    power_of_two: bool = False,
 ) -> QParams:
-    """The parameters that cover `span`, widened to contain zero so that zero is exactly representable.
+    """The parameters that cover `span`, widened to contain zero so that zero is exactly
+    representable.
 
-    Symmetric puts the zero point in the middle of the codes (0 signed, 128 for uint8). A constant or empty range
-    gets scale 1. `power_of_two` rounds the scale up to the next power of two.
+    Symmetric puts the zero point in the middle of the codes (0 signed, 128 for uint8). A constant
+    or empty range gets scale 1. `power_of_two` rounds the scale up to the next power of two.
     """
     lo = np.minimum(np.asarray(span.lo, np.float64), 0.0)
     hi = np.maximum(np.asarray(span.hi, np.float64), 0.0)
@@ -113,11 +120,15 @@ def _not_beyond(scale: Array, span: Array, fmt: IntFormat) -> Array:
     Runtimes drop a Clip(0, 6) behind an integer operator only if the largest code is not above 6.
     """
     levels = np.float32(fmt.qmax - fmt.qmin)
-    return np.where(levels * scale > span.astype(np.float32), np.nextafter(scale, np.float32(0)), scale)
+    return np.where(
+        levels * scale > span.astype(np.float32), np.nextafter(scale, np.float32(0)), scale
+    )
 
 
 def along(values: Array, axis: int | None, shape: tuple[int, ...]) -> Array:
-    """`values` a channel shaped to broadcast along `axis` of a tensor of `shape`, `values` a block repeated to it."""
+    """`values` a channel shaped to broadcast along `axis` of a tensor of `shape`, `values` a block
+    repeated to it.
+    """
     if axis is None or values.ndim == 0:
         return values
     if values.ndim > 1:
@@ -139,7 +150,9 @@ def dequantize(codes: Array, q: QParams) -> Array:
     """Real values (float32) of integer `codes`; a trellis runs along the axis of the scales."""
     if q.format.trellis:
         assert q.axis is not None
-        codes = np.moveaxis(trellis.points(np.moveaxis(codes, q.axis, -1), q.format.bits), -1, q.axis)
+        codes = np.moveaxis(
+            trellis.points(np.moveaxis(codes, q.axis, -1), q.format.bits), -1, q.axis
+        )
     scale = along(q.scale, q.axis, codes.shape)
     zero_point = along(q.zero_point, q.axis, codes.shape)
     return ((codes.astype(np.float64) - zero_point) * scale.astype(np.float64)).astype(np.float32)

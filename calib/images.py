@@ -1,8 +1,9 @@
 """One picture file to one float32 array (height, width, channels) of preprocessed pixels.
 
-The order is fixed: decode, turn as the EXIF orientation says, convert the channels, go to float32 in 0..255, resize,
-crop the centre, normalise to (x - mean) / std. Nothing is rounded or clipped after decoding, so normalising before the
-resize would give the same pixels; CUBIC may overshoot 0..255 a little.
+The order is fixed: decode, turn as the EXIF orientation says, convert the channels, go to float32
+in 0..255, resize, crop the centre, normalise to (x - mean) / std. Nothing is rounded or clipped
+after decoding, so normalising before the resize would give the same pixels; CUBIC may overshoot
+0..255 a little.
 """
 
 from __future__ import annotations
@@ -24,7 +25,11 @@ from calib import CalibError
 Pixels = NDArray[np.float32]
 
 FORMAT_CHANNELS = {"RGB": 3, "BGR": 3, "GRAY": 1}
-RESIZE_METHODS = {"NEAREST": Resampling.NEAREST, "LINEAR": Resampling.BILINEAR, "CUBIC": Resampling.BICUBIC}
+RESIZE_METHODS = {
+    "NEAREST": Resampling.NEAREST,
+    "LINEAR": Resampling.BILINEAR,
+    "CUBIC": Resampling.BICUBIC,
+}
 # ITU-R BT.601 luma of red, green and blue.
 LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 # Pillow knows more, some of which start other programs.
@@ -40,10 +45,10 @@ warnings.simplefilter("error", DecompressionBombWarning)
 class ImageOptions:
     """How a picture becomes model input; the fields follow the `[data_preprocess_param]` keys.
 
-    `image_to_format` is RGB, BGR or GRAY; None means RGB for a model with 3 channels and GRAY for one with 1.
-    `normalize_mean` and `normalize_std` hold one number a channel, in that order, for pixels of 0..255; empty means 0
-    and 1.
-    Sizes are in pixels; a missing width or height keeps the picture's own.
+    `image_to_format` is RGB, BGR or GRAY; None means RGB for a model with 3 channels and GRAY for
+    one with 1. `normalize_mean` and `normalize_std` hold one number a channel, in that order, for
+    pixels of 0..255; empty means 0 and 1. Sizes are in pixels; a missing width or height keeps the
+    picture's own.
     """
 
     image_to_format: str | None = None
@@ -61,15 +66,25 @@ class ImageOptions:
         return self.image_to_format or ("GRAY" if channels == 1 else "RGB")
 
     def check(self, channels: int) -> None:
-        """Raise CalibError if the format, mean or std does not suit a model input of 1 or 3 channels."""
+        """Raise CalibError if the format, mean or std does not suit a model input of 1 or 3
+        channels.
+        """
         given = self.format_for(channels)
         if FORMAT_CHANNELS[given] != channels:
-            usable = " or ".join(name for name, count in FORMAT_CHANNELS.items() if count == channels)
-            msg = f"image_to_format = {given} does not suit a model input of {channels} channel(s); write {usable}."
+            usable = " or ".join(
+                name for name, count in FORMAT_CHANNELS.items() if count == channels
+            )
+            msg = (
+                f"image_to_format = {given} does not suit a model input of {channels} "
+                f"channel(s); write {usable}."
+            )
             raise CalibError(msg)
         for key in ("normalize_mean", "normalize_std"):
             if len(values := getattr(self, key)) not in (0, channels):
-                msg = f"{key} has {len(values)} number(s) for a model input of {channels} channel(s); write {channels}."
+                msg = (
+                    f"{key} has {len(values)} number(s) for a model input of {channels} "
+                    f"channel(s); write {channels}."
+                )
                 raise CalibError(msg)
         if 0 in self.normalize_std:
             msg = "normalize_std must not hold 0; write 1 for a channel that is not to be scaled."
@@ -77,11 +92,12 @@ class ImageOptions:
 
 
 def load_image(path: Path, options: ImageOptions, channels: int) -> Pixels:
-    """The picture as C-contiguous float32 (height, width, `channels`), preprocessed; of several frames the first.
+    """The picture as C-contiguous float32 (height, width, `channels`), preprocessed; of several
+    frames the first.
 
-    Shrinking with LINEAR or CUBIC averages over every pixel it covers, as pillow does and OpenCV does not.
-    Transparency is dropped and the colours beneath it kept; 16-bit grey is scaled to 0..255.
-    Raises CalibError naming the file if it is broken, too large, or smaller than the crop.
+    Shrinking with LINEAR or CUBIC averages over every pixel it covers, as pillow does and OpenCV
+    does not. Transparency is dropped and the colours beneath it kept; 16-bit grey is scaled to
+    0..255. Raises CalibError naming the file if it is broken, too large, or smaller than the crop.
     """
     options.check(channels)
     pixels = _convert(_decode(path), options.format_for(channels))
@@ -95,7 +111,9 @@ def load_image(path: Path, options: ImageOptions, channels: int) -> Pixels:
 
 @contextmanager
 def reading(path: Path, what: str) -> Iterator[None]:
-    """Turn whatever goes wrong while reading `path` as `what` ("a picture") into a CalibError that names it."""
+    """Turn whatever goes wrong while reading `path` as `what` ("a picture") into a CalibError that
+    names it.
+    """
     try:
         yield
     except CalibError:
@@ -107,7 +125,9 @@ def reading(path: Path, what: str) -> Iterator[None]:
 
 
 def _decode(path: Path) -> Pixels:
-    """Upright float32 pixels of 0..255: (height, width, 1) of a grey file, else (height, width, 3) in RGB."""
+    """Upright float32 pixels of 0..255: (height, width, 1) of a grey file, else (height, width, 3)
+    in RGB.
+    """
     with reading(path, "a picture"):
         try:
             with Image.open(path, formats=FORMATS) as image:
@@ -117,7 +137,10 @@ def _decode(path: Path) -> Pixels:
             msg = f"{path}: is broken or not a picture of a known format."
             raise CalibError(msg) from error
         except (DecompressionBombError, DecompressionBombWarning) as error:
-            msg = f"{path}: has more than the {MAX_PIXELS:,} pixels allowed; make the picture smaller."
+            msg = (
+                f"{path}: has more than the {MAX_PIXELS:,} pixels allowed; make the picture "
+                "smaller."
+            )
             raise CalibError(msg) from error
 
 
@@ -169,10 +192,14 @@ def _resize(pixels: Pixels, options: ImageOptions, path: Path) -> Pixels:
 def _crop(pixels: Pixels, options: ImageOptions, path: Path) -> Pixels:
     """The centre; an odd margin leaves its smaller half at the top and left."""
     height, width = pixels.shape[:2]
-    crop_width, crop_height = options.center_crop_width or width, options.center_crop_height or height
+    crop_width, crop_height = (
+        options.center_crop_width or width,
+        options.center_crop_height or height,
+    )
     if crop_width > width or crop_height > height:
         msg = (
-            f"{path}: the picture is {width}x{height} before the crop, smaller than center_crop_width x "
+            f"{path}: the picture is {width}x{height} before the crop, smaller than "
+            "center_crop_width x "
             f"center_crop_height = {crop_width}x{crop_height}; crop less or resize to more."
         )
         raise CalibError(msg)
@@ -182,5 +209,8 @@ def _crop(pixels: Pixels, options: ImageOptions, path: Path) -> Pixels:
 
 def _limit(path: Path, size: tuple[int, int], verb: str) -> None:
     if size[0] * size[1] > MAX_PIXELS:
-        msg = f"{path}: {verb} {size[0]}x{size[1]} pixels, more than the {MAX_PIXELS:,} allowed; make it smaller."
+        msg = (
+            f"{path}: {verb} {size[0]}x{size[1]} pixels, more than the {MAX_PIXELS:,} allowed; "
+            "make it smaller."
+        )
         raise CalibError(msg)

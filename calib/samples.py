@@ -1,8 +1,8 @@
 """Folders of calibration data to samples, each one feed of the model's inputs.
 
-File number i of every input's folder, in natural order (img2 before img10), makes sample number i. Hidden files and
-sub-folders are ignored. A file that cannot be used takes its sample with it, is named in `Dataset.warnings`, and the
-next files step in.
+File number i of every input's folder, in natural order (img2 before img10), makes sample number i.
+Hidden files and sub-folders are ignored. A file that cannot be used takes its sample with it, is
+named in `Dataset.warnings`, and the next files step in.
 """
 
 from __future__ import annotations
@@ -39,7 +39,9 @@ class Dataset:
     `warnings` holds one sentence for each file left out and each way in which the data falls short.
     """
 
-    def __init__(self, sources: Sequence[Source], chosen: Sequence[Choice], warnings: Sequence[str]) -> None:
+    def __init__(
+        self, sources: Sequence[Source], chosen: Sequence[Choice], warnings: Sequence[str]
+    ) -> None:
         self._sources = sources
         self._chosen = chosen
         self.warnings = tuple(warnings)
@@ -57,7 +59,9 @@ class Dataset:
 
     def files(self, index: int) -> tuple[Path, ...]:
         """The files that sample `index` is made of, input by input."""
-        return tuple(chain.from_iterable(source.files[self._chosen[index][0]] for source in self._sources))
+        return tuple(
+            chain.from_iterable(source.files[self._chosen[index][0]] for source in self._sources)
+        )
 
     def part(self, start: int, end: int) -> Dataset:
         """Samples number `start` to `end`."""
@@ -71,7 +75,8 @@ class Dataset:
         return Dataset(self._sources, chosen, ())
 
     def fingerprint(self) -> str:
-        """SHA-256 over all samples as the model sees them: it follows the files' contents and the preprocessing.
+        """SHA-256 over all samples as the model sees them: it follows the files' contents and the
+        preprocessing.
 
         Names, folders and dates of the files do not matter. Costs a pass over the data.
         """
@@ -91,12 +96,14 @@ def open_dataset(
     image: ImageOptions,
     workers: int | None = None,
 ) -> Dataset:
-    """The first `size` usable samples for a model's inputs; `kind` is IMAGE, BIN or NPY (a key of `KINDS`).
+    """The first `size` usable samples for a model's inputs; `kind` is IMAGE, BIN or NPY (a key of
+    `KINDS`).
 
-    `folders` says where the data of each input lies; for NPY it may be one file whose rows are the samples.
-    Every candidate is loaded once, by `workers` threads (None: as many as the machine suggests); the outcome does not
-    depend on their number. A sample of an input with fixed batch N takes N pictures or rows.
-    Raises CalibError if inputs and folders do not pair up, a folder or input cannot be used, or no sample is left.
+    `folders` says where the data of each input lies; for NPY it may be one file whose rows are the
+    samples. Every candidate is loaded once, by `workers` threads (None: as many as the machine
+    suggests); the outcome does not depend on their number. A sample of an input with fixed batch N
+    takes N pictures or rows. Raises CalibError if inputs and folders do not pair up, a folder or
+    input cannot be used, or no sample is left.
     """
     _check_names(specs, folders)
     sources = [KINDS[kind](spec, folders[spec.name], image) for spec in specs]
@@ -104,12 +111,17 @@ def open_dataset(
     chosen, skipped = _select(sources, range(min(counts.values())), size, workers)
     if not chosen:
         paths = " and ".join(map(str, folders.values()))
-        msg = f"{paths}: none of the {len(skipped)} sample(s) can be used, the first for this reason: {skipped[0]}"
+        msg = (
+            f"{paths}: none of the {len(skipped)} sample(s) can be used, the first for this "
+            f"reason: {skipped[0]}"
+        )
         raise CalibError(msg)
     warnings = [*chain.from_iterable(source.warnings for source in sources), *skipped]
     if len(set(counts.values())) > 1:
         found = ", ".join(f"{count} for '{name}'" for name, count in counts.items())
-        warnings.append(f"The inputs have different numbers of samples ({found}); the surplus is not used.")
+        warnings.append(
+            f"The inputs have different numbers of samples ({found}); the surplus is not used."
+        )
     if len(chosen) < size:
         warnings.append(f"calibrate_size is {size} but only {len(chosen)} sample(s) are usable.")
     return Dataset(sources, chosen, warnings)
@@ -155,9 +167,15 @@ def _check_names(specs: Sequence[InputSpec], folders: Collection[str]) -> None:
         if name not in names:
             near = " or ".join(difflib.get_close_matches(name, names, 1) or names)
             known = ", ".join(map(str, specs)) or "none"
-            msg = f"calibrate_path: the model has no input '{name}', its inputs are {known}; write {near}."
+            msg = (
+                f"calibrate_path: the model has no input '{name}', its inputs are {known}; write "
+                f"{near}."
+            )
             raise CalibError(msg)
     for spec in specs:
         if spec.name not in folders:
-            msg = f"calibrate_path: no folder is given for the model's input {spec}; add {spec.name}:<folder>."
+            msg = (
+                f"calibrate_path: no folder is given for the model's input {spec}; add "
+                f"{spec.name}:<folder>."
+            )
             raise CalibError(msg)

@@ -1,6 +1,8 @@
-"""Runs a model file over many samples: loading, inference and what is done with the results overlap on all cores.
+"""Runs a model file over many samples: loading, inference and what is done with the results overlap
+on all cores.
 
-Every worker runs whole samples with one thread inside ONNX Runtime, so that results do not depend on their number.
+Every worker runs whole samples with one thread inside ONNX Runtime, so that results do not depend
+on their number.
 """
 
 from __future__ import annotations
@@ -33,7 +35,8 @@ def open_session(
     providers: Sequence[str] = CPU_PROVIDERS,
     optimized: Path | None = None,
 ) -> ort.InferenceSession:
-    """An ONNX Runtime session of a model file or serialized model; CalibError if the runtime refuses it.
+    """An ONNX Runtime session of a model file or serialized model; CalibError if the runtime
+    refuses it.
 
     What the runtime makes of the model is written to `optimized`.
     """
@@ -67,7 +70,8 @@ def run(session: ort.InferenceSession, outputs: Sequence[str], sample: Sample) -
 
 
 def over_samples(count: int, step: Callable[[int], Result], threads: int) -> Iterator[Result]:
-    """step(0), step(1), … step(count - 1), computed on `threads` workers and handed out in this order.
+    """step(0), step(1), … step(count - 1), computed on `threads` workers and handed out in this
+    order.
 
     `step` must not call over_samples itself.
     """

@@ -1,4 +1,6 @@
-"""One model input's data: pictures, raw buffers or NumPy files, as arrays in the input's shape and dtype."""
+"""One model input's data: pictures, raw buffers or NumPy files, as arrays in the input's shape and
+dtype.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,9 @@ CLUTTER = ("thumbs.db", "desktop.ini")
 
 @dataclass(frozen=True)
 class InputSpec:
-    """A model input: `None` in `shape` is a dynamic dimension; `layout` is NCHW or NHWC where the user said so."""
+    """A model input: `None` in `shape` is a dynamic dimension; `layout` is NCHW or NHWC where the
+    user said so.
+    """
 
     name: str
     dtype: np.dtype[Any]
@@ -46,7 +50,9 @@ class InputSpec:
 
 @dataclass(frozen=True)
 class Source:
-    """One input's candidates: `files` of each, and `read`, which loads candidate number k or raises CalibError."""
+    """One input's candidates: `files` of each, and `read`, which loads candidate number k or raises
+    CalibError.
+    """
 
     spec: InputSpec
     files: Sequence[tuple[Path, ...]]
@@ -55,28 +61,44 @@ class Source:
 
 
 def list_files(folder: Path) -> list[Path]:
-    """The folder's visible files in natural order; a dangling link is listed, so that it is named when it fails."""
+    """The folder's visible files in natural order; a dangling link is listed, so that it is named
+    when it fails.
+    """
     try:
         files = [path for path in folder.iterdir() if path.is_file() or not path.exists()]
     except OSError as error:
-        msg = f"{folder}: is not a readable folder of calibration data ({error.strerror}); correct calibrate_path."
+        msg = (
+            f"{folder}: is not a readable folder of calibration data ({error.strerror}); correct "
+            "calibrate_path."
+        )
         raise CalibError(msg) from error
-    visible = [path for path in files if not path.name.startswith(".") and path.name.lower() not in CLUTTER]
+    visible = [
+        path for path in files if not path.name.startswith(".") and path.name.lower() not in CLUTTER
+    ]
     return sorted(visible, key=lambda path: _natural(path.name))
 
 
 def _natural(name: str) -> tuple[list[str | int], str]:
-    """A sort key that compares digits by value; splitting on a group puts them at the odd places."""
+    """A sort key that compares digits by value; splitting on a group puts them at the odd
+    places.
+    """
     parts = re.split("([0-9]+)", name.lower())
     return [int(part) if place % 2 else part for place, part in enumerate(parts)], name
 
 
-def _from_folder(spec: InputSpec, folder: Path, read: Callable[[Sequence[Path]], Array], each: int = 1) -> Source:
-    """The folder's files in groups of `each`, which `read` makes samples of; those that fill none are warned of."""
+def _from_folder(
+    spec: InputSpec, folder: Path, read: Callable[[Sequence[Path]], Array], each: int = 1
+) -> Source:
+    """The folder's files in groups of `each`, which `read` makes samples of; those that fill none
+    are warned of.
+    """
     files = list_files(folder)
     whole = len(files) - len(files) % each
     if not whole:
-        msg = f"{folder}: holds {len(files)} file(s) but one sample of input {spec} takes {each}; add files."
+        msg = (
+            f"{folder}: holds {len(files)} file(s) but one sample of input {spec} takes {each}; "
+            "add files."
+        )
         raise CalibError(msg)
     groups = [tuple(files[i : i + each]) for i in range(0, whole, each)]
     rest = ", ".join(path.name for path in files[whole:])
@@ -88,20 +110,28 @@ def image_source(spec: InputSpec, folder: Path, image: ImageOptions) -> Source:
     """Pictures, as many a sample as the input's batch."""
     axes = _image_axes(spec)
     if spec.dtype.name not in PIXEL_DTYPES:
-        msg = f"The model's input {spec} takes no pictures, only {', '.join(PIXEL_DTYPES)} do; write input_type = NPY."
+        msg = (
+            f"The model's input {spec} takes no pictures, only {', '.join(PIXEL_DTYPES)} do; "
+            "write input_type = NPY."
+        )
         raise CalibError(msg)
     image.check(_channels(spec, axes))
-    return _from_folder(spec, folder, lambda files: _image_batch(spec, axes, files, image), spec.batch)
+    return _from_folder(
+        spec, folder, lambda files: _image_batch(spec, axes, files, image), spec.batch
+    )
 
 
 def _image_axes(spec: InputSpec) -> str:
-    """The meaning of the input's axes: NCHW, NHWC or, for grey pictures without a channel axis, NHW."""
+    """The meaning of the input's axes: NCHW, NHWC or, for grey pictures without a channel axis,
+    NHW.
+    """
     if len(spec.shape) == 3 and spec.batch == 1:
         return "NHW"
     fits = [axes for axes in IMAGE_AXES if len(spec.shape) == 4 and _channels(spec, axes) in (1, 3)]
     if not fits:
         msg = (
-            f"The model's input {spec} is not made for pictures of 1 or 3 channels; write input_type = BIN or NPY, "
+            f"The model's input {spec} is not made for pictures of 1 or 3 channels; write "
+            "input_type = BIN or NPY, "
             "or fix its open dimensions with --inputShape."
         )
         raise CalibError(msg)
@@ -109,7 +139,10 @@ def _image_axes(spec: InputSpec) -> str:
     if len(meant) == 1:
         return meant[0]
     usable = " or ".join(f"--inputDataFormat={axes}" for axes in fits)
-    msg = f"The channel axis of the model's input {spec} is not clear or not where said; write {usable}."
+    msg = (
+        f"The channel axis of the model's input {spec} is not clear or not where said; write "
+        f"{usable}."
+    )
     raise CalibError(msg)
 
 
@@ -119,19 +152,27 @@ def _channels(spec: InputSpec, axes: str) -> int:
 
 
 def _image_batch(spec: InputSpec, axes: str, files: Sequence[Path], image: ImageOptions) -> Array:
-    """The pictures as one array in the input's layout; for integer inputs rounded and clipped to the dtype."""
+    """The pictures as one array in the input's layout; for integer inputs rounded and clipped to
+    the dtype.
+    """
     pictures = [load_image(path, image, _channels(spec, axes)) for path in files]
-    height, width = (spec.shape[axes.index(axis)] or pictures[0].shape["HW".index(axis)] for axis in "HW")
+    height, width = (
+        spec.shape[axes.index(axis)] or pictures[0].shape["HW".index(axis)] for axis in "HW"
+    )
     for path, picture in zip(files, pictures, strict=True):
         if picture.shape[:2] != (height, width):
             msg = (
-                f"{path}: the picture is {picture.shape[1]}x{picture.shape[0]} after preprocessing but input {spec} "
-                f"takes {width}x{height} (width x height); set resize_width and resize_height, or center_crop_width "
+                f"{path}: the picture is {picture.shape[1]}x{picture.shape[0]} after "
+                f"preprocessing but input {spec} "
+                f"takes {width}x{height} (width x height); set resize_width and resize_height, or "
+                "center_crop_width "
                 "and center_crop_height, to that size."
             )
             raise CalibError(msg)
     batch = np.stack(pictures)
-    batch = batch[..., 0] if axes == "NHW" else batch.transpose(["NHWC".index(axis) for axis in axes])
+    batch = (
+        batch[..., 0] if axes == "NHW" else batch.transpose(["NHWC".index(axis) for axis in axes])
+    )
     if spec.dtype.kind in "iu":
         limits = np.iinfo(spec.dtype)
         batch = np.clip(np.rint(batch), limits.min, limits.max)
@@ -142,13 +183,18 @@ def bin_source(spec: InputSpec, folder: Path, _: ImageOptions) -> Source:
     """Raw buffers, one file a sample, in the input's own layout and dtype."""
     _check_numeric(spec)
     if spec.shape[1:].count(None) > 1:
-        msg = f"The model's input {spec} has several open dimensions, which raw files cannot fill; give --inputShape."
+        msg = (
+            f"The model's input {spec} has several open dimensions, which raw files cannot fill; "
+            "give --inputShape."
+        )
         raise CalibError(msg)
     return _from_folder(spec, folder, lambda files: _read_bin(spec, files[0]))
 
 
 def _read_bin(spec: InputSpec, path: Path) -> Array:
-    """A little-endian buffer of the input's dtype; a float16 input also takes the same values stored as float32."""
+    """A little-endian buffer of the input's dtype; a float16 input also takes the same values
+    stored as float32.
+    """
     sides = (spec.batch, *spec.shape[1:]) if spec.shape else ()
     known = prod(side for side in sides if side is not None)
     stored = [spec.dtype, np.dtype(np.float32)] if spec.dtype == np.float16 else [spec.dtype]
@@ -160,46 +206,77 @@ def _read_bin(spec: InputSpec, path: Path) -> Array:
                 shape = [found // unit if side is None else side for side in sides]
                 return np.fromfile(path, dtype.newbyteorder("<")).reshape(shape).astype(spec.dtype)
     wanted = f"{'a multiple of ' if None in sides else ''}{known * spec.dtype.itemsize}"
-    msg = f"{path}: holds {found} bytes but input {spec} takes {wanted}; write all its values as {spec.dtype}."
+    msg = (
+        f"{path}: holds {found} bytes but input {spec} takes {wanted}; write all its values as "
+        f"{spec.dtype}."
+    )
     raise CalibError(msg)
 
 
 def npy_source(spec: InputSpec, path: Path, _: ImageOptions) -> Source:
-    """A folder of .npy or .npz files, one a sample, or one such file whose first axis runs over the items."""
+    """A folder of .npy or .npz files, one a sample, or one such file whose first axis runs over the
+    items.
+    """
     _check_numeric(spec)
     if path.is_file():
         return _row_source(spec, path)
-    return _from_folder(spec, path, lambda files: _fit(_read_npy(spec, files[0]), spec, str(files[0])))
+    return _from_folder(
+        spec, path, lambda files: _fit(_read_npy(spec, files[0]), spec, str(files[0]))
+    )
 
 
 def _row_source(spec: InputSpec, path: Path) -> Source:
     rows, batch = _read_npy(spec, path), spec.batch
     count = len(rows) // batch if rows.ndim else 0
     if not count:
-        msg = f"{path}: its array has shape {list(rows.shape)}; its first axis must run over {batch} item(s) or more."
+        msg = (
+            f"{path}: its array has shape {list(rows.shape)}; its first axis must run over "
+            f"{batch} item(s) or more."
+        )
         raise CalibError(msg)
     rest = len(rows) - count * batch
-    note = (f"{path}: the last {rest} row(s) cannot fill a batch of {batch} and are not used.",) if rest else ()
+    note = (
+        (f"{path}: the last {rest} row(s) cannot fill a batch of {batch} and are not used.",)
+        if rest
+        else ()
+    )
     files = [(path,)] * count
-    return Source(spec, files, lambda k: _fit(rows[k * batch :][:batch], spec, f"{path}, row {k * batch}"), note)
+    return Source(
+        spec,
+        files,
+        lambda k: _fit(rows[k * batch :][:batch], spec, f"{path}, row {k * batch}"),
+        note,
+    )
 
 
 def _read_npy(spec: InputSpec, path: Path) -> Array:
-    """The array of an .npy file, mapped, not read; of an .npz the one named as the input, else its only one."""
+    """The array of an .npy file, mapped, not read; of an .npz the one named as the input, else its
+    only one.
+    """
     with reading(path, "a NumPy file"):
         if path.suffix.lower() != ".npz":
             return np.asarray(open_memmap(path, mode="r"))
-        with path.open("rb") as file, ZipFile(file) as entries, NpzFile(file, allow_pickle=False) as archive:
+        with (
+            path.open("rb") as file,
+            ZipFile(file) as entries,
+            NpzFile(file, allow_pickle=False) as archive,
+        ):
             names = archive.files
             name = names[0] if len(names) == 1 else spec.name
             if name in names:
                 unpacked = sum(entry.file_size for entry in entries.infolist())
                 if unpacked > MAX_UNPACKED:
-                    msg = f"{path}: unpacks to {unpacked:,} bytes, more than the {MAX_UNPACKED:,} allowed; save .npy."
+                    msg = (
+                        f"{path}: unpacks to {unpacked:,} bytes, more than the {MAX_UNPACKED:,} "
+                        "allowed; save .npy."
+                    )
                     raise CalibError(msg)
                 return np.asarray(archive[name])
     held = ", ".join(names) or "none"
-    msg = f"{path}: holds no array named '{spec.name}', only {held}; name it so or keep a single array."
+    msg = (
+        f"{path}: holds no array named '{spec.name}', only {held}; name it so or keep a single "
+        "array."
+    )
     raise CalibError(msg)
 
 
@@ -207,14 +284,21 @@ def _fit(array: Array, spec: InputSpec, where: str) -> Array:
     """A copy of `array` in the input's dtype, with the batch axis added where it lacks one."""
     batched = array[None] if array.ndim == len(spec.shape) - 1 else array
     same_rank = batched.ndim == len(spec.shape)
-    if not same_rank or any(want not in (None, got) for want, got in zip(spec.shape, batched.shape, strict=True)):
-        msg = f"{where}: the array has shape {list(array.shape)}, but input {spec} takes another; save it so."
+    if not same_rank or any(
+        want not in (None, got) for want, got in zip(spec.shape, batched.shape, strict=True)
+    ):
+        msg = (
+            f"{where}: the array has shape {list(array.shape)}, but input {spec} takes another; "
+            "save it so."
+        )
         raise CalibError(msg)
     return _cast(batched, spec, where)
 
 
 def _cast(array: Array, spec: InputSpec, where: str) -> Array:
-    """Integers become any number type that holds them, floats any float type that does not overflow."""
+    """Integers become any number type that holds them, floats any float type that does not
+    overflow.
+    """
     integers = array.dtype.kind in "iu" and spec.dtype.kind in "iu"
     if integers or np.can_cast(array.dtype, spec.dtype, "same_kind"):
         with np.errstate(over="ignore"):

@@ -1,9 +1,11 @@
-"""Streaming statistics of one tensor, the same to the bit for any batch size, sample order, grouping or worker count.
+"""Streaming statistics of one tensor, the same to the bit for any batch size, sample order,
+grouping or worker count.
 
-The histogram needs one pass only. Its bin width is a power of two, the finest for which the largest magnitude fits, and
-bin i holds the values of [i * width, (i + 1) * width). When the magnitude grows, whole groups of bins merge, and since
-floor(floor(x / w) / 2) = floor(x / 2w), and dividing by a power of two is exact, the final counts depend on the values
-alone. Counts are int64 and there are no floating point sums.
+The histogram needs one pass only. Its bin width is a power of two, the finest for which the largest
+magnitude fits, and bin i holds the values of [i * width, (i + 1) * width). When the magnitude
+grows, whole groups of bins merge, and since floor(floor(x / w) / 2) = floor(x / 2w), and dividing
+by a power of two is exact, the final counts depend on the values alone. Counts are int64 and there
+are no floating point sums.
 """
 
 from __future__ import annotations
@@ -29,9 +31,11 @@ BLOCK = 1 << 15
 
 @dataclass(frozen=True)
 class Histogram:
-    """Counts of the finite values: `counts[i]` of them lie in [edges[i], edges[i + 1]); the end bins are not empty.
+    """Counts of the finite values: `counts[i]` of them lie in [edges[i], edges[i + 1]); the end
+    bins are not empty.
 
-    `counts` is int64 of shape (bins,); bin i starts at (first + i) * width. `zeros` of the values are exactly 0.
+    `counts` is int64 of shape (bins,); bin i starts at (first + i) * width. `zeros` of the values
+    are exactly 0.
     """
 
     counts: Array
@@ -46,14 +50,18 @@ class Histogram:
 
     @property
     def nonzero_counts(self) -> Array:
-        """`counts` without the values that are exactly 0, which every quantization keeps as they are."""
+        """`counts` without the values that are exactly 0, which every quantization keeps as they
+        are.
+        """
         counts = self.counts.copy()
         if self.zeros:
             counts[-self.first] -= self.zeros
         return counts
 
     def magnitudes(self) -> Histogram:
-        """The histogram of |x|, from bin 0 on (-x of a bin's lower edge counts in the bin below that edge)."""
+        """The histogram of |x|, from bin 0 on (-x of a bin's lower edge counts in the bin below
+        that edge).
+        """
         index = self.first + np.arange(self.counts.size)
         counts = np.bincount(np.where(index < 0, -1 - index, index), self.counts)
         return Histogram(counts.astype(np.int64), 0, self.width, self.zeros)
@@ -74,18 +82,21 @@ def _exponent_for(magnitude: float) -> int:
 
 def _coarsened(counts: Array, steps: int) -> Array:
     """`counts` of bins 2 ** steps times as wide, still with zero in the middle."""
-    # From SIDE_BITS steps on, every value lies in one of the two bins next to zero, whatever the width.
+    # From SIDE_BITS steps on, every value lies in one of the two bins next to zero, whatever the
+    # width.
     merged = counts.reshape(-1, 1 << min(steps, SIDE_BITS)).sum(axis=1)
     return np.pad(merged, SIDE - merged.size // 2)
 
 
 class TensorStats:
-    """Statistics of one tensor over a stream of samples, in memory that does not depend on their number.
+    """Statistics of one tensor over a stream of samples, in memory that does not depend on their
+    number.
 
-    Values are taken as float32. NaN and infinite ones (a float64 too large for float32 included) are counted and left
-    out of everything else. `count` is the number of finite values, `zero_count` that of exact zeros (0 without a
-    histogram). `histogram=False` keeps the extremes only and is about 20 times as fast. `samples=True` also keeps the
-    extremes of each sample, the one exception to constant memory: 8 bytes a sample.
+    Values are taken as float32. NaN and infinite ones (a float64 too large for float32 included)
+    are counted and left out of everything else. `count` is the number of finite values,
+    `zero_count` that of exact zeros (0 without a histogram). `histogram=False` keeps the extremes
+    only and is about 20 times as fast. `samples=True` also keeps the extremes of each sample, the
+    one exception to constant memory: 8 bytes a sample.
     """
 
     def __init__(self, histogram: bool, samples: bool = False) -> None:
@@ -107,7 +118,8 @@ class TensorStats:
 
     @property
     def sample_extremes(self) -> Array:
-        """The least and the largest finite value of each sample that has one: float32 of shape (samples, 2), in order.
+        """The least and the largest finite value of each sample that has one: float32 of shape
+        (samples, 2), in order.
 
         ValueError if they were not asked for.
         """
@@ -117,7 +129,9 @@ class TensorStats:
         return self._samples[self._samples[:, 0] <= self._samples[:, 1]]
 
     def histogram(self) -> Histogram:
-        """The histogram of the finite values; ValueError if none was asked for or there are no such values."""
+        """The histogram of the finite values; ValueError if none was asked for or there are no such
+        values.
+        """
         if self._counts is None:
             msg = "these statistics were made without a histogram"
             raise ValueError(msg)
@@ -125,7 +139,12 @@ class TensorStats:
             msg = "there is no histogram without finite values"
             raise ValueError(msg)
         first, last = np.flatnonzero(self._counts)[[0, -1]].tolist()
-        return Histogram(self._counts[first : last + 1].copy(), first - SIDE, 2.0**self._exponent, self.zero_count)
+        return Histogram(
+            self._counts[first : last + 1].copy(),
+            first - SIDE,
+            2.0**self._exponent,
+            self.zero_count,
+        )
 
     def update(self, x: Array, index: int) -> None:
         """Take in `x`, an array of any shape, as sample number `index` or a part of it."""
@@ -147,8 +166,13 @@ class TensorStats:
             self._bin(values, lo)
 
     def merge(self, other: TensorStats) -> TensorStats:
-        """The statistics of both streams together, a new object; ValueError if the two keep different things."""
-        if (self._counts is None, self._samples is None) != (other._counts is None, other._samples is None):
+        """The statistics of both streams together, a new object; ValueError if the two keep
+        different things.
+        """
+        if (self._counts is None, self._samples is None) != (
+            other._counts is None,
+            other._samples is None,
+        ):
             msg = "statistics that keep different things cannot be merged"
             raise ValueError(msg)
         merged = copy.deepcopy(self)
@@ -178,15 +202,22 @@ class TensorStats:
 
     @classmethod
     def from_arrays(cls, arrays: Mapping[str, Array]) -> TensorStats:
-        """The statistics that `to_arrays` made `arrays` of; CalibError if it cannot have made them."""
+        """The statistics that `to_arrays` made `arrays` of; CalibError if it cannot have made
+        them.
+        """
         stats = cls("counts" in arrays, "samples" in arrays)
         for name, like in stats.to_arrays().items():
             found = arrays.get(name, np.empty(0))
             shape = (*found.shape[:1], 2) if name == "samples" else like.shape
             if (found.shape, found.dtype) != (shape, like.dtype):
-                msg = f"saved statistics hold no valid {name!r}; delete the file they come from and calibrate again."
+                msg = (
+                    f"saved statistics hold no valid {name!r}; delete the file they come from "
+                    "and calibrate again."
+                )
                 raise CalibError(msg)
-        stats.count, stats.nan_count, stats.inf_count, stats.zero_count, stats._exponent = arrays["totals"].tolist()
+        stats.count, stats.nan_count, stats.inf_count, stats.zero_count, stats._exponent = arrays[
+            "totals"
+        ].tolist()
         stats._lo, stats._hi = arrays["extremes"].tolist()
         if stats._counts is not None:
             stats._counts += arrays["counts"]
@@ -208,7 +239,9 @@ class TensorStats:
             self._exponent = exponent
 
     def _bin(self, values: Array, lo: float) -> None:
-        """Count finite `values`, `lo` the least of them; in float64, where the division by the width is exact."""
+        """Count finite `values`, `lo` the least of them; in float64, where the division by the
+        width is exact.
+        """
         assert self._counts is not None
         inverse = np.float64(2.0**-self._exponent)
         first = min(0, math.floor(lo * inverse))
@@ -228,7 +261,9 @@ def _extremes(values: Array) -> tuple[float, float]:
 
 
 def _widened(samples: Array, first: int, others: Array) -> Array:
-    """`samples`, rows of (lo, hi), with those from `first` on widened to contain `others`; new rows are empty."""
+    """`samples`, rows of (lo, hi), with those from `first` on widened to contain `others`; new rows
+    are empty.
+    """
     end = first + len(others)
     if end > len(samples):
         # Doubles, so that growing costs little.

@@ -1,10 +1,11 @@
 """Trellis codes: k bits a number, and the error of up to three quarters of a bit more.
 
-Numbers go in groups of GROUP. Their levels are parted into four subsets in turn; a number's subset follows from the
-lowest bit of its own code and of the MEMORY codes before it in the group, which is seen as a ring, and the other bits
-choose a level of the subset. So each number has k bits and 2^(k+1) levels to come near it: Marcellin and Fischer,
-"Trellis Coded Quantization of Memoryless and Gauss-Markov Sources" (1990), with Ungerboeck's code of four states. As a
-group is short, all paths through its halves are tried, and how they fit together.
+Numbers go in groups of GROUP. Their levels are parted into four subsets in turn; a number's subset
+follows from the lowest bit of its own code and of the MEMORY codes before it in the group, which is
+seen as a ring, and the other bits choose a level of the subset. So each number has k bits and
+2^(k+1) levels to come near it: Marcellin and Fischer, "Trellis Coded Quantization of Memoryless and
+Gauss-Markov Sources" (1990), with Ungerboeck's code of four states. As a group is short, all paths
+through its halves are tried, and how they fit together.
 """
 
 from __future__ import annotations
@@ -27,13 +28,17 @@ CHUNK = 1 << 15
 
 @cache
 def levels(bits: int) -> Array:
-    """The 2^(bits+1) levels, in units and with the middle of uniform codes; float64 that float16 holds.
+    """The 2^(bits+1) levels, in units and with the middle of uniform codes; float64 that float16
+    holds.
 
-    They are as dense as is best for normal numbers, as a normal of sqrt(3) times the deviation: Panter and Dite (1951).
+    They are as dense as is best for normal numbers, as a normal of sqrt(3) times the deviation:
+    Panter and Dite (1951).
     """
     count, middle = 2 << bits, ((1 << bits) - 1) / 2
     normal = np.array([NormalDist().inv_cdf((i + 0.5) / count) for i in range(count)])
-    found: Array = (middle * (1 + REACH * normal / normal.max())).astype(np.float16).astype(np.float64)
+    found: Array = (
+        (middle * (1 + REACH * normal / normal.max())).astype(np.float16).astype(np.float64)
+    )
     return found
 
 
@@ -52,14 +57,19 @@ def table(bits: int) -> Array:
 
 
 def window_weights(bits: int) -> Array:
-    """What the lowest bit of every number (rows) of a group adds to the window of every number (columns)."""
-    added: Array = np.sum([2.0 ** (bits + i) * np.roll(np.eye(GROUP), i + 1, axis=1) for i in range(MEMORY)], axis=0)
+    """What the lowest bit of every number (rows) of a group adds to the window of every number
+    (columns).
+    """
+    added: Array = np.sum(
+        [2.0 ** (bits + i) * np.roll(np.eye(GROUP), i + 1, axis=1) for i in range(MEMORY)], axis=0
+    )
     return added
 
 
 @cache
 def _cells(bits: int) -> tuple[Array, Array, Array]:
-    """The edges between aims that differ in what is nearest, and for each cell and subset: which level, and its value.
+    """The edges between aims that differ in what is nearest, and for each cell and subset: which
+    level, and its value.
 
     Shapes (edges,), (edges + 1, SUBSETS) and the same.
     """
@@ -73,7 +83,8 @@ def _cells(bits: int) -> tuple[Array, Array, Array]:
 
 @cache
 def _buckets(bits: int) -> tuple[float, float, Array, Array]:
-    """Where the buckets start that find an aim's cell without a search, and their width: none has two edges.
+    """Where the buckets start that find an aim's cell without a search, and their width: none has
+    two edges.
 
     Of every bucket the number of edges before it, and its own or infinity.
     """
@@ -102,7 +113,8 @@ def _paths() -> tuple[Array, Array]:
 
 @cache
 def _halves() -> tuple[Array, Array]:
-    """Which numbers and subsets the halves of paths meet (2, halves, GROUP / 2 * SUBSETS), and which path they are of.
+    """Which numbers and subsets the halves of paths meet (2, halves, GROUP / 2 * SUBSETS), and
+    which path they are of.
 
     The first four numbers follow from all lowest bits but 4 and 5, the others from all but 0 and 1.
     """
@@ -117,25 +129,36 @@ def points(codes: Array, bits: int) -> Array:
     """The levels of `codes` (..., numbers); zeros make up the last group."""
     count = codes.shape[-1]
     grouped = _grouped(codes.astype(np.int64))
-    window = grouped + ((grouped & 1).astype(np.float32) @ window_weights(bits).astype(np.float32)).astype(np.int64)
+    window = grouped + (
+        (grouped & 1).astype(np.float32) @ window_weights(bits).astype(np.float32)
+    ).astype(np.int64)
     found: Array = table(bits)[window].reshape(*codes.shape[:-1], -1)[..., :count]
     return found
 
 
 def nearest(aims: Array, weights: Array, bits: int) -> Array:
-    """The codes whose levels are nearest to `aims` (..., numbers), squared errors counting as `weights` (numbers,)."""
+    """The codes whose levels are nearest to `aims` (..., numbers), squared errors counting as
+    `weights` (numbers,).
+    """
     rows = aims.reshape(-1, aims.shape[-1])
-    parts, relative = np.array_split(rows, -(-rows.size // CHUNK) or 1), (weights / weights.max()).astype(np.float32)
+    parts, relative = (
+        np.array_split(rows, -(-rows.size // CHUNK) or 1),
+        (weights / weights.max()).astype(np.float32),
+    )
     return np.concatenate([_nearest(part, relative, bits) for part in parts]).reshape(aims.shape)
 
 
 def _nearest(aims: Array, weights: Array, bits: int) -> Array:
-    """Of all paths through each group, the best: the best halves that agree in the two pairs of bits they share."""
+    """Of all paths through each group, the best: the best halves that agree in the two pairs of
+    bits they share.
+    """
     _, which, near = _cells(bits)
     grouped = _grouped(aims)
     cell = _cell(grouped.reshape(-1), bits)
     errors = near.take(cell, axis=0) - grouped.reshape(-1, 1)
-    errors = np.square(errors, dtype=np.float32, casting="same_kind").reshape(*grouped.shape, SUBSETS)
+    errors = np.square(errors, dtype=np.float32, casting="same_kind").reshape(
+        *grouped.shape, SUBSETS
+    )
     errors *= _grouped(weights)[..., None]
     met, halves = _halves()
     costs = np.matmul(met, errors.reshape(-1, 2, met.shape[2]).transpose(1, 2, 0))
@@ -154,7 +177,10 @@ def _best_path(costs: Array) -> Array:
     first, second = costs.reshape(2, 4, 4, 4, -1)
     joint = (first.min(axis=2) + second.min(axis=1)).reshape(16, -1).argmin(axis=0)
     high, low, group = joint >> 2, joint & 3, np.arange(len(joint))
-    lowest, middle = first[high, low, :, group].argmin(axis=1), second[high, :, low, group].argmin(axis=1)
+    lowest, middle = (
+        first[high, low, :, group].argmin(axis=1),
+        second[high, :, low, group].argmin(axis=1),
+    )
     return np.asarray(lowest + (low << 2) + (middle << 4) + (high << 6))
 
 

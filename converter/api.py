@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 from converter.config import load_config
 from converter.config.keys import default_config
-from converter.config.rules import MODELESS_RULES, RULES
+from converter.config.rules import conversion_rules
 from converter.errors import UsageError
 from converter.job import Job, Shape, Watch, output_path
 
@@ -33,24 +33,29 @@ def convert(
     verify: bool = True,
     watch: Watch | None = None,
 ) -> Outcome:
-    """Converts the ONNX file `model` as the INI file `config` says and writes `output`, by default MODEL_quant.onnx.
+    """Converts the ONNX file `model` as the INI file `config` says and writes `output`, by default
+    MODEL_quant.onnx.
 
-    `overrides` replaces values of the config: {"full_quant_param.activation_quant_method": "KL"}. The keywords after it
-    are the command's flags, and with `fp16` there may be no config; a dimension of `input_shapes` that stays dynamic is
-    None. `watch` is told what the command prints. Raises QConvertError, whose text is the command's error message; then
-    `output` is as it was.
+    `overrides` replaces values of the config: {"full_quant_param.activation_quant_method": "KL"}.
+    The keywords after it are the command's flags, and with `fp16` there may be no config; a
+    dimension of `input_shapes` that stays dynamic is None. `watch` is told what the command prints.
+    Raises QConvertError, whose text is the command's error message; then `output` is as it was.
     """
-    os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")  # like the command; NumPy reads it when it is imported
+    os.environ.setdefault(
+        "OPENBLAS_NUM_THREADS", "1"
+    )  # like the command; NumPy reads it when it is imported
     from converter import pipeline  # takes long to import
 
     if config is None and not fp16:
         msg = "Without a config only fp16=True is possible; give the path of an INI file."
         raise UsageError(msg)
-    given, rules = Path(model), MODELESS_RULES if fp16 else RULES
+    given, rules = Path(model), conversion_rules(fp16)
     job = Job(
         model=given,
         output=output_path(given, None if output is None else str(output)),
-        config=default_config() if config is None else load_config(Path(config), overrides, rules=rules),
+        config=default_config()
+        if config is None
+        else load_config(Path(config), overrides, rules=rules),
         input_shapes=input_shapes or {},
         input_format=input_format,
         input_type=input_type,

@@ -1,4 +1,6 @@
-"""Calibration evidence on disk: a second conversion of the same model and data needs no inference to find ranges."""
+"""Calibration evidence on disk: a second conversion of the same model and data needs no inference
+to find ranges.
+"""
 
 from __future__ import annotations
 
@@ -24,11 +26,26 @@ from converter.model import serialized_parts
 from converter.version import __version__
 
 NOTHING = Evidence({}, {})
-UNREADABLE = (CalibError, OSError, ValueError, LookupError, TypeError, EOFError, RecursionError, BadZipFile, zlib.error)
+UNREADABLE = (
+    CalibError,
+    OSError,
+    ValueError,
+    LookupError,
+    TypeError,
+    EOFError,
+    RecursionError,
+    BadZipFile,
+    zlib.error,
+)
 
 
 def observe_with_cache(
-    model: ir.Model, wanted: Wanted, data: Dataset, resources: Resources, watch: Watch, path: Path | None
+    model: ir.Model,
+    wanted: Wanted,
+    data: Dataset,
+    resources: Resources,
+    watch: Watch,
+    path: Path | None,
 ) -> Evidence:
     """Like `observe`, but takes from the file at `path` what it holds and adds to it what it lacks.
 
@@ -47,7 +64,9 @@ def observe_with_cache(
         histogram=True,  # whatever the next conversion may ask for
         samples=True,
     )
-    warn_of_oddities({n: known.statistics[n] for n in wanted.tensors if n not in missing.tensors}, watch)
+    warn_of_oddities(
+        {n: known.statistics[n] for n in wanted.tensors if n not in missing.tensors}, watch
+    )
     if not missing.tensors and not missing.means:
         watch.say(f"All ranges come from the calibration cache {path}.")
         return known
@@ -55,7 +74,9 @@ def observe_with_cache(
     if wanted.part != (0, 1):
         _save(part_path(path, *wanted.part), fingerprint, found)
         return found
-    known = Evidence({**known.statistics, **found.statistics}, {**known.means, **found.means}, wanted.first)
+    known = Evidence(
+        {**known.statistics, **found.statistics}, {**known.means, **found.means}, wanted.first
+    )
     try:
         _save(path, fingerprint, known)
     except OSError as error:
@@ -69,7 +90,9 @@ def part_path(path: Path, number: int, parts: int) -> Path:
 
 
 def merge(parts: Sequence[Path], path: Path) -> None:
-    """Makes a cache of its parts, and takes them away; where one is missing or unlike the others there is none."""
+    """Makes a cache of its parts, and takes them away; where one is missing or unlike the others
+    there is none.
+    """
     try:
         found = [_read(part) for part in parts]
     except UNREADABLE:
@@ -78,7 +101,11 @@ def merge(parts: Sequence[Path], path: Path) -> None:
         part.unlink()
     if len({fingerprint for fingerprint, _ in found}) == 1:
         evidence = [part for _, part in found]
-        _save(path, found[0][0], replace(evidence[0], statistics=merged(part.statistics for part in evidence)))
+        _save(
+            path,
+            found[0][0],
+            replace(evidence[0], statistics=merged(part.statistics for part in evidence)),
+        )
 
 
 def fingerprint_of(model: ir.Model, data: Dataset) -> str:
@@ -99,7 +126,9 @@ def _load(path: Path, fingerprint: str, watch: Watch) -> Evidence:
         return NOTHING
     if found == fingerprint:
         return evidence
-    watch.warn(f"The calibration cache {path} is of another model, data or version; it is made anew.")
+    watch.warn(
+        f"The calibration cache {path} is of another model, data or version; it is made anew."
+    )
     return NOTHING
 
 
@@ -108,19 +137,31 @@ def _read(path: Path) -> tuple[str, Evidence]:
     with path.open("rb") as stream, np.load(stream, allow_pickle=False) as file:
         arrays = dict(file)
     index = json.loads(arrays["index"].item())
-    statistics = {name: _statistics(arrays, f"tensor{number}.") for number, name in enumerate(index["tensors"])}
-    means = {(name, axis): arrays[f"mean{number}"] for number, (name, axis) in enumerate(index["means"])}
+    statistics = {
+        name: _statistics(arrays, f"tensor{number}.")
+        for number, name in enumerate(index["tensors"])
+    }
+    means = {
+        (name, axis): arrays[f"mean{number}"] for number, (name, axis) in enumerate(index["means"])
+    }
     return index["fingerprint"], Evidence(statistics, means, index["first"])
 
 
 def _statistics(arrays: Mapping[str, Array], prefix: str) -> TensorStats:
-    fields = {key.removeprefix(prefix): array for key, array in arrays.items() if key.startswith(prefix)}
+    fields = {
+        key.removeprefix(prefix): array for key, array in arrays.items() if key.startswith(prefix)
+    }
     return TensorStats.from_arrays(fields)
 
 
 def _save(path: Path, fingerprint: str, evidence: Evidence) -> None:
     tensors, means = list(evidence.statistics), list(evidence.means)
-    index = {"fingerprint": fingerprint, "tensors": tensors, "means": means, "first": evidence.first}
+    index = {
+        "fingerprint": fingerprint,
+        "tensors": tensors,
+        "means": means,
+        "first": evidence.first,
+    }
     arrays: dict[str, Array] = {"index": np.array(json.dumps(index))}
     for number, stats in enumerate(evidence.statistics.values()):
         arrays.update((f"tensor{number}.{key}", array) for key, array in stats.to_arrays().items())

@@ -1,4 +1,6 @@
-"""From plan and data to ranges: taps the tensors that are asked for and turns their statistics into parameters."""
+"""From plan and data to ranges: taps the tensors that are asked for and turns their statistics into
+parameters.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,8 @@ from converter.ops import OPS
 from converter.plan import QuantPlan, TensorPlan
 
 Statistics = dict[str, TensorStats]
-# A tensor and its axis of channels: two operators may see channels along different axes of one tensor.
+# A tensor and its axis of channels: two operators may see channels along different axes of one
+# tensor.
 Mean = tuple[str, int]
 # Tensors tapped at once while their sizes are found out.
 PROBED = 16
@@ -29,10 +32,12 @@ PROBED = 16
 
 @dataclass(frozen=True)
 class Wanted:
-    """What to find out about a float model: statistics of `tensors`, `means` of tensors along channel axes.
+    """What to find out about a float model: statistics of `tensors`, `means` of tensors along
+    channel axes.
 
-    The means are over the `first` samples only, those that they will be compared on. `part` (index, count) looks at a
-    part of the samples, from which `merged` makes what looking at all of them finds.
+    The means are over the `first` samples only, those that they will be compared on. `part` (index,
+    count) looks at a part of the samples, from which `merged` makes what looking at all of them
+    finds.
     """
 
     tensors: tuple[str, ...]
@@ -43,7 +48,9 @@ class Wanted:
     part: tuple[int, int] = (0, 1)
 
     def indices(self, count: int) -> range:
-        """The part of `count` samples; part 0 has all that means are taken of, as sums follow from their order."""
+        """The part of `count` samples; part 0 has all that means are taken of, as sums follow from
+        their order.
+        """
         number, parts = self.part
         head = max(count // parts, min(self.first, count) if self.means else 0)
         cuts = [0, *(head + (count - head) * k // max(parts - 1, 1) for k in range(parts))]
@@ -63,10 +70,14 @@ class Evidence:
     first: int = sys.maxsize
 
 
-def observe(model: ir.Model, wanted: Wanted, data: Dataset, resources: Resources, watch: Watch) -> Evidence:
-    """Evidence over all samples; constants are read where they are, inputs as they are fed, the rest is tapped.
+def observe(
+    model: ir.Model, wanted: Wanted, data: Dataset, resources: Resources, watch: Watch
+) -> Evidence:
+    """Evidence over all samples; constants are read where they are, inputs as they are fed, the
+    rest is tapped.
 
-    Tensors are tapped in groups whose arrays fit the memory budget together; each group is one pass over the data.
+    Tensors are tapped in groups whose arrays fit the memory budget together; each group is one pass
+    over the data.
     """
     values = values_by_name(model.graph)
     constants = of_constants(wanted, values)
@@ -77,18 +88,25 @@ def observe(model: ir.Model, wanted: Wanted, data: Dataset, resources: Resources
     sizes = tensor_bytes(model, computed, data.sample(0), resources)
     groups = list(groups_within(sizes, resources.memory // resources.threads))
     total = sum(sizes.values()) / 1e6
-    watch.say(f"Calibrating {len(computed)} tensors of {total:.0f} MB a sample, {len(groups)} pass(es) over the data.")
+    watch.say(
+        f"Calibrating {len(computed)} tensors of {total:.0f} MB a sample, {len(groups)} "
+        "pass(es) over the data."
+    )
     for group in groups:
         found = _observe_group(model, group, wanted, data, resources, watch)
         evidence = Evidence(
-            {**evidence.statistics, **found.statistics}, {**evidence.means, **found.means}, wanted.first
+            {**evidence.statistics, **found.statistics},
+            {**evidence.means, **found.means},
+            wanted.first,
         )
     if wanted.part == (0, 1):
         warn_of_oddities(evidence.statistics, watch)
     return evidence
 
 
-def tensor_bytes(model: ir.Model, names: Sequence[str], sample: Sample, resources: Resources) -> dict[str, int]:
+def tensor_bytes(
+    model: ir.Model, names: Sequence[str], sample: Sample, resources: Resources
+) -> dict[str, int]:
     """Bytes of each named tensor for one sample, found by running it."""
     sizes = {name: x.nbytes for name, x in sample.items() if name in names}
     tapped = [name for name in names if name not in sizes]
@@ -101,7 +119,9 @@ def tensor_bytes(model: ir.Model, names: Sequence[str], sample: Sample, resource
 
 
 def groups_within(sizes: Mapping[str, int], budget: int) -> Iterator[list[str]]:
-    """Consecutive tensors that fit the budget together; one that alone does not fit is a group of its own."""
+    """Consecutive tensors that fit the budget together; one that alone does not fit is a group of
+    its own.
+    """
     group: list[str] = []
     room = budget
     for name, size in sizes.items():
@@ -125,19 +145,26 @@ def of_constants(wanted: Wanted, values: Mapping[str, ir.Value]) -> Statistics:
 
 
 def _observe_group(
-    model: ir.Model, group: Sequence[str], wanted: Wanted, data: Dataset, resources: Resources, watch: Watch
+    model: ir.Model,
+    group: Sequence[str],
+    wanted: Wanted,
+    data: Dataset,
+    resources: Resources,
+    watch: Watch,
 ) -> Evidence:
     watched = [name for name in group if name in wanted.tensors]
     averaged = [mean for mean in wanted.means if mean[0] in group and not wanted.part[0]]
     inputs = {value.name for value in model.graph.inputs}
     taps = [name for name in group if name not in inputs]
     watched_taps = [name for name in taps if name in watched]
-    # A worker takes whichever statistics are idle: they merge into the same result however the samples were spread.
+    # A worker takes whichever statistics are idle: they merge into the same result however the
+    # samples were spread.
     idle: SimpleQueue[Statistics] = SimpleQueue()
     for _ in range(resources.threads):
         idle.put({name: wanted.new_stats() for name in watched})
     with saved(model, taps) as path:
-        # Which operators ONNX Runtime fuses depends on what is tapped; without that, groups do not change a bit.
+        # Which operators ONNX Runtime fuses depends on what is tapped; without that, groups do not
+        # change a bit.
         session = open_session(path, optimize=False, providers=resources.providers)
 
         def step(index: int) -> dict[Mean, Array]:
@@ -147,7 +174,11 @@ def _observe_group(
             for name, stats in mine.items():
                 stats.update(tensors[name], index)
             idle.put(mine)
-            return {(name, axis): channel_mean(tensors[name], axis) for name, axis in averaged if compared}
+            return {
+                (name, axis): channel_mean(tensors[name], axis)
+                for name, axis in averaged
+                if compared
+            }
 
         totals = {mean: np.zeros(()) for mean in averaged}
         part = wanted.indices(len(data))
@@ -163,7 +194,10 @@ def merged(parts: Iterable[Mapping[str, TensorStats]]) -> Statistics:
     """The statistics of all parts together, the same in any order."""
     whole: Statistics = {}
     for part in parts:
-        whole.update((name, whole[name].merge(stats) if name in whole else stats) for name, stats in part.items())
+        whole.update(
+            (name, whole[name].merge(stats) if name in whole else stats)
+            for name, stats in part.items()
+        )
     return whole
 
 
@@ -172,11 +206,15 @@ def warn_of_oddities(statistics: Mapping[str, TensorStats], watch: Watch) -> Non
     for name, stats in statistics.items():
         if stats.nan_count or stats.inf_count:
             watch.warn(
-                f"Tensor '{name}' held {stats.nan_count} NaN and {stats.inf_count} infinite values in the calibration "
+                f"Tensor '{name}' held {stats.nan_count} NaN and {stats.inf_count} infinite "
+                "values in the calibration "
                 "data; its range ignores them."
             )
         if not stats.count:
-            watch.warn(f"Tensor '{name}' had no finite value in the calibration data; its range is a guess.")
+            watch.warn(
+                f"Tensor '{name}' had no finite value in the calibration data; its range is "
+                "a guess."
+            )
 
 
 def channel_mean(x: Array, axis: int) -> Array:
@@ -187,7 +225,11 @@ def channel_mean(x: Array, axis: int) -> Array:
 
 
 def activation_qparams(
-    plan: QuantPlan, statistics: Mapping[str, TensorStats], method: RangeMethod, spec: RangeSpec, threads: int = 1
+    plan: QuantPlan,
+    statistics: Mapping[str, TensorStats],
+    method: RangeMethod,
+    spec: RangeSpec,
+    threads: int = 1,
 ) -> dict[str, QParams]:
     """Parameters of every group that the plan has none for; `spec` holds the methods' options."""
     groups = [item for item in plan.groups().items() if item[0] not in plan.qparams]
@@ -200,27 +242,35 @@ def activation_qparams(
     return {group: q for (group, _), q in zip(groups, found, strict=True)}
 
 
-def _qparams(tensor: TensorPlan, stats: TensorStats, method: RangeMethod, spec: RangeSpec) -> QParams:
+def _qparams(
+    tensor: TensorPlan, stats: TensorStats, method: RangeMethod, spec: RangeSpec
+) -> QParams:
     spec = replace(spec, format=tensor.format, symmetric=tensor.symmetric)
     return spec.qparams(range_of(method, stats, spec))
 
 
 def probability_qparams(graph: ir.Graph, plan: QuantPlan, spec: RangeSpec) -> dict[str, QParams]:
-    """Parameters of the groups that hold what a Softmax makes of integers: they cover all of 0 to 1.
+    """Parameters of the groups that hold what a Softmax makes of integers: they cover all of 0 to
+    1.
 
-    Between two conversions ONNX Runtime computes it on integers, and there values beyond the range wrap around.
+    Between two conversions ONNX Runtime computes it on integers, and there values beyond the range
+    wrap around.
     """
     values, span, found = values_by_name(graph), Range(np.array(0.0), np.array(1.0)), {}
     for name, group in plan.groups().items():
         softmax = _behind(values[name], ("Relu", "Clip")).producer()
         source = softmax.inputs[0] if softmax and softmax.op_type == "Softmax" else None
         if source and _behind(source).name in plan.tensors:
-            found[name] = replace(spec, format=group.format, symmetric=group.symmetric).qparams(span)
+            found[name] = replace(spec, format=group.format, symmetric=group.symmetric).qparams(
+                span
+            )
     return found
 
 
 def _behind(value: ir.Value, bounds: tuple[str, ...] = ()) -> ir.Value:
     """The value that `value` is but for moves, and bounds."""
     node = value.producer()
-    moves = node is not None and (node.op_type in bounds or (node.op_type in OPS and OPS[node.op_type].moves))
+    moves = node is not None and (
+        node.op_type in bounds or (node.op_type in OPS and OPS[node.op_type].moves)
+    )
     return _behind(node.inputs[0], bounds) if moves and node and node.inputs[0] else value

@@ -1,4 +1,6 @@
-"""Float and quantized model side by side: how far each tensor, and the outputs, are from what they were."""
+"""Float and quantized model side by side: how far each tensor, and the outputs, are from what they
+were.
+"""
 
 from __future__ import annotations
 
@@ -31,9 +33,16 @@ class TensorError:
 
 
 def compare(
-    reference: ir.Model, other: ir.Model, tensors: Mapping[str, str], data: Dataset, count: int, threads: int
+    reference: ir.Model,
+    other: ir.Model,
+    tensors: Mapping[str, str],
+    data: Dataset,
+    count: int,
+    threads: int,
 ) -> list[TensorError]:
-    """The error of each tensor over the first `count` samples; `tensors` maps names of the one model to the other's."""
+    """The error of each tensor over the first `count` samples; `tensors` maps names of the one
+    model to the other's.
+    """
     with saved(reference, tensors) as first, saved(other, tensors.values()) as second:
         sessions = open_session(first), open_session(second)
 
@@ -41,13 +50,17 @@ def compare(
         sample = data.sample(index)
         left = run(sessions[0], list(tensors), sample)
         right = run(sessions[1], list(tensors.values()), sample)
-        return np.array([products(left[name], right[counterpart]) for name, counterpart in tensors.items()])
+        return np.array(
+            [products(left[name], right[counterpart]) for name, counterpart in tensors.items()]
+        )
 
     sums = sum(over_samples(min(count, len(data)), step, threads))
     return [error_of(name, total) for name, total in zip(tensors, np.asarray(sums), strict=True)]
 
 
-def output_errors(model: ir.Model, quantized: ir.Model, data: Dataset, threads: int) -> list[TensorError]:
+def output_errors(
+    model: ir.Model, quantized: ir.Model, data: Dataset, threads: int
+) -> list[TensorError]:
     """What the outputs lost over all samples."""
     outputs = {value.name or "": value.name or "" for value in model.graph.outputs}
     return compare(model, quantized, outputs, data, len(data), threads)
@@ -57,7 +70,9 @@ def products(x: Array, y: Array) -> Products:
     """The inner products that cosine and signal-to-noise ratio follow from."""
     x, y = x.ravel(), y.ravel()
     difference = np.subtract(x, y, dtype=np.float64)
-    xx, yy, xy = (float(np.einsum("i,i->", *both, dtype=np.float64)) for both in ((x, x), (y, y), (x, y)))
+    xx, yy, xy = (
+        float(np.einsum("i,i->", *both, dtype=np.float64)) for both in ((x, x), (y, y), (x, y))
+    )
     return xx, yy, xy, float(difference @ difference)
 
 
@@ -72,10 +87,11 @@ def error_of(name: str, total: Sequence[float]) -> TensorError:
 
 
 def speedup(reference: Path, other: Path, sample: Sample) -> float | None:
-    """Least time of `reference` over that of `other` on one thread, runs interleaved for about TIMED_SECONDS.
+    """Least time of `reference` over that of `other` on one thread, runs interleaved for about
+    TIMED_SECONDS.
 
-    Whatever else the machine does only adds to the others. None where `reference` takes less than LEAST_SECONDS: then
-    it is not the kernels that decide.
+    Whatever else the machine does only adds to the others. None where `reference` takes less than
+    LEAST_SECONDS: then it is not the kernels that decide.
     """
     sessions = open_session(reference), open_session(other)
     outputs = [output.name for output in sessions[0].get_outputs()]
@@ -91,9 +107,11 @@ def speedup(reference: Path, other: Path, sample: Sample) -> float | None:
 
 
 def largest_difference(model: ir.Model, other: ir.Model) -> float:
-    """Largest difference of any output on one random sample, relative to the largest value; runs both unoptimized.
+    """Largest difference of any output on one random sample, relative to the largest value; runs
+    both unoptimized.
 
-    Dynamic dimensions are 1. Raises CalibError or ModelError where a model does not run on such a sample.
+    Dynamic dimensions are 1. Raises CalibError or ModelError where a model does not run on such a
+    sample.
     """
     with saved(model) as left, saved(other) as right:
         sessions = [open_session(path, optimize=False) for path in (left, right)]
@@ -106,4 +124,6 @@ def largest_difference(model: ir.Model, other: ir.Model) -> float:
 def extent(x: Array, y: Array) -> tuple[float, float]:
     """The largest magnitude in `x`, and of the difference of the two; 0 if they are empty."""
     difference = np.subtract(x, y, dtype=np.float64)
-    return float(np.abs(x.astype(np.float64)).max(initial=0)), float(np.abs(difference).max(initial=0))
+    return float(np.abs(x.astype(np.float64)).max(initial=0)), float(
+        np.abs(difference).max(initial=0)
+    )

@@ -21,7 +21,8 @@ from converter.verify import verify
 
 
 def compare(job: Job, watch: Watch) -> Findings:
-    """What `job.output` is beside the float `job.model`; writes the reports where the config asks for them.
+    """What `job.output` is beside the float `job.model`; writes the reports where the config asks
+    for them.
 
     Raises ModelError where the two do not take and give the same tensors.
     """
@@ -32,8 +33,14 @@ def compare(job: Job, watch: Watch) -> Findings:
         result = _opened(job, watch)
         sizes = models.file_bytes(job.model), models.file_bytes(job.output)
         samples = f"{len(result.data)} samples" if len(result.data) else "random samples"
-        facts = {"Float model": job.model.name, "Quantized model": job.output.name, "Compared on": samples}
-        known = Findings(facts, sizes, verify(result, job.config.preprocess.label_file, resources, watch))
+        facts = {
+            "Float model": job.model.name,
+            "Quantized model": job.output.name,
+            "Compared on": samples,
+        }
+        known = Findings(
+            facts, sizes, verify(result, job.config.preprocess.label_file, resources, watch)
+        )
         if folder:
             return write_reports(folder, job.output.name, result, known, resources, watch)
         return findings(result, known, resources, watch)
@@ -53,11 +60,14 @@ def _opened(job: Job, watch: Watch) -> Quantized:
 
 
 def _check_same(what: str, job: Job, before: Sequence[ir.Value], after: Sequence[ir.Value]) -> None:
-    left, right = ({_described(v) for v in values if not v.is_initializer()} for values in (before, after))
+    left, right = (
+        {_described(v) for v in values if not v.is_initializer()} for values in (before, after)
+    )
     if left != right:
         ours, theirs = (", ".join(sorted(names)) for names in (left, right))
         msg = (
-            f"{job.output} has the {what} {theirs} but {job.model} {ours}; compare models that take and give the same."
+            f"{job.output} has the {what} {theirs} but {job.model} {ours}; compare models that "
+            "take and give the same."
         )
         raise ModelError(msg)
 
@@ -67,7 +77,9 @@ def _described(value: ir.Value) -> str:
 
 
 def _like(reference: ir.Model, other: ir.Model) -> ir.Model:
-    """The float model in normal form where the other was made from it: where it lacks the nodes that were folded."""
+    """The float model in normal form where the other was made from it: where it lacks the nodes
+    that were folded.
+    """
     names = {node.name for node in other.graph}
     before, folded = {node.name for node in reference.graph}, prepare(reference.clone())
     gone = before - {node.name for node in folded.graph}

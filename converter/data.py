@@ -19,7 +19,9 @@ from converter.job import Job, Resources, Watch, processors
 from converter.model import constant
 
 
-def open_data(model: ir.Model, job: Job, watch: Watch, wanted: DataPreprocessParam | None = None) -> Dataset:
+def open_data(
+    model: ir.Model, job: Job, watch: Watch, wanted: DataPreprocessParam | None = None
+) -> Dataset:
     """The calibration samples as the config, or `wanted`, describes them, none without a path.
 
     Warns of unusable files, raises DataError.
@@ -27,11 +29,15 @@ def open_data(model: ir.Model, job: Job, watch: Watch, wanted: DataPreprocessPar
     wanted = wanted or job.config.preprocess
     if not wanted.calibrate_path:
         return Dataset((), (), ())
-    image = ImageOptions(**{option.name: getattr(wanted, option.name) for option in fields(ImageOptions)})
+    image = ImageOptions(
+        **{option.name: getattr(wanted, option.name) for option in fields(ImageOptions)}
+    )
     folders, threads = dict(wanted.calibrate_path), resources_of(job).threads
     specs = [spec_of(value, job.input_format) for value in model.graph.inputs]
     try:
-        data = open_dataset(specs, folders, wanted.calibrate_size or 1, wanted.input_type or "", image, threads)
+        data = open_dataset(
+            specs, folders, wanted.calibrate_size or 1, wanted.input_type or "", image, threads
+        )
     except CalibError as error:
         msg = f"{job.config.path}: [data_preprocess_param] {error}"
         raise DataError(msg) from error
@@ -41,13 +47,16 @@ def open_data(model: ir.Model, job: Job, watch: Watch, wanted: DataPreprocessPar
 
 
 def resources_of(job: Job) -> Resources:
-    """What the job may use; raises ConfigError for an execution provider that ONNX Runtime does not have here."""
+    """What the job may use; raises ConfigError for an execution provider that ONNX Runtime does not
+    have here.
+    """
     common = job.config.common
     available = ort.get_available_providers()
     for name in common.providers:
         if name not in available:
             msg = (
-                f"{job.config.at('common_quant_param', 'providers')} names {name}, which this ONNX Runtime does not "
+                f"{job.config.at('common_quant_param', 'providers')} names {name}, which this "
+                "ONNX Runtime does not "
                 f"have; write one of {', '.join(available)}."
             )
             raise ConfigError(msg)
@@ -56,18 +65,27 @@ def resources_of(job: Job) -> Resources:
 
 
 def synthetic_data(model: ir.Model, count: int = 8, length: int = 1) -> Dataset:
-    """Random samples: numbers from -1 to 1, or 0 and 1 where integers are wanted, or rows of the table they index.
+    """Random samples: numbers from -1 to 1, or 0 and 1 where integers are wanted, or rows of the
+    table they index.
 
     A dynamic dimension becomes `length`, the first one 1.
     """
     rng = np.random.default_rng(0)
-    specs = [(spec_of(value), _rows_indexed(value) or 2) for value in model.graph.inputs if not value.is_initializer()]
+    specs = [
+        (spec_of(value), _rows_indexed(value) or 2)
+        for value in model.graph.inputs
+        if not value.is_initializer()
+    ]
 
     def sample() -> dict[str, Array]:
         found = {}
         for spec, rows in specs:
             shape = [size or (length if axis else 1) for axis, size in enumerate(spec.shape)]
-            numbers = rng.uniform(-1, 1, shape) if spec.dtype.kind == "f" else rng.integers(0, rows, shape)
+            numbers = (
+                rng.uniform(-1, 1, shape)
+                if spec.dtype.kind == "f"
+                else rng.integers(0, rows, shape)
+            )
             found[spec.name] = numbers.astype(spec.dtype)
         return found
 
@@ -76,14 +94,25 @@ def synthetic_data(model: ir.Model, count: int = 8, length: int = 1) -> Dataset:
 
 def _rows_indexed(value: ir.Value) -> int | None:
     """The number of rows of the constant table in which `value` looks up."""
-    tables = (constant(use.node.inputs[0]) for use in value.uses() if use.node.op_type == "Gather" and use.idx == 1)
+    tables = (
+        constant(use.node.inputs[0])
+        for use in value.uses()
+        if use.node.op_type == "Gather" and use.idx == 1
+    )
     return next((len(table) for table in tables if table is not None), None)
 
 
 def spec_of(value: ir.Value, layout: str | None = None) -> InputSpec:
-    """An input of a model as calibration sees it; raises ModelError where its shape is not known."""
+    """An input of a model as calibration sees it; raises ModelError where its shape is not
+    known.
+    """
     if value.dtype is None or value.shape is None:
-        msg = f"The model's input '{value.name}' has no type or number of dimensions; give --inputShape."
+        msg = (
+            f"The model's input '{value.name}' has no type or number of dimensions; give "
+            "--inputShape."
+        )
         raise ModelError(msg)
     shape = tuple(d if isinstance(d, int) else None for d in value.shape)
-    return InputSpec(value.name or "", value.dtype.numpy(), shape, layout if len(shape) == 4 else None)
+    return InputSpec(
+        value.name or "", value.dtype.numpy(), shape, layout if len(shape) == 4 else None
+    )

@@ -1,8 +1,10 @@
-"""Integer inputs and outputs: the model takes raw pixels and hands out codes, without any conversion around it.
+"""Integer inputs and outputs: the model takes raw pixels and hands out codes, without any
+conversion around it.
 
-A pixel p stands for the value (p - mean) / std. That is affine quantization as it is where mean is one whole number and
-std one number for all channels. Otherwise the first convolutions take over what the input cannot express: their weights
-std, and, unless they pad with zeros, their biases the mean.
+A pixel p stands for the value (p - mean) / std. That is affine quantization as it is where mean is
+one whole number and std one number for all channels. Otherwise the first convolutions take over
+what the input cannot express: their weights std, and, unless they pad with zeros, their biases the
+mean.
 """
 
 from __future__ import annotations
@@ -24,7 +26,9 @@ TYPES = {"UINT8": ir.DataType.UINT8, "INT8": ir.DataType.INT8}
 
 @dataclass(frozen=True)
 class Pixels:
-    """How an input's pixels stand for its values, and what normalisation preprocessing has still to do."""
+    """How an input's pixels stand for its values, and what normalisation preprocessing has still to
+    do.
+    """
 
     qparams: QParams
     mean: tuple[float, ...]
@@ -36,17 +40,27 @@ class Pixels:
 
 
 def fold_normalisation(model: ir.Model, wanted: DataPreprocessParam) -> Pixels:
-    """Makes the model's image inputs take pixels, in place; raises UsageError where that cannot be exact."""
+    """Makes the model's image inputs take pixels, in place; raises UsageError where that cannot be
+    exact.
+    """
     mean, std = wanted.normalize_mean or (0.0,), wanted.normalize_std or (1.0,)
     whole = len(set(mean)) == 1 and float(mean[0]).is_integer() and 0 <= mean[0] <= 255
     if whole and len(set(std)) == 1 and std[0] > 0:
-        return Pixels(_pixel_qparams(1 / std[0], mean[0]), wanted.normalize_mean, wanted.normalize_std)
+        return Pixels(
+            _pixel_qparams(1 / std[0], mean[0]), wanted.normalize_mean, wanted.normalize_std
+        )
     readers = [conv for value in model.graph.inputs for conv in _first_convolutions(value)]
-    padded = [conv.name for conv in readers if any(conv.attributes.get_ints("pads", ())) or _pads_itself(conv)]
+    padded = [
+        conv.name
+        for conv in readers
+        if any(conv.attributes.get_ints("pads", ())) or _pads_itself(conv)
+    ]
     if padded and not whole:
         msg = (
-            f"--inputDataType: normalize_mean {list(mean)} is not one whole number from 0 to 255 for all channels, and "
-            f"'{padded[0]}' pads with zeros, for which no pixel would stand; use such a mean or leave the input float."
+            f"--inputDataType: normalize_mean {list(mean)} is not one whole number from 0 to 255 "
+            "for all channels, and "
+            f"'{padded[0]}' pads with zeros, for which no pixel would stand; use such a mean or "
+            "leave the input float."
         )
         raise UsageError(msg)
     names = Names(model)
@@ -58,20 +72,25 @@ def fold_normalisation(model: ir.Model, wanted: DataPreprocessParam) -> Pixels:
 
 
 def trained_pixels(wanted: TransformQuantParam, watch: Watch) -> Pixels | None:
-    """What pixels stand for by `mean` and `std_dev`, None without; warns where no pixel stands for zero."""
+    """What pixels stand for by `mean` and `std_dev`, None without; warns where no pixel stands for
+    zero.
+    """
     if wanted.mean is None or wanted.std_dev is None:
         return None
     zero = round(wanted.mean)
     if zero != wanted.mean:
         watch.warn(
-            f"mean = {wanted.mean:g} lies between two pixels: a pixel p stands for (p - {zero}) / {wanted.std_dev:g}, "
+            f"mean = {wanted.mean:g} lies between two pixels: a pixel p stands for (p - {zero}) / "
+            f"{wanted.std_dev:g}, "
             f"{abs(zero - wanted.mean) / wanted.std_dev:.2g} off."
         )
     return Pixels(_pixel_qparams(1 / wanted.std_dev, zero), (), ())
 
 
 def take_integers(model: ir.Model, name: str, kind: str, pixels: Pixels | None) -> None:
-    """Graph input `name` becomes an integer input: pixels (INT8: less 128), or without `pixels` the plan's codes."""
+    """Graph input `name` becomes an integer input: pixels (INT8: less 128), or without `pixels` the
+    plan's codes.
+    """
     value = next(v for v in model.graph.inputs if v.name == name)
     pair = next((use.node for use in value.uses() if use.node.op_type == "QuantizeLinear"), None)
     # The plan's own int8 codes are no pixels.
@@ -90,7 +109,10 @@ def give_integers(model: ir.Model, name: str, kind: str, q: QParams) -> str:
     restore = value.producer()
     direct = restore and restore.op_type == "DequantizeLinear" and _holds(kind, restore)
     conversion = restore if restore and direct else _quantize_output(model, value, kind, q)
-    told = f"Output '{name}' is {kind}: value = (code - {operand(conversion, 2)}) * {operand(conversion, 1)}."
+    told = (
+        f"Output '{name}' is {kind}: value = (code - {operand(conversion, 2)}) * "
+        f"{operand(conversion, 1)}."
+    )
     if direct:
         hand_out_integers(model.graph, name)
     return told
@@ -107,7 +129,9 @@ def _pixel_qparams(scale: float, zero_point: float) -> QParams:
 
 
 def _first_convolutions(value: ir.Value) -> list[ir.Node]:
-    """The convolutions that read `value`, also through a Transpose; raises UsageError for any other reader."""
+    """The convolutions that read `value`, also through a Transpose; raises UsageError for any other
+    reader.
+    """
     found = []
     for use in value.uses():
         if use.node.op_type == "Transpose":
@@ -116,8 +140,10 @@ def _first_convolutions(value: ir.Value) -> list[ir.Node]:
             found.append(use.node)
         else:
             msg = (
-                f"--inputDataType: '{use.node.name}' ({use.node.op_type}) reads the input and cannot take over a mean "
-                "and std that differ by channel or are not whole; use one whole mean and one std, or a float input."
+                f"--inputDataType: '{use.node.name}' ({use.node.op_type}) reads the input and "
+                "cannot take over a mean "
+                "and std that differ by channel or are not whole; use one whole mean and one std, "
+                "or a float input."
             )
             raise UsageError(msg)
     return found
@@ -148,7 +174,10 @@ def _dequantize_input(model: ir.Model, value: ir.Value, kind: str, q: QParams) -
     zero = (q.zero_point.astype(np.int64) - shift).astype(TYPES[kind].numpy())
     fed = ir.Value(name=name, shape=value.shape, type=ir.TensorType(TYPES[kind]))
     value.name = names.fresh(f"{name}_float")
-    parameters = names.constant(f"{name}_pixel_scale", q.scale), names.constant(f"{name}_pixel_zero_point", zero)
+    parameters = (
+        names.constant(f"{name}_pixel_scale", q.scale),
+        names.constant(f"{name}_pixel_zero_point", zero),
+    )
     restored = names.node("DequantizeLinear", [fed, *parameters], name, "values")
     value.replace_all_uses_with(restored.outputs[0])
     model.graph.inputs[list(model.graph.inputs).index(value)] = fed
@@ -159,7 +188,10 @@ def _quantize_output(model: ir.Model, value: ir.Value, kind: str, q: QParams) ->
     """A conversion behind a float output, under the output's name."""
     names, name = Names(model), known(value.name)
     value.name = names.fresh(f"{name}_float")
-    parameters = names.constant(f"{name}_scale", q.scale), names.constant(f"{name}_zero_point", q.zero_point)
+    parameters = (
+        names.constant(f"{name}_scale", q.scale),
+        names.constant(f"{name}_zero_point", q.zero_point),
+    )
     quantize = names.node("QuantizeLinear", [value, *parameters], name, like=value)
     quantize.outputs[0].name, quantize.outputs[0].type = name, ir.TensorType(TYPES[kind])
     model.graph.append(quantize)

@@ -1,4 +1,6 @@
-"""What is known of a quantized model beside its float one: plain data that every report is written from."""
+"""What is known of a quantized model beside its float one: plain data that every report is written
+from.
+"""
 
 from __future__ import annotations
 
@@ -13,11 +15,12 @@ from converter.compare import TensorError
 class Verification:
     """Both models run on the same samples.
 
-    `held_back` says whether calibration saw none of the samples; `fused_difference` is the largest difference between
-    the quantized model with and without the runtime's optimizations, relative to the output's largest value; `speedup`,
-    `top1` and `agreement` (shares from 0 to 1) are None where they were not measured. `kernels` counts the operators
-    that the runtime really executes by name, `conversions` names the Q/DQ nodes among them that stayed on their own,
-    and `saturated` the nodes whose weights let kernels of some processors saturate. `random` says that there was no
+    `held_back` says whether calibration saw none of the samples; `fused_difference` is the largest
+    difference between the quantized model with and without the runtime's optimizations, relative to
+    the output's largest value; `speedup`, `top1` and `agreement` (shares from 0 to 1) are None
+    where they were not measured. `kernels` counts the operators that the runtime really executes by
+    name, `conversions` names the Q/DQ nodes among them that stayed on their own, and `saturated`
+    the nodes whose weights let kernels of some processors saturate. `random` says that there was no
     data.
     """
 
@@ -34,6 +37,11 @@ class Verification:
     random: bool = False
 
     @property
+    def worst(self) -> TensorError | None:
+        """The output that is least like the float model's."""
+        return min(self.outputs, key=lambda error: error.cosine, default=None)
+
+    @property
     def where(self) -> str:
         """What the models were run on, in words."""
         kind = "random samples" if self.random else "calibration samples"
@@ -42,7 +50,8 @@ class Verification:
 
 @dataclass(frozen=True)
 class NodeFinding:
-    """One node: what became of it, its own error, and what it alone costs the outputs (None where not measured).
+    """One node: what became of it, its own error, and what it alone costs the outputs (None where
+    not measured).
 
     `share` is its part of the outputs' squared error, from 0 to 1; `bits` is None for a float node.
     """
@@ -62,10 +71,11 @@ class NodeFinding:
 
 @dataclass(frozen=True)
 class TensorFinding:
-    """One quantized activation or weight: its histogram (`counts` in equal bins from `low` to `high`) and its range.
+    """One quantized activation or weight: its histogram (`counts` in equal bins from `low` to
+    `high`) and its range.
 
-    `range` are the least and greatest value that the quantized tensor can hold; `clipped` is the share of the float
-    values that lie farther outside of it than rounding moves them.
+    `range` are the least and greatest value that the quantized tensor can hold; `clipped` is the
+    share of the float values that lie farther outside of it than rounding moves them.
     """
 
     name: str
@@ -80,7 +90,9 @@ class TensorFinding:
 
 @dataclass(frozen=True)
 class Findings:
-    """Everything a report says: `facts` are named figures in words, `advice` sentences on what to do next."""
+    """Everything a report says: `facts` are named figures in words, `advice` sentences on what to
+    do next.
+    """
 
     facts: Mapping[str, str]
     sizes: tuple[int, int]
@@ -92,4 +104,6 @@ class Findings:
     @property
     def ranked(self) -> list[NodeFinding]:
         """The quantized nodes, those that cost the outputs most first."""
-        return sorted((node for node in self.nodes if node.quantized), key=lambda node: -(node.share or 0.0))
+        return sorted(
+            (node for node in self.nodes if node.quantized), key=lambda node: -(node.share or 0.0)
+        )

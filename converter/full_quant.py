@@ -17,7 +17,13 @@ from converter.algorithms.stored_weights import Options as StoredOptions
 from converter.algorithms.stored_weights import store_by_weights
 from converter.algorithms.weights import Options, decide_weights, products
 from converter.cache import observe_with_cache
-from converter.calibrate import Evidence, Wanted, activation_qparams, of_constants, probability_qparams
+from converter.calibrate import (
+    Evidence,
+    Wanted,
+    activation_qparams,
+    of_constants,
+    probability_qparams,
+)
 from converter.checks import check
 from converter.config import Config
 from converter.data import open_data, resources_of
@@ -60,13 +66,22 @@ def quantize(model: ir.Model, job: Job, watch: Watch) -> Quantized:
     # What was trained is compared with what training saw, unless flags gave it other types.
     reference = given if work.trained and _edges(given) == _edges(model) else model
     known = values_by_name(reference.graph)
-    outputs = [name for unit in plan.units() for name in unit.outputs if name in restored and name in known]
-    computed, finish = {name: restored[name] for name in outputs}, partial(work.set_edges, quantized)
-    return Quantized(reference, quantized, plan, work.data, computed, finish, model, bool(work.trained))
+    outputs = [
+        name for unit in plan.units() for name in unit.outputs if name in restored and name in known
+    ]
+    computed, finish = (
+        {name: restored[name] for name in outputs},
+        partial(work.set_edges, quantized),
+    )
+    return Quantized(
+        reference, quantized, plan, work.data, computed, finish, model, bool(work.trained)
+    )
 
 
 def calibrate(model: ir.Model, job: Job, watch: Watch) -> None:
-    """Looks at `job.part` of the calibration data and leaves what it finds beside the calibration cache."""
+    """Looks at `job.part` of the calibration data and leaves what it finds beside the calibration
+    cache.
+    """
     _Work(model, job, watch)
 
 
@@ -80,16 +95,23 @@ def _target(config: Config) -> Target:
 
 
 def _taken(model: ir.Model, job: Job) -> Trained:
-    """What the model knows of its quantization, taken out of it; raises ModelError where it must know and does not."""
+    """What the model knows of its quantization, taken out of it; raises ModelError where it must
+    know and does not.
+    """
     trained = take_trained(model, job.input_type in FLOATS, job.output_type in FLOATS)
     if not trained and not job.config.preprocess.calibrate_path:
         where = job.config.at("transform_quant_param", "export_precision_mode")
-        msg = f"{where}: {job.model} was not trained with quantization; give it calibrate_path to quantize it."
+        msg = (
+            f"{where}: {job.model} was not trained with quantization; give it calibrate_path to "
+            "quantize it."
+        )
         raise ModelError(msg)
     return trained
 
 
-def _planned(model: ir.Model, config: Config, trained: Trained, kept_float: Mapping[str, str]) -> QuantPlan:
+def _planned(
+    model: ir.Model, config: Config, trained: Trained, kept_float: Mapping[str, str]
+) -> QuantPlan:
     """The plan with trained ranges; without data, the nodes whose ranges are open stay float."""
     common, full = config.common, config.full_quant
     wishes = Wishes(common.skip_quant_node, common.skip_quant_type, full.per_channel, kept_float)
@@ -98,7 +120,9 @@ def _planned(model: ir.Model, config: Config, trained: Trained, kept_float: Mapp
     if config.preprocess.calibrate_path:
         return plan
     values = values_by_name(model.graph)
-    left = untrained(plan, {group for group in plan.groups() if constant(values[group]) is not None})
+    left = untrained(
+        plan, {group for group in plan.groups() if constant(values[group]) is not None}
+    )
     return _planned(model, config, trained, {**kept_float, **left}) if left else plan
 
 
@@ -128,18 +152,37 @@ class _Work:
         tell_kept(kept, watch)
         self.evidence = self._observed(plan)
         stored = weight_quant.storage_plan(model, job).units()
-        self.lookups = {unit.name: unit for unit in stored if unit.op_type == "Gather" and unit.name in plan.nodes}
+        self.lookups = {
+            unit.name: unit
+            for unit in stored
+            if unit.op_type == "Gather" and unit.name in plan.nodes
+        }
 
     def _planned(self, kept_float: Mapping[str, str]) -> QuantPlan:
         return _planned(self.model, self.config, self.trained, kept_float)
 
     def _observed(self, plan: QuantPlan) -> Evidence:
         """What data says about all that `plan`, with what was trained, leaves open."""
-        open_units = replace(plan, nodes={name: unit for name, unit in plan.nodes.items() if name not in plan.weights})
+        open_units = replace(
+            plan,
+            nodes={name: unit for name, unit in plan.nodes.items() if name not in plan.weights},
+        )
         # Without its trained bounds a model has other means.
-        means = products(self.model.graph, open_units) if self.full.bias_correction and not self.trained else ()
-        outputs = [v.name or "" for v in self.model.graph.outputs if self.job.output_type in TYPES and is_float(v)]
-        tensors = tuple(dict.fromkeys([*(group for group in plan.groups() if group not in plan.qparams), *outputs]))
+        means = (
+            products(self.model.graph, open_units)
+            if self.full.bias_correction and not self.trained
+            else ()
+        )
+        outputs = [
+            v.name or ""
+            for v in self.model.graph.outputs
+            if self.job.output_type in TYPES and is_float(v)
+        ]
+        tensors = tuple(
+            dict.fromkeys(
+                [*(group for group in plan.groups() if group not in plan.qparams), *outputs]
+            )
+        )
         method, part = self.method, self.job.part or (0, 1)
         wanted = Wanted(tensors, means, method.needs_histogram, method.needs_samples, part=part)
         if not len(self.data):
@@ -168,7 +211,10 @@ class _Work:
             self.watch.say(f"Alone, {name} leaves the output {leaves[name]:.1f} dB.")
 
         def attempt(count: int) -> Attempt | None:
-            kept = {name: f"kept float for max_drop: alone it leaves {leaves[name]:.1f} dB" for name in worst[:count]}
+            kept = {
+                name: f"kept float for max_drop: alone it leaves {leaves[name]:.1f} dB"
+                for name in worst[:count]
+            }
             result = self.attempt(kept)
             return result if self._drop(result, labels) <= bound or count == len(worst) else None
 
@@ -185,7 +231,9 @@ class _Work:
         plan = self._with_ranges(self._planned(kept_float))
         if mixed := _mixed_concats(plan):
             plan = self._with_ranges(self._planned({**kept_float, **mixed}))
-        plan, _ = with_trained_weights(self.model, plan, self.trained, everything=not len(self.data))
+        plan, _ = with_trained_weights(
+            self.model, plan, self.trained, everything=not len(self.data)
+        )
         if any(unit.weight and unit.name not in plan.weights for unit in plan.units()):
             walk = Walk(self.model, plan, self.data, self.resources, samples=self.evidence.first)
             self.watch.say(f"Weights are decided on {walk.count} of {len(self.data)} samples.")
@@ -195,11 +243,23 @@ class _Work:
         return quantized, plan, emit(quantized, plan)
 
     def _with_tables(self, plan: QuantPlan) -> QuantPlan:
-        """The plan with float lookups in tables of 8 bits; in a product's codes where it multiplies with the table."""
-        nodes = {name: unit for name, unit in self.lookups.items() if not plan.nodes[name].quantized}
-        stored = store_by_weights(self.model, replace(plan, nodes=nodes), StoredOptions(), self.watch).stored
-        weights = {unit.weight.name: plan.weights[unit.name] for unit in plan.units() if unit.weight}
-        tied = {(u.name, 0): weights[u.weight.name] for u in nodes.values() if u.weight and u.weight.name in weights}
+        """The plan with float lookups in tables of 8 bits; in a product's codes where it multiplies
+        with the table.
+        """
+        nodes = {
+            name: unit for name, unit in self.lookups.items() if not plan.nodes[name].quantized
+        }
+        stored = store_by_weights(
+            self.model, replace(plan, nodes=nodes), StoredOptions(), self.watch
+        ).stored
+        weights = {
+            unit.weight.name: plan.weights[unit.name] for unit in plan.units() if unit.weight
+        }
+        tied = {
+            (u.name, 0): weights[u.weight.name]
+            for u in nodes.values()
+            if u.weight and u.weight.name in weights
+        }
         return replace(plan, nodes={**plan.nodes, **nodes}, stored={**stored, **tied})
 
     def _with_ranges(self, plan: QuantPlan) -> QuantPlan:
@@ -210,7 +270,9 @@ class _Work:
         if self.pixels is None or _target(self.config).activation != UINT8:
             return plan
         inputs = {value.name for value in self.model.graph.inputs}
-        return plan.with_qparams({group: self.pixels.qparams for group in plan.groups() if group in inputs})
+        return plan.with_qparams(
+            {group: self.pixels.qparams for group in plan.groups() if group in inputs}
+        )
 
     def set_edges(self, quantized: ir.Model) -> None:
         """Gives the quantized model the input and output types that the flags ask for."""
@@ -218,24 +280,41 @@ class _Work:
         kind = job.input_type if job.input_type in TYPES else "UINT8" if self.pixels else ""
         for value in [v for v in quantized.graph.inputs if kind and is_float(v)]:
             take_integers(quantized, value.name or "", kind, self.pixels)
-        for value in [v for v in quantized.graph.outputs if job.output_type in TYPES and is_float(v)]:
+        for value in [
+            v for v in quantized.graph.outputs if job.output_type in TYPES and is_float(v)
+        ]:
             name, fmt = value.name or "", INT8 if job.output_type == "INT8" else UINT8
-            self.watch.tell(give_integers(quantized, name, job.output_type, self._output_qparams(name, fmt)))
+            self.watch.tell(
+                give_integers(quantized, name, job.output_type, self._output_qparams(name, fmt))
+            )
 
     def _output_qparams(self, name: str, fmt: IntFormat) -> QParams:
-        """Parameters of an output that becomes integers; raises UsageError where no range is known."""
+        """Parameters of an output that becomes integers; raises UsageError where no range is
+        known.
+        """
         spec = RangeSpec(fmt, False, self.full.power_of_two_scale)
         if name in self.trained.tensors:
-            return in_format(self.trained.tensors[name], TensorPlan(name, fmt, False, name, ""), spec.power_of_two)
+            return in_format(
+                self.trained.tensors[name],
+                TensorPlan(name, fmt, False, name, ""),
+                spec.power_of_two,
+            )
         if name not in self.evidence.statistics:
-            msg = f"--outputDataType: training left the range of output '{name}' open; give calibrate_path, or floats."
+            msg = (
+                f"--outputDataType: training left the range of output '{name}' open; give "
+                "calibrate_path, or floats."
+            )
             raise UsageError(msg)
         return spec.qparams(range_of(self.method, self.evidence.statistics[name], spec))
 
 
 def _fed_by_floats(model: ir.Model, plan: QuantPlan) -> list[NodePlan]:
-    """The matrix products of what float nodes compute, as in transformers; others read what is integer anyway."""
-    other = {value.name for value in model.graph.inputs} | {name for unit in plan.units() for name in unit.outputs}
+    """The matrix products of what float nodes compute, as in transformers; others read what is
+    integer anyway.
+    """
+    other = {value.name for value in model.graph.inputs} | {
+        name for unit in plan.units() for name in unit.outputs
+    }
     products = [unit for unit in plan.units() if unit.op_type in {"MatMul", "Gemm"} and unit.weight]
     return [unit for unit in products if unit.inputs[0] not in other]
 
@@ -244,9 +323,15 @@ def _mixed_concats(plan: QuantPlan) -> dict[str, str]:
     """Concat nodes whose inputs are too different in range to share one, with the reason."""
     mixed = {}
     for unit in plan.units():
-        scales = [float(plan.params(name).scale) for name in unit.inputs] if unit.op_type == "Concat" else []
+        scales = (
+            [float(plan.params(name).scale) for name in unit.inputs]
+            if unit.op_type == "Concat"
+            else []
+        )
         if scales and max(scales) > MIXED_RANGES * min(scales):
-            mixed[unit.name] = f"the ranges of its inputs differ {max(scales) / min(scales):.0f} times"
+            mixed[unit.name] = (
+                f"the ranges of its inputs differ {max(scales) / min(scales):.0f} times"
+            )
     return mixed
 
 

@@ -1,4 +1,6 @@
-"""Quality gates: what a conversion must reach for a build to go on, and the figures they are held against."""
+"""Quality gates: what a conversion must reach for a build to go on, and the figures they are held
+against.
+"""
 
 from __future__ import annotations
 
@@ -17,8 +19,8 @@ _UNITS = {"KB": 10**3, "MB": 10**6, "GB": 10**9}
 class Figures:
     """What gates look at, None where it was not measured.
 
-    Bytes of both models, the least cosine similarity of an output, the share of samples with the same answer, and how
-    many times faster the quantized model is.
+    Bytes of both models, the least cosine similarity of an output, the share of samples with the
+    same answer, and how many times faster the quantized model is.
     """
 
     size_before: int
@@ -32,12 +34,15 @@ class Figures:
         """The figures of two models of so many bytes and what a verification found."""
         if found is None:
             return cls(before, after)
-        return cls(before, after, min((e.cosine for e in found.outputs), default=None), found.agreement, found.speedup)
+        cosine = found.worst.cosine if found.worst else None
+        return cls(before, after, cosine, found.agreement, found.speedup)
 
 
 @dataclass(frozen=True)
 class Gates:
-    """The bounds that were given. `max_size` is a number with KB, MB, GB, or % of the float model behind it."""
+    """The bounds that were given. `max_size` is a number with KB, MB, GB, or % of the float model
+    behind it.
+    """
 
     min_cosine: float | None = None
     min_agreement: float | None = None
@@ -45,7 +50,9 @@ class Gates:
     max_size: str | None = None
 
     def missed(self, figures: Figures) -> str:
-        """The bounds that the figures miss, in words; a figure that was not measured misses. Empty if none is."""
+        """The bounds that the figures miss, in words; a figure that was not measured misses. Empty
+        if none is.
+        """
         found, bounds, words = asdict(figures), asdict(self), []
         for name in ("cosine", "agreement", "speedup"):
             figure, bound = found[name], bounds[f"min_{name}"]

@@ -1,4 +1,6 @@
-"""FLOAT16, for --fp16=on alone: the model computes in floats as before, its constants are stored in half the bytes."""
+"""FLOAT16, for --fp16=on alone: the model computes in floats as before, its constants are stored in
+half the bytes.
+"""
 
 from __future__ import annotations
 

@@ -24,15 +24,18 @@ Row = dict[str, Any]
 
 
 def inspect(path: Path) -> dict[str, int | str | list[Row]]:
-    """A document fit for JSON: figures, and tables as lists of rows with equal keys; raises ModelError.
+    """A document fit for JSON: figures, and tables as lists of rows with equal keys; raises
+    ModelError.
 
-    Layers are those of the normal form that a conversion works on, with BatchNorm folded and constants computed.
+    Layers are those of the normal form that a conversion works on, with BatchNorm folded and
+    constants computed.
     """
     model = models.load(path)
     job = Job(path, path.with_suffix(".quantized"), _defaults("WEIGHT_QUANT"))
     prepared = read(job, Watch())
     plans: dict[str, QuantPlan] = {
-        mode: MODES[mode].make_plan(prepared.clone(), replace(job, config=_defaults(mode))) for mode in QUANT_TYPES
+        mode: MODES[mode].make_plan(prepared.clone(), replace(job, config=_defaults(mode)))
+        for mode in QUANT_TYPES
     }
     nodes = [node for graph in model.graphs() for node in graph]
     return {
@@ -41,7 +44,10 @@ def inspect(path: Path) -> dict[str, int | str | list[Row]]:
         "opset": opset_of(model),
         "inputs": [_tensor(value) for value in model.graph.inputs if not value.is_initializer()],
         "outputs": [_tensor(value) for value in model.graph.outputs],
-        "operators": [{"operator": name, "count": n} for name, n in Counter(n.op_type for n in nodes).most_common()],
+        "operators": [
+            {"operator": name, "count": n}
+            for name, n in Counter(n.op_type for n in nodes).most_common()
+        ],
         "layers": _layers(prepared, plans),
         "modes": [_mode(name, plan) for name, plan in plans.items()],
         "left_float": [row for name, plan in plans.items() for row in _left(name, plan)],
@@ -57,7 +63,11 @@ def _defaults(mode: QuantType) -> Config:
 
 def _tensor(value: ir.Value) -> Row:
     dtype = str(value.dtype.numpy()) if value.dtype else "?"
-    shape = None if value.shape is None else [d if isinstance(d, int) else d.value or "?" for d in value.shape]
+    shape = (
+        None
+        if value.shape is None
+        else [d if isinstance(d, int) else d.value or "?" for d in value.shape]
+    )
     return {"name": value.name, "type": dtype, "shape": shape}
 
 
@@ -66,10 +76,28 @@ def _layers(model: ir.Model, plans: Mapping[str, QuantPlan]) -> list[Row]:
     rows = []
     for node in (node for graph in model.graphs() for node in graph):
         found = (constant(codes_behind(value) or value) for value in node.inputs)
-        if arrays := [x for x in found if x is not None and x.size > 1 and (x.ndim > 1 or x.dtype.kind == "f")]:
-            size, largest = sum(array.nbytes for array in arrays), max(arrays, key=lambda array: array.nbytes)
-            row = {"layer": node.name, "operator": node.op_type, "weights": list(largest.shape), "bytes": size}
-            rows.append({**row, **{mode: _becomes(plan.nodes.get(node.name or "")) for mode, plan in plans.items()}})
+        if arrays := [
+            x for x in found if x is not None and x.size > 1 and (x.ndim > 1 or x.dtype.kind == "f")
+        ]:
+            size, largest = (
+                sum(array.nbytes for array in arrays),
+                max(arrays, key=lambda array: array.nbytes),
+            )
+            row = {
+                "layer": node.name,
+                "operator": node.op_type,
+                "weights": list(largest.shape),
+                "bytes": size,
+            }
+            rows.append(
+                {
+                    **row,
+                    **{
+                        mode: _becomes(plan.nodes.get(node.name or ""))
+                        for mode, plan in plans.items()
+                    },
+                }
+            )
     return rows
 
 
@@ -83,22 +111,37 @@ def _becomes(node: NodePlan | None) -> str:
 def _mode(name: str, plan: QuantPlan) -> Row:
     counted = [node for node in plan.nodes.values() if not node.inside]
     kinds = Counter(_becomes(node) for node in counted)
-    return {"mode": name, "nodes": len(counted), **{kind: kinds[kind] for kind in ("integer", "stored", "float")}}
+    return {
+        "mode": name,
+        "nodes": len(counted),
+        **{kind: kinds[kind] for kind in ("integer", "stored", "float")},
+    }
 
 
 def _left(name: str, plan: QuantPlan) -> list[Row]:
-    left = Counter(node.reason for node in plan.nodes.values() if not node.quantized and not node.inside)
-    return [{"mode": name, "nodes": count, "reason": reason} for reason, count in left.most_common()]
+    left = Counter(
+        node.reason for node in plan.nodes.values() if not node.quantized and not node.inside
+    )
+    return [
+        {"mode": name, "nodes": count, "reason": reason} for reason, count in left.most_common()
+    ]
 
 
 def _integer_weights(model: ir.Model) -> list[Row]:
     """Constant matrices of 8 bits or fewer."""
-    values = (value for graph in model.graphs() for value in graph.initializers.values() if len(value.shape or ()) > 1)
+    values = (
+        value
+        for graph in model.graphs()
+        for value in graph.initializers.values()
+        if len(value.shape or ()) > 1
+    )
     return [_tensor(value) for value in values if value.dtype and value.dtype.bitwidth <= 8]
 
 
 def _parameters(nodes: list[ir.Node]) -> dict[str | None, Row]:
-    """Every tensor of integers that a node makes or reads as such, with the least and greatest of its scales."""
+    """Every tensor of integers that a node makes or reads as such, with the least and greatest of
+    its scales.
+    """
     found = {}
     for node in (node for node in nodes if node.op_type in {"QuantizeLinear", "DequantizeLinear"}):
         scale, zero_point = operand(node, 1), operand(node, 2)

@@ -1,4 +1,6 @@
-"""What one conversion is asked to do, and whom it tells how far it is; plain data without heavy imports."""
+"""What one conversion is asked to do, and whom it tells how far it is; plain data without heavy
+imports.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ class Job:
 
 @dataclass(frozen=True)
 class Resources:
-    """What a run may use: worker threads, ONNX Runtime's execution providers, bytes of activations at a time."""
+    """What a run may use: worker threads, ONNX Runtime's execution providers, bytes of activations
+    at a time.
+    """
 
     threads: int
     providers: tuple[str, ...]
@@ -52,7 +56,9 @@ class Resources:
 
 
 class Watch:
-    """Receives progress and remarks while a job runs, and shows nothing of them; others show what they override."""
+    """Receives progress and remarks while a job runs, and shows nothing of them; others show what
+    they override.
+    """
 
     def track(self, items: Iterable[T], label: str, total: int) -> Iterator[T]:
         """Hands the items on and shows how many of `total` are done."""
@@ -69,15 +75,23 @@ class Watch:
 
 
 def output_path(model: Path, given: str | None) -> Path:
-    """The file to write, `.onnx` appended; raises UsageError, before any work is done, where none can be written."""
+    """The file to write, `.onnx` appended; raises UsageError, before any work is done, where none
+    can be written.
+    """
     output = model.parent / f"{model.stem}_quant.onnx" if given is None else Path(given)
     if not output.name or str(given).endswith(("/", os.sep)):
-        msg = f"--outputFile '{given}' names no file; write for example {output / 'model_quant.onnx'}."
+        msg = (
+            f"--outputFile '{given}' names no file; write for example "
+            f"{output / 'model_quant.onnx'}."
+        )
         raise UsageError(msg)
     output = output if output.suffix == ".onnx" else output.with_name(f"{output.name}.onnx")
     folder = next(parent for parent in output.absolute().parents if parent.exists())
     if output.is_dir() or not folder.is_dir() or not os.access(folder, os.W_OK):
-        msg = f"--outputFile {output} cannot be written; give the path of a file in a folder that you may write to."
+        msg = (
+            f"--outputFile {output} cannot be written; give the path of a file in a folder that "
+            "you may write to."
+        )
         raise UsageError(msg)
     return output
 

@@ -1,4 +1,6 @@
-"""What a long search has measured, in a file beside the output, so that an interrupted one goes on where it was."""
+"""What a long search has measured, in a file beside the output, so that an interrupted one goes on
+where it was.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ T = TypeVar("T")
 
 
 class Journal:
-    """Results by name; those in the file count if they were measured for the same `job`, any text that tells it."""
+    """Results by name; those in the file count if they were measured for the same `job`, any text
+    that tells it.
+    """
 
     def __init__(self, path: Path, job: str) -> None:
         self.path, self.job = path, job
@@ -29,7 +33,9 @@ class Journal:
             self.known[name] = measure()
             self.path.parent.mkdir(parents=True, exist_ok=True)
             unfinished = self.path.with_name(f".{self.path.name}.new")
-            unfinished.write_text(json.dumps({"job": self.job, "known": self.known}), encoding="utf-8")
+            unfinished.write_text(
+                json.dumps({"job": self.job, "known": self.known}), encoding="utf-8"
+            )
             unfinished.replace(self.path)
         found: T = self.known[name]
         return found

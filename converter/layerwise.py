@@ -1,8 +1,10 @@
-"""Walks a model layer by layer with the activations of many samples, as the quantized model computes them.
+"""Walks a model layer by layer with the activations of many samples, as the quantized model
+computes them.
 
-The graph is cut into steps: every weighted unit of the plan is one, and whatever lies between two of them another. A
-step runs as a small model of its own, on integers where the plan has them, so that weights can be decided in the light
-of all that was quantized before them without ever running the whole model again.
+The graph is cut into steps: every weighted unit of the plan is one, and whatever lies between two
+of them another. A step runs as a small model of its own, on integers where the plan has them, so
+that weights can be decided in the light of all that was quantized before them without ever running
+the whole model again.
 """
 
 from __future__ import annotations
@@ -27,7 +29,8 @@ from converter.plan import NodePlan, QuantPlan
 
 # Bytes of activations kept between steps; as many samples take part as fit.
 STORE_BYTES = 192 << 20
-# Samples that are enough, if they are this many bytes: short sentences need more of them than pictures.
+# Samples that are enough, if they are this many bytes: short sentences need more of them than
+# pictures.
 ENOUGH_SAMPLES, ENOUGH_BYTES = 64, 48 << 20
 # Parts in which second moments are summed, side by side.
 PARTS = 4
@@ -40,7 +43,9 @@ Emit = Callable[[ir.Model, QuantPlan], object]
 
 @dataclass(frozen=True)
 class Step:
-    """Nodes that run together: what they read from and hand on to other steps; `unit` where a weight is decided."""
+    """Nodes that run together: what they read from and hand on to other steps; `unit` where a
+    weight is decided.
+    """
 
     nodes: tuple[str, ...]
     reads: tuple[str, ...]
@@ -92,7 +97,9 @@ def _needed(cut: Sequence[_Cut]) -> list[_Cut]:
     return kept
 
 
-def _step(nodes: list[ir.Node], unit: NodePlan | None, readers: Mapping[ir.Value, set[ir.Node]]) -> Step:
+def _step(
+    nodes: list[ir.Node], unit: NodePlan | None, readers: Mapping[ir.Value, set[ir.Node]]
+) -> Step:
     made = [value for node in nodes for value in node.outputs]
     read = [v for node in nodes for v in values_read(node) if v not in made and constant(v) is None]
     handed_on = [v for v in made if readers.get(v, set()) - set(nodes)]
@@ -104,9 +111,11 @@ def _names(values: Iterable[ir.Value]) -> tuple[str, ...]:
 
 
 class Walk:
-    """The activations that later steps still read, sample by sample: integer codes where the plan computes them.
+    """The activations that later steps still read, sample by sample: integer codes where the plan
+    computes them.
 
-    The first `samples` of the data take part; None for as many as are enough, at the most `most`, and fit.
+    The first `samples` of the data take part; None for as many as are enough, at the most `most`,
+    and fit.
     """
 
     def __init__(
@@ -120,19 +129,31 @@ class Walk:
         most: int | None = None,
         samples: int | None = None,
     ) -> None:
-        self.model, self.resources, self.threads, self._write = model, resources, resources.threads, write
+        self.model, self.resources, self.threads, self._write = (
+            model,
+            resources,
+            resources.threads,
+            write,
+        )
         self._nodes = {node.name or "": node for node in model.graph}
         self.steps = steps_of(model.graph, plan)
-        self._codes = {name for unit in plan.units() for name in unit.outputs if name in plan.tensors}
+        self._codes = {
+            name for unit in plan.units() for name in unit.outputs if name in plan.tensors
+        }
         self._last_reader = {name: i for i, step in enumerate(self.steps) for name in step.reads}
         self.count = samples or self._fitting(data, store_bytes, most)
         read = set(self._last_reader)
-        self._store = [{k: x for k, x in data.sample(i).items() if k in read} for i in range(self.count)]
+        self._store = [
+            {k: x for k, x in data.sample(i).items() if k in read} for i in range(self.count)
+        ]
 
     def _fitting(self, data: Dataset, store_bytes: int, most: int | None) -> int:
         """How many samples are enough and fit."""
         each = max(1, self._peak_bytes(data))
-        return max(1, min(len(data), most or max(ENOUGH_SAMPLES, ENOUGH_BYTES // each), store_bytes // each))
+        return max(
+            1,
+            min(len(data), most or max(ENOUGH_SAMPLES, ENOUGH_BYTES // each), store_bytes // each),
+        )
 
     def _peak_bytes(self, data: Dataset) -> int:
         """The most bytes that one sample keeps between two steps."""
@@ -148,7 +169,8 @@ class Walk:
         return peak
 
     def draw(self, unit: NodePlan, view: View, count: int, plan: QuantPlan) -> tuple[Array, float]:
-        """About `count` inputs of the unit's product as it reads them (groups, drawn, columns), and their scale.
+        """About `count` inputs of the unit's product as it reads them (groups, drawn, columns), and
+        their scale.
 
         Two walks over the same data draw the same ones.
         """
@@ -166,25 +188,37 @@ class Walk:
         return np.concatenate(list(over_samples(self.count, work, self.threads)), axis=1), scale
 
     def mean_product(self, unit: NodePlan, weight: Array, plan: QuantPlan) -> Array:
-        """Mean a channel (float64) of the unit's product with float `weight`, before bias and activation."""
+        """Mean a channel (float64) of the unit's product with float `weight`, before bias and
+        activation.
+        """
         assert unit.weight is not None
         name, axis = unit.inputs[0], OPS[unit.op_type].output_axis
         view = view_of(self._nodes[unit.name], weight.shape, unit.weight.index)
         if view and view.input_axis is not None and name in self._codes:
             q, along = plan.params(name), view.input_axis
-            means = list(over_samples(self.count, lambda i: channel_mean(self._store[i][name], along), self.threads))
-            return product_of_mean(view, weight, (np.mean(means, axis=0) - float(q.zero_point)) * float(q.scale))
+            means = list(
+                over_samples(
+                    self.count, lambda i: channel_mean(self._store[i][name], along), self.threads
+                )
+            )
+            return product_of_mean(
+                view, weight, (np.mean(means, axis=0) - float(q.zero_point)) * float(q.scale)
+            )
         model = self._product(unit, weight, plan)
         output = model.graph.outputs[0].name or ""
         session = open_session(serialized(model))
 
         def work(index: int) -> Array:
-            return channel_mean(run(session, [output], {name: self._store[index][name]})[output], axis)
+            return channel_mean(
+                run(session, [output], {name: self._store[index][name]})[output], axis
+            )
 
         return np.asarray(np.mean(list(over_samples(self.count, work, self.threads)), axis=0))
 
     def _product(self, unit: NodePlan, weight: Array, plan: QuantPlan) -> ir.Model:
-        """The unit's weighted node alone, without bias, on another weight and its quantized input."""
+        """The unit's weighted node alone, without bias, on another weight and its quantized
+        input.
+        """
         assert unit.weight is not None
         name = unit.inputs[0]
         node = self._nodes[unit.name]
@@ -208,8 +242,13 @@ class Walk:
 
         def work(index: int) -> None:
             stored = self._store[index]
-            made = run(session, step.writes, {name: stored[name] for name in step.reads}) if session else {}
-            # Sample by sample, so that never all of them have what the step reads beside what it writes.
+            made = (
+                run(session, step.writes, {name: stored[name] for name in step.reads})
+                if session
+                else {}
+            )
+            # Sample by sample, so that never all of them have what the step reads beside what it
+            # writes.
             for name in step.reads:
                 if self._last_reader[name] == position:
                     del stored[name]
@@ -229,7 +268,9 @@ class Walk:
 
 
 def second_moments(drawn: Array, threads: int) -> Array:
-    """E[x x'] over x drawn: float32 (groups, drawn, columns) to float64 (groups, columns, columns)."""
+    """E[x x'] over x drawn: float32 (groups, drawn, columns) to float64 (groups, columns,
+    columns).
+    """
     # Always the same parts, so that the sum does not depend on the number of workers.
     parts = np.array_split(drawn, PARTS, axis=1)
     sums = over_samples(PARTS, lambda i: np.matmul(parts[i].transpose(0, 2, 1), parts[i]), threads)
@@ -237,6 +278,10 @@ def second_moments(drawn: Array, threads: int) -> Array:
 
 
 def product_of_mean(view: View, weight: Array, mean: Array) -> Array:
-    """Mean a channel (float64) of the product whose inputs have this `mean` a channel; for views with an input_axis."""
+    """Mean a channel (float64) of the product whose inputs have this `mean` a channel; for views
+    with an input_axis.
+    """
     matrix = view.matrix(weight.astype(np.float64))
-    return np.asarray(np.einsum("grk,gk->gr", matrix, mean.reshape(matrix.shape[0], -1))).reshape(-1)
+    return np.asarray(np.einsum("grk,gk->gr", matrix, mean.reshape(matrix.shape[0], -1))).reshape(
+        -1
+    )

@@ -1,4 +1,6 @@
-"""Loading, saving and asking about ONNX models; the only module that reads or writes model files."""
+"""Loading, saving and asking about ONNX models; the only module that reads or writes model
+files.
+"""
 
 from __future__ import annotations
 
@@ -21,14 +23,16 @@ from converter.errors import ModelError, QConvertError, UsageError
 
 T = TypeVar("T")
 
-# A protobuf message ends at 2 GiB; above this many bytes of weights the tensors go to a file beside the model.
+# A protobuf message ends at 2 GiB; above this many bytes of weights the tensors go to a file beside
+# the model.
 EXTERNAL_DATA_ABOVE = 1_500_000_000
 
 
 def load(path: Path, output: Path | None = None) -> ir.Model:
     """The valid model at `path`, in memory but for external weights of a large model (mapped).
 
-    Raises ModelError, and UsageError where writing `output` would destroy one of the model's own files.
+    Raises ModelError, and UsageError where writing `output` would destroy one of the model's own
+    files.
     """
     if not path.is_file():
         msg = f"{path}: there is no such model file; check --modelFile."
@@ -43,7 +47,10 @@ def load(path: Path, output: Path | None = None) -> ir.Model:
             msg = f"{path}: this is not an ONNX model (it has no graph outputs)."
             raise ModelError(msg)
         for name in _undefined(model):
-            msg = f"{path}: tensor '{name}' is read but nothing defines it (sparse weights are not supported)."
+            msg = (
+                f"{path}: tensor '{name}' is read but nothing defines it (sparse weights are not "
+                "supported)."
+            )
             raise ModelError(msg)
         for tensor in _external_tensors(model, path):
             if output is not None:
@@ -71,35 +78,56 @@ def _undefined(model: ir.Model) -> Iterator[str]:
 
 
 def _external_tensors(model: ir.Model, path: Path) -> list[ir.ExternalTensor]:
-    """The tensors in other files; raises ModelError for one that is not whole, or outside of the model's folder."""
+    """The tensors in other files; raises ModelError for one that is not whole, or outside of the
+    model's folder.
+    """
     graphs = [*model.graphs(), *(function.graph for function in model.functions.values())]
     tensors = [value.const_value for graph in graphs for value in graph.initializers.values()]
-    attributes = [a for graph in graphs for node in graph.all_nodes() for a in node.attributes.values()]
-    tensors += [attribute.value for attribute in attributes if attribute.type == ir.AttributeType.TENSOR]
+    attributes = [
+        a for graph in graphs for node in graph.all_nodes() for a in node.attributes.values()
+    ]
+    tensors += [
+        attribute.value for attribute in attributes if attribute.type == ir.AttributeType.TENSOR
+    ]
     external = [tensor for tensor in tensors if isinstance(tensor, ir.ExternalTensor)]
     for tensor in external:
         tensor.base_dir = path.absolute().parent
         if problem := _problem(tensor):
-            msg = f"{path}: the weight '{tensor.name}' is kept in '{tensor.location}', which {problem}."
+            msg = (
+                f"{path}: the weight '{tensor.name}' is kept in '{tensor.location}', which "
+                f"{problem}."
+            )
             raise ModelError(msg)
     return external
 
 
 def _problem(tensor: ir.ExternalTensor) -> str | None:
-    """What is wrong with the file of an external tensor; a pipe or a device must not even be opened."""
+    """What is wrong with the file of an external tensor; a pipe or a device must not even be
+    opened.
+    """
     folder, file, start = Path(tensor.base_dir), Path(tensor.path), tensor.offset or 0
-    inside = not Path(tensor.location).is_absolute() and file.resolve().is_relative_to(folder.resolve())
+    inside = not Path(tensor.location).is_absolute() and file.resolve().is_relative_to(
+        folder.resolve()
+    )
     if not inside:
-        return "is outside of the model's folder, where nothing is read; put the file beside the model"
+        return (
+            "is outside of the model's folder, where nothing is read; put the file beside the model"
+        )
     if not file.is_file():
         return "is no file; put it beside the model"
-    if start < 0 or tensor.length not in (None, tensor.nbytes) or start + tensor.nbytes > file.stat().st_size:
+    if (
+        start < 0
+        or tensor.length not in (None, tensor.nbytes)
+        or start + tensor.nbytes > file.stat().st_size
+    ):
         return f"does not hold its {tensor.nbytes} bytes; copy the whole file again"
     return None
 
 
 def _check_or_repair(model: ir.Model, path: Path) -> None:
-    """Raises ModelError for a file that is not valid ONNX, unless all that it lacks is order, shapes and a name."""
+    """Raises ModelError for a file that is not valid ONNX, unless all that it lacks is order,
+    shapes and a name.
+    """
     try:
         check(path, str(path))
     except ModelError as error:
@@ -116,10 +144,11 @@ def _check_or_repair(model: ir.Model, path: Path) -> None:
 
 
 def save(model: ir.Model, path: Path) -> None:
-    """Writes `model` beside `path` under a temporary name, then renames: the old file or the whole new one.
+    """Writes `model` beside `path` under a temporary name, then renames: the old file or the whole
+    new one.
 
-    Weights in a file of their own have their fingerprint in its name: until the model file is replaced, the old one
-    finds its own.
+    Weights in a file of their own have their fingerprint in its name: until the model file is
+    replaced, the old one finds its own.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
@@ -130,7 +159,10 @@ def save(model: ir.Model, path: Path) -> None:
         parts = sorted(Path(folder).iterdir(), reverse=True)
         for part in parts:
             part.replace(path.parent / part.name)
-    kept, old = {part.name for part in parts}, re.compile(re.escape(path.name) + r"\.[0-9a-f]{16}\.data")
+    kept, old = (
+        {part.name for part in parts},
+        re.compile(re.escape(path.name) + r"\.[0-9a-f]{16}\.data"),
+    )
     for other in path.parent.iterdir():
         if old.fullmatch(other.name) and other.name not in kept:
             other.unlink()
@@ -158,7 +190,9 @@ def _write(model: ir.Model, path: Path, data: str | None = None) -> None:
 
 
 def check(path: Path, name: str = "The converted model") -> None:
-    """Raises ModelError where the ONNX checker does not accept the file, which the message calls `name`."""
+    """Raises ModelError where the ONNX checker does not accept the file, which the message calls
+    `name`.
+    """
     try:
         onnx.checker.check_model(path)
     except onnx.checker.ValidationError as error:
@@ -203,12 +237,18 @@ def serialized_parts(model: ir.Model) -> Iterator[bytes]:
 
 def values_by_name(graph: ir.Graph) -> dict[str, ir.Value]:
     """Every named value of the top-level graph: inputs, initializers and node outputs."""
-    values = [*graph.inputs, *graph.initializers.values(), *(v for node in graph for v in node.outputs)]
+    values = [
+        *graph.inputs,
+        *graph.initializers.values(),
+        *(v for node in graph for v in node.outputs),
+    ]
     return {value.name: value for value in values if value.name}
 
 
 def values_read(node: ir.Node) -> list[ir.Value]:
-    """The values of its own graph that `node` reads, those that its subgraphs take from there included."""
+    """The values of its own graph that `node` reads, those that its subgraphs take from there
+    included.
+    """
     graphs = [a.as_graph() for a in node.attributes.values() if a.type == ir.AttributeType.GRAPH]
     inner = [n for graph in graphs for n in graph.all_nodes()]
     return [v for n in (node, *inner) for v in n.inputs if v is not None and v.graph is node.graph]
@@ -216,11 +256,15 @@ def values_read(node: ir.Node) -> list[ir.Value]:
 
 def file_bytes(path: Path) -> int:
     """Bytes of a model file and of its tensors in other files."""
-    return path.stat().st_size + sum(tensor.nbytes for tensor in _external_tensors(ir.load(path), path))
+    return path.stat().st_size + sum(
+        tensor.nbytes for tensor in _external_tensors(ir.load(path), path)
+    )
 
 
 def external_files(path: Path) -> list[Path]:
-    """The files beside a model file that hold its tensors; none if it is no readable model, as `load` will say."""
+    """The files beside a model file that hold its tensors; none if it is no readable model, as
+    `load` will say.
+    """
     with contextlib.suppress(Exception):
         return sorted({Path(tensor.path) for tensor in _external_tensors(ir.load(path), path)})
     return []
@@ -228,7 +272,12 @@ def external_files(path: Path) -> list[Path]:
 
 def weight_bytes(model: ir.Model) -> int:
     """Bytes of all initializers, subgraphs included."""
-    return sum(v.const_value.nbytes for g in model.graphs() for v in g.initializers.values() if v.const_value)
+    return sum(
+        v.const_value.nbytes
+        for g in model.graphs()
+        for v in g.initializers.values()
+        if v.const_value
+    )
 
 
 def constant(value: ir.Value | None) -> Array | None:
@@ -261,7 +310,9 @@ def is_float(value: ir.Value | None) -> bool:
 
 
 def only_consumer(value: ir.Value) -> ir.Node | None:
-    """The node that alone reads `value`, None if there are several, it is a graph output or read in a subgraph."""
+    """The node that alone reads `value`, None if there are several, it is a graph output or read in
+    a subgraph.
+    """
     if value.is_graph_output() or len(value.uses()) != 1:
         return None
     reader = next(iter(value.uses())).node
@@ -269,13 +320,19 @@ def only_consumer(value: ir.Value) -> ir.Node | None:
 
 
 class Names:
-    """Hands out names that no value or node of the model bears, subgraphs included, and what bears them."""
+    """Hands out names that no value or node of the model bears, subgraphs included, and what bears
+    them.
+    """
 
     def __init__(self, model: ir.Model) -> None:
         self._main, self._constants = model.graph, dict[tuple[str, str, bytes], ir.Value]()
         nodes = [node for graph in model.graphs() for node in graph.all_nodes()]
         values = [v for g in model.graphs() for v in (*g.inputs, *g.initializers.values())]
-        self._taken = {n.name for n in nodes} | {v.name for n in nodes for v in n.outputs} | {v.name for v in values}
+        self._taken = (
+            {n.name for n in nodes}
+            | {v.name for n in nodes for v in n.outputs}
+            | {v.name for v in values}
+        )
 
     def fresh(self, wish: str) -> str:
         """`wish`, or the first free of `wish_2`, `wish_3`, …; taken from now on."""
@@ -288,7 +345,9 @@ class Names:
         return name
 
     def constant(self, wish: str, array: Array | np.generic) -> ir.Value:
-        """An initializer of the main graph, which all graphs see; equal ones of one wish are stored once."""
+        """An initializer of the main graph, which all graphs see; equal ones of one wish are stored
+        once.
+        """
         key = (wish, array.dtype.str, array.tobytes())
         if key not in self._constants:
             self._constants[key] = add_constant(self._main, self.fresh(wish), np.asarray(array))
@@ -304,17 +363,28 @@ class Names:
         like: ir.Value | None = None,
         count: int = 1,
     ) -> ir.Node:
-        """A node `wish`_`op_type` of no graph yet, with outputs `wish`_`output` of the shape and type of `like`."""
+        """A node `wish`_`op_type` of no graph yet, with outputs `wish`_`output` of the shape and
+        type of `like`.
+        """
         output = output or f"{op_type}_output"
         shape, kind = (like.shape, like.type) if like else (None, None)
-        made = [ir.Value(name=self.fresh(f"{wish}_{output}"), shape=shape, type=kind) for _ in range(count)]
-        return ir.node(op_type, inputs, attributes, name=self.fresh(f"{wish}_{op_type}"), outputs=made)
+        made = [
+            ir.Value(name=self.fresh(f"{wish}_{output}"), shape=shape, type=kind)
+            for _ in range(count)
+        ]
+        return ir.node(
+            op_type, inputs, attributes, name=self.fresh(f"{wish}_{op_type}"), outputs=made
+        )
 
 
-def add_constant(graph: ir.Graph, name: str, array: Array, kind: ir.DataType | None = None) -> ir.Value:
+def add_constant(
+    graph: ir.Graph, name: str, array: Array, kind: ir.DataType | None = None
+) -> ir.Value:
     """Registers an initializer, stored as `kind` where given; `name` must be free (see Names)."""
     tensor = ir.tensor(np.asarray(array, order="C"), kind, name=name)
-    value = ir.Value(name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype))
+    value = ir.Value(
+        name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype)
+    )
     graph.register_initializer(value)
     return value
 
@@ -325,7 +395,10 @@ def bias_add(node: ir.Node) -> ir.Node | None:
     add = only_consumer(node.outputs[0])
     if weight is None or weight.ndim != 2 or add is None or add.op_type != "Add" or add.domain:
         return None
-    bias, shape = constant(next(v for v in add.inputs if v is not node.outputs[0])), node.outputs[0].shape
+    bias, shape = (
+        constant(next(v for v in add.inputs if v is not node.outputs[0])),
+        node.outputs[0].shape,
+    )
     # A bias of more dimensions than the product would add them to it.
     if bias is None or not 1 <= bias.ndim <= (shape.rank() if shape else 1):
         return None
@@ -333,7 +406,9 @@ def bias_add(node: ir.Node) -> ir.Node | None:
 
 
 def replace_constant(node: ir.Node, index: int, array: Array, names: Names) -> None:
-    """Gives `node` another constant operand; a node that reads the same constant keeps the old one."""
+    """Gives `node` another constant operand; a node that reads the same constant keeps the old
+    one.
+    """
     old = node.inputs[index] if index < len(node.inputs) else None
     if old is not None and len(old.uses()) == 1 and not old.is_graph_output():
         old.const_value, old.shape = ir.tensor(array, name=old.name), ir.Shape(array.shape)
@@ -344,7 +419,9 @@ def replace_constant(node: ir.Node, index: int, array: Array, names: Names) -> N
 
 
 def drop_unread(model: ir.Model) -> None:
-    """Drops the constants of all graphs that nothing reads, or only a branch that is part of the model no more."""
+    """Drops the constants of all graphs that nothing reads, or only a branch that is part of the
+    model no more.
+    """
     alive = {node for graph in model.graphs() for node in graph}
     for value in [value for graph in model.graphs() for value in graph.initializers.values()]:
         for use in [use for use in value.uses() if use.node not in alive]:

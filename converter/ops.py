@@ -1,7 +1,9 @@
-"""THE operator table: what each ONNX operator's inputs are, which axis holds the channels, what its output range is.
+"""THE operator table: what each ONNX operator's inputs are, which axis holds the channels, what its
+output range is.
 
-Everything that must know an operator reads this table: the plan, the emitter, the algorithms and the docs.
-A new operator is one row here and one row in tests/test_ops.py, which checks every row against the ONNX schema.
+Everything that must know an operator reads this table: the plan, the emitter, the algorithms and
+the docs. A new operator is one row here and one row in tests/test_ops.py, which checks every row
+against the ONNX schema.
 """
 
 from __future__ import annotations
@@ -23,13 +25,13 @@ Obstacle = Callable[[ir.Node], str | None]
 class OpRule:
     """One operator.
 
-    `data`: indices of the inputs that carry activations, None for all of them.
-    `weight`, `bias`: indices of the operands that may be a constant weight and a bias.
-    `channel_axis`: axis of the weight's output channels; None where one scale must serve the whole weight.
-    `output_axis`: axis of the output that holds the weight's output channels.
-    `pairs`: whether integer kernels add products in pairs (a depthwise convolution's do not).
-    `moves`: values are only moved or chosen, so that input and output share one range.
-    `obstacle`: why this very node cannot be computed on integers, None if it can.
+    `data`: indices of the inputs that carry activations, None for all of them. `weight`, `bias`:
+    indices of the operands that may be a constant weight and a bias. `channel_axis`: axis of the
+    weight's output channels; None where one scale must serve the whole weight. `output_axis`: axis
+    of the output that holds the weight's output channels. `pairs`: whether integer kernels add
+    products in pairs (a depthwise convolution's do not). `moves`: values are only moved or chosen,
+    so that input and output share one range. `obstacle`: why this very node cannot be computed on
+    integers, None if it can.
     """
 
     data: tuple[int, ...] | None = (0,)
@@ -67,7 +69,9 @@ def _bias_unusable(node: ir.Node) -> str | None:
     if len(node.inputs) < 3 or node.inputs[2] is None:
         return None
     array = operand(node, 2)
-    reason = "is not one constant a channel" if array is None or array.ndim != 1 else unusable(array)
+    reason = (
+        "is not one constant a channel" if array is None or array.ndim != 1 else unusable(array)
+    )
     return reason and f"its bias {reason}"
 
 
@@ -89,7 +93,10 @@ def _resize_mode(node: ir.Node) -> str | None:
     mode = node.attributes.get_string("mode", "nearest")
     if mode != "nearest":
         return f"mode {mode} computes new values"
-    crops = node.attributes.get_string("coordinate_transformation_mode", "half_pixel") == "tf_crop_and_resize"
+    crops = (
+        node.attributes.get_string("coordinate_transformation_mode", "half_pixel")
+        == "tf_crop_and_resize"
+    )
     return "tf_crop_and_resize puts new values around the image" if crops else None
 
 
@@ -122,29 +129,71 @@ def _not_depthwise(node: ir.Node) -> bool:
 
 def _pad_mode(node: ir.Node) -> str | None:
     value = operand(node, 2) if len(node.inputs) > 2 and node.inputs[2] is not None else np.zeros(1)
-    other = node.attributes.get_string("mode", "constant") == "constant" and (value is None or value.any())
+    other = node.attributes.get_string("mode", "constant") == "constant" and (
+        value is None or value.any()
+    )
     return "it pads with something else than zero" if other else None
 
 
 _CHECKED = _all_of(_weight_unusable, _bias_unusable)
 
 OPS: dict[str, OpRule] = {
-    "Conv": OpRule(weight=1, bias=2, channel_axis=lambda node: 0, pairs=_not_depthwise, obstacle=_CHECKED),
+    "Conv": OpRule(
+        weight=1, bias=2, channel_axis=lambda node: 0, pairs=_not_depthwise, obstacle=_CHECKED
+    ),
     "ConvTranspose": OpRule(weight=1, bias=2, channel_axis=_conv_transpose_axis, obstacle=_CHECKED),
-    "Gemm": OpRule(weight=1, bias=2, channel_axis=_gemm_axis, obstacle=_all_of(_gemm_attributes, _CHECKED, _gemm_bias)),
-    "MatMul": OpRule(data=(0, 1), weight=1, channel_axis=_matmul_axis, output_axis=-1, obstacle=_matmul_weight),
-    **dict.fromkeys(("Add", "Sub", "Mul", "Div", "Max", "Min", "Concat", "PRelu"), OpRule(data=None)),
+    "Gemm": OpRule(
+        weight=1,
+        bias=2,
+        channel_axis=_gemm_axis,
+        obstacle=_all_of(_gemm_attributes, _CHECKED, _gemm_bias),
+    ),
+    "MatMul": OpRule(
+        data=(0, 1), weight=1, channel_axis=_matmul_axis, output_axis=-1, obstacle=_matmul_weight
+    ),
+    **dict.fromkeys(
+        ("Add", "Sub", "Mul", "Div", "Max", "Min", "Concat", "PRelu"), OpRule(data=None)
+    ),
     **dict.fromkeys(
         (
-            *("AveragePool", "GlobalAveragePool", "ReduceMax", "ReduceMean", "ReduceMin", "ReduceSum"),
-            *("Sigmoid", "Tanh", "LeakyRelu", "Relu", "Clip", "Softmax", "Abs", "Ceil", "Exp", "Floor", "Neg", "Round"),
+            *(
+                "AveragePool",
+                "GlobalAveragePool",
+                "ReduceMax",
+                "ReduceMean",
+                "ReduceMin",
+                "ReduceSum",
+            ),
+            *(
+                "Sigmoid",
+                "Tanh",
+                "LeakyRelu",
+                "Relu",
+                "Clip",
+                "Softmax",
+                "Abs",
+                "Ceil",
+                "Exp",
+                "Floor",
+                "Neg",
+                "Round",
+            ),
             *("Sqrt", "BatchNormalization", "InstanceNormalization"),
         ),
         OpRule(),
     ),
     **dict.fromkeys(
         (
-            *("MaxPool", "Reshape", "Flatten", "Squeeze", "Unsqueeze", "Transpose", "Slice", "Split"),
+            *(
+                "MaxPool",
+                "Reshape",
+                "Flatten",
+                "Squeeze",
+                "Unsqueeze",
+                "Transpose",
+                "Slice",
+                "Split",
+            ),
             *("DepthToSpace", "SpaceToDepth", "Gather", "Tile"),
         ),
         OpRule(moves=True),
@@ -159,7 +208,8 @@ def computes_on_integers(node: ir.Node) -> bool:
     return re.fullmatch(r"QLinear\w+|\w*[Qq]uantizeLinear|\w+Integer", node.op_type) is not None
 
 
-# Operators without a row above that multiply with, or pick from, constants: input index → axis of the channels.
+# Operators without a row above that multiply with, or pick from, constants: input index → axis of
+# the channels.
 _RECURRENT: dict[int, Callable[[ir.Node], int | None]] = {1: lambda node: 1, 2: lambda node: 1}
 _TABLES: dict[str, dict[int, Callable[[ir.Node], int | None]]] = {
     "Gather": {0: lambda node: node.attributes.get_int("axis", 0)},
@@ -168,12 +218,20 @@ _TABLES: dict[str, dict[int, Callable[[ir.Node], int | None]]] = {
 
 
 def weights_of(node: ir.Node) -> dict[int, int | None]:
-    """The constant float32 weights of `node`, whatever it computes on: input index → axis of the channels."""
+    """The constant float32 weights of `node`, whatever it computes on: input index → axis of the
+    channels.
+    """
     rule = OPS.get(node.op_type)
     axes = _TABLES.get(node.op_type, {})
     if rule and rule.weight is not None:
-        others = {i: lambda node: None for i in rule.data or () if i != rule.weight and node.op_type == "MatMul"}
+        others = {
+            i: lambda node: None
+            for i in rule.data or ()
+            if i != rule.weight and node.op_type == "MatMul"
+        }
         axes = {rule.weight: rule.channel_axis, **others}
     arrays = {i: operand(node, i) for i in axes if not node.domain}
-    found = {i: a for i, a in arrays.items() if a is not None and a.dtype == np.float32 and a.ndim > 1}
+    found = {
+        i: a for i, a in arrays.items() if a is not None and a.dtype == np.float32 and a.ndim > 1
+    }
     return {i: axes[i](node) for i in found}

@@ -1,7 +1,8 @@
-"""Which values of a quantized model stand for which of the float model: by the names of nodes, else of tensors.
+"""Which values of a quantized model stand for which of the float model: by the names of nodes, else
+of tensors.
 
-Any pair will do, also one that another tool made: weights and activations behind Q/DQ pairs, operators on integers
-(QLinearConv and its like) and weights that are restored in other ways.
+Any pair will do, also one that another tool made: weights and activations behind Q/DQ pairs,
+operators on integers (QLinearConv and its like) and weights that are restored in other ways.
 """
 
 from __future__ import annotations
@@ -20,7 +21,8 @@ from converter.plan import QuantizedWeight, QuantPlan
 Operand = tuple[int, int, int]
 Parameters = tuple[ir.Value, ir.Value | None, int]
 _ONE, _TWO = ((0, 1, 2),), ((0, 1, 2), (3, 4, 5))
-# Where operators say what integers stand for: (codes, scale, zero point) of inputs, (scale, zero point) of the output.
+# Where operators say what integers stand for: (codes, scale, zero point) of inputs, (scale, zero
+# point) of the output.
 INTEGER_OPS: Mapping[str, tuple[tuple[Operand, ...], tuple[int, int] | None]] = {
     "QuantizeLinear": ((), (1, 2)),
     "DequantizeLinear": (_ONE, None),
@@ -39,9 +41,10 @@ QUANTIZERS = {"QuantizeLinear", "DynamicQuantizeLinear"}
 class Place:
     """What a node of the float model reads or writes at one place.
 
-    `name` is the float tensor, `weight` its array if it is constant. `restored` is what the quantized model has for a
-    constant; else `counterpart` names the tensor of `Pairing.model` with the floats, None if there is none. `qparams`
-    are None where there are no integers, or parameters found at run time.
+    `name` is the float tensor, `weight` its array if it is constant. `restored` is what the
+    quantized model has for a constant; else `counterpart` names the tensor of `Pairing.model` with
+    the floats, None if there is none. `qparams` are None where there are no integers, or parameters
+    found at run time.
     """
 
     node: str
@@ -62,7 +65,9 @@ class Place:
 
 @dataclass(frozen=True)
 class Pairing:
-    """All places of `reference`, in the order of its nodes, and a copy of the other model with floats for all."""
+    """All places of `reference`, in the order of its nodes, and a copy of the other model with
+    floats for all.
+    """
 
     reference: ir.Model
     model: ir.Model
@@ -70,11 +75,17 @@ class Pairing:
 
 
 def pair(reference: ir.Model, other: ir.Model, plan: QuantPlan) -> Pairing:
-    """The places of the main graph, and constants of subgraphs; `plan`, which may be empty, knows stored weights."""
+    """The places of the main graph, and constants of subgraphs; `plan`, which may be empty, knows
+    stored weights.
+    """
     finder = _Finder(reference, other.clone(), plan)
-    places = [place for graph in reference.graphs() for node in graph for place in finder.places(node)]
+    places = [
+        place for graph in reference.graphs() for node in graph for place in finder.places(node)
+    ]
     main = {node.name for node in reference.graph}
-    return Pairing(reference, finder.model, tuple(p for p in places if p.weight is not None or p.node in main))
+    return Pairing(
+        reference, finder.model, tuple(p for p in places if p.weight is not None or p.node in main)
+    )
 
 
 def parameters(node: ir.Node) -> Iterator[tuple[ir.Value, Parameters]]:
@@ -97,7 +108,9 @@ def codes_behind(value: ir.Value | None) -> ir.Value | None:
     return maker.inputs[0] if maker is not None and maker.op_type == "DequantizeLinear" else None
 
 
-def qparams_of(codes: ir.Value, scale: ir.Value, zero_point: ir.Value | None, axis: int) -> QParams | None:
+def qparams_of(
+    codes: ir.Value, scale: ir.Value, zero_point: ir.Value | None, axis: int
+) -> QParams | None:
     """What is known of integers when the model is loaded; None if their scale is computed."""
     by, zero = constant(scale), constant(zero_point)
     kind = (zero_point if zero_point is not None else codes).dtype
@@ -105,25 +118,43 @@ def qparams_of(codes: ir.Value, scale: ir.Value, zero_point: ir.Value | None, ax
         return None
     zero = np.zeros(by.shape, kind.numpy()) if zero is None else zero
     fmt = INT32 if kind == ir.DataType.INT32 else IntFormat(kind.bitwidth, kind.is_signed())
-    return QParams(by.squeeze(), zero.squeeze(), fmt) if by.size == 1 else QParams(by, zero, fmt, axis)
+    return (
+        QParams(by.squeeze(), zero.squeeze(), fmt) if by.size == 1 else QParams(by, zero, fmt, axis)
+    )
 
 
 def _renamed(reference: ir.Model, names: Set[str]) -> Iterator[tuple[str, str | None]]:
-    """What a Relu or Clip makes, where an operator on integers before it does its work, and what it reads, to None."""
+    """What a Relu or Clip makes, where an operator on integers before it does its work, and what it
+    reads, to None.
+    """
     for node in (node for node in reference.graph if node.op_type in {"Relu", "Clip"}):
-        before, after = (value.name if value else None for value in (node.inputs[0], node.outputs[0]))
-        if f"{before}_quantized" in names and after and before and names.isdisjoint({after, f"{after}_quantized"}):
+        before, after = (
+            value.name if value else None for value in (node.inputs[0], node.outputs[0])
+        )
+        if (
+            f"{before}_quantized" in names
+            and after
+            and before
+            and names.isdisjoint({after, f"{after}_quantized"})
+        ):
             yield from ((before, None), (after, before))
 
 
 class _Finder:
     def __init__(self, reference: ir.Model, model: ir.Model, plan: QuantPlan) -> None:
         self.model, self.plan, self.names = model, plan, Names(model)
-        self.values, self.known = values_by_name(model.graph), values_by_name(reference.graph).keys()
+        self.values, self.known = (
+            values_by_name(model.graph),
+            values_by_name(reference.graph).keys(),
+        )
         self.renamed = dict(_renamed(reference, self.values.keys()))
         self.twins = {node.name: node for graph in model.graphs() for node in graph}
-        self.codes = {codes: found for node in list(model.graph) for codes, found in parameters(node)}
-        for node in (node for node in model.graph if node.op_type in OPS and OPS[node.op_type].moves):
+        self.codes = {
+            codes: found for node in list(model.graph) for codes, found in parameters(node)
+        }
+        for node in (
+            node for node in model.graph if node.op_type in OPS and OPS[node.op_type].moves
+        ):
             if node.inputs[0] in self.codes:
                 self.codes.setdefault(node.outputs[0], self.codes[node.inputs[0]])
 
@@ -133,26 +164,46 @@ class _Finder:
         for output, values in (False, node.inputs), (True, node.outputs):
             others = (same.outputs if output else same.inputs) if same else ()
             for index, value in enumerate(values):
-                if value is not None and value.name and isinstance(value.type, ir.TensorType | None):
+                if (
+                    value is not None
+                    and value.name
+                    and isinstance(value.type, ir.TensorType | None)
+                ):
                     other = others[index] if index < len(others) else None
                     if output and other and other.name != value.name and other.name in self.known:
-                        other = None  # the node was given the output of those behind it, which it now does as well
+                        # The node took over the output of those behind it, and does their work.
+                        other = None
                     yield self._place(node, value, index, output, other)
 
-    def _place(self, node: ir.Node, value: ir.Value, index: int, output: bool, twin: ir.Value | None) -> Place:
-        place = Place(node.name or "", node.op_type, value.name or "", index, output, constant(value))
+    def _place(
+        self, node: ir.Node, value: ir.Value, index: int, output: bool, twin: ir.Value | None
+    ) -> Place:
+        place = Place(
+            node.name or "", node.op_type, value.name or "", index, output, constant(value)
+        )
         name = self.renamed.get(place.name, place.name)
-        found = None if name is None else twin or self.values.get(name) or self.values.get(f"{name}_quantized")
-        # What a node of the same name reads it computes with; else it is what quantization leaves of the tensor.
+        found = (
+            None
+            if name is None
+            else twin or self.values.get(name) or self.values.get(f"{name}_quantized")
+        )
+        # What a node of the same name reads it computes with; else it is what quantization leaves
+        # of the tensor.
         codes = self._codes_of(found, twin is None or output) if found else None
         if found and codes is None and found.name == f"{name}_quantized":
             found = None  # integers of which nothing says what they stand for
         q = qparams_of(codes, *self.codes[codes]) if codes else None
         if place.weight is not None:
             array = constant(codes)
-            stored = QuantizedWeight(array, q) if q and array is not None else self._stored(place.node, index)
+            stored = (
+                QuantizedWeight(array, q)
+                if q and array is not None
+                else self._stored(place.node, index)
+            )
             if stored is not None:
-                return replace(place, restored=dequantize(stored.codes, stored.qparams), qparams=stored.qparams)
+                return replace(
+                    place, restored=dequantize(stored.codes, stored.qparams), qparams=stored.qparams
+                )
             if (array := constant(found)) is not None:
                 return replace(place, restored=array)
         floats = self._floats(codes) if codes else found
@@ -180,6 +231,8 @@ class _Finder:
             scale, zero_point, axis = self.codes[codes]
             inputs = [codes, scale, *([zero_point] if zero_point else [])]
             attributes = {"axis": axis} if scale.shape and scale.shape.rank() else {}
-            readers = [self.names.node("DequantizeLinear", inputs, codes.name or "", "floats", attributes)]
+            readers = [
+                self.names.node("DequantizeLinear", inputs, codes.name or "", "floats", attributes)
+            ]
             self.model.graph.append(readers[0])
         return readers[0].outputs[0]

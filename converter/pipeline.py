@@ -41,7 +41,9 @@ RAISED_TOLERANCE = 1e-4
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a conversion did: the decisions, the sizes in bytes and the tensors' errors, worst first."""
+    """What a conversion did: the decisions, the sizes in bytes and the tensors' errors, worst
+    first.
+    """
 
     plan: QuantPlan
     size_before: int
@@ -81,18 +83,29 @@ def convert(job: Job, watch: Watch | None = None) -> Outcome:
     return outcome
 
 
-def _report(job: Job, result: Quantized, outcome: Outcome, resources: Resources, watch: Watch) -> None:
-    """Writes the reports where they are asked for; warns where there is no data and random samples do not do."""
-    folder, sizes = job.config.common.debug_info_save_path, (outcome.size_before, outcome.size_after)
+def _report(
+    job: Job, result: Quantized, outcome: Outcome, resources: Resources, watch: Watch
+) -> None:
+    """Writes the reports where they are asked for; warns where there is no data and random samples
+    do not do.
+    """
+    folder, sizes = (
+        job.config.common.debug_info_save_path,
+        (outcome.size_before, outcome.size_after),
+    )
     if folder is None:
         return
-    known = Findings({**_facts(job, result), **provenance(job, result.data)}, sizes, outcome.verification)
+    known = Findings(
+        {**_facts(job, result), **provenance(job, result.data)}, sizes, outcome.verification
+    )
     try:
         write_reports(folder, job.output.name, result, known, resources, watch)
     except CalibError as error:
         if len(result.data):
             raise
-        watch.warn(f"There are no reports, as the model does not run on random samples; give data. {error}")
+        watch.warn(
+            f"There are no reports, as the model does not run on random samples; give data. {error}"
+        )
 
 
 def _facts(job: Job, result: Quantized) -> dict[str, str]:
@@ -107,11 +120,18 @@ def _facts(job: Job, result: Quantized) -> dict[str, str]:
 
 def _tell_of_integers(result: Quantized, watch: Watch) -> None:
     """Warns of a model that was quantized before, but for conversions that were taken over."""
-    nodes = [node for graph in result.reference.graphs() for node in graph if computes_on_integers(node)]
-    if integer := [n for n in nodes if not (result.trained and n.op_type in {"QuantizeLinear", "DequantizeLinear"})]:
+    nodes = [
+        node for graph in result.reference.graphs() for node in graph if computes_on_integers(node)
+    ]
+    if integer := [
+        n
+        for n in nodes
+        if not (result.trained and n.op_type in {"QuantizeLinear", "DequantizeLinear"})
+    ]:
         watch.warn(
             f"The model is quantized already: {len(integer)} node(s) such as '{integer[0].name}' "
-            f"({integer[0].op_type}) stay as they are; start from the float model for the least loss."
+            f"({integer[0].op_type}) stay as they are; start from the float model for the least "
+            "loss."
         )
 
 
@@ -161,6 +181,9 @@ def _check_raised(model: ir.Model, raised: ir.Model, watch: Watch) -> None:
         watch.warn(f"{change}, unchecked: {error}")
         return
     if not difference <= RAISED_TOLERANCE:
-        msg = f"{change}, which changes the outputs by {difference:.2g} of their largest value; export the model anew."
+        msg = (
+            f"{change}, which changes the outputs by {difference:.2g} of their largest value; "
+            "export the model anew."
+        )
         raise ModelError(msg)
     watch.say(f"{change}; the outputs differ by {difference:.1e} of their largest value.")

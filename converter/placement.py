@@ -1,9 +1,9 @@
 """Placement: from the float graph, the operator table and the target to a plan without numbers.
 
-Anchors (operators with weights, matrix products) are quantized wherever the target has an integer kernel. Operators
-between them follow where all they read is integer already and an anchor reads on from them. What is left behind the
-last anchor (the Softmax of the probabilities, a detector's Concat tail) stays float: integers there cost accuracy and
-save nothing.
+Anchors (operators with weights, matrix products) are quantized wherever the target has an integer
+kernel. Operators between them follow where all they read is integer already and an anchor reads on
+from them. What is left behind the last anchor (the Softmax of the probabilities, a detector's
+Concat tail) stays float: integers there cost accuracy and save nothing.
 """
 
 from __future__ import annotations
@@ -25,7 +25,8 @@ from converter.targets import Target
 
 @dataclass(frozen=True)
 class Wishes:
-    """What is asked of the placement: names (glob patterns) and types to leave float, granularity of weights.
+    """What is asked of the placement: names (glob patterns) and types to leave float, granularity
+    of weights.
 
     `kept_float` holds nodes that later findings keep float, with the reason.
     """
@@ -54,7 +55,9 @@ class _Unit:
 
     @property
     def weight_index(self) -> int | None:
-        """Where the constant weight stands; a constant on the left of a MatMul is an activation to kernels."""
+        """Where the constant weight stands; a constant on the left of a MatMul is an activation to
+        kernels.
+        """
         index = self.rule.weight
         return index if index is not None and operand(self.node, index) is not None else None
 
@@ -62,7 +65,9 @@ class _Unit:
     def data(self) -> list[ir.Value]:
         """The activations it reads, constant ones included, its weight not."""
         indices = range(len(self.node.inputs)) if self.rule.data is None else self.rule.data
-        return [v for i in indices if i != self.weight_index and (v := self.node.inputs[i]) is not None]
+        return [
+            v for i in indices if i != self.weight_index and (v := self.node.inputs[i]) is not None
+        ]
 
 
 def build_plan(graph: ir.Graph, target: Target, wishes: Wishes) -> QuantPlan:
@@ -70,7 +75,12 @@ def build_plan(graph: ir.Graph, target: Target, wishes: Wishes) -> QuantPlan:
     wishes = replace(wishes, kept_float={**_moved_into_bodies(graph), **wishes.kept_float})
     units, reasons = _candidates(graph, target, wishes)
     if not target.all_pays:
-        _drop(units, reasons, _fed_by_floats(units), "an input of it is float: converting it costs more than it saves")
+        _drop(
+            units,
+            reasons,
+            _fed_by_floats(units),
+            "an input of it is float: converting it costs more than it saves",
+        )
         _drop(units, reasons, _tails(units), "no integer operator reads on from it")
     tensors = _tensor_plans(units.values(), target)
     inside = {inner: unit.node.name for unit in units.values() for inner in unit.absorbed}
@@ -80,14 +90,18 @@ def build_plan(graph: ir.Graph, target: Target, wishes: Wishes) -> QuantPlan:
         if unit := units.get(node):
             nodes[name] = _unit_plan(unit, target, wishes)
         else:
-            nodes[name] = NodePlan(name, node.op_type, False, reasons[node], inside=inside.get(node))
+            nodes[name] = NodePlan(
+                name, node.op_type, False, reasons[node], inside=inside.get(node)
+            )
     return QuantPlan(nodes, tensors)
 
 
-# --- which nodes could be integer ------------------------------------------------------------------------------------
+# --- which nodes could be integer
 
 
-def _candidates(graph: ir.Graph, target: Target, wishes: Wishes) -> tuple[dict[ir.Node, _Unit], dict[ir.Node, str]]:
+def _candidates(
+    graph: ir.Graph, target: Target, wishes: Wishes
+) -> tuple[dict[ir.Node, _Unit], dict[ir.Node, str]]:
     """The units the target could compute, in graph order, and for every other node why not."""
     units: dict[ir.Node, _Unit] = {}
     reasons: dict[ir.Node, str] = {}
@@ -103,7 +117,8 @@ def _candidates(graph: ir.Graph, target: Target, wishes: Wishes) -> tuple[dict[i
 
 
 def _moved_into_bodies(graph: ir.Graph) -> dict[str, str]:
-    """Nodes, with the reason, whose results bodies of control flow read after moves (a Transpose, a Slice, …).
+    """Nodes, with the reason, whose results bodies of control flow read after moves (a Transpose, a
+    Slice, …).
 
     ONNX Runtime takes conversions to integers along such moves, and crashes where a body reads on.
     """
@@ -111,10 +126,18 @@ def _moved_into_bodies(graph: ir.Graph) -> dict[str, str]:
     for node in graph:
         for value in set(values_read(node)) - set(node.inputs):
             chain = [value.producer()]
-            while (last := chain[-1]) is not None and OPS.get(last.op_type, OPS["Conv"]).moves and last.inputs[0]:
+            while (
+                (last := chain[-1]) is not None
+                and OPS.get(last.op_type, OPS["Conv"]).moves
+                and last.inputs[0]
+            ):
                 chain.append(last.inputs[0].producer())
             if len(chain) > 1:
-                kept.update((each.name or "", f"a body of {node.name} reads it on") for each in chain if each)
+                kept.update(
+                    (each.name or "", f"a body of {node.name} reads it on")
+                    for each in chain
+                    if each
+                )
     return kept
 
 
@@ -128,19 +151,27 @@ def skipped(node: ir.Node, wishes: Wishes) -> str | None:
 
 
 def check_skips(config: Config, nodes: Collection[tuple[str, str]]) -> None:
-    """Raises ConfigError for a wish to skip that is of none of the `nodes` (name, operator type)."""
+    """Raises ConfigError for a wish to skip that is of none of the `nodes` (name, operator
+    type).
+    """
     names, types = sorted({name for name, _ in nodes}), sorted({op_type for _, op_type in nodes})
     for pattern in config.common.skip_quant_node:
         if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
-            raise _unknown(config, "skip_quant_node", f"no node is named '{pattern}'", pattern, names)
+            raise _unknown(
+                config, "skip_quant_node", f"no node is named '{pattern}'", pattern, names
+            )
     for op_type in config.common.skip_quant_type:
         if op_type not in types:
-            raise _unknown(config, "skip_quant_type", f"no node is of type '{op_type}'", op_type, types)
+            raise _unknown(
+                config, "skip_quant_type", f"no node is of type '{op_type}'", op_type, types
+            )
 
 
 def _unknown(config: Config, key: str, what: str, wish: str, there: list[str]) -> ConfigError:
     nearest = difflib.get_close_matches(wish, there, 1, cutoff=0.0)[0]
-    return ConfigError(f"{config.at('common_quant_param', key)}: {what} in this model; the nearest is '{nearest}'.")
+    return ConfigError(
+        f"{config.at('common_quant_param', key)}: {what} in this model; the nearest is '{nearest}'."
+    )
 
 
 def _obstacle(node: ir.Node, target: Target, wishes: Wishes) -> str | None:
@@ -175,17 +206,21 @@ def _absorbed(node: ir.Node, target: Target, wishes: Wishes) -> Iterator[ir.Node
 
 
 def clips_at_zero(node: ir.Node, target: Target) -> bool:
-    """Whether `node` is a fused Relu or Clip from zero, so that the integer type's own clipping can stand for it."""
+    """Whether `node` is a fused Relu or Clip from zero, so that the integer type's own clipping can
+    stand for it.
+    """
     if node.domain or node.op_type not in target.fused:
         return False
     low = operand(node, 1)
     return node.op_type == "Relu" or (low is not None and low.size == 1 and low.item() == 0.0)
 
 
-# --- which of them pay -----------------------------------------------------------------------------------------------
+# --- which of them pay
 
 
-def _drop(units: dict[ir.Node, _Unit], reasons: dict[ir.Node, str], dropped: Iterable[_Unit], why: str) -> None:
+def _drop(
+    units: dict[ir.Node, _Unit], reasons: dict[ir.Node, str], dropped: Iterable[_Unit], why: str
+) -> None:
     for unit in list(dropped):
         del units[unit.node]
         reasons.update((node, why) for node in (unit.node, *unit.absorbed))
@@ -193,13 +228,18 @@ def _drop(units: dict[ir.Node, _Unit], reasons: dict[ir.Node, str], dropped: Ite
 
 def _fed_by_floats(units: dict[ir.Node, _Unit]) -> Iterator[_Unit]:
     """Operators without weights that would need a conversion of their own."""
-    integer = {value for unit in units.values() if unit.anchor for value in (*unit.data, *unit.outputs)}
-    # A conversion to integers costs nothing more before an operator that only moves values than behind it.
+    integer = {
+        value for unit in units.values() if unit.anchor for value in (*unit.data, *unit.outputs)
+    }
+    # A conversion to integers costs nothing more before an operator that only moves values than
+    # behind it.
     for unit in reversed(units.values()):
         if unit.rule.moves and all(value in integer for value in unit.outputs):
             integer.update(unit.data)
     for unit in units.values():
-        if unit.anchor or all(value in integer or constant(value) is not None for value in unit.data):
+        if unit.anchor or all(
+            value in integer or constant(value) is not None for value in unit.data
+        ):
             integer.update(unit.outputs)
         else:
             yield unit
@@ -215,12 +255,14 @@ def _tails(units: dict[ir.Node, _Unit]) -> Iterator[_Unit]:
             yield unit
 
 
-# --- the plan --------------------------------------------------------------------------------------------------------
+# --- the plan
 
 
 def _tensor_plans(units: Iterable[_Unit], target: Target) -> dict[str, TensorPlan]:
     units = list(units)
-    inner = {value for unit in units if target.fuses_residual and (value := _fused_branch(unit, units))}
+    inner = {
+        value for unit in units if target.fuses_residual and (value := _fused_branch(unit, units))
+    }
     read = {value for unit in units for value in unit.data} - inner
     plans: dict[str, TensorPlan] = {}
 
@@ -234,7 +276,9 @@ def _tensor_plans(units: Iterable[_Unit], target: Target) -> dict[str, TensorPla
                 add(value, value.name or "", f"read by {unit.node.name}")
         source = plans[unit.data[0].name or ""].group if unit.rule.moves else None
         for value in unit.outputs:
-            if value in read or (unit.node.op_type not in target.float_output and value not in inner):
+            if value in read or (
+                unit.node.op_type not in target.float_output and value not in inner
+            ):
                 add(value, source or value.name or "", f"computed by {unit.node.name}")
     return plans
 
@@ -269,11 +313,19 @@ def _weight_plan(unit: _Unit, target: Target, wishes: Wishes) -> WeightPlan | No
         return None
     axis = unit.rule.channel_axis(unit.node) if wishes.per_channel else None
     pair_limit = target.pair_limit if unit.rule.pairs(unit.node) else None
-    return WeightPlan(known(unit.node.inputs[index]).name or "", index, target.weight, axis, pair_limit)
+    return WeightPlan(
+        known(unit.node.inputs[index]).name or "", index, target.weight, axis, pair_limit
+    )
 
 
 def _bias_name(unit: _Unit) -> str | None:
     product, index = unit.node.outputs[0], unit.rule.bias
-    added = [v for node in unit.absorbed if node.op_type == "Add" for v in node.inputs if v is not product]
+    added = [
+        v
+        for node in unit.absorbed
+        if node.op_type == "Add"
+        for v in node.inputs
+        if v is not product
+    ]
     own = [] if index is None else unit.node.inputs[index : index + 1]
     return next((value.name for value in (*added, *own) if value), None)

@@ -1,7 +1,9 @@
-"""The quantization plan: which nodes and tensors become integers, in which format, and why; plain frozen data.
+"""The quantization plan: which nodes and tensors become integers, in which format, and why; plain
+frozen data.
 
-A *unit* is one node with what runtimes compute inside it: the bias Add behind a MatMul and the Relu or Clip behind any
-integer operator. A plan is keyed by names, so that algorithms return changed copies and need no model.
+A *unit* is one node with what runtimes compute inside it: the bias Add behind a MatMul and the Relu
+or Clip behind any integer operator. A plan is keyed by names, so that algorithms return changed
+copies and need no model.
 """
 
 from __future__ import annotations
@@ -14,7 +16,9 @@ from calib.affine import Array, IntFormat, QParams
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """An activation that becomes integers. Tensors of one `group` share the parameters of the tensor it is named by."""
+    """An activation that becomes integers. Tensors of one `group` share the parameters of the
+    tensor it is named by.
+    """
 
     name: str
     format: IntFormat
@@ -27,8 +31,9 @@ class TensorPlan:
 class WeightPlan:
     """A constant operand that becomes integers; `axis` is the channel axis, None for one scale.
 
-    `block` is the number of weights of a channel that share a scale where it is stored, None for all.
-    `pair_limit` bounds the sum of two codes that a kernel multiplies and adds in 16 bits; None if it does not.
+    `block` is the number of weights of a channel that share a scale where it is stored, None for
+    all. `pair_limit` bounds the sum of two codes that a kernel multiplies and adds in 16 bits; None
+    if it does not.
     """
 
     name: str
@@ -43,11 +48,11 @@ class WeightPlan:
 class NodePlan:
     """What happens to one node.
 
-    `inputs` are the activation tensors it reads, `outputs` the tensors that leave the unit, `absorbed` the names of the
-    nodes computed inside it, `inside` the unit it is itself computed in, and `bias` the name of its constant bias, if
-    any, which is stored as int32 where `integer_bias`.
-    A `bare` node runs on the integers themselves, without a conversion on either side.
-    `further` are the weights of an operator that has more than one.
+    `inputs` are the activation tensors it reads, `outputs` the tensors that leave the unit,
+    `absorbed` the names of the nodes computed inside it, `inside` the unit it is itself computed
+    in, and `bias` the name of its constant bias, if any, which is stored as int32 where
+    `integer_bias`. A `bare` node runs on the integers themselves, without a conversion on either
+    side. `further` are the weights of an operator that has more than one.
     """
 
     name: str
@@ -85,7 +90,8 @@ class QuantizedWeight:
 
 @dataclass(frozen=True)
 class QuantPlan:
-    """All decisions; `qparams` (by group), `weights` and `biases` (float32, by node) are filled in by the algorithms.
+    """All decisions; `qparams` (by group), `weights` and `biases` (float32, by node) are filled in
+    by the algorithms.
 
     `stored`, by node and input, are weights that are kept as codes but are floats again before use.
     """
@@ -110,7 +116,9 @@ class QuantPlan:
         return self.qparams[self.tensors[tensor].group]
 
     def part(self, nodes: Collection[NodePlan], tensors: Iterable[str] = ()) -> QuantPlan:
-        """A copy about `nodes` alone: with the tensors they read and make where they are quantized, and `tensors`."""
+        """A copy about `nodes` alone: with the tensors they read and make where they are quantized,
+        and `tensors`.
+        """
         units = [node for node in nodes if node.quantized]
         named = {*tensors, *(name for unit in units for name in (*unit.inputs, *unit.outputs))}
         kept = {name: tensor for name, tensor in self.tensors.items() if name in named}
@@ -120,10 +128,15 @@ class QuantPlan:
         """A copy with more parameters."""
         return replace(self, qparams={**self.qparams, **qparams})
 
-    def with_weights(self, weights: Mapping[str, QuantizedWeight], biases: Mapping[str, Array]) -> QuantPlan:
+    def with_weights(
+        self, weights: Mapping[str, QuantizedWeight], biases: Mapping[str, Array]
+    ) -> QuantPlan:
         """A copy with more weights and biases."""
         return replace(self, weights={**self.weights, **weights}, biases={**self.biases, **biases})
 
     def with_bits(self, bits: Mapping[str, int]) -> QuantPlan:
         """A copy in which the weights of the nodes named have other widths."""
-        return replace(self, nodes={**self.nodes, **{name: self.nodes[name].in_bits(n) for name, n in bits.items()}})
+        return replace(
+            self,
+            nodes={**self.nodes, **{name: self.nodes[name].in_bits(n) for name, n in bits.items()}},
+        )

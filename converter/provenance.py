@@ -1,4 +1,6 @@
-"""Where a quantized model comes from: fingerprints that any program computes again from the files."""
+"""Where a quantized model comes from: fingerprints that any program computes again from the
+files.
+"""
 
 from __future__ import annotations
 
@@ -19,11 +21,13 @@ NEUTRAL = {
 
 
 def provenance(job: Job, data: Dataset) -> dict[str, str]:
-    """Version, mode, and the SHA-256 of the float model's file, of the settings and of the files calibrated with.
+    """Version, mode, and the SHA-256 of the float model's file, of the settings and of the files
+    calibrated with.
 
-    Settings are lines `section.key=value` of the keys that are not as by default and decide what the model computes,
-    in the README's order; data are a line for each file in the order of use, its own SHA-256 in hexadecimal. Neither
-    dates nor paths take part: equal inputs give equal bytes.
+    Settings are lines `section.key=value` of the keys that are not as by default and decide what
+    the model computes, in the README's order; data are a line for each file in the order of use,
+    its own SHA-256 in hexadecimal. Neither dates nor paths take part: equal inputs give equal
+    bytes.
     """
     found = {
         "qconvert.version": __version__,

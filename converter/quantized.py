@@ -1,4 +1,6 @@
-"""What a mode makes of a prepared float model: the same from every mode, for whoever verifies, reports or saves it."""
+"""What a mode makes of a prepared float model: the same from every mode, for whoever verifies,
+reports or saves it.
+"""
 
 from __future__ import annotations
 
@@ -13,9 +15,11 @@ from converter.plan import QuantPlan
 
 @dataclass(frozen=True)
 class Tradeoff:
-    """What a search found can be had: weights `ratio` times smaller, with `bits` a weight on average.
+    """What a search found can be had: weights `ratio` times smaller, with `bits` a weight on
+    average.
 
-    `expected` is what the outputs lose as far as single layers tell, `measured` what they lost; None if not tried.
+    `expected` is what the outputs lose as far as single layers tell, `measured` what they lost;
+    None if not tried.
     """
 
     ratio: float
@@ -28,11 +32,12 @@ class Tradeoff:
 class Quantized:
     """A quantized model beside the float one that it was made from.
 
-    `data` are the calibration samples, none where the config names none. `tensors` maps float tensors inside
-    `reference` to those of `model` that stand for them. `finish` gives `model` the input and output types of the job,
-    after which the two no longer take the same samples. `compared` is the float model whose tensors `model` has inside,
-    where values were moved between them and that is not `reference` itself. `trained` says that `reference` has
-    quantization from training, which was taken over or taken away. `pareto` is what a search of bits found, smallest
+    `data` are the calibration samples, none where the config names none. `tensors` maps float
+    tensors inside `reference` to those of `model` that stand for them. `finish` gives `model` the
+    input and output types of the job, after which the two no longer take the same samples.
+    `compared` is the float model whose tensors `model` has inside, where values were moved between
+    them and that is not `reference` itself. `trained` says that `reference` has quantization from
+    training, which was taken over or taken away. `pareto` is what a search of bits found, smallest
     last.
     """
 

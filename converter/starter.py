@@ -1,4 +1,6 @@
-"""A configuration to begin with, made from the key table: every key that has an effect, most of them commented out."""
+"""A configuration to begin with, made from the key table: every key that has an effect, most of
+them commented out.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ _HEADER = """\
 
 
 def starter_config(inputs: Sequence[InputSpec], mode: QuantType) -> str:
-    """The text of a configuration that loads as it is once its folders exist; data is optional but for FULL_QUANT.
+    """The text of a configuration that loads as it is once its folders exist; data is optional but
+    for FULL_QUANT.
 
     Raises ModelError for an input whose name cannot be written in a configuration.
     """
@@ -30,7 +33,11 @@ def starter_config(inputs: Sequence[InputSpec], mode: QuantType) -> str:
     values = {"quant_type": mode, **(data if mode == "FULL_QUANT" else {})}
     for section in SECTIONS.values():
         keys = {name: key for name, key in section.keys.items() if mode in key.scope.modes}
-        lines = [line for name, key in keys.items() for line in _lines(name, key, values.get(name), data.get(name))]
+        lines = [
+            line
+            for name, key in keys.items()
+            for line in _lines(name, key, values.get(name), data.get(name))
+        ]
         text += "\n".join(["", f"[{section.name}]", *lines, ""]) if keys else ""
     return text
 
@@ -57,14 +64,20 @@ def _data_values(inputs: Sequence[InputSpec]) -> dict[str, str]:
         return {**common, "input_type": "NPY"}
     channels, height, width = pictures.pop() or (1, None, None)
     colours = {"image_to_format": "RGB" if channels == 3 else "GRAY"}
-    normal = dict.fromkeys(("normalize_mean", "normalize_std"), f"[{', '.join(['127.5'] * (channels or 1))}]")
+    normal = dict.fromkeys(
+        ("normalize_mean", "normalize_std"), f"[{', '.join(['127.5'] * (channels or 1))}]"
+    )
     size = {"resize_width": str(width), "resize_height": str(height)} if width and height else {}
     return {**common, "input_type": "IMAGE", **colours, **normal, **size}
 
 
 def _picture(spec: InputSpec) -> tuple[int | None, ...] | None:
     """Channels, height and width of an input that takes pictures."""
-    fits = [axes for axes in IMAGE_AXES if len(spec.shape) == 4 and spec.shape[axes.index("C")] in (1, 3)]
+    fits = [
+        axes
+        for axes in IMAGE_AXES
+        if len(spec.shape) == 4 and spec.shape[axes.index("C")] in (1, 3)
+    ]
     if not fits or spec.dtype.name not in PIXEL_DTYPES:
         return None
     return tuple(spec.shape[fits[0].index(axis)] for axis in "CHW")
@@ -76,6 +89,9 @@ def _quoted(name: str) -> str:
         return name
     quote = next((quote for quote in "\"'" if quote not in name), None)
     if quote is None or not name.isprintable():
-        msg = f"The model's input {name!r} has a name that no configuration can hold; rename it in the model."
+        msg = (
+            f"The model's input {name!r} has a name that no configuration can hold; rename it in "
+            "the model."
+        )
         raise ModelError(msg)
     return f"{quote}{name}{quote}"

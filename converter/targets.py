@@ -1,4 +1,6 @@
-"""THE target table: which integer types and operators a runtime computes on, how its kernels overflow."""
+"""THE target table: which integer types and operators a runtime computes on, how its kernels
+overflow.
+"""
 
 from __future__ import annotations
 
@@ -12,14 +14,15 @@ class Target:
     """One kind of hardware and runtime.
 
     `integer`: operators with integer kernels between QuantizeLinear/DequantizeLinear pairs.
-    `fused`: activation functions that vanish into the integer operator before them.
-    `bare`: operators that only move values and that the runtime runs on integers without any pair around them.
-    `float_output`: operators whose integer kernel can hand out float, so that no output range is needed.
-    `pair_limit`: the most that two weight codes of equal sign may sum up to where kernels add two products in 16 bits.
-    `integer_bias`: whether biases are stored as int32; else they stay float.
-    `all_pays`: whether every operator with a kernel is worth it, also where integers begin and end.
-    `computed_products`: whether products of two activations, as in attention, are worth it.
-    `fuses_residual`: whether an Add after a convolution runs inside it, so that only its other input is converted.
+    `fused`: activation functions that vanish into the integer operator before them. `bare`:
+    operators that only move values and that the runtime runs on integers without any pair around
+    them. `float_output`: operators whose integer kernel can hand out float, so that no output range
+    is needed. `pair_limit`: the most that two weight codes of equal sign may sum up to where
+    kernels add two products in 16 bits. `integer_bias`: whether biases are stored as int32; else
+    they stay float. `all_pays`: whether every operator with a kernel is worth it, also where
+    integers begin and end. `computed_products`: whether products of two activations, as in
+    attention, are worth it. `fuses_residual`: whether an Add after a convolution runs inside it, so
+    that only its other input is converted.
     """
 
     name: str
@@ -41,7 +44,10 @@ def _set(text: str) -> frozenset[str]:
     return frozenset(text.split())
 
 
-_MOVES = _set("MaxPool Reshape Flatten Squeeze Unsqueeze Transpose Slice Split DepthToSpace SpaceToDepth Resize")
+_MOVES = _set(
+    "MaxPool Reshape Flatten Squeeze Unsqueeze Transpose Slice Split DepthToSpace "
+    "SpaceToDepth Resize"
+)
 _WEIGHTED = _set("Conv Gemm MatMul")
 _COMPUTED = _set("Add Mul Concat AveragePool GlobalAveragePool Sigmoid LeakyRelu")
 
@@ -52,7 +58,8 @@ CPU = Target(
     integer=_WEIGHTED | _COMPUTED | _MOVES,
     float_output=_set("Gemm MatMul"),
     bare=_set("Pad"),
-    # x86 without VNNI multiplies u8 by s8 and adds two products in 16 bits: 128 * 255 fits, 129 * 255 does not.
+    # x86 without VNNI multiplies u8 by s8 and adds two products in 16 bits: 128 * 255 fits, 129 *
+    # 255 does not.
     pair_limit=128,
     computed_products=False,
 )
@@ -71,7 +78,8 @@ NVGPU = Target(
     activation=INT8,
     symmetric=True,
     integer=_WEIGHTED | _set("ConvTranspose Add Concat AveragePool GlobalAveragePool") | _MOVES,
-    # TensorRT fuses what follows a weighted operator by itself: only what operators read is converted.
+    # TensorRT fuses what follows a weighted operator by itself: only what operators read is
+    # converted.
     float_output=_WEIGHTED | _set("ConvTranspose Add Concat AveragePool GlobalAveragePool"),
     integer_bias=False,
     fuses_residual=True,
@@ -83,7 +91,10 @@ DSP = Target(
     integer=_WEIGHTED
     | _COMPUTED
     | _MOVES
-    | _set("ConvTranspose Abs BatchNormalization Ceil Clip Div Exp Floor Gather InstanceNormalization Max Min Neg Pad")
+    | _set(
+        "ConvTranspose Abs BatchNormalization Ceil Clip Div Exp Floor Gather "
+        "InstanceNormalization Max Min Neg Pad"
+    )
     | _set("PRelu ReduceMax ReduceMean ReduceMin ReduceSum Relu Round Softmax Sqrt Sub Tanh Tile"),
     float_output=frozenset(),
     all_pays=True,

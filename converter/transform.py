@@ -16,14 +16,19 @@ def make_plan(model: ir.Model, job: Job) -> QuantPlan:
     """All nodes that are left, float; raises ModelError for a model without quantization."""
     if not take_trained(model, job.input_type in FLOATS, job.output_type in FLOATS):
         where = job.config.at("transform_quant_param", "export_precision_mode")
-        msg = f"{where}: {job.model} was not trained with quantization; convert a model that was, or keep this one."
+        msg = (
+            f"{where}: {job.model} was not trained with quantization; convert a model that was, "
+            "or keep this one."
+        )
         raise ModelError(msg)
     return float_plan(model, "export_precision_mode = FLOAT32")
 
 
 def float_plan(model: ir.Model, reason: str) -> QuantPlan:
     """All nodes, float."""
-    return QuantPlan({n.name or "": NodePlan(n.name or "", n.op_type, False, reason) for n in model.graph}, {})
+    return QuantPlan(
+        {n.name or "": NodePlan(n.name or "", n.op_type, False, reason) for n in model.graph}, {}
+    )
 
 
 def quantize(model: ir.Model, job: Job, watch: Watch) -> Quantized:

@@ -1,4 +1,6 @@
-"""After every conversion: the float and the quantized model side by side, as a runtime executes them."""
+"""After every conversion: the float and the quantized model side by side, as a runtime executes
+them.
+"""
 
 from __future__ import annotations
 
@@ -23,20 +25,27 @@ from converter.model import load, saved, weight_bytes
 from converter.quantized import Quantized
 from converter.sensitivity import read_labels
 
-# Samples the outputs are compared on, those without the runtime's optimizations, and those for the tensors inside.
+# Samples the outputs are compared on, those without the runtime's optimizations, and those for the
+# tensors inside.
 VERIFIED_SAMPLES, PLAIN_SAMPLES, COMPARED_SAMPLES = 16, 4, 4
-# Models with more weights are compared on one sample and not timed, which would take longer than the conversion.
+# Models with more weights are compared on one sample and not timed, which would take longer than
+# the conversion.
 TIMED_BYTES = 500_000_000
-# What is called slower and not noise, a cosine similarity called a loss, and dB that optimizations may cost.
+# What is called slower and not noise, a cosine similarity called a loss, and dB that optimizations
+# may cost.
 SLOWER, LOST_COSINE, LOST_DB = 0.95, 0.95, 3.0
 # All outputs of each sample.
 Outputs = Sequence[Sequence[Array]]
 
 
-def verify(result: Quantized, label_file: Path | None, resources: Resources, watch: Watch) -> Verification | None:
-    """What running both models tells, on samples that calibration has not seen, where there are any.
+def verify(
+    result: Quantized, label_file: Path | None, resources: Resources, watch: Watch
+) -> Verification | None:
+    """What running both models tells, on samples that calibration has not seen, where there are
+    any.
 
-    Warns of what the user should know. None where the model does not run on random samples and there are no others.
+    Warns of what the user should know. None where the model does not run on random samples and
+    there are no others.
     """
     try:
         data, held_back = _samples(result, watch)
@@ -44,7 +53,10 @@ def verify(result: Quantized, label_file: Path | None, resources: Resources, wat
     except (CalibError, ModelError) as error:
         if len(result.data):
             raise
-        watch.warn(f"The result is not verified, as the model does not run on random samples; give data. {error}")
+        watch.warn(
+            "The result is not verified, as the model does not run on random samples; give "
+            f"data. {error}"
+        )
         return None
 
 
@@ -55,18 +67,27 @@ def _samples(result: Quantized, watch: Watch) -> tuple[Dataset, bool]:
         return synthetic_data(result.reference), False
     further = result.data.further(VERIFIED_SAMPLES)
     if not len(further):
-        watch.say("calibrate_size takes all samples: the outputs are compared on calibration samples.")
+        watch.say(
+            "calibrate_size takes all samples: the outputs are compared on calibration samples."
+        )
     return (further, True) if len(further) else (result.data, False)
 
 
 def _verified(
-    result: Quantized, data: Dataset, held_back: bool, labels: Path | None, resources: Resources, watch: Watch
+    result: Quantized,
+    data: Dataset,
+    held_back: bool,
+    labels: Path | None,
+    resources: Resources,
+    watch: Watch,
 ) -> Verification:
     big = weight_bytes(result.reference) > TIMED_BYTES
     with saved(result.reference) as reference, saved(result.model) as other:
         names, before = _outputs(reference, data, 1 if big else VERIFIED_SAMPLES, resources)
         _, after = _outputs(other, data, len(before), resources)
-        _, plain = _outputs(other, data, PLAIN_SAMPLES if len(before) > 1 else 0, resources, optimize=False)
+        _, plain = _outputs(
+            other, data, PLAIN_SAMPLES if len(before) > 1 else 0, resources, optimize=False
+        )
         ratio = None if big else speedup(reference, other, data.sample(0))
         executed = [] if big else _executed(other)
     answers = _answers(before, after)
@@ -79,7 +100,9 @@ def _verified(
         top1=_top1(answers, data, labels, watch) if labels and answers is not None else None,
         agreement=None if answers is None else float(np.mean(answers[:, 0] == answers[:, 1])),
         kernels=dict(Counter(node.op_type for node in executed)),
-        conversions=tuple(n.name or "" for n in executed if n.op_type in {"QuantizeLinear", "DequantizeLinear"}),
+        conversions=tuple(
+            n.name or "" for n in executed if n.op_type in {"QuantizeLinear", "DequantizeLinear"}
+        ),
         saturated=tuple(saturating(result.model)),
         random=not len(result.data),
     )
@@ -91,10 +114,14 @@ def _verified(
 def _outputs(
     path: Path, data: Dataset, most: int, resources: Resources, optimize: bool = True
 ) -> tuple[list[str], Outputs]:
-    """Names of the numeric outputs, and what they are for at most so many samples, as many as fit the memory."""
+    """Names of the numeric outputs, and what they are for at most so many samples, as many as fit
+    the memory.
+    """
     session = open_session(path, optimize=optimize)
     kinds = {output.name: output.type for output in session.get_outputs()}
-    names = [name for name, kind in kinds.items() if kind.startswith("tensor(") and "string" not in kind]
+    names = [
+        name for name, kind in kinds.items() if kind.startswith("tensor(") and "string" not in kind
+    ]
 
     def step(index: int) -> list[Array]:
         return list(run(session, names, data.sample(index)).values())
@@ -102,31 +129,43 @@ def _outputs(
     first = [step(0)] if most else []
     room = resources.memory // max(1, 3 * sum(x.nbytes for x in first[0])) if first else 0
     count = max(1, min(most, len(data), room))
-    return names, [*first, *over_samples(count - 1, lambda index: step(index + 1), resources.threads)]
+    return names, [
+        *first,
+        *over_samples(count - 1, lambda index: step(index + 1), resources.threads),
+    ]
 
 
 def _errors(names: Sequence[str], before: Outputs, after: Outputs) -> tuple[TensorError, ...]:
     """The error of every output over the samples of `after`."""
-    found = [[products(x, y) for x, y in zip(*both, strict=True)] for both in zip(before, after, strict=False)]
+    found = [
+        [products(x, y) for x, y in zip(*both, strict=True)]
+        for both in zip(before, after, strict=False)
+    ]
     return tuple(map(error_of, names, np.sum(found, axis=0))) if found else ()
 
 
 def _difference(plain: Outputs, after: Outputs) -> float:
     """The largest relative to the largest value."""
-    pairs = [both for sample in zip(plain, after, strict=False) for both in zip(*sample, strict=True)]
+    pairs = [
+        both for sample in zip(plain, after, strict=False) for both in zip(*sample, strict=True)
+    ]
     largest, difference = np.max([(0.0, 0.0), *(extent(x, y) for x, y in pairs)], axis=0)
     return float(difference / (largest or 1.0))
 
 
 def _answers(before: Outputs, after: Outputs) -> Array | None:
-    """Where both find the largest value of each sample (samples, 2); None where it is not one of a row of floats."""
+    """Where both find the largest value of each sample (samples, 2); None where it is not one of a
+    row of floats.
+    """
     rows = [x[0] for x in before]
     if not all(x.dtype.kind == "f" and x.ndim == 2 and len(x) == 1 < x.size for x in rows):
         return None
     return np.array([(x.argmax(), y[0].argmax()) for x, y in zip(rows, after, strict=True)])
 
 
-def _top1(answers: Array, data: Dataset, label_file: Path, watch: Watch) -> tuple[float, float] | None:
+def _top1(
+    answers: Array, data: Dataset, label_file: Path, watch: Watch
+) -> tuple[float, float] | None:
     """The share of right answers of both models."""
     try:
         labels = read_labels(label_file, data)
@@ -139,20 +178,33 @@ def _top1(answers: Array, data: Dataset, label_file: Path, watch: Watch) -> tupl
 
 
 def _executed(path: Path) -> list[ir.Node]:
-    """The nodes that ONNX Runtime is left with after its optimizations, which it writes beside the file at `path`."""
+    """The nodes that ONNX Runtime is left with after its optimizations, which it writes beside the
+    file at `path`.
+    """
     optimized = path.with_name("optimized.onnx")
     open_session(path, optimized=optimized)
     return list(load(optimized).graph)
 
 
 def _warn(
-    found: Verification, fused: Sequence[tuple[TensorError, TensorError]], result: Quantized, watch: Watch
+    found: Verification,
+    fused: Sequence[tuple[TensorError, TensorError]],
+    result: Quantized,
+    watch: Watch,
 ) -> None:
-    """Says what the user should know; `fused` are errors with and without optimizations on the same samples."""
-    if found.speedup is not None and found.speedup < SLOWER and (result.plan.tensors or not result.plan.nodes):
+    """Says what the user should know; `fused` are errors with and without optimizations on the same
+    samples.
+    """
+    if (
+        found.speedup is not None
+        and found.speedup < SLOWER
+        and (result.plan.tensors or not result.plan.nodes)
+    ):
         watch.warn(
-            "The quantized model is slower here than the float one: what converts to integers and back costs more than "
-            "integer kernels save; leave the operators around float nodes float (skip_quant_node) or use WEIGHT_QUANT."
+            "The quantized model is slower here than the float one: what converts to integers and "
+            "back costs more than "
+            "integer kernels save; leave the operators around float nodes float (skip_quant_node) "
+            "or use WEIGHT_QUANT."
         )
     for error, plain in fused:
         if error.sqnr_db < plain.sqnr_db - LOST_DB:
@@ -160,24 +212,30 @@ def _warn(
                 f"The runtime's integer kernels disagree with the model: output '{error.name}' has "
                 f"{error.sqnr_db:.1f} dB, and {plain.sqnr_db:.1f} dB without optimizations."
             )
-    worst = min(found.outputs, key=lambda error: error.cosine, default=None)
+    worst = found.worst
     if worst is not None and worst.cosine < LOST_COSINE and len(result.data):
         watch.warn(
-            f"Output '{worst.name}' is only {worst.cosine:.4f} like the float model's (cosine similarity): set "
+            f"Output '{worst.name}' is only {worst.cosine:.4f} like the float model's (cosine "
+            "similarity): set "
             "debug_info_save_path to see which nodes cost most."
         )
     if found.saturated:
         watch.warn(
-            f"The weights of {len(found.saturated)} nodes, first {found.saturated[0]}, can overflow 16-bit sums on x86 "
+            f"The weights of {len(found.saturated)} nodes, first {found.saturated[0]}, can "
+            "overflow 16-bit sums on x86 "
             "processors without VNNI, which then compute something else: set overflow_safe = true."
         )
 
 
 def tensor_errors(result: Quantized, resources: Resources) -> tuple[TensorError, ...]:
-    """The error of every output and of every tensor inside that both models have, worst first; none without data."""
+    """The error of every output and of every tensor inside that both models have, worst first; none
+    without data.
+    """
     if not len(result.data):
         return ()
     outputs = {value.name or "": value.name or "" for value in result.reference.graph.outputs}
     tensors = {**result.tensors, **outputs}
-    found = compare(result.reference, result.model, tensors, result.data, COMPARED_SAMPLES, resources.threads)
+    found = compare(
+        result.reference, result.model, tensors, result.data, COMPARED_SAMPLES, resources.threads
+    )
     return tuple(sorted(found, key=lambda error: error.sqnr_db))

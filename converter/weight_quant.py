@@ -1,4 +1,6 @@
-"""WEIGHT_QUANT: weights are stored in 1 to 16 bits each and are floats again when the model runs."""
+"""WEIGHT_QUANT: weights are stored in 1 to 16 bits each and are floats again when the model
+runs.
+"""
 
 from __future__ import annotations
 
@@ -36,21 +38,32 @@ def make_plan(model: ir.Model, job: Job) -> QuantPlan:
     for node in (node for graph in model.graphs() for node in graph):
         unit = nodes.setdefault(node.name or "", _node_plan(node, job))
         for name in unit.absorbed:
-            nodes[name] = NodePlan(name, "Add", False, f"computed inside {unit.name}", inside=unit.name)
+            nodes[name] = NodePlan(
+                name, "Add", False, f"computed inside {unit.name}", inside=unit.name
+            )
     return QuantPlan(nodes, {})
 
 
 def storage_plan(model: ir.Model, job: Job) -> QuantPlan:
-    """The plan that stores every weight it can in 8 bits, for modes that have no limits of their own for it."""
-    common = replace(job.config.common, bit_num=8, min_quant_weight_size=0, min_quant_weight_channel=0)
-    return make_plan(model, replace(job, config=replace(job.config, common=common, weight_quant=WeightQuantParam())))
+    """The plan that stores every weight it can in 8 bits, for modes that have no limits of their
+    own for it.
+    """
+    common = replace(
+        job.config.common, bit_num=8, min_quant_weight_size=0, min_quant_weight_channel=0
+    )
+    return make_plan(
+        model,
+        replace(job, config=replace(job.config, common=common, weight_quant=WeightQuantParam())),
+    )
 
 
 def quantize(model: ir.Model, job: Job, watch: Watch) -> Quantized:
     """The quantized copy of a prepared float model."""
     wanted, data, resources = job.config.weight_quant, _data(model, job, watch), resources_of(job)
     given = bool(job.config.preprocess.calibrate_path)
-    options = Options(given and wanted.quant_strategy != "MAX_MIN", wanted.bias_correction, wanted.on_the_fly)
+    options = Options(
+        given and wanted.quant_strategy != "MAX_MIN", wanted.bias_correction, wanted.on_the_fly
+    )
     fitter = Fitter(model, data, resources, options, watch)
     plan, pareto = make_plan(model, job), tuple[Tradeoff, ...]()
     if job.config.common.bit_num:
@@ -58,7 +71,10 @@ def quantize(model: ir.Model, job: Job, watch: Watch) -> Quantized:
     else:
         plan, pareto = _searched(fitter, plan, job)
     widths = Counter(weight.qparams.format.bits for weight in plan.stored.values())
-    watch.tell(f"Bits of weights: {', '.join(f'{bits} ({count})' for bits, count in sorted(widths.items()))}.")
+    watch.tell(
+        "Bits of weights: "
+        f"{', '.join(f'{bits} ({count})' for bits, count in sorted(widths.items()))}."
+    )
     for found in pareto:
         measured = "" if found.measured is None else f", {found.measured:.2g} measured"
         size = f"{found.ratio:.2f} times smaller weights, {found.bits:.2f} bits each"
@@ -70,19 +86,26 @@ def quantize(model: ir.Model, job: Job, watch: Watch) -> Quantized:
 def _emitted(model: ir.Model, plan: QuantPlan, on_the_fly: bool) -> ir.Model:
     quantized = model.clone()
     if on_the_fly:
-        quantized = raise_opset(quantized, max((type_of(weight)[1] for weight in plan.stored.values()), default=0))
+        quantized = raise_opset(
+            quantized, max((type_of(weight)[1] for weight in plan.stored.values()), default=0)
+        )
     emit_stored(quantized, plan, (DequantizeWriter if on_the_fly else PlaneWriter)(quantized))
     return quantized
 
 
 def _searched(fitter: Fitter, plan: QuantPlan, job: Job) -> tuple[QuantPlan, tuple[Tradeoff, ...]]:
-    """The plan with widths found; until then, the best so far is the job's output, and a journal lies beside it."""
+    """The plan with widths found; until then, the best so far is the job's output, and a journal
+    lies beside it.
+    """
 
     def keep(found: QuantPlan) -> None:
         save(_emitted(fitter.model, found, job.config.weight_quant.on_the_fly), job.output)
 
     config = job.config
-    told = f"{fingerprint_of(fitter.model, fitter.data)} {config.common} {config.mixed_bit} {config.weight_quant}"
+    told = (
+        f"{fingerprint_of(fitter.model, fitter.data)} {config.common} {config.mixed_bit} "
+        f"{config.weight_quant}"
+    )
     journal = Journal(job.output.with_name(f"{job.output.name}.search.json"), told)
     found = Search(fitter, plan, config.mixed_bit, journal, keep).mixed()
     journal.close()
@@ -96,7 +119,10 @@ def _data(model: ir.Model, job: Job, watch: Watch) -> Dataset:
     searches = job.config.mixed_bit.auto_tune or job.config.mixed_bit.search == "SENSITIVITY"
     if job.config.common.bit_num or not searches:
         return Dataset((), (), ())
-    watch.warn("There is no calibration data: bits are chosen by what random inputs show; give calibrate_path.")
+    watch.warn(
+        "There is no calibration data: bits are chosen by what random inputs show; give "
+        "calibrate_path."
+    )
     return synthetic_data(model)
 
 
@@ -105,15 +131,23 @@ def _node_plan(node: ir.Node, job: Job) -> NodePlan:
     weights = [_weight_plan(node, index, axis, job) for index, axis in axes.items()]
     reasons = (_obstacle(node, weight, job) for weight in weights)
     wishes = Wishes(common.skip_quant_node, common.skip_quant_type)
-    reason = skipped(node, wishes) or next(filter(None, reasons), None if weights else "no constant weight")
+    reason = skipped(node, wishes) or next(
+        filter(None, reasons), None if weights else "no constant weight"
+    )
     if reason:
         return NodePlan(name, node.op_type, False, reason)
-    add, data = bias_add(node), next(v for i, v in enumerate(node.inputs) if v is not None and i not in axes)
+    add, data = (
+        bias_add(node),
+        next(v for i, v in enumerate(node.inputs) if v is not None and i not in axes),
+    )
     return NodePlan(
         name,
         node.op_type,
         quantized=True,
-        reason=f"weights stored in {f'{common.bit_num} bits' if common.bit_num else 'as few bits as they need'}",
+        reason=(
+            "weights stored in "
+            f"{f'{common.bit_num} bits' if common.bit_num else 'as few bits as they need'}"
+        ),
         inputs=(data.name or "",),
         absorbed=(add.name or "",) if add else (),
         weight=weights[0],
@@ -127,10 +161,14 @@ def _weight_plan(node: ir.Node, index: int, axis: int | None, job: Job) -> Weigh
     assert array is not None
     axis = axis % array.ndim if axis is not None and wanted.per_channel else None
     fmt = IntFormat(job.config.common.bit_num or UNKNOWN_BITS, signed=False)
-    return WeightPlan(value.name or "", index, fmt, axis, block=_block(node, array.shape, axis, wanted.block_size))
+    return WeightPlan(
+        value.name or "", index, fmt, axis, block=_block(node, array.shape, axis, wanted.block_size)
+    )
 
 
-def _block(node: ir.Node, shape: tuple[int, ...], axis: int | None, wanted: int | None) -> int | None:
+def _block(
+    node: ir.Node, shape: tuple[int, ...], axis: int | None, wanted: int | None
+) -> int | None:
     """The block size, where a channel is a whole number of blocks of a matrix product's weights."""
     if axis is None or wanted is None or len(shape) != 2 or node.op_type not in {"MatMul", "Gemm"}:
         return None
@@ -146,7 +184,14 @@ def _obstacle(node: ir.Node, weight: WeightPlan, job: Job) -> str | None:
     few, narrow = common.min_quant_weight_size, common.min_quant_weight_channel
     if array.size <= few:
         return f"not more than min_quant_weight_size = {few} weights"
-    if node.op_type in {"Conv", "ConvTranspose"} and array.shape[weights_of(node)[weight.index] or 0] <= narrow:
+    if (
+        node.op_type in {"Conv", "ConvTranspose"}
+        and array.shape[weights_of(node)[weight.index] or 0] <= narrow
+    ):
         return f"not more than min_quant_weight_channel = {narrow} channels"
     bits = weight.format.bits
-    return f"no smaller in {bits} bits" if stored_bytes(array.size, channels, bits) >= array.nbytes else None
+    return (
+        f"no smaller in {bits} bits"
+        if stored_bytes(array.size, channels, bits) >= array.nbytes
+        else None
+    )

@@ -1,4 +1,5 @@
-"""Draws docs/report_light.png and docs/report_dark.png: report.html of the README's example, made here and now.
+"""Draws docs/report_light.png and docs/report_dark.png: report.html of the README's example, made
+here and now.
 
 Run `python docs/make_report_pictures.py` where Chromium is installed.
 """
@@ -17,9 +18,18 @@ from converter import convert
 ROOT = Path(__file__).resolve().parent.parent
 EXAMPLE = ROOT / "examples" / "digits"
 WIDTH, HEIGHT = 1200, 1960
-FLAGS = ("--headless", "--no-sandbox", "--disable-gpu", "--hide-scrollbars", "--virtual-time-budget=8000")
+FLAGS = (
+    "--headless",
+    "--no-sandbox",
+    "--disable-gpu",
+    "--hide-scrollbars",
+    "--virtual-time-budget=8000",
+)
 # What the browser takes the system's theme for.
-THEMES = {"light": "--blink-settings=preferredColorScheme=1", "dark": "--blink-settings=preferredColorScheme=0"}
+THEMES = {
+    "light": "--blink-settings=preferredColorScheme=1",
+    "dark": "--blink-settings=preferredColorScheme=0",
+}
 
 
 def report(folder: Path) -> Path:

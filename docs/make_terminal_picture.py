@@ -1,4 +1,5 @@
-"""Draws docs/terminal.svg: the README's example command, run here and now, and every line that it printed.
+"""Draws docs/terminal.svg: the README's example command, run here and now, and every line that it
+printed.
 
 Run `pip install -e '.[docs]'` once, then `python docs/make_terminal_picture.py`.
 """
@@ -25,7 +26,9 @@ WEB_FONTS = re.compile(r"@font-face \{.*?\}\n?", re.DOTALL)
 
 
 def printed() -> list[str]:
-    """What the command prints, run on a copy of the repository's example so that nothing is left behind."""
+    """What the command prints, run on a copy of the repository's example so that nothing is left
+    behind.
+    """
     with tempfile.TemporaryDirectory() as folder:
         for name in ("examples", "configs"):
             shutil.copytree(ROOT / name, Path(folder) / name)
@@ -40,7 +43,9 @@ def picture(lines: list[str]) -> str:
     console.print(Text.assemble(("$ ", "bold green"), (COMMAND, "bold")))
     for line in lines:
         console.print(Text(line, style="green" if line.startswith("CONVERT RESULT") else ""))
-    return WEB_FONTS.sub("", console.export_svg(title="qconvert", theme=MONOKAI, unique_id="qconvert"))
+    return WEB_FONTS.sub(
+        "", console.export_svg(title="qconvert", theme=MONOKAI, unique_id="qconvert")
+    )
 
 
 if __name__ == "__main__":

@@ -1,4 +1,5 @@
-"""Fills the generated parts of README.md: each stands between the command that prints it and the word "end".
+"""Fills the generated parts of README.md: each stands between the command that prints it and the
+word "end".
 
 Run `python docs/update_readme.py`; a test says when it is time.
 """
@@ -23,7 +24,9 @@ def updated(text: str) -> str:
 
 def _filled(block: re.Match[str]) -> str:
     command = [sys.executable, *block["command"].split()]
-    printed = subprocess.run(command, cwd=README.parent, env=WIDE, capture_output=True, encoding="utf-8", check=True)
+    printed = subprocess.run(
+        command, cwd=README.parent, env=WIDE, capture_output=True, encoding="utf-8", check=True
+    )
     body = printed.stdout.strip()
     # Markdown stands as it is; anything else is shown as the terminal shows it.
     body = body if body.startswith("#") else f"```text\n{body}\n```"

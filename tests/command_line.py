@@ -1,4 +1,6 @@
-"""Runs the command as a user does, and the models it writes as a runtime does; for tests that go end to end."""
+"""Runs the command as a user does, and the models it writes as a runtime does; for tests that go
+end to end.
+"""
 
 from __future__ import annotations
 
@@ -50,7 +52,9 @@ class Command:
         return Result(code, *self._capsys.readouterr())
 
     def convert(self, config: Path, output: Path, model: Path = MODEL, *flags: str) -> Result:
-        return self(f"--modelFile={model}", f"--configFile={config}", f"--outputFile={output}", *flags)
+        return self(
+            f"--modelFile={model}", f"--configFile={config}", f"--outputFile={output}", *flags
+        )
 
 
 def changed(path: Path, *changes: tuple[str, str], base: Path = CONFIG) -> Path:
@@ -68,7 +72,9 @@ def outputs(model: Path, sample: Arrays, optimized: bool) -> list[np.ndarray]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
     levels = onnxruntime.GraphOptimizationLevel
-    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
+    options.graph_optimization_level = (
+        levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
+    )
     session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
     return list(session.run(None, dict(sample)))
 
@@ -77,6 +83,8 @@ def digits(part: str) -> tuple[np.ndarray, np.ndarray]:
     """The pictures of `dev` or `calib` as one batch of model input, with their labels."""
     with (DIGITS / f"{part}.csv").open(newline="") as table:
         rows = list(csv.DictReader(table))
-    pixels = np.stack([np.asarray(Image.open(DIGITS / part / row["file"]).convert("L")) for row in rows])
+    pixels = np.stack(
+        [np.asarray(Image.open(DIGITS / part / row["file"]).convert("L")) for row in rows]
+    )
     images = (pixels[:, None].astype(np.float32) - 127.5) / 127.5
     return images, np.array([int(row["label"]) for row in rows])

@@ -1,4 +1,6 @@
-"""Tiny models quantized with the ranges of one sample and nearest rounding, without calibration and algorithms."""
+"""Tiny models quantized with the ranges of one sample and nearest rounding, without calibration and
+algorithms.
+"""
 
 from __future__ import annotations
 
@@ -51,7 +53,9 @@ def decided(model, feeds, target=CPU, **wishes):
     qparams = {}
     for group, tensor in plan.groups().items():
         array = constant(values[group])
-        qparams[group] = by_range(seen[group] if array is None else array, tensor.format, tensor.symmetric)
+        qparams[group] = by_range(
+            seen[group] if array is None else array, tensor.format, tensor.symmetric
+        )
     weights, biases = {}, {}
     for unit in plan.units():
         if unit.weight:

@@ -24,9 +24,10 @@ SAMPLES, NOISE_DRAWS = 3, 3
 
 @dataclass(frozen=True)
 class Examination:
-    """Roots of noise over signal power, of the worst output: of the result against the float model (`error`), against
-    what its plan says (`simulated`), of its optimized run against the plain one (`optimized`), and of the float model
-    with noise as large as the plan's steps (`predicted`, where ranges come from calibration).
+    """Roots of noise over signal power, of the worst output: of the result against the float model
+    (`error`), against what its plan says (`simulated`), of its optimized run against the plain one
+    (`optimized`), and of the float model with noise as large as the plan's steps (`predicted`,
+    where ranges come from calibration).
     """
 
     units: int
@@ -49,7 +50,9 @@ class Examination:
         return None
 
 
-def examine(folder: Path, seed: int, mode: str, with_data: bool = False, **sections: Keys) -> Examination:
+def examine(
+    folder: Path, seed: int, mode: str, with_data: bool = False, **sections: Keys
+) -> Examination:
     """Converts random model number `seed` in `folder`; `sections` are those of the config."""
     model, data = random_model(seed)
     job = _job(folder, model, data if with_data or mode == "FULL_QUANT" else {}, mode, sections)
@@ -72,7 +75,9 @@ def examine(folder: Path, seed: int, mode: str, with_data: bool = False, **secti
     # A single draw may hit little of what an output is sensitive to.
     draws = range(NOISE_DRAWS if mode == "FULL_QUANT" else 0)
     noisy = [simulation(quantized.reference, quantized.plan, NOISE, seed) for seed in draws]
-    errors = [noise_to_signal(wanted, [run(model, sample) for sample in samples]) for model in noisy]
+    errors = [
+        noise_to_signal(wanted, [run(model, sample) for sample in samples]) for model in noisy
+    ]
     return Examination(
         units=len(quantized.plan.units()),
         error=noise_to_signal(wanted, found),
@@ -84,7 +89,11 @@ def examine(folder: Path, seed: int, mode: str, with_data: bool = False, **secti
 
 
 def _job(
-    folder: Path, model: onnx.ModelProto, data: Mapping[str, np.ndarray], mode: str, sections: Mapping[str, Keys]
+    folder: Path,
+    model: onnx.ModelProto,
+    data: Mapping[str, np.ndarray],
+    mode: str,
+    sections: Mapping[str, Keys],
 ) -> Job:
     (folder / "m.onnx").write_bytes(model.SerializeToString())
     for name, array in data.items():

@@ -1,7 +1,9 @@
-"""Random valid float models over the operators that conversions know, and some that they leave alone.
+"""Random valid float models over the operators that conversions know, and some that they leave
+alone.
 
-A graph grows node by node from its inputs. Every shape is known while it grows, weights are scaled so that activations
-neither vanish nor explode, and whatever nothing reads in the end is an output. Equal seeds make equal models.
+A graph grows node by node from its inputs. Every shape is known while it grows, weights are scaled
+so that activations neither vanish nor explode, and whatever nothing reads in the end is an output.
+Equal seeds make equal models.
 """
 
 from __future__ import annotations
@@ -54,8 +56,14 @@ class Growth:
         return name
 
     def weight(self, shape: Shape, fan_in: int) -> str:
-        """A weight, sometimes one that another node has already, of channels that differ in size."""
-        tied = [name for name, array in self.constants.items() if array.shape == shape and name.startswith("weight")]
+        """A weight, sometimes one that another node has already, of channels that differ in
+        size.
+        """
+        tied = [
+            name
+            for name, array in self.constants.items()
+            if array.shape == shape and name.startswith("weight")
+        ]
         if tied and self.chance(0.3):
             return tied[0]
         spread = np.exp(self.rng.normal(0, 0.5, (shape[0],) + (1,) * (len(shape) - 1)))
@@ -63,17 +71,29 @@ class Growth:
         return self.constant(values.astype(np.float32), "weight")
 
     def bias(self, channels: int) -> str:
-        tied = [name for name, array in self.constants.items() if array.shape == (channels,) and "bias" in name]
+        tied = [
+            name
+            for name, array in self.constants.items()
+            if array.shape == (channels,) and "bias" in name
+        ]
         if tied and self.chance(0.2):
             return tied[0]
         return self.constant(self.rng.normal(0, 0.3, channels).astype(np.float32), "bias")
 
-    def add(self, op_type: str, inputs: Sequence[str], shape: Shape | Sequence[Shape], **attributes: object) -> Tensor:
+    def add(
+        self,
+        op_type: str,
+        inputs: Sequence[str],
+        shape: Shape | Sequence[Shape],
+        **attributes: object,
+    ) -> Tensor:
         """A node; its first output."""
         shapes = [shape] if not shape or isinstance(shape[0], int) else list(shape)
         outputs = [Tensor(self.fresh(op_type.lower()), tuple(s)) for s in shapes]
         name = "" if self.chance(0.1) else self.fresh(f"n_{op_type}")
-        node = helper.make_node(op_type, list(inputs), [o.name for o in outputs], name, **attributes)
+        node = helper.make_node(
+            op_type, list(inputs), [o.name for o in outputs], name, **attributes
+        )
         self.nodes.append(node)
         self.read.update(inputs)
         self.tensors += outputs
@@ -83,7 +103,7 @@ class Growth:
 Grow = Callable[[Growth, Tensor], object]
 
 
-# --- operators with weights ------------------------------------------------------------------------------------------
+# --- operators with weights
 
 
 def conv(g: Growth, x: Tensor) -> Tensor:
@@ -91,7 +111,9 @@ def conv(g: Growth, x: Tensor) -> Tensor:
     group = int(g.pick(1, 1, 1, channels, 2 if channels % 2 == 0 else 1))
     out = group * g.number(1, max(1, 12 // group))
     kernel = [g.number(1, min(3, side)) for side in spatial]
-    dilations = [g.number(1, 2) if 2 * (k - 1) < side else 1 for k, side in zip(kernel, spatial, strict=True)]
+    dilations = [
+        g.number(1, 2) if 2 * (k - 1) < side else 1 for k, side in zip(kernel, spatial, strict=True)
+    ]
     strides = [g.number(1, 2) for _ in spatial]
     extent = [d * (k - 1) + 1 for d, k in zip(dilations, kernel, strict=True)]
     attributes: dict[str, object] = {"kernel_shape": kernel, "strides": strides, "group": group}
@@ -109,7 +131,9 @@ def conv(g: Growth, x: Tensor) -> Tensor:
         half = len(spatial)
         sides = [
             (s + a + b - e) // t + 1
-            for s, a, b, e, t in zip(spatial, pads[:half], pads[half:], extent, strides, strict=True)
+            for s, a, b, e, t in zip(
+                spatial, pads[:half], pads[half:], extent, strides, strict=True
+            )
         ]
     shape = (out, channels // group, *kernel)
     inputs = [x.name, g.weight(shape, int(np.prod(shape[1:])))]
@@ -123,11 +147,16 @@ def conv_transpose(g: Growth, x: Tensor) -> Tensor:
     group = int(g.pick(1, 2 if channels % 2 == 0 else 1))
     each, stride, kernel = g.number(1, 5), g.number(1, 2), g.number(1, 3)
     sides = [stride * (side - 1) + kernel for side in spatial]
-    inputs = [x.name, g.weight((channels, each, *[kernel] * len(spatial)), channels // group * kernel)]
+    inputs = [
+        x.name,
+        g.weight((channels, each, *[kernel] * len(spatial)), channels // group * kernel),
+    ]
     if g.chance(0.5):
         inputs.append(g.bias(each * group))
     strides = [stride] * len(spatial)
-    return g.add("ConvTranspose", inputs, (x.shape[0], each * group, *sides), strides=strides, group=group)
+    return g.add(
+        "ConvTranspose", inputs, (x.shape[0], each * group, *sides), strides=strides, group=group
+    )
 
 
 def gemm(g: Growth, x: Tensor) -> Tensor:
@@ -135,7 +164,8 @@ def gemm(g: Growth, x: Tensor) -> Tensor:
     out, transposed = g.number(1, 24), g.chance(0.5)
     inputs = [x.name, g.weight((out, columns) if transposed else (columns, out), columns)]
     if g.chance(0.8):
-        shape = [(out,), (1, out), (rows, 1), (1,), (rows, out)][int(g.pick(0, 0, 0, 1, 2, 3, 4))]  # type: ignore[call-overload]
+        shape = [(out,), (1, out), (rows, 1), (1,), (rows, out)][int(g.pick(0, 0, 0, 1, 2, 3, 4))]
+        # type: ignore[call-overload]
         inputs.append(g.constant(g.rng.normal(0, 0.3, shape).astype(np.float32), "bias_of_gemm"))
     scaled = {"alpha": 0.5, "beta": 2.0} if g.chance(0.2) else {}
     return g.add("Gemm", inputs, (rows, out), transB=int(transposed), **scaled)
@@ -179,12 +209,14 @@ def recurrent(g: Growth, x: Tensor) -> Tensor:
     return g.add("Squeeze", [y.name, g.constant(np.array([1]))], (length, batch, hidden))
 
 
-# --- operators between them ------------------------------------------------------------------------------------------
+# --- operators between them
 
 
 def unary(g: Growth, x: Tensor) -> Tensor:
     return g.add(
-        str(g.pick("Relu", "Relu", "Relu", "Sigmoid", "Tanh", "LeakyRelu", "Abs", "Neg", "Erf")), [x.name], x.shape
+        str(g.pick("Relu", "Relu", "Relu", "Sigmoid", "Tanh", "LeakyRelu", "Abs", "Neg", "Erf")),
+        [x.name],
+        x.shape,
     )
 
 
@@ -207,7 +239,9 @@ def join(g: Growth, x: Tensor) -> Tensor:
 
 
 def with_constant(g: Growth, x: Tensor) -> Tensor:
-    shape = [(1,), (), (x.shape[-1],), (x.shape[1], *[1] * (len(x.shape) - 2))][int(g.pick(0, 1, 2, 3))]  # type: ignore[call-overload]
+    shape = [(1,), (), (x.shape[-1],), (x.shape[1], *[1] * (len(x.shape) - 2))][
+        int(g.pick(0, 1, 2, 3))
+    ]  # type: ignore[call-overload]
     array = (g.rng.uniform(0.5, 1.5, shape) * g.rng.choice([-1, 1])).astype(np.float32)
     pair = [x.name, g.constant(array)]
     op_type = str(g.pick("Add", "Mul", "Sub", "Div"))
@@ -232,7 +266,13 @@ def pool(g: Growth, x: Tensor) -> Tensor:
     kernel = [min(2, side) for side in spatial]
     stride = g.number(1, 2)
     sides = [(side - k) // stride + 1 for side, k in zip(spatial, kernel, strict=True)]
-    return g.add(op_type, [x.name], (*x.shape[:2], *sides), kernel_shape=kernel, strides=[stride] * len(spatial))
+    return g.add(
+        op_type,
+        [x.name],
+        (*x.shape[:2], *sides),
+        kernel_shape=kernel,
+        strides=[stride] * len(spatial),
+    )
 
 
 def global_pool(g: Growth, x: Tensor) -> Tensor:
@@ -253,7 +293,11 @@ def resize(g: Growth, x: Tensor) -> Tensor:
     mode, scales = str(g.pick("nearest", "linear")), [1.0, 1.0, *[2.0] * (len(x.shape) - 2)]
     sides = tuple(side * int(s) for side, s in zip(x.shape, scales, strict=True))
     inputs = [x.name, "", g.constant(np.array(scales, np.float32))]
-    extra = {"nearest_mode": "floor", "coordinate_transformation_mode": "asymmetric"} if mode == "nearest" else {}
+    extra = (
+        {"nearest_mode": "floor", "coordinate_transformation_mode": "asymmetric"}
+        if mode == "nearest"
+        else {}
+    )
     return g.add("Resize", inputs, sides, mode=mode, **extra)
 
 
@@ -263,7 +307,12 @@ def pad(g: Growth, x: Tensor) -> Tensor:
     inputs = [x.name, g.constant(edges)]
     if mode == "constant" and g.chance(0.3):
         inputs.append(g.constant(np.float32(g.pick(0.0, 0.7))))
-    return g.add("Pad", inputs, tuple(side + 2 * int(e) for side, e in zip(x.shape, edges, strict=False)), mode=mode)
+    return g.add(
+        "Pad",
+        inputs,
+        tuple(side + 2 * int(e) for side, e in zip(x.shape, edges, strict=False)),
+        mode=mode,
+    )
 
 
 def cut(g: Growth, x: Tensor) -> Tensor:
@@ -292,7 +341,11 @@ def flatten(g: Growth, x: Tensor) -> Tensor:
 
 def reshape(g: Growth, x: Tensor) -> Tensor:
     """Rows of the last axis, as one matrix or as a sequence."""
-    shape = (int(np.prod(x.shape[:-1])), x.shape[-1]) if g.chance(0.5) else (1, int(np.prod(x.shape[:-1])), x.shape[-1])
+    shape = (
+        (int(np.prod(x.shape[:-1])), x.shape[-1])
+        if g.chance(0.5)
+        else (1, int(np.prod(x.shape[:-1])), x.shape[-1])
+    )
     return g.add("Reshape", [x.name, g.constant(np.array(shape))], shape)
 
 
@@ -313,8 +366,12 @@ def layer_norm(g: Growth, x: Tensor) -> Tensor:
 
 def batch_norm(g: Growth, x: Tensor) -> Tensor:
     channels = x.shape[1]
-    gain, variance = (g.constant(g.rng.uniform(0.5, 1.5, channels).astype(np.float32)) for _ in range(2))
-    return g.add("BatchNormalization", [x.name, gain, g.bias(channels), g.bias(channels), variance], x.shape)
+    gain, variance = (
+        g.constant(g.rng.uniform(0.5, 1.5, channels).astype(np.float32)) for _ in range(2)
+    )
+    return g.add(
+        "BatchNormalization", [x.name, gain, g.bias(channels), g.bias(channels), variance], x.shape
+    )
 
 
 def nothing(g: Growth, x: Tensor) -> Tensor:
@@ -322,11 +379,15 @@ def nothing(g: Growth, x: Tensor) -> Tensor:
 
 
 def branch(g: Growth, x: Tensor) -> Tensor:
-    """An If over the sum's sign, with a product in one branch and a weight of the outer graph in both."""
+    """An If over the sum's sign, with a product in one branch and a weight of the outer graph in
+    both.
+    """
     columns = x.shape[-1]
     total = g.add("ReduceSum", [x.name], (), keepdims=0)
     condition = g.fresh("condition")
-    g.nodes.append(helper.make_node("Greater", [total.name, g.constant(np.float32(0))], [condition]))
+    g.nodes.append(
+        helper.make_node("Greater", [total.name, g.constant(np.float32(0))], [condition])
+    )
     outer, name = g.weight((columns, columns), columns), g.fresh("chosen")
     bodies = {}
     for key, op_type in (("then_branch", "Tanh"), ("else_branch", "Relu")):
@@ -335,7 +396,9 @@ def branch(g: Growth, x: Tensor) -> Tensor:
             helper.make_node("MatMul", [x.name, outer], [product], g.fresh("n_inner")),
             helper.make_node(op_type, [product], [result], g.fresh("n_inner")),
         ]
-        bodies[key] = helper.make_graph(nodes, key, [], [helper.make_tensor_value_info(result, 1, None)])
+        bodies[key] = helper.make_graph(
+            nodes, key, [], [helper.make_tensor_value_info(result, 1, None)]
+        )
     g.nodes.append(helper.make_node("If", [condition], [name], g.fresh("n_If"), **bodies))
     g.read |= {x.name, total.name}
     g.tensors.append(Tensor(name, x.shape))
@@ -345,7 +408,19 @@ def branch(g: Growth, x: Tensor) -> Tensor:
 IMAGE: tuple[Grow, ...] = (
     *(conv,) * 8,
     *(unary, clip, join, concat, with_constant, pool, batch_norm) * 2,
-    *(conv_transpose, swish, global_pool, excite, pad, split, cut, nothing, softmax, layer_norm, reduce_mean),
+    *(
+        conv_transpose,
+        swish,
+        global_pool,
+        excite,
+        pad,
+        split,
+        cut,
+        nothing,
+        softmax,
+        layer_norm,
+        reduce_mean,
+    ),
     *(flatten, reshape, transpose),
 )
 FLAT: tuple[Grow, ...] = (*IMAGE, resize)
@@ -355,17 +430,38 @@ MATRIX: tuple[Grow, ...] = (
     *(clip, swish, softmax, layer_norm, cut, nothing, matmul_left, branch, transpose, reduce_mean),
 )
 SEQUENCE: tuple[Grow, ...] = (
-    *(matmul, matmul, matmul, conv, recurrent, attention, layer_norm, matmul_left, branch, reshape, flatten),
+    *(
+        matmul,
+        matmul,
+        matmul,
+        conv,
+        recurrent,
+        attention,
+        layer_norm,
+        matmul_left,
+        branch,
+        reshape,
+        flatten,
+    ),
     *(unary, join, with_constant, concat, softmax, cut, transpose, swish, split, nothing, pool),
 )
 BY_RANK = {2: MATRIX, 3: SEQUENCE, 4: FLAT, 5: IMAGE}
 
 
-def random_model(seed: int, least: int = 3, most: int = 14) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
-    """A model of `least` to `most` random steps, and data for it: three samples along the first axis of each input."""
+def random_model(
+    seed: int, least: int = 3, most: int = 14
+) -> tuple[onnx.ModelProto, dict[str, np.ndarray]]:
+    """A model of `least` to `most` random steps, and data for it: three samples along the first
+    axis of each input.
+    """
     g = Growth(np.random.default_rng(seed))
-    shapes: list[Shape] = [(g.number(1, 2), g.number(2, 40)), (g.number(2, 5), g.number(1, 2), g.number(4, 20))]
-    shapes += [(g.number(1, 2), g.number(1, 6), g.number(5, 12), g.number(5, 12))] * 4 + [(1, g.number(1, 4), 5, 5, 5)]
+    shapes: list[Shape] = [
+        (g.number(1, 2), g.number(2, 40)),
+        (g.number(2, 5), g.number(1, 2), g.number(4, 20)),
+    ]
+    shapes += [(g.number(1, 2), g.number(1, 6), g.number(5, 12), g.number(5, 12))] * 4 + [
+        (1, g.number(1, 4), 5, 5, 5)
+    ]
     inputs = [Tensor(f"input_{i}", g.pick(*shapes)) for i in range(g.number(1, 2))]  # type: ignore[arg-type]
     g.tensors += inputs
     for _ in range(g.number(least, most)):
@@ -377,13 +473,16 @@ def random_model(seed: int, least: int = 3, most: int = 14) -> tuple[onnx.ModelP
             assert callable(step)
             step(g, x)
     return _finished(g, inputs), {
-        t.name: g.rng.standard_normal((3, *t.shape)).astype(np.float32) * np.float32(g.pick(0.1, 1.0, 30.0))
+        t.name: g.rng.standard_normal((3, *t.shape)).astype(np.float32)
+        * np.float32(g.pick(0.1, 1.0, 30.0))
         for t in inputs
     }
 
 
 def _finished(g: Growth, inputs: Sequence[Tensor]) -> onnx.ModelProto:
-    """The model; leaves and, now and then, a tensor inside are outputs, inputs that nothing reads go through a Relu."""
+    """The model; leaves and, now and then, a tensor inside are outputs, inputs that nothing reads
+    go through a Relu.
+    """
     for t in [t for t in inputs if t.name not in g.read]:
         g.add("Relu", [t.name], t.shape)
     computed = [t for t in g.tensors if t not in inputs]
@@ -398,6 +497,10 @@ def _finished(g: Growth, inputs: Sequence[Tensor]) -> onnx.ModelProto:
         "random",
         [helper.make_tensor_value_info(t.name, TensorProto.FLOAT, t.shape) for t in inputs],
         [helper.make_tensor_value_info(t.name, TensorProto.FLOAT, t.shape) for t in outputs],
-        [numpy_helper.from_array(array, name) for name, array in g.constants.items() if name not in lifted],
+        [
+            numpy_helper.from_array(array, name)
+            for name, array in g.constants.items()
+            if name not in lifted
+        ],
     )
     return helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)

@@ -20,7 +20,9 @@ def build(graph: str, opset: int = 13, ir_version: int = 8, **constants: Array) 
     """`graph` as 'g (inputs) => (outputs) { nodes }', its `constants` as initializers."""
     text = f'<ir_version: {ir_version}, opset_import: ["" : {opset}, "local" : 1]> {graph}'
     proto = onnx.parser.parse_model(text)
-    proto.graph.initializer.extend(onnx.numpy_helper.from_array(np.asarray(a), n) for n, a in constants.items())
+    proto.graph.initializer.extend(
+        onnx.numpy_helper.from_array(np.asarray(a), n) for n, a in constants.items()
+    )
     return ir.from_proto(proto)
 
 
@@ -44,7 +46,9 @@ def frozen(model: ir.Model) -> bytes:
     return bytes(ir.to_proto(model).SerializeToString())
 
 
-def run(model: ir.Model | bytes, feeds: Mapping[str, Array], optimize: bool = False) -> dict[str, Array]:
+def run(
+    model: ir.Model | bytes, feeds: Mapping[str, Array], optimize: bool = False
+) -> dict[str, Array]:
     """All outputs by name, with ONNX Runtime's own graph optimizations off or on."""
     options = ort.SessionOptions()
     levels = ort.GraphOptimizationLevel
@@ -56,7 +60,9 @@ def run(model: ir.Model | bytes, feeds: Mapping[str, Array], optimize: bool = Fa
     return dict(zip(names, session.run(names, dict(feeds)), strict=True))
 
 
-def assert_same(before: ir.Model | bytes, after: ir.Model | bytes, feeds: Mapping[str, Array]) -> None:
+def assert_same(
+    before: ir.Model | bytes, after: ir.Model | bytes, feeds: Mapping[str, Array]
+) -> None:
     """Both models give the same outputs under the same names, optimized by the runtime or not."""
     wanted = run(before, feeds)
     for other, optimize in ((before, True), (after, False), (after, True)):
@@ -64,7 +70,9 @@ def assert_same(before: ir.Model | bytes, after: ir.Model | bytes, feeds: Mappin
         assert list(found) == list(wanted)
         for name, value in wanted.items():
             assert found[name].shape == value.shape
-            np.testing.assert_allclose(found[name], value, rtol=1e-5, atol=2e-6 * max(1.0, np.abs(value).max()))
+            np.testing.assert_allclose(
+                found[name], value, rtol=1e-5, atol=2e-6 * max(1.0, np.abs(value).max())
+            )
 
 
 def types(model: ir.Model) -> list[str]:

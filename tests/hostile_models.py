@@ -1,6 +1,8 @@
-"""Model files as bad exporters, interrupted downloads and attackers make them; each function writes one and names it.
+"""Model files as bad exporters, interrupted downloads and attackers make them; each function writes
+one and names it.
 
-BROKEN holds files that no conversion may accept, with a word that the refusal must hold; ODD holds valid models.
+BROKEN holds files that no conversion may accept, with a word that the refusal must hold; ODD holds
+valid models.
 """
 
 from __future__ import annotations
@@ -40,14 +42,18 @@ def model_of(
         [numpy_helper.from_array(array, name) for name, array in constants.items()],
     )
     imports = [helper.make_opsetid("", opset), *more.pop("imports", [])]  # type: ignore[misc]
-    model = helper.make_model(graph, opset_imports=imports, ir_version=8 if opset < 21 else 10, **more)
+    model = helper.make_model(
+        graph, opset_imports=imports, ir_version=8 if opset < 21 else 10, **more
+    )
     found = onnx.shape_inference.infer_shapes(model).graph.output
     for value, inferred in zip(model.graph.output, found, strict=True):
         value.CopyFrom(inferred)
     return model
 
 
-def node(op_type: str, inputs: str, outputs: str, name: str = "", **attributes: object) -> onnx.NodeProto:
+def node(
+    op_type: str, inputs: str, outputs: str, name: str = "", **attributes: object
+) -> onnx.NodeProto:
     return helper.make_node(op_type, inputs.split(","), outputs.split(","), name, **attributes)
 
 
@@ -83,7 +89,7 @@ def written(folder: Path, model: onnx.ModelProto | bytes) -> Path:
     return path
 
 
-# --- files that are no models ----------------------------------------------------------------------------------------
+# --- files that are no models
 
 
 def _truncated(share: float) -> Callable[[Path], Path]:
@@ -126,14 +132,20 @@ def _unreadable(folder: Path) -> Path:
     return Path("/proc/self/mem")
 
 
-def external(location: str, data: bytes | None = None, offset: int = 0, length: int | None = None) -> onnx.ModelProto:
+def external(
+    location: str, data: bytes | None = None, offset: int = 0, length: int | None = None
+) -> onnx.ModelProto:
     """The plain model, whose first weight lies in a file beside it."""
     model = plain()
     weight = model.graph.initializer[0]
     size = len(weight.raw_data)
     weight.ClearField("raw_data")
     weight.data_location = TensorProto.EXTERNAL
-    entries = {"location": location, "offset": str(offset), "length": str(size if length is None else length)}
+    entries = {
+        "location": location,
+        "offset": str(offset),
+        "length": str(size if length is None else length),
+    }
     for key, value in entries.items():
         weight.external_data.add(key=key, value=value)
     return model
@@ -324,14 +336,24 @@ def _no_opset(folder: Path) -> Path:
 
 def _deep(folder: Path) -> Path:
     """Graphs in graphs, deeper than any reader's stack."""
-    inner = helper.make_graph([node("Identity", "x", "y")], "g", [], [helper.make_tensor_value_info("y", FLOAT, None)])
+    inner = helper.make_graph(
+        [node("Identity", "x", "y")], "g", [], [helper.make_tensor_value_info("y", FLOAT, None)]
+    )
     for level in range(90):
-        branch = helper.make_node("If", ["k"], ["y"], f"n{level}", then_branch=inner, else_branch=inner)
+        branch = helper.make_node(
+            "If", ["k"], ["y"], f"n{level}", then_branch=inner, else_branch=inner
+        )
         if level < 2:
-            inner = helper.make_graph([branch], "g", [], [helper.make_tensor_value_info("y", FLOAT, None)])
+            inner = helper.make_graph(
+                [branch], "g", [], [helper.make_tensor_value_info("y", FLOAT, None)]
+            )
             continue
-        then = helper.make_node("If", ["k"], ["y"], f"n{level}", then_branch=inner, else_branch=_leaf())
-        inner = helper.make_graph([then], "g", [], [helper.make_tensor_value_info("y", FLOAT, None)])
+        then = helper.make_node(
+            "If", ["k"], ["y"], f"n{level}", then_branch=inner, else_branch=_leaf()
+        )
+        inner = helper.make_graph(
+            [then], "g", [], [helper.make_tensor_value_info("y", FLOAT, None)]
+        )
     nodes = list(inner.node)
     return written(folder, model_of(nodes, {"x": (2,)}, ["y"], {"k": np.array(True)}))
 
@@ -352,7 +374,10 @@ def _no_nodes_at_all(folder: Path) -> Path:
 
 
 BROKEN: dict[str, tuple[Callable[[Path], Path], str]] = {
-    **{f"truncated_{int(100 * share)}": (_truncated(share), "m.onnx") for share in (0.001, 0.01, 0.3, 0.5, 0.9, 0.999)},
+    **{
+        f"truncated_{int(100 * share)}": (_truncated(share), "m.onnx")
+        for share in (0.001, 0.01, 0.3, 0.5, 0.9, 0.999)
+    },
     "empty": (_file(b""), "m.onnx"),
     "zeros": (_file(bytes(5000)), "m.onnx"),
     "text": (_file(b"import torch\n" * 100), "m.onnx"),
@@ -401,7 +426,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Path], str]] = {
     "empty_model": (_no_nodes_at_all, "m.onnx"),
 }
 
-# --- odd but valid ---------------------------------------------------------------------------------------------------
+# --- odd but valid
 
 Make = Callable[[], onnx.ModelProto]
 ODD: dict[str, Make] = {}
@@ -469,7 +494,13 @@ def nodes_named_like_tensors() -> onnx.ModelProto:
 def hostile_names() -> onnx.ModelProto:
     """Names that are HTML, formulas, paths, format strings, control characters."""
     model = plain()
-    names = ["<script>alert(1)</script>", "=1+1", "../../etc/passwd", "%s%n{0}\n\x00", '"; DROP TABLE nodes; --']
+    names = [
+        "<script>alert(1)</script>",
+        "=1+1",
+        "../../etc/passwd",
+        "%s%n{0}\n\x00",
+        '"; DROP TABLE nodes; --',
+    ]
     for each, name in zip(model.graph.node, names, strict=True):
         each.name = name
         if each.output[0] != "y":
@@ -490,7 +521,10 @@ def weights_as_inputs() -> onnx.ModelProto:
 @odd
 def constant_nodes() -> onnx.ModelProto:
     model = plain()
-    made = [helper.make_node("Constant", [], [weight.name], value=weight) for weight in model.graph.initializer]
+    made = [
+        helper.make_node("Constant", [], [weight.name], value=weight)
+        for weight in model.graph.initializer
+    ]
     nodes = [*made, *model.graph.node]
     del model.graph.initializer[:], model.graph.node[:]
     model.graph.node.extend(nodes)
@@ -500,8 +534,13 @@ def constant_nodes() -> onnx.ModelProto:
 @odd
 def functions() -> onnx.ModelProto:
     body = [node("Conv", "x,w", "c", "conv", pads=[1, 1, 1, 1]), node("Relu", "c", "y", "relu")]
-    block = helper.make_function("local", "Block", ["x", "w"], ["y"], body, [helper.make_opsetid("", 17)])
-    nodes = [helper.make_node("Block", ["x", "w"], ["a"], domain="local"), node("Flatten", "a", "f")]
+    block = helper.make_function(
+        "local", "Block", ["x", "w"], ["y"], body, [helper.make_opsetid("", 17)]
+    )
+    nodes = [
+        helper.make_node("Block", ["x", "w"], ["a"], domain="local"),
+        node("Flatten", "a", "f"),
+    ]
     nodes += [node("Gemm", "f,m", "y", "last")]
     arrays = {"w": normal(20, 3, 3, 3) / 5, "m": normal(1280, 20) / 36}
     local = [helper.make_opsetid("local", 1)]
@@ -545,12 +584,16 @@ def float16_inside() -> onnx.ModelProto:
         node("Conv", "h,w", "c", "conv"),
         node("Cast", "c", "y", "up", to=FLOAT),
     ]
-    return model_of(nodes, {"x": (1, 3, 8, 8)}, ["y"], {"w": (normal(20, 3, 3, 3) / 5).astype(np.float16)})
+    return model_of(
+        nodes, {"x": (1, 3, 8, 8)}, ["y"], {"w": (normal(20, 3, 3, 3) / 5).astype(np.float16)}
+    )
 
 
 @odd
 def empty_tensors() -> onnx.ModelProto:
-    """An empty weight, an empty constant that is joined, and a part of the model that computes nothing."""
+    """An empty weight, an empty constant that is joined, and a part of the model that computes
+    nothing.
+    """
     nodes = [
         node("Conv", "x,w", "c", "conv"),
         node("Concat", "c,e", "j", "join", axis=1),
@@ -560,7 +603,12 @@ def empty_tensors() -> onnx.ModelProto:
         node("MatMul", "f,m", "p", "product"),
         node("Add", "p,t", "y", "add"),
     ]
-    arrays = {"w": normal(20, 3, 3, 3) / 5, "e": normal(1, 0, 6, 6), "zero": np.array([0]), "m": normal(720, 20) / 27}
+    arrays = {
+        "w": normal(20, 3, 3, 3) / 5,
+        "e": normal(1, 0, 6, 6),
+        "zero": np.array([0]),
+        "m": normal(720, 20) / 27,
+    }
     return model_of(nodes, {"x": (1, 3, 8, 8)}, ["y"], arrays)
 
 
@@ -628,19 +676,25 @@ def custom_operator() -> onnx.ModelProto:
         node("MatMul", "g,v", "y", "second"),
     ]
     arrays = {"w": normal(30, 40) / 5, "v": normal(40, 30) / 6}
-    return model_of(nodes, {"x": (4, 30)}, ["y"], arrays, output_shape=(4, 30), imports=[_id("com.microsoft")])
+    return model_of(
+        nodes, {"x": (4, 30)}, ["y"], arrays, output_shape=(4, 30), imports=[_id("com.microsoft")]
+    )
 
 
 @odd
 def unknown_domain() -> onnx.ModelProto:
-    """An operator that no runtime here knows: nothing can run, but weights can be stored in fewer bits."""
+    """An operator that no runtime here knows: nothing can run, but weights can be stored in fewer
+    bits.
+    """
     nodes = [
         node("MatMul", "x,w", "h", "first"),
         helper.make_node("Secret", ["h"], ["g"], "secret", domain="acme"),
         node("MatMul", "g,v", "y", "second"),
     ]
     arrays = {"w": normal(30, 40) / 5, "v": normal(40, 30) / 6}
-    return model_of(nodes, {"x": (4, 30)}, ["y"], arrays, output_shape=(4, 30), imports=[_id("acme")])
+    return model_of(
+        nodes, {"x": (4, 30)}, ["y"], arrays, output_shape=(4, 30), imports=[_id("acme")]
+    )
 
 
 @odd
@@ -683,7 +737,10 @@ def quantized_operators() -> onnx.ModelProto:
 
 @odd
 def quantized_dynamically() -> onnx.ModelProto:
-    arrays = {"w": np.random.default_rng(0).integers(-100, 100, (30, 40)).astype(np.int8), "ws": np.float32(0.01)}
+    arrays = {
+        "w": np.random.default_rng(0).integers(-100, 100, (30, 40)).astype(np.int8),
+        "ws": np.float32(0.01),
+    }
     nodes = [
         node("DynamicQuantizeLinear", "x", "xq,xs,xz", "q"),
         node("MatMulInteger", "xq,w,xz", "p", "product"),
@@ -695,7 +752,12 @@ def quantized_dynamically() -> onnx.ModelProto:
 
 
 def _batch_norm(opset: int, outputs: str, **attributes: object) -> onnx.ModelProto:
-    arrays = {"w": normal(20, 3, 3, 3) / 5, "g": normal(20) ** 2 + 0.5, "b": normal(20), "m": normal(20)}
+    arrays = {
+        "w": normal(20, 3, 3, 3) / 5,
+        "g": normal(20) ** 2 + 0.5,
+        "b": normal(20),
+        "m": normal(20),
+    }
     arrays["v"] = normal(20, seed=1) ** 2 + 0.5
     nodes = [
         node("Conv", "x,w", "c", "conv"),
@@ -789,16 +851,28 @@ def every_tensor_is_an_output() -> onnx.ModelProto:
 
 def _with_bias(shape: tuple[int, ...]) -> Make:
     def make() -> onnx.ModelProto:
-        nodes = [node("Gemm", "x,w,b", "h", "first"), node("Relu", "h", "r"), node("Gemm", "r,w,b", "y", "second")]
-        return model_of(nodes, {"x": (4, 30)}, ["y"], {"w": normal(30, 30) / 5, "b": normal(*shape)})
+        nodes = [
+            node("Gemm", "x,w,b", "h", "first"),
+            node("Relu", "h", "r"),
+            node("Gemm", "r,w,b", "y", "second"),
+        ]
+        return model_of(
+            nodes, {"x": (4, 30)}, ["y"], {"w": normal(30, 30) / 5, "b": normal(*shape)}
+        )
 
     return make
 
 
 def _with_added_bias(shape: tuple[int, ...]) -> Make:
     def make() -> onnx.ModelProto:
-        nodes = [node("MatMul", "x,w", "p", "first"), node("Add", "b,p", "h", "add"), node("MatMul", "h,w", "y")]
-        return model_of(nodes, {"x": (4, 30)}, ["y"], {"w": normal(30, 30) / 5, "b": normal(*shape)})
+        nodes = [
+            node("MatMul", "x,w", "p", "first"),
+            node("Add", "b,p", "h", "add"),
+            node("MatMul", "h,w", "y"),
+        ]
+        return model_of(
+            nodes, {"x": (4, 30)}, ["y"], {"w": normal(30, 30) / 5, "b": normal(*shape)}
+        )
 
     return make
 
@@ -848,7 +922,9 @@ def infinity_in_a_mask() -> onnx.ModelProto:
         node("MatMul", "s,v", "y", "values"),
     ]
     mask = np.triu(np.full((30, 30), -np.inf, np.float32), 1)
-    return model_of(nodes, {"x": (30, 40)}, ["y"], {"w": normal(40, 30) / 6, "k": mask, "v": normal(30, 20)})
+    return model_of(
+        nodes, {"x": (30, 40)}, ["y"], {"w": normal(40, 30) / 6, "k": mask, "v": normal(30, 20)}
+    )
 
 
 @odd
@@ -869,7 +945,10 @@ def no_nodes() -> onnx.ModelProto:
 
 @odd
 def no_inputs() -> onnx.ModelProto:
-    nodes = [node("RandomNormal", "", "r", "noise", shape=[4, 30], seed=1.0), node("MatMul", "r,w", "y", "product")]
+    nodes = [
+        node("RandomNormal", "", "r", "noise", shape=[4, 30], seed=1.0),
+        node("MatMul", "r,w", "y", "product"),
+    ]
     nodes[0].ClearField("input")
     return model_of(nodes, {}, ["y"], {"w": normal(30, 20)})
 
@@ -893,13 +972,27 @@ def unused_parts() -> onnx.ModelProto:
 def integer_products() -> onnx.ModelProto:
     """MatMul of integers is no float product."""
     nodes = [node("MatMul", "x,w", "y", "product")]
-    return model_of(nodes, {"x": (4, 30)}, ["y"], {"w": np.arange(600).reshape(30, 20)}, dtype=TensorProto.INT64)
+    return model_of(
+        nodes, {"x": (4, 30)}, ["y"], {"w": np.arange(600).reshape(30, 20)}, dtype=TensorProto.INT64
+    )
 
 
 @odd
 def string_input() -> onnx.ModelProto:
-    nodes = [node("Equal", "x,k", "e", "equal"), node("Cast", "e", "f", "cast", to=FLOAT), node("MatMul", "f,w", "y")]
-    model = model_of(nodes, {"x": (4, 30)}, ["y"], {"w": normal(30, 20)}, 19, dtype=TensorProto.STRING, output=FLOAT)
+    nodes = [
+        node("Equal", "x,k", "e", "equal"),
+        node("Cast", "e", "f", "cast", to=FLOAT),
+        node("MatMul", "f,w", "y"),
+    ]
+    model = model_of(
+        nodes,
+        {"x": (4, 30)},
+        ["y"],
+        {"w": normal(30, 20)},
+        19,
+        dtype=TensorProto.STRING,
+        output=FLOAT,
+    )
     model.graph.initializer.append(helper.make_tensor("k", TensorProto.STRING, [1], [b"a"]))
     return model
 
@@ -945,28 +1038,52 @@ def branches_of_if() -> onnx.ModelProto:
     def branch(weight: str, own: bool) -> onnx.GraphProto:
         inner = [numpy_helper.from_array(normal(30, 20, seed=2), weight)] if own else []
         output = helper.make_tensor_value_info("p", FLOAT, None)
-        return helper.make_graph([node("MatMul", f"h,{weight}", "p", "product")], "b", [], [output], inner)
+        return helper.make_graph(
+            [node("MatMul", f"h,{weight}", "p", "product")], "b", [], [output], inner
+        )
 
     condition = node("Greater", "s,zero", "k", "greater")
-    choose = helper.make_node("If", ["k"], ["c"], "if", then_branch=branch("v", False), else_branch=branch("u", True))
-    nodes = [node("MatMul", "x,w", "h", "product"), node("ReduceSum", "h", "s", "sum", keepdims=0), condition, choose]
-    arrays = {"w": normal(30, 30) / 5, "v": normal(30, 20), "zero": np.float32(0), "t": normal(20, 20)}
+    choose = helper.make_node(
+        "If", ["k"], ["c"], "if", then_branch=branch("v", False), else_branch=branch("u", True)
+    )
+    nodes = [
+        node("MatMul", "x,w", "h", "product"),
+        node("ReduceSum", "h", "s", "sum", keepdims=0),
+        condition,
+        choose,
+    ]
+    arrays = {
+        "w": normal(30, 30) / 5,
+        "v": normal(30, 20),
+        "zero": np.float32(0),
+        "t": normal(20, 20),
+    }
     return model_of([*nodes, node("MatMul", "c,t", "y", "last")], {"x": (4, 30)}, ["y"], arrays)
 
 
 @odd
 def loop() -> onnx.ModelProto:
     body = helper.make_graph(
-        [node("MatMul", "h,w", "o", "product"), node("Tanh", "o", "ho", "tanh"), node("Identity", "c", "co")],
+        [
+            node("MatMul", "h,w", "o", "product"),
+            node("Tanh", "o", "ho", "tanh"),
+            node("Identity", "c", "co"),
+        ],
         "body",
         [
             helper.make_tensor_value_info("i", TensorProto.INT64, ()),
             helper.make_tensor_value_info("c", TensorProto.BOOL, ()),
             helper.make_tensor_value_info("h", FLOAT, (4, 30)),
         ],
-        [helper.make_tensor_value_info("co", TensorProto.BOOL, ()), helper.make_tensor_value_info("ho", FLOAT, None)],
+        [
+            helper.make_tensor_value_info("co", TensorProto.BOOL, ()),
+            helper.make_tensor_value_info("ho", FLOAT, None),
+        ],
     )
-    nodes = [helper.make_node("Loop", ["n", "k", "x"], ["l"], "loop", body=body), node("MatMul", "l,v", "y", "last")]
+    nodes = [
+        helper.make_node("Loop", ["n", "k", "x"], ["l"], "loop", body=body),
+        node("MatMul", "l,v", "y", "last"),
+    ]
     arrays = {"w": normal(30, 30) / 5, "v": normal(30, 20), "n": np.array(3), "k": np.array(True)}
     return model_of(nodes, {"x": (4, 30)}, ["y"], arrays, output_shape=(4, 20))
 
@@ -975,7 +1092,12 @@ def loop() -> onnx.ModelProto:
 def recurrent() -> onnx.ModelProto:
     nodes = [node("LSTM", "x,w,r,b", "h", "lstm", hidden_size=20), node("Squeeze", "h,one", "s")]
     nodes.append(node("MatMul", "s,m", "y", "last"))
-    arrays = {"w": normal(1, 80, 10) / 3, "r": normal(1, 80, 20) / 4, "b": normal(1, 160), "one": np.array([1])}
+    arrays = {
+        "w": normal(1, 80, 10) / 3,
+        "r": normal(1, 80, 20) / 4,
+        "b": normal(1, 160),
+        "one": np.array([1]),
+    }
     return model_of(nodes, {"x": (5, 2, 10)}, ["y"], {**arrays, "m": normal(20, 18)})
 
 
@@ -990,8 +1112,14 @@ def a_thousand_nodes() -> onnx.ModelProto:
     nodes, arrays, last = [], {}, "x"
     for index in range(250):
         arrays[f"w{index}"] = normal(8, 8, 1, 1, seed=index) / 3
-        nodes += [node("Conv", f"{last},w{index}", f"c{index}", f"conv{index}"), node("Relu", f"c{index}", f"r{index}")]
-        nodes += [node("Add", f"r{index},{last}", f"a{index}"), node("Tanh", f"a{index}", f"t{index}")]
+        nodes += [
+            node("Conv", f"{last},w{index}", f"c{index}", f"conv{index}"),
+            node("Relu", f"c{index}", f"r{index}"),
+        ]
+        nodes += [
+            node("Add", f"r{index},{last}", f"a{index}"),
+            node("Tanh", f"a{index}", f"t{index}"),
+        ]
         last = f"t{index}"
     return model_of(nodes, {"x": (1, 8, 4, 4)}, [last], arrays)
 
@@ -1002,6 +1130,8 @@ def deep_graphs() -> onnx.ModelProto:
     inner = _leaf()
     output = helper.make_tensor_value_info("y", FLOAT, None)
     for level in range(12):
-        branch = helper.make_node("If", ["k"], ["y"], f"n{level}", then_branch=inner, else_branch=_leaf())
+        branch = helper.make_node(
+            "If", ["k"], ["y"], f"n{level}", then_branch=inner, else_branch=_leaf()
+        )
         inner = helper.make_graph([branch], "g", [], [output])
     return model_of(list(inner.node), {"x": (2,)}, ["y"], {"k": np.array(True)})

@@ -1,4 +1,6 @@
-"""Conversions inside a test: data in memory, jobs from a few lines of config, and what is said meanwhile."""
+"""Conversions inside a test: data in memory, jobs from a few lines of config, and what is said
+meanwhile.
+"""
 
 from __future__ import annotations
 
@@ -58,7 +60,9 @@ class Ear(Watch):
 
 
 def write_config(path: Path, **sections: Keys) -> Path:
-    """An INI file; `full_quant={"equalize": "false"}` is the line `equalize = false` of [full_quant_param]."""
+    """An INI file; `full_quant={"equalize": "false"}` is the line `equalize = false` of
+    [full_quant_param].
+    """
     lines = []
     for name, keys in sections.items():
         lines += [f"[{name}_param]", *(f"{key} = {value}" for key, value in keys.items())]
@@ -67,9 +71,15 @@ def write_config(path: Path, **sections: Keys) -> Path:
 
 
 def job(
-    folder: Path, model: ir.Model, data: Mapping[str, Array], common: Keys | None = None, **full_quant: object
+    folder: Path,
+    model: ir.Model,
+    data: Mapping[str, Array],
+    common: Keys | None = None,
+    **full_quant: object,
 ) -> Job:
-    """The full quantization of `model` with `data` (input name → samples along the first axis), files in `folder`."""
+    """The full quantization of `model` with `data` (input name → samples along the first axis),
+    files in `folder`.
+    """
     (folder / "model.onnx").write_bytes(frozen(model))
     for name, samples in data.items():
         np.save(folder / f"{name}.npy", samples)

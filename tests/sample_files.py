@@ -13,11 +13,15 @@ from calib.samples import Dataset, ImageOptions, InputSpec, open_dataset
 PLAIN = ImageOptions()
 
 
-def spec(*shape: int | None, name: str = "x", dtype: Any = np.float32, layout: str | None = None) -> InputSpec:
+def spec(
+    *shape: int | None, name: str = "x", dtype: Any = np.float32, layout: str | None = None
+) -> InputSpec:
     return InputSpec(name, np.dtype(dtype), shape, layout)
 
 
-def opened(given: InputSpec, path: Path, kind: str, size: int = 1, image: ImageOptions = PLAIN) -> Dataset:
+def opened(
+    given: InputSpec, path: Path, kind: str, size: int = 1, image: ImageOptions = PLAIN
+) -> Dataset:
     return open_dataset([given], {given.name: path}, size, kind, image)
 
 

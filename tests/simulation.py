@@ -1,7 +1,9 @@
-"""What a plan says a quantized model computes, written as a float graph of its own: no emitter has a hand in it.
+"""What a plan says a quantized model computes, written as a float graph of its own: no emitter has
+a hand in it.
 
-Quantized values are floats that Round, Clip and Mul put on the plan's grid; weights are restored in float64. A second
-graph has evenly distributed noise of one step in place of every rounding: how large its error is, the plan predicts.
+Quantized values are floats that Round, Clip and Mul put on the plan's grid; weights are restored in
+float64. A second graph has evenly distributed noise of one step in place of every rounding: how
+large its error is, the plan predicts.
 """
 
 from __future__ import annotations
@@ -20,10 +22,14 @@ FAKE, NOISE, BY_ROW = "fake", "noise", "by row"
 
 
 def restored(weight: QuantizedWeight) -> np.ndarray:
-    """scale (code - zero point), whose parameters are one, one a channel or one a block; a trellis has levels."""
+    """scale (code - zero point), whose parameters are one, one a channel or one a block; a trellis
+    has levels.
+    """
     if weight.qparams.format.trellis:
         return dequantize(weight.codes, weight.qparams)
-    scale, zero = (_spread(part, weight) for part in (weight.qparams.scale, weight.qparams.zero_point))
+    scale, zero = (
+        _spread(part, weight) for part in (weight.qparams.scale, weight.qparams.zero_point)
+    )
     return ((weight.codes.astype(np.float64) - zero) * scale).astype(np.float32)
 
 
@@ -37,10 +43,11 @@ def _spread(part: np.ndarray, weight: QuantizedWeight) -> np.ndarray:
 
 
 def simulation(reference: ir.Model, plan: QuantPlan, kind: str = FAKE, seed: int = 0) -> bytes:
-    """The model that computes what `plan` makes of `reference`, both as a conversion hands them out.
+    """The model that computes what `plan` makes of `reference`, both as a conversion hands them
+    out.
 
-    `kind` is FAKE or NOISE or, for a plan with dynamic ranges, BY_ROW where every row has a scale of its own. `seed`
-    draws other noise.
+    `kind` is FAKE or NOISE or, for a plan with dynamic ranges, BY_ROW where every row has a scale
+    of its own. `seed` draws other noise.
     """
     writer = _Writer(ir.to_proto(reference), plan, kind)
     writer.count = 10_000 * seed
@@ -67,7 +74,10 @@ class _Writer:
 
     def weights(self, unit: str) -> None:
         node, wanted = self.nodes[unit], self.plan.nodes[unit].weights
-        codes = {w.index: self.plan.stored.get((unit, w.index)) or self.plan.weights.get(unit) for w in wanted}
+        codes = {
+            w.index: self.plan.stored.get((unit, w.index)) or self.plan.weights.get(unit)
+            for w in wanted
+        }
         for index, weight in codes.items():
             assert weight is not None
             node.input[index] = self.constant(restored(weight), unit)
@@ -76,13 +86,24 @@ class _Writer:
         bias, plan = self.plan.biases.get(unit), self.plan.nodes[unit]
         if bias is None:
             return
-        node, adds = self.nodes[unit], [self.nodes[n] for n in plan.absorbed if self.nodes[n].op_type == "Add"]
+        node, adds = (
+            self.nodes[unit],
+            [self.nodes[n] for n in plan.absorbed if self.nodes[n].op_type == "Add"],
+        )
         if adds:
             index = next(i for i, name in enumerate(adds[0].input) if name not in node.output)
             adds[0].input[index] = self.constant(bias.astype(np.float32), unit)
             return
-        if plan.integer_bias and plan.inputs[0] in self.plan.tensors and self.plan.qparams and self.kind == FAKE:
-            scale = np.float32(self.plan.params(plan.inputs[0]).scale) * self.plan.weights[unit].qparams.scale
+        if (
+            plan.integer_bias
+            and plan.inputs[0] in self.plan.tensors
+            and self.plan.qparams
+            and self.kind == FAKE
+        ):
+            scale = (
+                np.float32(self.plan.params(plan.inputs[0]).scale)
+                * self.plan.weights[unit].qparams.scale
+            )
             bias = np.rint(bias / scale.astype(np.float64)) * scale
         node.input.extend([""] * (3 - len(node.input)))
         old = self.arrays.get(node.input[2])
@@ -112,12 +133,18 @@ class _Writer:
             helper.make_node("DequantizeLinear", [codes, scale, zero], [grid]),
         ]
         if self.kind == BY_ROW:  # 127 steps on each side of zero
-            top, most, floor, most_kept = (f"{name}/{part}" for part in ("magnitude", "most", "floor", "most_kept"))
+            top, most, floor, most_kept = (
+                f"{name}/{part}" for part in ("magnitude", "most", "floor", "most_kept")
+            )
             nodes = [
                 helper.make_node("Abs", [name], [top]),
                 helper.make_node("ReduceMax", [top], [most], axes=[-1]),
-                helper.make_node("Max", [most, self.constant(np.float32(1e-30), name)], [most_kept]),
-                helper.make_node("Mul", [most_kept, self.constant(np.float32(1 / 127), name)], [scale]),
+                helper.make_node(
+                    "Max", [most, self.constant(np.float32(1e-30), name)], [most_kept]
+                ),
+                helper.make_node(
+                    "Mul", [most_kept, self.constant(np.float32(1 / 127), name)], [scale]
+                ),
                 helper.make_node("Div", [name, scale], [floor]),
                 helper.make_node("Round", [floor], [codes]),
                 helper.make_node("Mul", [codes, scale], [grid]),
@@ -126,7 +153,9 @@ class _Writer:
         self._redirect(name, grid)
 
     def _redirect(self, name: str, grid: str) -> None:
-        for unit in (unit for unit in self.plan.units() if name in unit.inputs and unit.name in self.nodes):
+        for unit in (
+            unit for unit in self.plan.units() if name in unit.inputs and unit.name in self.nodes
+        ):
             if not self.plan.qparams and unit.name not in self.plan.weights:
                 continue  # of a plan with dynamic ranges only the products read codes
             node = self.nodes[unit.name]
@@ -139,18 +168,32 @@ class _Writer:
 
     def _insert(self, nodes: list[onnx.NodeProto], after: onnx.NodeProto | None) -> None:
         graph = list(self.model.graph.node)
-        place = 0 if after is None else 1 + next(i for i, node in enumerate(graph) if node is after or node == after)
+        place = (
+            0
+            if after is None
+            else 1 + next(i for i, node in enumerate(graph) if node is after or node == after)
+        )
         for node in reversed(nodes):
             self.model.graph.node.insert(place, node)
         self.nodes = {node.name: node for node in all_nodes(self.model.graph)}
 
     def _on_grid(self, source: str, result: str, q: QParams) -> list[onnx.NodeProto]:
         scale = self.constant(np.float32(q.scale), result)
-        zero, low, high = (self.constant(np.float32(x), result) for x in (q.zero_point, q.format.qmin, q.format.qmax))
+        zero, low, high = (
+            self.constant(np.float32(x), result)
+            for x in (q.zero_point, q.format.qmin, q.format.qmax)
+        )
         steps = [f"{result}/{i}" for i in range(5)]
         if self.kind == NOISE:
             return [
-                helper.make_node("RandomUniformLike", [source], [steps[0]], low=-0.5, high=0.5, seed=float(self.count)),
+                helper.make_node(
+                    "RandomUniformLike",
+                    [source],
+                    [steps[0]],
+                    low=-0.5,
+                    high=0.5,
+                    seed=float(self.count),
+                ),
                 helper.make_node("Mul", [steps[0], scale], [steps[1]]),
                 helper.make_node("Add", [source, steps[1]], [result]),
             ]
@@ -173,14 +216,23 @@ def all_nodes(graph: onnx.GraphProto) -> Iterator[onnx.NodeProto]:
                 yield from all_nodes(attribute.g)
 
 
-def noise_to_signal(wanted: Iterable[Mapping[str, np.ndarray]], found: Iterable[Mapping[str, np.ndarray]]) -> float:
+def noise_to_signal(
+    wanted: Iterable[Mapping[str, np.ndarray]], found: Iterable[Mapping[str, np.ndarray]]
+) -> float:
     """The largest root of noise over signal power of any output, over all samples."""
     wanted, found = list(wanted), list(found)
 
     def ratio(name: str) -> float:
-        x, y = (np.concatenate([run[name].ravel() for run in runs]).astype(np.float64) for runs in (wanted, found))
+        x, y = (
+            np.concatenate([run[name].ravel() for run in runs]).astype(np.float64)
+            for runs in (wanted, found)
+        )
         assert np.isfinite(y).all()
         signal = float((x**2).sum())
-        return float(np.sqrt(((x - y) ** 2).sum() / signal)) if signal > 0 else float(np.abs(y).max(initial=0))
+        return (
+            float(np.sqrt(((x - y) ** 2).sum() / signal))
+            if signal > 0
+            else float(np.abs(y).max(initial=0))
+        )
 
     return max(ratio(name) for name in wanted[0])

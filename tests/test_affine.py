@@ -1,4 +1,6 @@
-"""Affine arithmetic against hand-computed cases, float64 bounds and ONNX Runtime's own QuantizeLinear."""
+"""Affine arithmetic against hand-computed cases, float64 bounds and ONNX Runtime's own
+QuantizeLinear.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,14 @@ from calib.affine import (
     quantize,
 )
 
-FORMATS = [UINT8, INT8, INT8_NARROW, IntFormat(4, True), IntFormat(7, True, True), IntFormat(16, False)]
+FORMATS = [
+    UINT8,
+    INT8,
+    INT8_NARROW,
+    IntFormat(4, True),
+    IntFormat(7, True, True),
+    IntFormat(16, False),
+]
 ENDS = st.floats(-(2.0**60), 2.0**60, width=32)
 
 
@@ -71,14 +80,19 @@ def test_parameters_of_ranges_by_hand(lo, hi, fmt, symmetric, scale, zero_point)
     assert (q.zero_point, q.scale.dtype, q.zero_point.dtype) == (zero_point, np.float32, fmt.dtype)
 
 
-@pytest.mark.parametrize(("hi", "scale"), [(127 * 0.25, 0.25), (127 * 0.26, 0.5), (0.9, 2.0**-7), (127.0, 1.0)])
+@pytest.mark.parametrize(
+    ("hi", "scale"), [(127 * 0.25, 0.25), (127 * 0.26, 0.5), (0.9, 2.0**-7), (127.0, 1.0)]
+)
 def test_power_of_two_scales_are_rounded_up(hi, scale):
     assert qparams_of(span(-hi, hi), INT8_NARROW, True, power_of_two=True).scale == scale
 
 
 def test_power_of_two_scale_with_a_zero_point():
     q = qparams_of(span(-1.0, 3.0), UINT8, False, power_of_two=True)
-    assert (q.scale, q.zero_point) == (2.0**-5, 32)  # 4 / 255 = 0.0157 is a little more than 2 ** -6
+    assert (q.scale, q.zero_point) == (
+        2.0**-5,
+        32,
+    )  # 4 / 255 = 0.0157 is a little more than 2 ** -6
 
 
 def test_each_channel_has_its_own_parameters():
@@ -113,12 +127,19 @@ def test_every_code_survives_a_round_trip(fmt, symmetric):
     np.testing.assert_array_equal(quantize(dequantize(codes, q), q), codes)
 
 
-@given(ENDS, ENDS, st.lists(st.floats(0, 1), min_size=1, max_size=20), st.sampled_from(FORMATS), st.booleans())
+@given(
+    ENDS,
+    ENDS,
+    st.lists(st.floats(0, 1), min_size=1, max_size=20),
+    st.sampled_from(FORMATS),
+    st.booleans(),
+)
 def test_the_error_inside_the_range_is_bounded_by_the_scale(a, b, where, fmt, symmetric):
     lo, hi = min(a, b), max(a, b)
     q = qparams_of(span(lo, hi), fmt, symmetric)
     x = lo + (hi - lo) * np.array(where)
-    # Half a step of rounding, and at the ends up to half a step by which the zero point was rounded.
+    # Half a step of rounding, and at the ends up to half a step by which the zero point was
+    # rounded.
     bound = float(q.scale) * (0.5 if symmetric else 1.0) * (1 + 1e-4)
     assert np.abs(dequantize(quantize(x, q), q).astype(np.float64) - x).max() <= bound
 
@@ -129,7 +150,10 @@ def test_zero_is_exact(a, b, fmt, symmetric, power_of_two):
     assert dequantize(quantize(np.zeros(1), q), q) == 0.0
 
 
-@given(st.floats(2.0**-40, 2.0**40, width=32), st.sampled_from([UINT8, IntFormat(16, False), IntFormat(4, False)]))
+@given(
+    st.floats(2.0**-40, 2.0**40, width=32),
+    st.sampled_from([UINT8, IntFormat(16, False), IntFormat(4, False)]),
+)
 def test_no_code_exceeds_the_clip_that_gave_the_range(hi, fmt):
     scale = qparams_of(span(0.0, hi), fmt, symmetric=False).scale
     assert np.float32(fmt.qmax) * scale <= np.float32(hi)
@@ -137,8 +161,12 @@ def test_no_code_exceeds_the_clip_that_gave_the_range(hi, fmt):
 
 @pytest.mark.parametrize(("lo", "hi"), [(-1.0, 3.0), (0.0, 4.0), (-2.0, 0.0), (-0.3, 0.7)])
 def test_codes_are_those_of_the_runtime(lo, hi):
-    q = qparams_of(span(lo, hi), UINT8, symmetric=False, power_of_two=True)  # exact in float32: halves are halves
-    x = np.concatenate([np.linspace(1.2 * lo - 0.1, 1.2 * hi, 997), (np.arange(-300, 300) + 0.5) * q.scale])
+    q = qparams_of(
+        span(lo, hi), UINT8, symmetric=False, power_of_two=True
+    )  # exact in float32: halves are halves
+    x = np.concatenate(
+        [np.linspace(1.2 * lo - 0.1, 1.2 * hi, 997), (np.arange(-300, 300) + 0.5) * q.scale]
+    )
     model = build(
         "g (float[N] x) => (uint8[N] codes, float[N] y) "
         "{ codes = QuantizeLinear(x, s, z)  y = DequantizeLinear(codes, s, z) }",

@@ -1,4 +1,6 @@
-"""Batches: which jobs there are, what runs again, what one job's end does to others, and that results are the same."""
+"""Batches: which jobs there are, what runs again, what one job's end does to others, and that
+results are the same.
+"""
 
 from __future__ import annotations
 
@@ -65,8 +67,12 @@ if "serve(sys.argv[1])" in " ".join(sys.orig_argv):
 
 
 @pytest.fixture
-def qconvert(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Command]:
-    """The command in an empty folder with a model `m.onnx` and a config `c.cfg` with ten pictures."""
+def qconvert(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Iterator[Command]:
+    """The command in an empty folder with a model `m.onnx` and a config `c.cfg` with ten
+    pictures.
+    """
     monkeypatch.chdir(tmp_path)
     handler = signal.getsignal(signal.SIGTERM)
     shutil.copy(MODEL, tmp_path / "m.onnx")
@@ -79,7 +85,9 @@ def qconvert(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 def sabotage(monkeypatch: pytest.MonkeyPatch, tmp_path_factory: pytest.TempPathFactory) -> None:
     folder = tmp_path_factory.mktemp("sabotage")
     (folder / "sitecustomize.py").write_text(SABOTAGE)
-    monkeypatch.setenv("PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")]))
+    monkeypatch.setenv(
+        "PYTHONPATH", os.pathsep.join([str(folder), os.environ.get("PYTHONPATH", "")])
+    )
 
 
 @pytest.fixture
@@ -88,7 +96,12 @@ def inline(monkeypatch: pytest.MonkeyPatch) -> None:
 
     def run_inline(task: Task, timeout: float | None, directory: str) -> Ended:
         notes = isolated._Notes()
-        return Ended(figures=isolated._work(task, notes), seconds=0.1, megabytes=20, warnings=tuple(notes.warnings))
+        return Ended(
+            figures=isolated._work(task, notes),
+            seconds=0.1,
+            megabytes=20,
+            warnings=tuple(notes.warnings),
+        )
 
     monkeypatch.setattr(run, "run_isolated", run_inline)
 
@@ -100,11 +113,15 @@ def manifest(*lines: str, header: str = "model,config,output") -> Path:
 
 
 def statuses() -> dict[str, str]:
-    return {row["name"]: row["status"] for row in json.loads(Path("batch_summary.json").read_text())}
+    return {
+        row["name"]: row["status"] for row in json.loads(Path("batch_summary.json").read_text())
+    }
 
 
 def messages() -> dict[str, str]:
-    return {row["name"]: row["message"] for row in json.loads(Path("batch_summary.json").read_text())}
+    return {
+        row["name"]: row["message"] for row in json.loads(Path("batch_summary.json").read_text())
+    }
 
 
 def converted_alone(qconvert: Command, config: str = "c.cfg", model: str = "m.onnx") -> bytes:
@@ -117,10 +134,12 @@ def graph(path: str) -> bytes:
     return onnx.load(path).graph.SerializeToString()
 
 
-# --- which jobs there are --------------------------------------------------------------------------------------------
+# --- which jobs there are
 
 
-def test_configs_need_no_mode_where_constants_alone_become_half(qconvert: Command, inline: None) -> None:
+def test_configs_need_no_mode_where_constants_alone_become_half(
+    qconvert: Command, inline: None
+) -> None:
     Path("half.cfg").write_text("[job]\nmodel = m.onnx\n")
     manifest(",half.cfg,half.onnx")
     assert qconvert("batch", "jobs.csv", "--fp16=on").code == 0
@@ -153,7 +172,11 @@ def test_a_manifest_overrides_keys_and_takes_patterns(qconvert: Command, inline:
     Path("zoo").mkdir()
     for name in ("one", "two"):
         shutil.copy("m.onnx", f"zoo/{name}.onnx")
-    manifest("zoo/*.onnx,c.cfg,out/*_kl.onnx,KL", "m.onnx,c.cfg,,", header=f"model,config,output,{METHOD}")
+    manifest(
+        "zoo/*.onnx,c.cfg,out/*_kl.onnx,KL",
+        "m.onnx,c.cfg,,",
+        header=f"model,config,output,{METHOD}",
+    )
     result = qconvert("batch", "jobs.csv")
     assert (result.code, result.err) == (0, "")
     assert list(statuses().values()) == ["converted"] * 3
@@ -170,7 +193,9 @@ def test_a_manifest_overrides_keys_and_takes_patterns(qconvert: Command, inline:
 
 
 def test_one_line_a_job_and_a_table(qconvert: Command, inline: None) -> None:
-    manifest("m.onnx,c.cfg,a.onnx,", "m.onnx,c.cfg,b.onnx,KL", header=f"model,config,output,{METHOD}")
+    manifest(
+        "m.onnx,c.cfg,a.onnx,", "m.onnx,c.cfg,b.onnx,KL", header=f"model,config,output,{METHOD}"
+    )
     lines = qconvert("batch", "jobs.csv", "-j1").lines
     assert [line[:17] for line in lines[:2]] == ["[1/2] converted a", "[2/2] converted b"]
     assert lines[2].split()[:3] == ["name", "status", "seconds"]
@@ -184,16 +209,37 @@ def test_one_line_a_job_and_a_table(qconvert: Command, inline: None) -> None:
 @pytest.mark.parametrize(
     ("text", "words"),
     [
-        ("", "jobs.csv:1: the header must be model,config,output and columns named section.key; write each once."),
+        (
+            "",
+            (
+                "jobs.csv:1: the header must be model,config,output and columns named "
+                "section.key; write each once."
+            ),
+        ),
         ("model,config\nm.onnx,c.cfg\n", "the header must be"),
         ("model,config,output,extra\n", "the header must be"),
         ("model,config,output,output\n", "the header must be"),
-        ("model,config,output\n", "jobs.csv: there are no jobs; give a folder of configs or a CSV file with a line"),
-        ("model,config,output\nm.onnx,c.cfg\n", "jobs.csv:2: the config or a cell is missing or too many"),
-        ("model,config,output\nm.onnx,c.cfg,a.onnx,b\n", "jobs.csv:2: the config or a cell is missing or too"),
+        (
+            "model,config,output\n",
+            "jobs.csv: there are no jobs; give a folder of configs or a CSV file with a line",
+        ),
+        (
+            "model,config,output\nm.onnx,c.cfg\n",
+            "jobs.csv:2: the config or a cell is missing or too many",
+        ),
+        (
+            "model,config,output\nm.onnx,c.cfg,a.onnx,b\n",
+            "jobs.csv:2: the config or a cell is missing or too",
+        ),
         ("model,config,output\nm.onnx,,a.onnx\n", "jobs.csv:2: the config or a cell is missing"),
-        ('model,config,output\n"m.onnx,c.cfg,a.onnx\n', "jobs.csv: this is no CSV file in UTF-8 (unexpected end of"),
-        ("model,config,output\n\udce9,c.cfg,a.onnx\n", "jobs.csv: this is no CSV file in UTF-8 ('utf-8' codec"),
+        (
+            'model,config,output\n"m.onnx,c.cfg,a.onnx\n',
+            "jobs.csv: this is no CSV file in UTF-8 (unexpected end of",
+        ),
+        (
+            "model,config,output\n\udce9,c.cfg,a.onnx\n",
+            "jobs.csv: this is no CSV file in UTF-8 ('utf-8' codec",
+        ),
     ],
 )
 def test_a_list_that_is_wrong_runs_nothing(qconvert: Command, text: str, words: str) -> None:
@@ -207,7 +253,10 @@ def test_a_list_that_is_wrong_runs_nothing(qconvert: Command, text: str, words: 
 
 def test_a_list_that_does_not_exist(qconvert: Command) -> None:
     assert qconvert("batch", "none.csv") == Result(
-        1, "", "ERROR: none.csv: no such file or directory; check the path, your rights and the space on the disk.\n"
+        1,
+        "",
+        "ERROR: none.csv: no such file or directory; check the path, your rights and the "
+        "space on the disk.\n",
     )
 
 
@@ -216,17 +265,34 @@ def test_a_list_that_does_not_exist(qconvert: Command) -> None:
     [
         ("x.onnx,c.cfg,a.onnx,", "jobs.csv:3: there is no model file x.onnx; check the path."),
         ("z/*.onnx,c.cfg,a.onnx,", "jobs.csv:3: there is no model file z/*.onnx; check the path."),
-        (",c.cfg,a.onnx,", "jobs.csv:3: no model is named; write model = model.onnx under [job], or fill the column"),
-        ("*.onnx,c.cfg,a.onnx,", "jobs.csv:3: 2 models would be written to a.onnx; write * for the model's name."),
+        (
+            ",c.cfg,a.onnx,",
+            (
+                "jobs.csv:3: no model is named; write model = model.onnx under [job], or fill "
+                "the column"
+            ),
+        ),
+        (
+            "*.onnx,c.cfg,a.onnx,",
+            "jobs.csv:3: 2 models would be written to a.onnx; write * for the model's name.",
+        ),
         ("m.onnx,none.cfg,a.onnx,", "none.cfg: cannot be read (no such file or directory)"),
-        ("m.onnx,c.cfg,a.onnx,best", f"jobs.csv:3: [full_quant_param] {METHOD.split('.')[1]} = best: must be MAX_MIN,"),
-        ("m.onnx,c.cfg,good.onnx,", "jobs.csv:3: jobs.csv:2 writes good.onnx already; give each job its own output."),
+        (
+            "m.onnx,c.cfg,a.onnx,best",
+            f"jobs.csv:3: [full_quant_param] {METHOD.split('.')[1]} = best: must be MAX_MIN,",
+        ),
+        (
+            "m.onnx,c.cfg,good.onnx,",
+            "jobs.csv:3: jobs.csv:2 writes good.onnx already; give each job its own output.",
+        ),
     ],
 )
 def test_a_job_that_is_wrong_is_a_failed_job(qconvert: Command, line: str, words: str) -> None:
     shutil.copy("m.onnx", "n.onnx")
     manifest("m.onnx,c.cfg,good.onnx,", line, header=f"model,config,output,{METHOD}")
-    good, bad = read_entries(Path("jobs.csv"), lambda model, output, config: Job(model, Path(str(output)), config))
+    good, bad = read_entries(
+        Path("jobs.csv"), lambda model, output, config: Job(model, Path(str(output)), config)
+    )
     assert good.job and not good.problem
     assert bad.job is None
     assert words in bad.problem
@@ -241,7 +307,7 @@ def test_an_unknown_key_in_a_column(qconvert: Command) -> None:
     }
 
 
-# --- what runs again -------------------------------------------------------------------------------------------------
+# --- what runs again
 
 
 @pytest.fixture
@@ -249,7 +315,9 @@ def two_jobs(qconvert: Command, inline: None, tmp_path: Path) -> Callable[..., d
     """Two jobs that were run; calling it runs them again with --resume."""
     shutil.copytree(DIGITS / "calib", "pictures", ignore=lambda _, names: sorted(names)[12:])
     for name in ("a", "b"):
-        text = changed(tmp_path / f"{name}.cfg", ("calibrate_size = 100", "calibrate_size = 8")).read_text()
+        text = changed(
+            tmp_path / f"{name}.cfg", ("calibrate_size = 100", "calibrate_size = 8")
+        ).read_text()
         Path(f"{name}.cfg").write_text(text.replace(str(DIGITS / "calib"), "pictures"))
     manifest("m.onnx,a.cfg,out/a.onnx", "m.onnx,b.cfg,out/b.onnx")
     assert qconvert("batch", "jobs.csv").code == 0
@@ -321,7 +389,9 @@ def test_what_every_job_reads_runs_every_job(
     assert two_jobs() == {"out/a": NEW, "out/b": NEW}
 
 
-def test_flags_and_versions_are_part_of_what_an_output_is_made_of(two_jobs: Callable[..., dict[str, str]]) -> None:
+def test_flags_and_versions_are_part_of_what_an_output_is_made_of(
+    two_jobs: Callable[..., dict[str, str]],
+) -> None:
     assert two_jobs("--fp16=on") == {"out/a": NEW, "out/b": NEW}
     assert two_jobs("--fp16=on") == {"out/a": SAME, "out/b": SAME}
 
@@ -329,17 +399,28 @@ def test_flags_and_versions_are_part_of_what_an_output_is_made_of(two_jobs: Call
 def test_resuming_imports_nothing_heavy(qconvert: Command, inline: None) -> None:
     manifest("m.onnx,c.cfg,a.onnx")
     assert qconvert("batch", "jobs.csv").code == 0
-    command = [sys.executable, "-X", "importtime", "-m", "converter", "batch", "jobs.csv", "--resume"]
+    command = [
+        sys.executable,
+        "-X",
+        "importtime",
+        "-m",
+        "converter",
+        "batch",
+        "jobs.csv",
+        "--resume",
+    ]
     found = subprocess.run(command, capture_output=True, text=True, check=True)
     imported = {line.rpartition("|")[2].strip().split(".")[0] for line in found.stderr.splitlines()}
     assert not imported & {"numpy", "onnx", "onnx_ir", "onnxruntime", "PIL"}
     assert "up to date a" in found.stdout
 
 
-# --- gates and reports -----------------------------------------------------------------------------------------------
+# --- gates and reports
 
 
-def test_missed_gates_exit_with_3_and_are_failures_for_junit(qconvert: Command, inline: None) -> None:
+def test_missed_gates_exit_with_3_and_are_failures_for_junit(
+    qconvert: Command, inline: None
+) -> None:
     manifest("m.onnx,c.cfg,a.onnx", "m.onnx,c.cfg,b.onnx")
     result = qconvert("batch", "jobs.csv", "--max-size=1KB", "--junit=reports/junit.xml")
     assert (result.code, result.err) == (3, "ERROR: 2 job(s): 2 missed.\n")
@@ -360,7 +441,12 @@ def test_a_failure_weighs_more_than_a_missed_gate(qconvert: Command, inline: Non
 def test_junit_is_well_formed_whatever_messages_hold(tmp_path: Path) -> None:
     hostile = "<&\"'>\x00\x1b[31m\ud800é\U0001f600]]>"
     entry = Entry(hostile, tmp_path, 0, tmp_path / "c.cfg")
-    results = [("failed", "error"), ("missed", "failure"), ("skipped", "skipped"), ("converted", None)]
+    results = [
+        ("failed", "error"),
+        ("missed", "failure"),
+        ("skipped", "skipped"),
+        ("converted", None),
+    ]
     records = [Record(entry, status, hostile, Ended(seconds=1.5)) for status, _ in results]
     summary.write([], tmp_path, tmp_path / "empty.xml")
     assert ElementTree.parse(tmp_path / "empty.xml").getroot().get("tests") == "0"
@@ -371,13 +457,19 @@ def test_junit_is_well_formed_whatever_messages_hold(tmp_path: Path) -> None:
     assert cases[0].get("time") == "1.500"
 
 
-# --- one job's end is its own ----------------------------------------------------------------------------------------
+# --- one job's end is its own
 
 
 @pytest.mark.parametrize(
     ("name", "words"),
     [
-        ("killed", "its process was killed, most likely for want of memory; let fewer jobs run at once with --jobs."),
+        (
+            "killed",
+            (
+                "its process was killed, most likely for want of memory; let fewer jobs run at "
+                "once with --jobs."
+            ),
+        ),
         ("broken", "its process crashed (SIGSEGV); convert it alone to see more."),
         ("leaving", "its process crashed (7); convert it alone to see more."),
         ("greedy", "memory ran out; let fewer jobs run at once with --jobs."),
@@ -394,7 +486,9 @@ def test_one_job_s_end_is_its_own(qconvert: Command, sabotage: None, name: str, 
     assert not [path for path in Path().iterdir() if path.name.startswith(f".{name}")]
 
 
-def test_what_shares_a_calibration_runs_though_the_first_fails(qconvert: Command, sabotage: None) -> None:
+def test_what_shares_a_calibration_runs_though_the_first_fails(
+    qconvert: Command, sabotage: None
+) -> None:
     manifest("m.onnx,c.cfg,broken.onnx", "m.onnx,c.cfg,good.onnx")
     assert qconvert("batch", "jobs.csv", "--calibration-parts=2").code == 1
     assert statuses() == {"broken": "failed", "good": "converted"}
@@ -445,7 +539,9 @@ def test_an_interrupt_ends_all_and_leaves_no_litter(
     command = [sys.executable, "-m", "converter", "batch", "jobs.csv", "-j2"]
     before = {path.name for path in Path().iterdir()}
     environment = {**os.environ, "TMPDIR": str(temporary)}
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment)
+    process = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=environment
+    )
     wait_for(lambda: len(list(Path().glob(".slow*"))) == 2)
     process.send_signal(number)
     _, errors = process.communicate(timeout=20)
@@ -474,22 +570,30 @@ def wait_for(condition: Callable[[], bool]) -> None:
         time.sleep(0.05)
 
 
-# --- calibration, shared and split -----------------------------------------------------------------------------------
+# --- calibration, shared and split
 
 
 def test_a_sweep_calibrates_once(qconvert: Command, inline: None) -> None:
     methods = ("MAX_MIN", "KL", "MSE")
-    manifest(*(f"m.onnx,c.cfg,{m}.onnx,{m}" for m in methods), header=f"model,config,output,{METHOD}")
+    manifest(
+        *(f"m.onnx,c.cfg,{m}.onnx,{m}" for m in methods), header=f"model,config,output,{METHOD}"
+    )
     assert qconvert("batch", "jobs.csv").code == 0
     caches = list(Path(".qconvert").glob("*.npz"))
     assert len(caches) == 1
     for method in methods:
         cached = changed(
-            Path("cached.cfg"), ("calibrate_size = 100", "calibrate_size = 10"), ("MAX_MIN\n", f"{method}\n")
+            Path("cached.cfg"),
+            ("calibrate_size = 100", "calibrate_size = 10"),
+            ("MAX_MIN\n", f"{method}\n"),
         )
         converted_alone(qconvert, "cached.cfg")
         assert graph(f"{method}.onnx") == graph("alone.onnx")
-        cached.write_text(cached.read_text().replace("[full_quant", f"calibration_cache = {caches[0]}\n[full_quant"))
+        cached.write_text(
+            cached.read_text().replace(
+                "[full_quant", f"calibration_cache = {caches[0]}\n[full_quant"
+            )
+        )
         result = qconvert.convert(cached, Path("again.onnx"), Path("m.onnx"), "--verbose")
         assert "All ranges come from the calibration cache" in result.err
         assert graph("again.onnx") == graph("alone.onnx")
@@ -505,7 +609,10 @@ def test_jobs_of_other_data_do_not_share(qconvert: Command, inline: None) -> Non
 @pytest.mark.parametrize("parts", [1, 2, 3, 7, 11])
 def test_parts_together_see_every_sample_once_and_means_in_one(parts: int) -> None:
     for count, first in ((1000, 64), (100, 64), (10, 64), (7, 3), (1, 1)):
-        found = [Wanted((), (("m", 1),), True, True, first, (k, parts)).indices(count) for k in range(parts)]
+        found = [
+            Wanted((), (("m", 1),), True, True, first, (k, parts)).indices(count)
+            for k in range(parts)
+        ]
         assert [index for part in found for index in part] == list(range(count))
         assert len(found[0]) >= min(first, count)
     assert [len(Wanted((), (), True, True, 64, (k, 4)).indices(100)) for k in range(4)] == [25] * 4
@@ -513,7 +620,9 @@ def test_parts_together_see_every_sample_once_and_means_in_one(parts: int) -> No
 
 @settings(deadline=None, max_examples=20)
 @given(parts=st.integers(2, 9), first=st.integers(1, 9), threads=st.integers(1, 2))
-def test_a_split_calibration_equals_the_whole_one(tmp_path_factory, parts: int, first: int, threads: int) -> None:
+def test_a_split_calibration_equals_the_whole_one(
+    tmp_path_factory, parts: int, first: int, threads: int
+) -> None:
     path = tmp_path_factory.mktemp("cache") / "cache.npz"
     model, data = prepared(GRAPH, **CONSTANTS), InMemory(SAMPLES)
     wanted = with_first(first)
@@ -552,7 +661,9 @@ def test_oddities_are_told_of_a_split_calibration_too(tmp_path: Path) -> None:
     whole, split, early = Ear(), Ear(), Ear()
     observe(model, EVERYTHING, InMemory(samples), resources(), whole)
     for number in range(2):
-        observe_with_cache(model, with_first(2, (number, 2)), InMemory(samples), resources(), early, path)
+        observe_with_cache(
+            model, with_first(2, (number, 2)), InMemory(samples), resources(), early, path
+        )
     merge([part_path(path, number, 2) for number in range(2)], path)
     observe_with_cache(model, with_first(2), InMemory(samples), resources(), split, path)
     assert len(whole.warned) > 0
@@ -565,10 +676,12 @@ def test_a_split_batch_equals_the_command(qconvert: Command) -> None:
     Path("weights.cfg").write_text("[common_quant_param]\nquant_type = WEIGHT_QUANT\n")
     assert qconvert("batch", "jobs.csv", "--calibration-parts=3").code == 0
     assert Path("a.onnx").read_bytes() == converted_alone(qconvert)
-    assert [path.suffix for path in sorted(Path(".qconvert").iterdir()) if "npz" in path.name] == [".npz"]
+    assert [path.suffix for path in sorted(Path(".qconvert").iterdir()) if "npz" in path.name] == [
+        ".npz"
+    ]
 
 
-# --- a cluster -------------------------------------------------------------------------------------------------------
+# --- a cluster
 
 
 CLUSTER = """
@@ -576,7 +689,8 @@ import sys
 from distributed import LocalCluster
 if __name__ == "__main__":
     with LocalCluster(n_workers=2, threads_per_worker=1, dashboard_address=None) as cluster:
-        print(cluster.scheduler_address, *(nanny.pid for nanny in cluster.workers.values()), flush=True)
+        pids = [nanny.pid for nanny in cluster.workers.values()]
+        print(cluster.scheduler_address, *pids, flush=True)
         sys.stdin.read()
 """
 
@@ -587,7 +701,9 @@ def test_a_cluster_that_loses_a_worker_gives_the_same_results(
     pytest.importorskip("distributed")
     Path("cluster.py").write_text(CLUSTER)
     methods = ("MAX_MIN", "KL", "MSE")
-    manifest(*(f"m.onnx,c.cfg,{m}.onnx,{m}" for m in methods), header=f"model,config,output,{METHOD}")
+    manifest(
+        *(f"m.onnx,c.cfg,{m}.onnx,{m}" for m in methods), header=f"model,config,output,{METHOD}"
+    )
     assert qconvert("batch", "jobs.csv").code == 0
     expected = {method: Path(f"{method}.onnx").read_bytes() for method in methods}
     Path("tmp").mkdir()
@@ -608,7 +724,9 @@ def test_a_cluster_that_loses_a_worker_gives_the_same_results(
 
 
 @pytest.mark.parametrize("address", ["tcp://127.0.0.1:9", "nonsense://x"])
-def test_a_cluster_that_does_not_answer(qconvert: Command, address: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_cluster_that_does_not_answer(
+    qconvert: Command, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
     pytest.importorskip("distributed")
     manifest("m.onnx,c.cfg,a.onnx")
     monkeypatch.setenv("DASK_DISTRIBUTED__COMM__TIMEOUTS__CONNECT", "1s")
@@ -616,7 +734,8 @@ def test_a_cluster_that_does_not_answer(qconvert: Command, address: str, monkeyp
     found = subprocess.run(command, capture_output=True, text=True, check=False)
     assert found.returncode == 2
     assert found.stderr == (
-        f"ERROR: --scheduler {address}: no Dask scheduler answers; write its address, for example tcp://host:8786.\n"
+        f"ERROR: --scheduler {address}: no Dask scheduler answers; write its address, for "
+        "example tcp://host:8786.\n"
     )
 
 
@@ -625,10 +744,13 @@ def test_a_cluster_needs_dask(qconvert: Command, monkeypatch: pytest.MonkeyPatch
     manifest("m.onnx,c.cfg,a.onnx")
     result = qconvert("batch", "jobs.csv", "--scheduler=tcp://x:1")
     assert (result.code, result.out) == (2, "")
-    assert result.err == "ERROR: --scheduler needs Dask; install it with pip install 'qconvert[cluster]'.\n"
+    assert (
+        result.err
+        == "ERROR: --scheduler needs Dask; install it with pip install 'qconvert[cluster]'.\n"
+    )
 
 
-# --- the same from Python --------------------------------------------------------------------------------------------
+# --- the same from Python
 
 
 def test_python_does_what_the_command_does(qconvert: Command) -> None:
@@ -647,7 +769,10 @@ def test_python_does_what_the_command_does(qconvert: Command) -> None:
 def test_python_gets_the_command_s_messages(qconvert: Command) -> None:
     with pytest.raises(UsageError, match=r"--outputFile m.onnx is the float model itself"):
         convert("m.onnx", "c.cfg", "m.onnx")
-    with pytest.raises(QConvertError, match=r"^overrides: \[full_quant_param\] activation_quant_method = X: must be"):
+    with pytest.raises(
+        QConvertError,
+        match=r"^overrides: \[full_quant_param\] activation_quant_method = X: must be",
+    ):
         convert("m.onnx", "c.cfg", overrides={METHOD: "X"})
     with pytest.raises(QConvertError, match=r"^overrides: x = 1: stands before any section"):
         convert("m.onnx", "c.cfg", overrides={"x": "1"})

@@ -21,7 +21,8 @@ X = normal(12, 32)
 def layers():
     """Three products, the last of which matters most."""
     text = """g (float[1,32] x) => (float[1,48] y) {
-        a = MatMul (x, w1)  r = Relu (a)  b = MatMul (r, w2)  c = MatMul (x, w3)  y = Add (b, c) }"""
+        a = MatMul (x, w1)  r = Relu (a)  b = MatMul (r, w2)  c = MatMul (x, w3)
+          y = Add (b, c) }"""
     return build(text, w1=normal(32, 96), w2=normal(96, 48, seed=1) / 50, w3=normal(32, 48, seed=2))
 
 
@@ -40,7 +41,8 @@ def total(worth, sizes, bits):
 def test_no_allocation_beats_a_step_of_the_path(seed):
     worth, sizes = problem(seed)
     everything = [
-        total(worth, sizes, dict(zip(worth, bits, strict=True))) for bits in itertools.product(WIDTHS, repeat=3)
+        total(worth, sizes, dict(zip(worth, bits, strict=True)))
+        for bits in itertools.product(WIDTHS, repeat=3)
     ]
     bits = dict.fromkeys(worth, WIDTHS[0])
     for step in path(worth, sizes):

@@ -1,4 +1,6 @@
-"""The calibration cache: what it holds is not computed again, what belongs to another model or data is not used."""
+"""The calibration cache: what it holds is not computed again, what belongs to another model or data
+is not used.
+"""
 
 from __future__ import annotations
 
@@ -101,7 +103,9 @@ OTHERS = {
     "another operator": {"graph": GRAPH.replace("Relu", "Abs")},
     "another attribute": {"graph": GRAPH.replace("Relu (m)", "LeakyRelu <alpha=0.5> (m)")},
     "outputs that change places": {
-        "graph": GRAPH.replace("y = Sigmoid (s)", "t, u = Split <axis=-1> (s)  y = Concat <axis=-1> (t, u)")
+        "graph": GRAPH.replace(
+            "y = Sigmoid (s)", "t, u = Split <axis=-1> (s)  y = Concat <axis=-1> (t, u)"
+        )
     },
 }
 
@@ -112,7 +116,9 @@ def test_evidence_of_something_else_is_not_used(observed, tmp_path, change):
     seen(path)
     evidence, ear = seen(path, **change)
     assert len(observed) == 2
-    assert ear.warned == [f"The calibration cache {path} is of another model, data or version; it is made anew."]
+    assert ear.warned == [
+        f"The calibration cache {path} is of another model, data or version; it is made anew."
+    ]
     again, ear = seen(path, **change)
     assert_equal(again, evidence)
     assert (len(observed), ear.warned) == (2, [])
@@ -144,7 +150,14 @@ def test_node_names_and_docs_do_not_matter(observed, tmp_path):
 
 
 def damaged(data):
-    return data[:-200], data[:100], b"", b"not an archive", data.replace(b"index", b"yndex"), flipped(data)
+    return (
+        data[:-200],
+        data[:100],
+        b"",
+        b"not an archive",
+        data.replace(b"index", b"yndex"),
+        flipped(data),
+    )
 
 
 def flipped(data):

@@ -1,4 +1,6 @@
-"""Calibration: the statistics are those of the tensors the float model computes, however the work is spread."""
+"""Calibration: the statistics are those of the tensors the float model computes, however the work
+is spread.
+"""
 
 from __future__ import annotations
 
@@ -34,7 +36,9 @@ EVERYTHING = Wanted(("x", "m", "r", "b", "y"), (("m", 1), ("s", -1)), histogram=
 
 def seen(wanted=EVERYTHING, samples=SAMPLES, threads=1, memory=64 << 20):
     ear = Ear()
-    evidence = observe(prepared(GRAPH, **CONSTANTS), wanted, InMemory(samples), resources(threads, memory), ear)
+    evidence = observe(
+        prepared(GRAPH, **CONSTANTS), wanted, InMemory(samples), resources(threads, memory), ear
+    )
     return evidence, ear
 
 
@@ -69,22 +73,30 @@ def test_statistics_are_those_of_the_tensors():
         assert stats.count == values.size
         np.testing.assert_allclose([stats.lo, stats.hi], [values.min(), values.max()], rtol=1e-6)
     assert evidence.statistics["r"].zero_count == (truth()["m"] < 0).sum()
-    np.testing.assert_allclose(evidence.statistics["m"].sample_extremes[:, 0], truth()["m"].min(axis=(1, 2)), rtol=1e-6)
-    np.testing.assert_allclose(evidence.statistics["m"].sample_extremes[:, 1], truth()["m"].max(axis=(1, 2)), rtol=1e-6)
+    np.testing.assert_allclose(
+        evidence.statistics["m"].sample_extremes[:, 0], truth()["m"].min(axis=(1, 2)), rtol=1e-6
+    )
+    np.testing.assert_allclose(
+        evidence.statistics["m"].sample_extremes[:, 1], truth()["m"].max(axis=(1, 2)), rtol=1e-6
+    )
     assert evidence.statistics.keys() == set(EVERYTHING.tensors)
     assert ear.warned == []
 
 
 def test_means_are_those_of_the_channels():
     means = seen()[0].means
-    assert {key: mean.dtype for key, mean in means.items()} == dict.fromkeys(EVERYTHING.means, np.float64)
+    assert {key: mean.dtype for key, mean in means.items()} == dict.fromkeys(
+        EVERYTHING.means, np.float64
+    )
     for (name, _), mean in means.items():
         np.testing.assert_allclose(mean, truth()[name].mean(axis=(0, 1)), rtol=1e-5, atol=1e-6)
 
 
 def test_means_are_of_the_first_samples_only_where_asked():
     evidence = seen(replace(EVERYTHING, first=3))[0]
-    np.testing.assert_allclose(evidence.means["m", 1], truth()["m"][:3].mean(axis=(0, 1)), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        evidence.means["m", 1], truth()["m"][:3].mean(axis=(0, 1)), rtol=1e-5, atol=1e-6
+    )
     assert evidence.statistics["m"].count == truth()["m"].size
     assert evidence.first == 3
 
@@ -137,7 +149,9 @@ def test_memory_and_threads_do_not_change_a_bit_of_the_example():
 
 def test_tensors_are_observed_in_groups_that_fit():
     # m, r, s and y hold 3 * 6 floats a sample, x 3 * 4: 72 and 48 bytes.
-    assert seen(memory=72 * 4 + 48)[1].said == ["Calibrating 5 tensors of 0 MB a sample, 1 pass(es) over the data."]
+    assert seen(memory=72 * 4 + 48)[1].said == [
+        "Calibrating 5 tensors of 0 MB a sample, 1 pass(es) over the data."
+    ]
     assert "2 pass(es)" in seen(memory=72 * 4 + 47)[1].said[0]
     assert "5 pass(es)" in seen(memory=1)[1].said[0]
     # Two workers each hold a sample: x and one, two, one in a pass.
@@ -146,7 +160,9 @@ def test_tensors_are_observed_in_groups_that_fit():
 
 def test_sizes_are_those_of_one_sample(monkeypatch):
     monkeypatch.setattr(calibrate, "PROBED", 2)
-    sizes = tensor_bytes(prepared(GRAPH, **CONSTANTS), ["x", "m", "r", "y"], SAMPLES[0], resources())
+    sizes = tensor_bytes(
+        prepared(GRAPH, **CONSTANTS), ["x", "m", "r", "y"], SAMPLES[0], resources()
+    )
     assert sizes == {"x": 48, "m": 72, "r": 72, "y": 72}
 
 
@@ -155,22 +171,29 @@ def test_groups_fit_the_budget_and_keep_the_order(sizes, budget):
     groups = list(calibrate.groups_within(sizes, budget))
     assert [name for group in groups for name in group] == list(sizes)
     totals = [sum(sizes[name] for name in group) for group in groups]
-    assert all(total <= budget or len(group) == 1 for total, group in zip(totals, groups, strict=True))
+    assert all(
+        total <= budget or len(group) == 1 for total, group in zip(totals, groups, strict=True)
+    )
     # No group has room for the first tensor of the next.
-    assert all(total + sizes[group[0]] > budget for total, group in zip(totals, groups[1:], strict=False))
+    assert all(
+        total + sizes[group[0]] > budget for total, group in zip(totals, groups[1:], strict=False)
+    )
 
 
-# --- data that is not as it should be --------------------------------------------------------------------------------
+# --- data that is not as it should be
 
 
 def test_values_that_are_no_numbers_are_told_of_and_left_out():
     odd = SAMPLES[0]["x"].copy()
     odd[0, :3] = np.nan, np.inf, -np.inf
-    evidence, ear = seen(Wanted(("x",), (), histogram=True, samples=False), [{"x": odd}, SAMPLES[1]])
+    evidence, ear = seen(
+        Wanted(("x",), (), histogram=True, samples=False), [{"x": odd}, SAMPLES[1]]
+    )
     kept = np.concatenate([odd.ravel()[3:], SAMPLES[1]["x"].ravel()])
     assert (evidence.statistics["x"].lo, evidence.statistics["x"].hi) == (kept.min(), kept.max())
     assert ear.warned == [
-        "Tensor 'x' held 1 NaN and 2 infinite values in the calibration data; its range ignores them."
+        "Tensor 'x' held 1 NaN and 2 infinite values in the calibration data; its range "
+        "ignores them."
     ]
 
 
@@ -179,23 +202,28 @@ def test_tensors_without_any_number_are_told_of():
     evidence, ear = seen(Wanted(("x", "m"), (), histogram=True, samples=True), empty)
     assert evidence.statistics["m"].count == 0
     assert ear.warned == [
-        f"Tensor '{name}' had no finite value in the calibration data; its range is a guess." for name in "xm"
+        f"Tensor '{name}' had no finite value in the calibration data; its range is a guess."
+        for name in "xm"
     ]
 
 
 def test_only_nan():
-    _, ear = seen(Wanted(("x",), (), histogram=True, samples=True), [{"x": np.full((1, 4), np.nan, np.float32)}])
+    _, ear = seen(
+        Wanted(("x",), (), histogram=True, samples=True),
+        [{"x": np.full((1, 4), np.nan, np.float32)}],
+    )
     assert [sentence.split(";")[0] for sentence in ear.warned] == [
         "Tensor 'x' held 4 NaN and 0 infinite values in the calibration data",
         "Tensor 'x' had no finite value in the calibration data",
     ]
 
 
-# --- small parts -----------------------------------------------------------------------------------------------------
+# --- small parts
 
 
 @pytest.mark.parametrize(
-    ("shape", "axis"), [((2, 3, 4, 5), 1), ((2, 3, 4, 5), -1), ((2, 3), 1), ((2, 3), -1), ((3,), -1), ((2, 4, 3), -1)]
+    ("shape", "axis"),
+    [((2, 3, 4, 5), 1), ((2, 3, 4, 5), -1), ((2, 3), 1), ((2, 3), -1), ((3,), -1), ((2, 4, 3), -1)],
 )
 def test_channel_means(shape, axis):
     x = normal(*shape)
@@ -206,14 +234,18 @@ def test_channel_means(shape, axis):
 
 
 def test_ranges_follow_the_tensors_format():
-    graph = "g (float[1,4] x) => (float[1,6] y) { a = MatMul (x, w)  r = Relu (a)  y = MatMul (r, v) }"
+    graph = (
+        "g (float[1,4] x) => (float[1,6] y) { a = MatMul (x, w)  r = Relu (a)  y = MatMul (r, v) }"
+    )
     model = build(graph, w=normal(4, 6), v=normal(6, 6))
     stats = TensorStats(histogram=False)
     stats.update(np.array([-1.0, 3.0], np.float32), 0)
     for target, expected in (("CPU", (4 / 255, 64, UINT8)), ("NVGPU", (3 / 127, 0, INT8))):
         plan = build_plan(model.graph, TARGETS[target], Wishes())
         statistics = dict.fromkeys(plan.groups(), stats)
-        found = activation_qparams(plan, statistics, RANGE_METHODS["MAX_MIN"], RangeSpec(UINT8, False))
+        found = activation_qparams(
+            plan, statistics, RANGE_METHODS["MAX_MIN"], RangeSpec(UINT8, False)
+        )
         assert found.keys() == plan.groups().keys()
         for q in found.values():
             np.testing.assert_allclose(q.scale, expected[0], rtol=1e-6)

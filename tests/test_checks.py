@@ -1,4 +1,6 @@
-"""The last look at the graph: every rule of a target is refused when it is broken, and only then."""
+"""The last look at the graph: every rule of a target is refused when it is broken, and only
+then.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ GRAPH = """g (float[1,4,7,7] x) => (float[] y) {
 
 
 def pairs_of(codes):
-    """The sums of what a kernel multiplies and adds together: kernel positions first, then channels."""
+    """The sums of what a kernel multiplies and adds together: kernel positions first, then
+    channels.
+    """
     if codes.ndim == 2:
         rows = codes.astype(np.int64)
     else:
@@ -73,7 +77,10 @@ def test_pairs_that_overflow():
     codes[0, 0, 0, 0] = -100
     check(model, with_codes(plan, "one", codes), TARGETS["CPU"])
     codes[0, 0, 0, 0] = 2
-    assert refused(model, with_codes(plan, "one", codes), "CPU") == "two weights of one can overflow together."
+    assert (
+        refused(model, with_codes(plan, "one", codes), "CPU")
+        == "two weights of one can overflow together."
+    )
     codes[0, 0, 0, 0], codes[0, 1, 0, 0] = -2, -127
     refused(model, with_codes(plan, "one", codes), "CPU")
 
@@ -85,7 +92,9 @@ def test_pairs_of_a_depthwise_convolution_and_of_other_targets_do_not_overflow()
     check(model, with_codes(plan, "one", np.full((6, 4, 3, 3), 127, np.int8)), TARGETS["ARM"])
 
 
-@pytest.mark.parametrize(("target", "dtype"), [("CPU", np.uint16), ("CPU", np.int16), ("NVGPU", np.uint8)])
+@pytest.mark.parametrize(
+    ("target", "dtype"), [("CPU", np.uint16), ("CPU", np.int16), ("NVGPU", np.uint8)]
+)
 def test_types_the_target_does_not_have(target, dtype):
     model, plan = quantized(target)
     node = conversion(model)
@@ -129,7 +138,11 @@ def test_scales_that_are_no_positive_numbers(scale, op_type):
 
 def test_one_bad_scale_of_many_channels():
     model, plan = quantized("CPU")
-    node = next(n for n in model.graph if n.op_type == "DequantizeLinear" and constant(n.inputs[1]).size == 6)
+    node = next(
+        n
+        for n in model.graph
+        if n.op_type == "DequantizeLinear" and constant(n.inputs[1]).size == 6
+    )
     scale = constant(node.inputs[1]).copy()
     scale[3] = 0
     store(node.inputs[1], scale)

@@ -23,7 +23,9 @@ TRAINED = ROOT / "configs" / "trained.cfg"
 
 
 @pytest.fixture
-def qconvert(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
+def qconvert(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Command:
     """The command in an empty folder, whose temporary files land in that folder too."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
@@ -37,11 +39,13 @@ def example(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Result]:
     output = folder / "digits.onnx"
     script = Path(sys.executable).with_name("qconvert")
     arguments = [f"--modelFile={MODEL}", f"--configFile={CONFIG}", f"--outputFile={output}"]
-    done = subprocess.run([script, *arguments], cwd=folder, capture_output=True, text=True, check=False)
+    done = subprocess.run(
+        [script, *arguments], cwd=folder, capture_output=True, text=True, check=False
+    )
     return output, Result(done.returncode, done.stdout, done.stderr)
 
 
-# --- a conversion that works -----------------------------------------------------------------------------------------
+# --- a conversion that works
 
 
 def test_example_succeeds_and_leaves_one_file(example: tuple[Path, Result]) -> None:
@@ -54,8 +58,14 @@ def test_summary_says_what_happened(example: tuple[Path, Result]) -> None:
     output, result = example
     before, after = MODEL.stat().st_size, output.stat().st_size
     assert re.match(r"Quantized \d+ of \d+ nodes: 7 Conv, .*\bGemm\.", result.lines[0])
-    assert any(line.startswith("Left float, ") and "/softmax/Softmax (Softmax)" in line for line in result.lines)
-    size = f"Size {before / 1e6:.2f} MB -> {after / 1e6:.2f} MB ({100 * after / before:.0f}% of the float model)."
+    assert any(
+        line.startswith("Left float, ") and "/softmax/Softmax (Softmax)" in line
+        for line in result.lines
+    )
+    size = (
+        f"Size {before / 1e6:.2f} MB -> {after / 1e6:.2f} MB ({100 * after / before:.0f}% of the "
+        "float model)."
+    )
     assert size in result.lines
     assert result.lines[-2:] == [f"Written to {output}", SUCCESS]
 
@@ -82,10 +92,14 @@ def test_every_weight_of_the_example_is_stored_in_8_bits(example: tuple[Path, Re
     assert len(matrices) == 8
 
 
-def test_example_is_as_good_as_float_with_and_without_optimizations(example: tuple[Path, Result]) -> None:
+def test_example_is_as_good_as_float_with_and_without_optimizations(
+    example: tuple[Path, Result],
+) -> None:
     images, labels = digits("dev")
     before = outputs(MODEL, {"image": images}, optimized=True)[0]
-    plain, fused = (outputs(example[0], {"image": images}, optimized)[0] for optimized in (False, True))
+    plain, fused = (
+        outputs(example[0], {"image": images}, optimized)[0] for optimized in (False, True)
+    )
     top1 = [np.mean(probabilities.argmax(1) == labels) for probabilities in (before, plain, fused)]
     assert top1[0] >= 0.95
     assert min(top1[1:]) >= top1[0] - 0.02
@@ -93,8 +107,12 @@ def test_example_is_as_good_as_float_with_and_without_optimizations(example: tup
     np.testing.assert_allclose(plain, fused, atol=0.05)
 
 
-def test_flags_with_blanks_give_the_same_bytes(qconvert: Command, example: tuple[Path, Result], tmp_path: Path) -> None:
-    result = qconvert("--modelFile", MODEL, "--configFile", CONFIG, "--outputFile", tmp_path / "a.onnx")
+def test_flags_with_blanks_give_the_same_bytes(
+    qconvert: Command, example: tuple[Path, Result], tmp_path: Path
+) -> None:
+    result = qconvert(
+        "--modelFile", MODEL, "--configFile", CONFIG, "--outputFile", tmp_path / "a.onnx"
+    )
     assert result.code == 0
     assert (tmp_path / "a.onnx").read_bytes() == example[0].read_bytes()
 
@@ -102,7 +120,9 @@ def test_flags_with_blanks_give_the_same_bytes(qconvert: Command, example: tuple
 def test_number_of_threads_does_not_change_a_byte(qconvert: Command, tmp_path: Path) -> None:
     written = []
     for threads in (1, 2):
-        config = changed(tmp_path / "c.cfg", ("bit_num = 8", f"bit_num = 8\nthread_num = {threads}"))
+        config = changed(
+            tmp_path / "c.cfg", ("bit_num = 8", f"bit_num = 8\nthread_num = {threads}")
+        )
         output = tmp_path / f"{threads}.onnx"
         assert qconvert.convert(config, output).code == 0
         written.append(output.read_bytes())
@@ -122,7 +142,9 @@ def test_output_gets_its_suffix_and_its_folder(qconvert: Command, tmp_path: Path
     assert [path.name for path in (tmp_path / "new" / "folder").iterdir()] == ["net.v2.onnx"]
 
 
-def test_an_old_output_is_replaced(qconvert: Command, example: tuple[Path, Result], tmp_path: Path) -> None:
+def test_an_old_output_is_replaced(
+    qconvert: Command, example: tuple[Path, Result], tmp_path: Path
+) -> None:
     output = tmp_path / "net.onnx"
     output.write_text("old")
     assert qconvert.convert(CONFIG, output).code == 0
@@ -148,27 +170,44 @@ def test_unusable_pictures_are_warned_of(qconvert: Command, tmp_path: Path) -> N
     config = changed(tmp_path / "c.cfg", (str(DIGITS / "calib"), str(folder)), ("= 100", "= 150"))
     result = qconvert.convert(config, tmp_path / "a.onnx")
     assert result.code == 0
-    assert [line for line in result.err.splitlines() if line.startswith("WARNING: ") and "broken.png" in line]
+    assert [
+        line
+        for line in result.err.splitlines()
+        if line.startswith("WARNING: ") and "broken.png" in line
+    ]
     assert result.lines[-1] == SUCCESS
 
 
 def test_skipped_node_is_left_float_and_named(qconvert: Command, tmp_path: Path) -> None:
-    config = changed(tmp_path / "c.cfg", ("bit_num = 8", "bit_num = 8\nskip_quant_node = /layer4/*"))
+    config = changed(
+        tmp_path / "c.cfg", ("bit_num = 8", "bit_num = 8\nskip_quant_node = /layer4/*")
+    )
     result = qconvert.convert(config, tmp_path / "a.onnx")
-    assert any(line.startswith("Left float, ") and "/layer4/conv/Conv (Conv)" in line for line in result.lines)
-    weights = [weight for weight in onnx.load(tmp_path / "a.onnx").graph.initializer if weight.data_type == 1]
+    assert any(
+        line.startswith("Left float, ") and "/layer4/conv/Conv (Conv)" in line
+        for line in result.lines
+    )
+    weights = [
+        weight
+        for weight in onnx.load(tmp_path / "a.onnx").graph.initializer
+        if weight.data_type == 1
+    ]
     assert any(len(weight.dims) == 4 for weight in weights)
 
 
-@pytest.mark.parametrize("config", sorted({*(ROOT / "configs").glob("*.cfg")} - {TRAINED}), ids=lambda path: path.stem)
+@pytest.mark.parametrize(
+    "config", sorted({*(ROOT / "configs").glob("*.cfg")} - {TRAINED}), ids=lambda path: path.stem
+)
 def test_every_preset_converts_the_example(qconvert: Command, config: Path, tmp_path: Path) -> None:
     images, labels = digits("dev")
     assert qconvert.convert(config, tmp_path / "a.onnx").lines[-1] == SUCCESS
-    top1 = np.mean(outputs(tmp_path / "a.onnx", {"image": images}, optimized=True)[0].argmax(1) == labels)
+    top1 = np.mean(
+        outputs(tmp_path / "a.onnx", {"image": images}, optimized=True)[0].argmax(1) == labels
+    )
     assert top1 >= 0.95
 
 
-# --- what only looks -------------------------------------------------------------------------------------------------
+# --- what only looks
 
 
 def test_dry_run_shows_the_plan_and_needs_no_data(qconvert: Command, tmp_path: Path) -> None:
@@ -190,20 +229,24 @@ def test_version(qconvert: Command) -> None:
 def test_help_does_not_wait_for_heavy_imports() -> None:
     command = [sys.executable, "-X", "importtime", "-m", "converter", "--help"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
-    imported = {line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()}
+    imported = {
+        line.rpartition("|")[2].strip().partition(".")[0] for line in done.stderr.splitlines()
+    }
     assert "converter" in imported
     assert not imported & {"onnx", "onnx_ir", "onnxruntime", "onnxscript", "numpy", "PIL", "calib"}
     assert "--modelFile" in done.stdout
 
 
-# --- mistakes --------------------------------------------------------------------------------------------------------
+# --- mistakes
 
 
 def _files(folder: Path) -> dict[Path, bytes | None]:
     return {path: path.read_bytes() if path.is_file() else None for path in folder.rglob("*")}
 
 
-def _assert_refused(qconvert: Command, folder: Path, code: int, words: str, *arguments: object) -> None:
+def _assert_refused(
+    qconvert: Command, folder: Path, code: int, words: str, *arguments: object
+) -> None:
     """One line on stderr that holds the words, nothing on stdout, and the folder as it was."""
     before = _files(folder)
     result = qconvert(*arguments)
@@ -268,10 +311,22 @@ def _quantized_text(path: Path) -> None:
     path.write_text("[common_quant_param]\n")
 
 
-@pytest.mark.parametrize("make", [lambda path: None, Path.mkdir, _empty, _garbage, _cut, _quantized_text])
-def test_unreadable_model_exits_with_1(qconvert: Command, tmp_path: Path, make: Callable[[Path], None]) -> None:
+@pytest.mark.parametrize(
+    "make", [lambda path: None, Path.mkdir, _empty, _garbage, _cut, _quantized_text]
+)
+def test_unreadable_model_exits_with_1(
+    qconvert: Command, tmp_path: Path, make: Callable[[Path], None]
+) -> None:
     make(tmp_path / "m.onnx")
-    _assert_refused(qconvert, tmp_path, 1, "m.onnx", "--modelFile=m.onnx", f"--configFile={CONFIG}", "--outputFile=a")
+    _assert_refused(
+        qconvert,
+        tmp_path,
+        1,
+        "m.onnx",
+        "--modelFile=m.onnx",
+        f"--configFile={CONFIG}",
+        "--outputFile=a",
+    )
 
 
 CONFIG_MISTAKES = {
@@ -281,7 +336,10 @@ CONFIG_MISTAKES = {
     "bits of another mode": (("bit_num = 8", "bit_num = 4"), "write bit_num = 8"),
     "missing key": (("quant_type = FULL_QUANT", ""), "write quant_type = "),
     "missing data": (("input_type = IMAGE", ""), "input_type: is missing"),
-    "reports in a file": (("bit_num = 8", f"debug_info_save_path = {MODEL}"), "is a file; give the path of a folder"),
+    "reports in a file": (
+        ("bit_num = 8", f"debug_info_save_path = {MODEL}"),
+        "is a file; give the path of a folder",
+    ),
     "unknown input": (("image:", "img:"), "'image'"),
     "no such folder": (("digits/calib", "digits/nowhere"), "nowhere"),
     "wrong channels": (("= GRAY", "= RGB"), "channel"),
@@ -298,7 +356,15 @@ def test_wrong_config_exits_with_1(qconvert: Command, tmp_path: Path, name: str)
 
 @pytest.mark.parametrize("path", ["nowhere.cfg", "."])
 def test_unreadable_config_exits_with_1(qconvert: Command, tmp_path: Path, path: str) -> None:
-    _assert_refused(qconvert, tmp_path, 1, path, f"--modelFile={MODEL}", f"--configFile={path}", "--outputFile=a")
+    _assert_refused(
+        qconvert,
+        tmp_path,
+        1,
+        path,
+        f"--modelFile={MODEL}",
+        f"--configFile={path}",
+        "--outputFile=a",
+    )
 
 
 def test_empty_data_folder_exits_with_1(qconvert: Command, tmp_path: Path) -> None:
@@ -316,7 +382,12 @@ def test_empty_data_folder_exits_with_1(qconvert: Command, tmp_path: Path) -> No
     ],
 )
 def test_what_stops_a_conversion_half_way(
-    qconvert: Command, monkeypatch: pytest.MonkeyPatch, error: BaseException, code: int, words: str, tmp_path: Path
+    qconvert: Command,
+    monkeypatch: pytest.MonkeyPatch,
+    error: BaseException,
+    code: int,
+    words: str,
+    tmp_path: Path,
 ) -> None:
     def stop(*_: object) -> None:
         raise error

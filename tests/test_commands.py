@@ -14,7 +14,13 @@ from command_line import CONFIG, DIGITS, MODEL, Command, changed, digits, output
 from graphs import build, frozen, normal, positive
 from hypothesis import example, given
 from hypothesis import strategies as st
-from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_dynamic, quantize_static
+from onnxruntime.quantization import (
+    CalibrationDataReader,
+    QuantFormat,
+    QuantType,
+    quantize_dynamic,
+    quantize_static,
+)
 from sample_files import spec
 
 from calib.sources import InputSpec
@@ -27,7 +33,9 @@ PIXELS = spec(1, 3, 224, 320)
 
 
 @pytest.fixture
-def qconvert(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
+def qconvert(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Command:
     """The command in an empty folder."""
     monkeypatch.chdir(tmp_path)
     return Command(capsys)
@@ -43,17 +51,21 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
-# --- init ------------------------------------------------------------------------------------------------------------
+# --- init
 
 
-def starter(folder: Path, *inputs: InputSpec, mode: str = "FULL_QUANT", **options: object) -> object:
+def starter(
+    folder: Path, *inputs: InputSpec, mode: str = "FULL_QUANT", **options: object
+) -> object:
     """What `load_config` makes of the configuration for a model with these inputs."""
     (folder / "c.cfg").write_text(starter_config(inputs, mode), encoding="utf-8")
     return load_config(folder / "c.cfg", **options)
 
 
 @pytest.mark.parametrize("mode", QUANT_TYPES)
-def test_what_init_writes_loads_for_every_mode(qconvert: Command, tmp_path: Path, mode: str) -> None:
+def test_what_init_writes_loads_for_every_mode(
+    qconvert: Command, tmp_path: Path, mode: str
+) -> None:
     result = qconvert("init", MODEL, f"--outputFile={tmp_path / 'my.cfg'}", f"--mode={mode}")
     assert (result.code, result.err) == (0, "")
     assert result.lines[-1] == f"qconvert --modelFile={MODEL} --configFile={tmp_path / 'my.cfg'}"
@@ -62,13 +74,17 @@ def test_what_init_writes_loads_for_every_mode(qconvert: Command, tmp_path: Path
     assert bool(config.preprocess.calibrate_path) == (mode == "FULL_QUANT")
 
 
-def test_init_beside_the_model_and_the_conversion_with_it(qconvert: Command, tmp_path: Path) -> None:
+def test_init_beside_the_model_and_the_conversion_with_it(
+    qconvert: Command, tmp_path: Path
+) -> None:
     (tmp_path / "digits.onnx").write_bytes(MODEL.read_bytes())
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "image").symlink_to(DIGITS / "calib")
     assert qconvert("init", tmp_path / "digits.onnx").code == 0
     assert (tmp_path / "digits.cfg").read_text().count("FILL IN:") == 2
-    result = qconvert.convert(tmp_path / "digits.cfg", tmp_path / "q.onnx", tmp_path / "digits.onnx")
+    result = qconvert.convert(
+        tmp_path / "digits.cfg", tmp_path / "q.onnx", tmp_path / "digits.onnx"
+    )
     assert (result.code, result.err, result.lines[-1]) == (0, "", "CONVERT RESULT SUCCESS:0")
 
 
@@ -76,7 +92,10 @@ def test_init_overwrites_nothing(qconvert: Command, tmp_path: Path) -> None:
     (tmp_path / "mine.cfg").write_text("mine")
     result = qconvert("init", MODEL, "--outputFile=mine.cfg")
     assert result.code == 2
-    assert result.err == "ERROR: mine.cfg exists already and is left as it is; give another name with --outputFile.\n"
+    assert result.err == (
+        "ERROR: mine.cfg exists already and is left as it is; give another name with "
+        "--outputFile.\n"
+    )
     assert (tmp_path / "mine.cfg").read_text() == "mine"
 
 
@@ -97,7 +116,9 @@ def test_init_names_a_missing_model_and_a_wrong_mode(qconvert: Command, tmp_path
         ((1, 3, None, None), "RGB", (None, None)),
     ],
 )
-def test_pictures(tmp_path: Path, shape: tuple[int | None, ...], colours: str, size: tuple[int | None, ...]) -> None:
+def test_pictures(
+    tmp_path: Path, shape: tuple[int | None, ...], colours: str, size: tuple[int | None, ...]
+) -> None:
     data = starter(tmp_path, spec(*shape)).preprocess
     assert (data.input_type, data.image_to_format) == ("IMAGE", colours)
     assert (data.resize_width, data.resize_height) == size
@@ -120,9 +141,18 @@ def test_what_is_no_picture_comes_as_arrays(tmp_path: Path, inputs: list[InputSp
     assert [name for name, _ in data.calibrate_path] == [item.name for item in inputs]
 
 
-@given(st.lists(st.text(st.characters(exclude_categories=["C", "Z"], include_characters=" "), min_size=1), unique=True))
-@example(["a:b", "serving_default_x:0", "a,b", "it's", 'say "x"', "a #b", "[x]", "; x", "=", " ", "é/ü"])
-def test_any_input_name_is_read_back(tmp_path_factory: pytest.TempPathFactory, names: list[str]) -> None:
+@given(
+    st.lists(
+        st.text(st.characters(exclude_categories=["C", "Z"], include_characters=" "), min_size=1),
+        unique=True,
+    )
+)
+@example(
+    ["a:b", "serving_default_x:0", "a,b", "it's", 'say "x"', "a #b", "[x]", "; x", "=", " ", "é/ü"]
+)
+def test_any_input_name_is_read_back(
+    tmp_path_factory: pytest.TempPathFactory, names: list[str]
+) -> None:
     inputs = [spec(1, 10, name=name) for name in names]
     if any("'" in name and '"' in name for name in names):
         with pytest.raises(ModelError, match="rename it in the model"):
@@ -140,11 +170,16 @@ def test_every_line_behind_a_mark_is_one_that_may_be_used(tmp_path: Path, mode: 
     (tmp_path / "c.cfg").write_text(used)
     config = load_config(tmp_path / "c.cfg", rules=())
     assert config.mode == mode
-    wanted = [name for section in SECTIONS.values() for name, key in section.keys.items() if mode in key.scope.modes]
+    wanted = [
+        name
+        for section in SECTIONS.values()
+        for name, key in section.keys.items()
+        if mode in key.scope.modes
+    ]
     assert [name for _, name in config.lines] == wanted
 
 
-# --- inspect ---------------------------------------------------------------------------------------------------------
+# --- inspect
 
 
 def test_inspect_says_what_is_in_the_model(qconvert: Command) -> None:
@@ -156,7 +191,9 @@ def test_inspect_says_what_is_in_the_model(qconvert: Command) -> None:
     assert {row["operator"]: row["count"] for row in found["operators"]} == operators
     layers = {row["layer"]: (row["weights"], row["bytes"]) for row in found["layers"]}
     sizes = {weight.name: list(weight.dims) for weight in proto.graph.initializer}
-    convolutions = {node.name: sizes[node.input[1]] for node in proto.graph.node if node.op_type == "Conv"}
+    convolutions = {
+        node.name: sizes[node.input[1]] for node in proto.graph.node if node.op_type == "Conv"
+    }
     # Each has a bias, in which the BatchNorm is.
     assert {name: layers[name] for name in convolutions} == {
         name: (shape, 4 * (int(np.prod(shape)) + shape[0])) for name, shape in convolutions.items()
@@ -170,8 +207,14 @@ def test_inspect_counts_what_a_conversion_does(qconvert: Command, tmp_path: Path
     for mode in QUANT_TYPES:
         config = changed(tmp_path / "c.cfg", ("= FULL_QUANT", f"= {mode}"))
         first = qconvert.convert(config, tmp_path / "q.onnx", MODEL, "--verify=off").lines
-        (said,) = (re.match(r"Quantized (\d+) of (\d+) nodes", line) for line in first if line.startswith("Quantized"))
-        assert (modes[mode]["integer"] + modes[mode]["stored"], modes[mode]["nodes"]) == tuple(map(int, said.groups()))
+        (said,) = (
+            re.match(r"Quantized (\d+) of (\d+) nodes", line)
+            for line in first
+            if line.startswith("Quantized")
+        )
+        assert (modes[mode]["integer"] + modes[mode]["stored"], modes[mode]["nodes"]) == tuple(
+            map(int, said.groups())
+        )
         left = sum(row["nodes"] for row in found["left_float"] if row["mode"] == mode)
         assert left == modes[mode]["float"]
 
@@ -180,7 +223,9 @@ def test_inspect_finds_quantization_that_is_there(qconvert: Command, quantized: 
     found = json.loads(qconvert("inspect", quantized, "--json").out)
     graph = onnx.load(quantized).graph
     arrays = {item.name: onnx.numpy_helper.to_array(item) for item in graph.initializer}
-    expected = {n.input[0]: arrays[n.input[1]] for n in graph.node if n.op_type == "DequantizeLinear"}
+    expected = {
+        n.input[0]: arrays[n.input[1]] for n in graph.node if n.op_type == "DequantizeLinear"
+    }
     rows = {row["tensor"]: row for row in found["quantization_parameters"]}
     assert set(rows) == set(expected)
     for name, scales in expected.items():
@@ -197,11 +242,15 @@ def test_inspect_prints_columns(qconvert: Command) -> None:
     header, first = lines[lines.index("Layers") + 1 : lines.index("Layers") + 3]
     assert header.split() == ["Layer", "Operator", "Weights", "Bytes", *QUANT_TYPES]
     assert first.split()[0] == "/stem/conv/Conv"
-    assert first.index("Conv ") == header.index("Operator") or first.index(" Conv") + 1 == header.index("Operator")
+    assert first.index("Conv ") == header.index("Operator") or first.index(
+        " Conv"
+    ) + 1 == header.index("Operator")
     assert "Quantization parameters: none" in lines
 
 
-def test_inspect_shortens_long_names_and_prints_none_as_a_dash(qconvert: Command, tmp_path: Path) -> None:
+def test_inspect_shortens_long_names_and_prints_none_as_a_dash(
+    qconvert: Command, tmp_path: Path
+) -> None:
     model = build("g (float[1, n] x) => (float[1, n] y) { y = Relu(x) }")
     model.graph.inputs[0].name = "x" * 100 + "end"
     (tmp_path / "m.onnx").write_bytes(frozen(model))
@@ -221,7 +270,9 @@ def test_inspect_counts_the_weights_of_subgraphs(qconvert: Command, tmp_path: Pa
 
 
 @pytest.mark.parametrize("command", ["init", "inspect"])
-def test_what_is_no_model_is_said_in_a_sentence(qconvert: Command, tmp_path: Path, command: str) -> None:
+def test_what_is_no_model_is_said_in_a_sentence(
+    qconvert: Command, tmp_path: Path, command: str
+) -> None:
     (tmp_path / "text.onnx").write_text("no model")
     for arguments, code, words in (
         ((), 2, "Missing argument 'MODEL'"),
@@ -234,7 +285,7 @@ def test_what_is_no_model_is_said_in_a_sentence(qconvert: Command, tmp_path: Pat
         assert (result.err.count("\n"), result.out) == (1, "")
 
 
-# --- compare ---------------------------------------------------------------------------------------------------------
+# --- compare
 
 DATA = f"""[data_preprocess_param]
 calibrate_path = image:{DIGITS / "calib"}
@@ -270,45 +321,66 @@ def by_onnxruntime(folder: Path, model: Path, name: str, samples: np.ndarray, ki
         quantize_dynamic(model, path)
     else:
         form = QuantFormat.QDQ if kind == "QDQ" else QuantFormat.QOperator
-        quantize_static(model, path, Samples(name, samples), quant_format=form, activation_type=QuantType.QUInt8)
+        quantize_static(
+            model, path, Samples(name, samples), quant_format=form, activation_type=QuantType.QUInt8
+        )
     return path
 
 
-def test_compare_needs_no_more_than_data(qconvert: Command, data_only: Path, quantized: Path, tmp_path: Path) -> None:
+def test_compare_needs_no_more_than_data(
+    qconvert: Command, data_only: Path, quantized: Path, tmp_path: Path
+) -> None:
     result = qconvert("compare", MODEL, quantized, f"--configFile={data_only}")
     assert (result.code, result.err) == (0, "")
     before, after = MODEL.stat().st_size, quantized.stat().st_size
-    assert (
-        result.lines[0]
-        == f"Size {before / 1e6:.2f} MB -> {after / 1e6:.2f} MB ({after / before:.0%} of the float model)."
+    assert result.lines[0] == (
+        f"Size {before / 1e6:.2f} MB -> {after / 1e6:.2f} MB ({after / before:.0%} of the "
+        "float model)."
     )
-    assert result.lines[1].startswith("Verified on 16 samples held back from calibration: cosine 1.0000")
+    assert result.lines[1].startswith(
+        "Verified on 16 samples held back from calibration: cosine 1.0000"
+    )
     assert any(line.startswith("Nodes that cost the outputs most") for line in result.lines)
     assert [path.name for path in tmp_path.iterdir()] == ["data.cfg"]
 
 
-def test_compare_without_a_config_says_that_samples_are_random(qconvert: Command, quantized: Path) -> None:
+def test_compare_without_a_config_says_that_samples_are_random(
+    qconvert: Command, quantized: Path
+) -> None:
     result = qconvert("compare", MODEL, quantized, "--verbose")
     assert result.code == 0
     assert "random samples" in result.err
 
 
 @pytest.mark.parametrize("kind", ["QDQ", "QOperator", "dynamic"])
-def test_compare_measures_what_other_tools_lost(qconvert: Command, data_only: Path, tmp_path: Path, kind: str) -> None:
+def test_compare_measures_what_other_tools_lost(
+    qconvert: Command, data_only: Path, tmp_path: Path, kind: str
+) -> None:
     other = by_onnxruntime(tmp_path, MODEL, "image", digits("calib")[0][:10], kind)
     result = qconvert("compare", MODEL, other, f"--configFile={data_only}", "--report=seen")
     assert result.code == 0
     summary = json.loads((tmp_path / "seen" / "summary.json").read_text())
     # The 16 files behind the first 10.
     samples = [{"image": image[None]} for image in digits("calib")[0][10:26]]
-    x, y = (np.concatenate([outputs(path, s, optimized=True)[0] for s in samples]) for path in (MODEL, other))
+    x, y = (
+        np.concatenate([outputs(path, s, optimized=True)[0] for s in samples])
+        for path in (MODEL, other)
+    )
     x, y = x.astype(np.float64).ravel(), y.astype(np.float64).ravel()
     (measured,) = summary["verification"]["outputs"]
     assert measured["cosine"] == pytest.approx(x @ y / np.sqrt((x @ x) * (y @ y)), abs=1e-9)
-    assert measured["sqnr_db"] == pytest.approx(10 * np.log10(x @ x / ((x - y) @ (x - y))), abs=1e-3)
+    assert measured["sqnr_db"] == pytest.approx(
+        10 * np.log10(x @ x / ((x - y) @ (x - y))), abs=1e-3
+    )
     assert summary["bytes"] == {"before": MODEL.stat().st_size, "after": other.stat().st_size}
     written = {path.name for path in (tmp_path / "seen").iterdir()}
-    assert written >= {"report.html", "output_summary.csv", "quant_param.csv", "sensitivity.csv", "round_9.csv"}
+    assert written >= {
+        "report.html",
+        "output_summary.csv",
+        "quant_param.csv",
+        "sensitivity.csv",
+        "round_9.csv",
+    }
     assert f"<title>{other.name}" in (tmp_path / "seen" / "report.html").read_text()
 
 
@@ -316,7 +388,10 @@ def test_compare_names_saturation_and_where(qconvert: Command, tmp_path: Path) -
     # Pairs of codes of one sign add up to 127 + 127 at most, and to none of opposite signs.
     signs = np.tile(np.float32([[1], [-1]]), (16, 1))
     weights = {"w": positive(64, 32), "v": positive(32, 4) * signs}
-    text = "g (float[1, 64] x) => (float[1, 4] y) { [first] h = MatMul(x, w) [second] y = MatMul(h, v) }"
+    text = (
+        "g (float[1, 64] x) => (float[1, 4] y) { [first] h = MatMul(x, w) [second] y = MatMul(h, "
+        "v) }"
+    )
     (tmp_path / "m.onnx").write_bytes(frozen(build(text, **weights)))
     other = by_onnxruntime(tmp_path, tmp_path / "m.onnx", "x", positive(8, 64), "QDQ")
     result = qconvert("compare", "m.onnx", other)
@@ -336,16 +411,26 @@ def test_compare_holds_the_gates(qconvert: Command, data_only: Path, quantized: 
 def test_compare_says_what_is_wrong_in_a_sentence(
     qconvert: Command, data_only: Path, quantized: Path, tmp_path: Path
 ) -> None:
-    (tmp_path / "other.onnx").write_bytes(frozen(build("g (float[1, 3] x) => (float[1, 3] y) { y = Relu(x) }")))
+    (tmp_path / "other.onnx").write_bytes(
+        frozen(build("g (float[1, 3] x) => (float[1, 3] y) { y = Relu(x) }"))
+    )
     (tmp_path / "bad.cfg").write_text(DATA.replace("= 10", "= ten"))
     (tmp_path / "file").touch()
     config = f"--configFile={data_only}"
     cases = (
         (("compare", MODEL), 2, "Missing argument 'QUANT'"),
         (("compare", MODEL, "no.onnx"), 1, "no.onnx: there is no such model file"),
-        (("compare", MODEL, "other.onnx", config), 1, "other.onnx has the inputs 'x' (float32) but "),
+        (
+            ("compare", MODEL, "other.onnx", config),
+            1,
+            "other.onnx has the inputs 'x' (float32) but ",
+        ),
         (("compare", MODEL, quantized, "--configFile=no.cfg"), 1, "no.cfg: cannot be read"),
-        (("compare", MODEL, quantized, "--configFile=bad.cfg"), 1, "bad.cfg:3: [data_preprocess_param] calibrate_size"),
+        (
+            ("compare", MODEL, quantized, "--configFile=bad.cfg"),
+            1,
+            "bad.cfg:3: [data_preprocess_param] calibrate_size",
+        ),
         (("compare", MODEL, quantized, config, "--report=file"), 1, "--report: file is a file"),
     )
     for arguments, code, words in cases:

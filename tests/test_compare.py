@@ -21,11 +21,15 @@ def compared(left, right, samples, tensors=None, count=99, threads=1):
 
 
 def times(factor, name="y"):
-    return build(f"g (float[N] x) => (float[N] {name}) {{ {name} = Mul (x, k) }}", k=np.float32(factor))
+    return build(
+        f"g (float[N] x) => (float[N] {name}) {{ {name} = Mul (x, k) }}", k=np.float32(factor)
+    )
 
 
 def plus(addend):
-    return build("g (float[N] x) => (float[N] y) { y = Add (x, k) }", k=np.asarray(addend, np.float32))
+    return build(
+        "g (float[N] x) => (float[N] y) { y = Add (x, k) }", k=np.asarray(addend, np.float32)
+    )
 
 
 def samples(*rows):
@@ -33,7 +37,8 @@ def samples(*rows):
 
 
 def test_by_hand():
-    # x = (3, 4), y = (3, 4) + (0, 5): x.y = 9 + 36, |x| = 5, |y| = sqrt(90), noise 25 against a signal of 25.
+    # x = (3, 4), y = (3, 4) + (0, 5): x.y = 9 + 36, |x| = 5, |y| = sqrt(90), noise 25 against a
+    # signal of 25.
     (error,) = compared(times(1), plus([0, 5]), samples([3, 4]))
     assert error.name == "y"
     assert error.cosine == pytest.approx(45 / (5 * math.sqrt(90)), rel=1e-12)
@@ -52,7 +57,9 @@ def test_only_the_first_samples_count():
     assert error.sqnr_db == pytest.approx(0, abs=1e-12)
 
 
-@pytest.mark.parametrize(("factor", "cosine", "sqnr"), [(1, 1, math.inf), (-1, -1, 10 * math.log10(1 / 4)), (0, 0, 0)])
+@pytest.mark.parametrize(
+    ("factor", "cosine", "sqnr"), [(1, 1, math.inf), (-1, -1, 10 * math.log10(1 / 4)), (0, 0, 0)]
+)
 def test_multiples(factor, cosine, sqnr):
     (error,) = compared(times(1), times(factor), samples([1, 2, 3]))
     assert (error.cosine, error.sqnr_db) == (pytest.approx(cosine), pytest.approx(sqnr))
@@ -96,7 +103,9 @@ def test_any_difference(row, addend):
     if signal and noise:
         assert error.sqnr_db == pytest.approx(10 * math.log10(signal / noise), abs=1e-9)
     if signal and y.any():
-        assert error.cosine == pytest.approx(np.dot(x, y) / np.sqrt(signal * np.dot(y, y)), abs=1e-9)
+        assert error.cosine == pytest.approx(
+            np.dot(x, y) / np.sqrt(signal * np.dot(y, y)), abs=1e-9
+        )
 
 
 @pytest.mark.parametrize(("each", "expected"), [(0.02, 2.0), (0.0002, None)])

@@ -32,18 +32,31 @@ input_type=IMAGE
 MISTAKES = {
     (COMMON, "quant_type"): [("FULL", "WEIGHT_QUANT, FULL_QUANT or DYNAMIC_QUANT")],
     (COMMON, "bit_num"): [
-        (bad, "integer from 0 to 16") for bad in ("17", "-1", "8.0", "eight", "1_0", "٨", "9" * 5000)
+        (bad, "integer from 0 to 16")
+        for bad in ("17", "-1", "8.0", "eight", "1_0", "٨", "9" * 5000)
     ],
-    (COMMON, "min_quant_weight_size"): [(bad, "integer from 0 to 65535") for bad in ("65536", "-1", "1e3")],
-    (COMMON, "min_quant_weight_channel"): [(bad, "integer from 0 to 65535") for bad in ("65536", "-1")],
-    (COMMON, "skip_quant_node"): [(bad, "names separated by commas") for bad in ("a,,b", ",", "a,", "a,''")],
+    (COMMON, "min_quant_weight_size"): [
+        (bad, "integer from 0 to 65535") for bad in ("65536", "-1", "1e3")
+    ],
+    (COMMON, "min_quant_weight_channel"): [
+        (bad, "integer from 0 to 65535") for bad in ("65536", "-1")
+    ],
+    (COMMON, "skip_quant_node"): [
+        (bad, "names separated by commas") for bad in ("a,,b", ",", "a,", "a,''")
+    ],
     (COMMON, "skip_quant_type"): [(",Conv", "names separated by commas")],
     (COMMON, "debug_info_save_path"): [("'open", "quote")],
-    (COMMON, "providers"): [(bad, "names separated by commas") for bad in (",", "CPUExecutionProvider,", "a,,b")],
-    (COMMON, "calibration_memory"): [(bad, "integer from 16 to 1048576") for bad in ("15", "1048577", "1GB", "0.5")],
+    (COMMON, "providers"): [
+        (bad, "names separated by commas") for bad in (",", "CPUExecutionProvider,", "a,,b")
+    ],
+    (COMMON, "calibration_memory"): [
+        (bad, "integer from 16 to 1048576") for bad in ("15", "1048577", "1GB", "0.5")
+    ],
     (COMMON, "calibration_cache"): [("'cache.npz", "quote")],
     (COMMON, "thread_num"): [(bad, "integer from 1 to 1024") for bad in ("0", "-1", "all")],
-    (MIXED, "init_scale"): [(bad, "above 0 and below 1") for bad in ("0", "1", "nan", "inf", "-0.1", "1" * 400, "0,5")],
+    (MIXED, "init_scale"): [
+        (bad, "above 0 and below 1") for bad in ("0", "1", "nan", "inf", "-0.1", "1" * 400, "0,5")
+    ],
     (MIXED, "auto_tune"): [(bad, "true or false") for bad in ("yes", "1")],
     (MIXED, "min_cosine"): [(bad, "above 0 and below 1") for bad in ("1", "-1", "99%")],
     (MIXED, "search"): [("GREEDY", "ERROR or SENSITIVITY")],
@@ -52,8 +65,12 @@ MISTAKES = {
     (WEIGHT, "per_channel"): [("no", "true or false")],
     (WEIGHT, "bias_correction"): [("on", "true or false")],
     (WEIGHT, "quant_strategy"): [("KL", "MAX_MIN or GPTQ")],
-    (WEIGHT, "block_size"): [(bad, "power of two from 16 to 256") for bad in ("8", "48", "512", "x")],
-    (FULL, "activation_quant_method"): [("MINMAX_", "MAX_MIN, KL, REMOVAL_OUTLIER, PERCENTILE, MSE,")],
+    (WEIGHT, "block_size"): [
+        (bad, "power of two from 16 to 256") for bad in ("8", "48", "512", "x")
+    ],
+    (FULL, "activation_quant_method"): [
+        ("MINMAX_", "MAX_MIN, KL, REMOVAL_OUTLIER, PERCENTILE, MSE,")
+    ],
     (FULL, "outlier_ratio"): [(bad, "above 0 and below 0.5") for bad in ("0", "0.5", "-0.1", "1%")],
     (FULL, "weight_rounding"): [("RANDOM", "GPTQ or NEAREST")],
     (FULL, "equalize"): [("yes", "true or false")],
@@ -70,14 +87,23 @@ MISTAKES = {
     (TRANSFORM, "std_dev"): [(bad, "above 0 and below") for bad in ("0", "-1", "inf")],
     (DATA, "calibrate_path"): [
         (bad, "input_name:folder pairs")
-        for bad in ("pictures", ":pictures", "image:", "a:x,", "a:x,a:y", r"C:\pictures", "a:x,pictures")
+        for bad in (
+            "pictures",
+            ":pictures",
+            "image:",
+            "a:x,",
+            "a:x,a:y",
+            r"C:\pictures",
+            "a:x,pictures",
+        )
     ],
     (DATA, "calibrate_size"): [(bad, "integer from 1 to 65535") for bad in ("0", "65536")],
     (DATA, "input_type"): [("JPEG", "IMAGE, BIN or NPY")],
     (DATA, "label_file"): [('"labels.csv', "quote")],
     (DATA, "image_to_format"): [("RGBA", "RGB, GRAY or BGR")],
     (DATA, "normalize_mean"): [
-        (bad, "1 or 3 finite numbers") for bad in ("[1, 2]", "[]", "[1", "[nan]", "[1,,2]", "[1 2 3]", "[1e999]")
+        (bad, "1 or 3 finite numbers")
+        for bad in ("[1, 2]", "[]", "[1", "[nan]", "[1,,2]", "[1 2 3]", "[1e999]")
     ],
     (DATA, "normalize_std"): [
         (bad, "finite numbers other than 0") for bad in ("[0]", "[1, 0.0, 1]", "[-0]", "1,2,3,4")
@@ -116,7 +142,8 @@ def test_every_key_has_a_mistake() -> None:
 
 
 @pytest.mark.parametrize(
-    ("section", "key", "bad", "words"), [(*name, *row) for name, rows in MISTAKES.items() for row in rows]
+    ("section", "key", "bad", "words"),
+    [(*name, *row) for name, rows in MISTAKES.items() for row in rows],
 )
 def test_a_wrong_value_names_file_line_section_key_and_what_is_allowed(
     tmp_path: Path, section: str, key: str, bad: str, words: str
@@ -137,7 +164,8 @@ def test_messages_in_full(tmp_path: Path) -> None:
         "my.cfg:3: [common_quant_param] bit_num = 9: must be 8 for FULL_QUANT; write bit_num = 8."
     )
     assert refusal(tmp_path, "[common_quant_param]\nquant_type = FUL_QUANT\n") == (
-        "my.cfg:2: [common_quant_param] quant_type = FUL_QUANT: must be WEIGHT_QUANT, FULL_QUANT or DYNAMIC_QUANT; "
+        "my.cfg:2: [common_quant_param] quant_type = FUL_QUANT: must be WEIGHT_QUANT, FULL_QUANT "
+        "or DYNAMIC_QUANT; "
         "write for example quant_type = FULL_QUANT."
     )
 
@@ -146,7 +174,11 @@ GRAMMAR = {
     "text before a section": ("bit_num = 8\n", 1, "before any section"),
     "no closing bracket": ("\n[common_quant_param\n", 2, "write [common_quant_param]"),
     "no section name": ("[ ]\n", 1, "names no section"),
-    "text after the header": ("[common_quant_param] quant_type = FULL_QUANT\n", 1, "closing bracket"),
+    "text after the header": (
+        "[common_quant_param] quant_type = FULL_QUANT\n",
+        1,
+        "closing bracket",
+    ),
     "no equals sign": ("[common_quant_param]\nquant_type\n", 2, "key = value"),
     "no key": ("[common_quant_param]\n= 8\n", 2, "key = value"),
     "no value": ("[common_quant_param]\nbit_num =\n", 2, "has no value"),
@@ -154,16 +186,36 @@ GRAMMAR = {
     "only quotes as value": ("[common_quant_param]\nbit_num = ''\n", 2, "has no value"),
     "open quote": ("[common_quant_param]\nskip_quant_node = a, 'b # c\n", 2, "quote"),
     "text after a quote": ("[common_quant_param]\nskip_quant_node = 'a' b\n", 2, "quote"),
-    "key twice": ("[common_quant_param]\nbit_num=8\nthread_num=1\nbit_num=8\n", 4, "already on line 2"),
+    "key twice": (
+        "[common_quant_param]\nbit_num=8\nthread_num=1\nbit_num=8\n",
+        4,
+        "already on line 2",
+    ),
     "section twice": (WEIGHT_ONLY + "[common_quant_param]\n", 3, "already on line 1"),
     "unknown section": ("[common_param]\n", 1, "write [common_quant_param]"),
-    "unlike any section": ("[zzz]\n", 1, "write one of [common_quant_param], [mixed_bit_weight_quant_param]"),
+    "unlike any section": (
+        "[zzz]\n",
+        1,
+        "write one of [common_quant_param], [mixed_bit_weight_quant_param]",
+    ),
     "section in capitals": ("[COMMON_QUANT_PARAM]\n", 1, "write [common_quant_param]"),
     "unknown key": ("[common_quant_param]\nquant_typ = FULL_QUANT\n", 2, "write quant_type"),
-    "unlike any key": ("[full_quant_param]\nzzz = 1\n", 2, "write one of activation_quant_method, outlier_ratio, "),
+    "unlike any key": (
+        "[full_quant_param]\nzzz = 1\n",
+        2,
+        "write one of activation_quant_method, outlier_ratio, ",
+    ),
     "key in capitals": ("[common_quant_param]\nBit_Num = 8\n", 2, "write bit_num"),
-    "key of another section": ("[common_quant_param]\nper_channel = true\n", 2, "under [full_quant_param]"),
-    "key of another section, like an own one": (f"[{DATA}]\nquant_type = KL\n", 2, "line under [common_quant_param]"),
+    "key of another section": (
+        "[common_quant_param]\nper_channel = true\n",
+        2,
+        "under [full_quant_param]",
+    ),
+    "key of another section, like an own one": (
+        f"[{DATA}]\nquant_type = KL\n",
+        2,
+        "line under [common_quant_param]",
+    ),
     "nearly a key of another section": (
         "[common_quant_param]\nperchanel = 1\n",
         2,
@@ -177,7 +229,9 @@ GRAMMAR = {
 
 
 @pytest.mark.parametrize(("text", "line", "words"), GRAMMAR.values(), ids=GRAMMAR)
-def test_a_grammar_error_names_its_line(tmp_path: Path, text: str | bytes, line: int, words: str) -> None:
+def test_a_grammar_error_names_its_line(
+    tmp_path: Path, text: str | bytes, line: int, words: str
+) -> None:
     message = refusal(tmp_path, text)
     assert message.startswith(f"my.cfg:{line}: ")
     assert words in message
@@ -194,30 +248,97 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="cannot be read"):
         load_config(tmp_path)
     assert "larger than 1 MB" in refusal(tmp_path, "#" * 1_000_001)
-    assert load(tmp_path, WEIGHT_ONLY + "#" * (1_000_000 - len(WEIGHT_ONLY))).common.quant_type == "WEIGHT_QUANT"
+    assert (
+        load(tmp_path, WEIGHT_ONLY + "#" * (1_000_000 - len(WEIGHT_ONLY))).common.quant_type
+        == "WEIGHT_QUANT"
+    )
 
 
 CROSS = {
     "no mode": ("[full_quant_param]\n", 0, "quant_type: is missing"),
     "no mode in its section": ("\n[common_quant_param]\nbit_num=8\n", 2, "quant_type: is missing"),
-    "two modes": (f"{WEIGHT_ONLY}[{TRANSFORM}]\nexport_precision_mode=QUANT", 4, "go with quant_type = WEIGHT_QUANT"),
-    "float and integers": (FULL_QUANT + f"[{TRANSFORM}]\nexport_precision_mode=FLOAT32", 8, "remove one of the two"),
-    "pixels without a scale": (f"[{TRANSFORM}]\nexport_precision_mode=QUANT\nmean=0", 1, "std_dev: is missing beside"),
-    "pixels without a mean": (f"[{TRANSFORM}]\nexport_precision_mode=QUANT\nstd_dev=1", 1, "mean: is missing beside"),
-    "dynamic bits": ("[common_quant_param]\nquant_type=DYNAMIC_QUANT\nbit_num=4\n", 3, "must be 8 for DYNAMIC_QUANT"),
-    "no data": ("[common_quant_param]\nquant_type=FULL_QUANT\n", 0, f"[{DATA}] calibrate_path: is missing"),
-    "no size": (FULL_QUANT.replace("calibrate_size=10", ""), 3, "calibrate_size: is missing for FULL_QUANT"),
-    "no type": (FULL_QUANT.replace("input_type=IMAGE", ""), 3, "input_type: is missing for FULL_QUANT"),
-    "mean alone": (FULL_QUANT + "normalize_mean=[1]", 3, "normalize_std: is missing beside normalize_mean"),
-    "std alone": (FULL_QUANT + "normalize_std=[1]", 3, "normalize_mean: is missing beside normalize_std"),
-    "lengths": (FULL_QUANT + "normalize_mean=[1]\nnormalize_std=[1,2,3]", 8, "as many numbers as normalize_mean, 1"),
-    "grey": (FULL_QUANT + "normalize_mean=1,2,3\nnormalize_std=1,2,3\nimage_to_format=GRAY", 7, "the 1 channels"),
-    "colour": (FULL_QUANT + "image_to_format=BGR\nnormalize_mean=1\nnormalize_std=1", 8, "the 3 channels"),
-    "width alone": (FULL_QUANT + "resize_width=8", 3, "resize_height: is missing beside resize_width"),
-    "height alone": (FULL_QUANT + "resize_height=8", 3, "resize_width: is missing beside resize_height"),
+    "two modes": (
+        f"{WEIGHT_ONLY}[{TRANSFORM}]\nexport_precision_mode=QUANT",
+        4,
+        "go with quant_type = WEIGHT_QUANT",
+    ),
+    "float and integers": (
+        FULL_QUANT + f"[{TRANSFORM}]\nexport_precision_mode=FLOAT32",
+        8,
+        "remove one of the two",
+    ),
+    "pixels without a scale": (
+        f"[{TRANSFORM}]\nexport_precision_mode=QUANT\nmean=0",
+        1,
+        "std_dev: is missing beside",
+    ),
+    "pixels without a mean": (
+        f"[{TRANSFORM}]\nexport_precision_mode=QUANT\nstd_dev=1",
+        1,
+        "mean: is missing beside",
+    ),
+    "dynamic bits": (
+        "[common_quant_param]\nquant_type=DYNAMIC_QUANT\nbit_num=4\n",
+        3,
+        "must be 8 for DYNAMIC_QUANT",
+    ),
+    "no data": (
+        "[common_quant_param]\nquant_type=FULL_QUANT\n",
+        0,
+        f"[{DATA}] calibrate_path: is missing",
+    ),
+    "no size": (
+        FULL_QUANT.replace("calibrate_size=10", ""),
+        3,
+        "calibrate_size: is missing for FULL_QUANT",
+    ),
+    "no type": (
+        FULL_QUANT.replace("input_type=IMAGE", ""),
+        3,
+        "input_type: is missing for FULL_QUANT",
+    ),
+    "mean alone": (
+        FULL_QUANT + "normalize_mean=[1]",
+        3,
+        "normalize_std: is missing beside normalize_mean",
+    ),
+    "std alone": (
+        FULL_QUANT + "normalize_std=[1]",
+        3,
+        "normalize_mean: is missing beside normalize_std",
+    ),
+    "lengths": (
+        FULL_QUANT + "normalize_mean=[1]\nnormalize_std=[1,2,3]",
+        8,
+        "as many numbers as normalize_mean, 1",
+    ),
+    "grey": (
+        FULL_QUANT + "normalize_mean=1,2,3\nnormalize_std=1,2,3\nimage_to_format=GRAY",
+        7,
+        "the 1 channels",
+    ),
+    "colour": (
+        FULL_QUANT + "image_to_format=BGR\nnormalize_mean=1\nnormalize_std=1",
+        8,
+        "the 3 channels",
+    ),
+    "width alone": (
+        FULL_QUANT + "resize_width=8",
+        3,
+        "resize_height: is missing beside resize_width",
+    ),
+    "height alone": (
+        FULL_QUANT + "resize_height=8",
+        3,
+        "resize_width: is missing beside resize_height",
+    ),
     "crop width alone": (FULL_QUANT + "center_crop_width=8", 3, "center_crop_height: is missing"),
     "crop height alone": (FULL_QUANT + "center_crop_height=8", 3, "center_crop_width: is missing"),
-    "two sizes": (FULL_QUANT + "resize_width=8\nresize_height=8\nresize_short_side=8", 9, "either the short side"),
+    "two sizes": (
+        FULL_QUANT + "resize_width=8\nresize_height=8\nresize_short_side=8",
+        9,
+        "either the short side",
+    ),
     "wide crop": (
         FULL_QUANT + "resize_width=8\nresize_height=9\ncenter_crop_width=9\ncenter_crop_height=8",
         9,
@@ -253,7 +374,10 @@ def test_defaults(tmp_path: Path) -> None:
     assert (config.common.bit_num, config.common.min_quant_weight_size) == (8, 0)
     assert (config.common.min_quant_weight_channel, config.common.thread_num) == (16, None)
     assert (config.mixed_bit.init_scale, config.mixed_bit.auto_tune) == (0.02, False)
-    assert (config.full_quant.activation_quant_method, config.full_quant.target_device) == ("MAX_MIN", None)
+    assert (config.full_quant.activation_quant_method, config.full_quant.target_device) == (
+        "MAX_MIN",
+        None,
+    )
     assert (config.full_quant.bias_correction, config.full_quant.per_channel) == (True, True)
     assert (config.preprocess.resize_method, config.preprocess.normalize_mean) == ("LINEAR", ())
     assert (config.path, config.warnings) == (tmp_path / "my.cfg", ())
@@ -264,7 +388,8 @@ def test_comments_quotes_blanks_and_line_ends(tmp_path: Path) -> None:
         tmp_path,
         "\ufeff  # whole line\r\n; whole line\r\n\t[ common_quant_param ]  # header\r\n"
         "  quant_type\t= 'FULL_QUANT' # why\r"
-        "debug_info_save_path = \"/a b/#c=d # 'e'\"  # 'comment'\nskip_quant_node =#1, 'a,b' , c#d,\"e # f\", it's\n"
+        "debug_info_save_path = \"/a b/#c=d # 'e'\"  # 'comment'\nskip_quant_node =#1, 'a,b' , "
+        'c#d,"e # f", it\'s\n'
         "[data_preprocess_param]\ncalibrate_path=x:y\ncalibrate_size=+010\ninput_type=NPY",
     )
     assert config.common.quant_type == "FULL_QUANT"
@@ -314,22 +439,39 @@ def test_calibrate_path(tmp_path: Path, text: str, pairs: list[tuple[str, str]])
 def test_a_relative_folder_is_looked_for_beside_the_file_first(tmp_path: Path) -> None:
     assert load(tmp_path, FULL_QUANT).preprocess.calibrate_path == (("image", Path("pictures")),)
     (tmp_path / "pictures").mkdir()
-    assert load(tmp_path, FULL_QUANT).preprocess.calibrate_path == (("image", tmp_path / "pictures"),)
+    assert load(tmp_path, FULL_QUANT).preprocess.calibrate_path == (
+        ("image", tmp_path / "pictures"),
+    )
 
 
 IDLE = {
-    "mode": (WEIGHT_ONLY + "[full_quant_param]\nper_channel=true", [(4, "per_channel = true", "FULL_QUANT")]),
-    "weight key": (FULL_QUANT.replace("[data", "min_quant_weight_size=9\n[data"), [(3, "size = 9", "WEIGHT_QUANT")]),
+    "mode": (
+        WEIGHT_ONLY + "[full_quant_param]\nper_channel=true",
+        [(4, "per_channel = true", "FULL_QUANT")],
+    ),
+    "weight key": (
+        FULL_QUANT.replace("[data", "min_quant_weight_size=9\n[data"),
+        [(3, "size = 9", "WEIGHT_QUANT")],
+    ),
     "fixed bits": (
         WEIGHT_ONLY + "[mixed_bit_weight_quant_param]\ninit_scale=.5",
         [(4, "init_scale = .5", "bit_num = 0")],
     ),
-    "mixed bits": (WEIGHT_ONLY + "bit_num=0\n[mixed_bit_weight_quant_param]\ninit_scale=.5\nauto_tune=TRUE", []),
+    "mixed bits": (
+        WEIGHT_ONLY + "bit_num=0\n[mixed_bit_weight_quant_param]\ninit_scale=.5\nauto_tune=TRUE",
+        [],
+    ),
     "not pictures": (
         FULL_QUANT.replace("IMAGE", "BIN") + "resize_width=8\nresize_height=9\n",
-        [(7, "resize_width = 8", "input_type = IMAGE"), (8, "resize_height = 9", "input_type = IMAGE")],
+        [
+            (7, "resize_width = 8", "input_type = IMAGE"),
+            (8, "resize_height = 9", "input_type = IMAGE"),
+        ],
     ),
-    "nothing to resize": (FULL_QUANT + "resize_method=CUBIC", [(7, "resize_method = CUBIC", "a size to resize to")]),
+    "nothing to resize": (
+        FULL_QUANT + "resize_method=CUBIC",
+        [(7, "resize_method = CUBIC", "a size to resize to")],
+    ),
     "trained": (f"[{TRANSFORM}]\nexport_precision_mode=QUANT\nmean=127.5\nstd_dev=127.5", []),
     "float, no data": (
         f"[{TRANSFORM}]\nexport_precision_mode=FLOAT32\nmean=1\nstd_dev=1",
@@ -340,7 +482,9 @@ IDLE = {
 
 
 @pytest.mark.parametrize(("text", "expected"), IDLE.values(), ids=IDLE)
-def test_a_key_without_effect_is_named(tmp_path: Path, text: str, expected: list[tuple[int, str, str]]) -> None:
+def test_a_key_without_effect_is_named(
+    tmp_path: Path, text: str, expected: list[tuple[int, str, str]]
+) -> None:
     warnings = load(tmp_path, text).warnings
     assert len(warnings) == len(expected)
     for warning, (line, entry, words) in zip(warnings, expected, strict=True):
@@ -351,13 +495,25 @@ def test_a_key_without_effect_is_named(tmp_path: Path, text: str, expected: list
 
 GARBAGE = st.lists(
     st.sampled_from(
-        [*SECTIONS, *(key for _, key in TABLE), *"[]=#;,:'\" \n\r\0é", "FULL_QUANT", "WEIGHT_QUANT", "1", "x"]
+        [
+            *SECTIONS,
+            *(key for _, key in TABLE),
+            *"[]=#;,:'\" \n\r\0é",
+            "FULL_QUANT",
+            "WEIGHT_QUANT",
+            "1",
+            "x",
+        ]
     )
 ).map(lambda parts: "".join(parts).encode())
 
 
-@settings(suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=300)
-@given(st.binary() | st.text().map(str.encode) | GARBAGE.map(WEIGHT_ONLY.encode().__add__) | GARBAGE)
+@settings(
+    suppress_health_check=[HealthCheck.function_scoped_fixture], deadline=None, max_examples=300
+)
+@given(
+    st.binary() | st.text().map(str.encode) | GARBAGE.map(WEIGHT_ONLY.encode().__add__) | GARBAGE
+)
 @example(WEIGHT_ONLY.encode())
 @example(b"[data_preprocess_param]\ncalibrate_path = x:" + b"y" * 5000)
 def test_any_bytes_give_a_config_or_a_config_error(tmp_path: Path, data: bytes) -> None:
@@ -393,10 +549,13 @@ def test_what_is_written_is_read(
     flag: bool,
 ) -> None:
     written = [
-        f"[{COMMON}]\nquant_type = FULL_QUANT\nskip_quant_node = " + ", ".join(f"'{name}'" for name in nodes),
+        f"[{COMMON}]\nquant_type = FULL_QUANT\nskip_quant_node = "
+        + ", ".join(f"'{name}'" for name in nodes),
         f"[{FULL}]\nper_channel = {flag}",
-        f"[{DATA}]\ncalibrate_path = " + ",".join(f"'{name}':'{folder}'" for name, folder in folders.items()),
-        f"calibrate_size = {width}\ninput_type = IMAGE\nnormalize_mean = {mean}\nnormalize_std = {std}",
+        f"[{DATA}]\ncalibrate_path = "
+        + ",".join(f"'{name}':'{folder}'" for name, folder in folders.items()),
+        f"calibrate_size = {width}\ninput_type = IMAGE\nnormalize_mean = "
+        f"{mean}\nnormalize_std = {std}",
         f"resize_width = {width}\nresize_height = {height}",
     ]
     config = load(tmp_path, "\n".join(written))
@@ -421,9 +580,21 @@ def test_presets_load_without_a_warning(preset: Path) -> None:
 
 
 def test_the_reference_has_one_row_a_key() -> None:
-    run = subprocess.run([sys.executable, "-m", "converter.config"], capture_output=True, check=True, encoding="utf-8")
+    run = subprocess.run(
+        [sys.executable, "-m", "converter.config"],
+        capture_output=True,
+        check=True,
+        encoding="utf-8",
+    )
     lines = run.stdout.splitlines()
-    rows = [line.split(" | ")[0].removeprefix("| `").rstrip("`") for line in lines if line.startswith("| `")]
+    rows = [
+        line.split(" | ")[0].removeprefix("| `").rstrip("`")
+        for line in lines
+        if line.startswith("| `")
+    ]
     assert rows == [key for _, key in TABLE]
     assert all(line.replace(r"\|", "").count("|") == 6 for line in lines if line.startswith("|"))
-    assert "| `init_scale` | 0.02 | a number above 0 and below 1 | WEIGHT_QUANT with bit_num = 0 |" in "\n".join(lines)
+    assert (
+        "| `init_scale` | 0.02 | a number above 0 and below 1 | WEIGHT_QUANT with bit_num = 0 |"
+        in "\n".join(lines)
+    )

@@ -1,4 +1,6 @@
-"""The same model, config and data give the same bytes: whatever the threads, order of files, locale or hash seed."""
+"""The same model, config and data give the same bytes: whatever the threads, order of files, locale
+or hash seed.
+"""
 
 from __future__ import annotations
 
@@ -18,7 +20,9 @@ CONFIGS = {
     "mixed": "[common_quant_param]\nquant_type = WEIGHT_QUANT\nbit_num = 0\n",
     "dynamic": "[common_quant_param]\nquant_type = DYNAMIC_QUANT\n",
 }
-DATA = "[data_preprocess_param]\ncalibrate_path = image:{}\ncalibrate_size = 8\ninput_type = IMAGE\n"
+DATA = (
+    "[data_preprocess_param]\ncalibrate_path = image:{}\ncalibrate_size = 8\ninput_type = IMAGE\n"
+)
 SURROUNDINGS = {
     "one thread": {"threads": 1},
     "two threads": {"threads": 2},
@@ -29,7 +33,9 @@ SURROUNDINGS = {
 
 
 def _pictures(folder: Path, order: int) -> Path:
-    """The first calibration pictures, copied in some order, which is that of a plain directory listing."""
+    """The first calibration pictures, copied in some order, which is that of a plain directory
+    listing.
+    """
     files = sorted((DIGITS / "calib").iterdir())[:10]
     random.Random(order).shuffle(files)
     folder.mkdir()
@@ -44,17 +50,31 @@ def _convert(folder: Path, kind: str, surrounding: dict[str, object]) -> bytes:
     lines = CONFIGS[kind] + f"thread_num = {surrounding.get('threads', 2)}\n"
     (folder / "c.cfg").write_text(lines + (DATA.format(pictures) if kind != "mixed" else ""))
     variables = {name: str(value) for name, value in surrounding.items() if name.isupper()}
-    command = [sys.executable, "-m", "converter", f"--modelFile={MODEL}", f"--configFile={folder}/c.cfg"]
+    command = [
+        sys.executable,
+        "-m",
+        "converter",
+        f"--modelFile={MODEL}",
+        f"--configFile={folder}/c.cfg",
+    ]
     environment = {**os.environ, "PYTHONHASHSEED": "0", **variables, "PYTHONPATH": str(ROOT)}
-    subprocess.run([*command, f"--outputFile={folder}/q.onnx"], env=environment, cwd=folder, check=True)
+    subprocess.run(
+        [*command, f"--outputFile={folder}/q.onnx"], env=environment, cwd=folder, check=True
+    )
     return (folder / "q.onnx").read_bytes()
 
 
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_surroundings_do_not_change_a_byte(tmp_path: Path, kind: str) -> None:
     # Everything at once first; where that differs, each alone names the culprit.
-    everything = {key: value for one in SURROUNDINGS.values() for key, value in one.items()} | {"threads": 1}
+    everything = {key: value for one in SURROUNDINGS.values() for key, value in one.items()} | {
+        "threads": 1
+    }
     plain = _convert(tmp_path / "plain", kind, {"threads": 2})
     if _convert(tmp_path / "everything", kind, everything) != plain:
-        culprits = [name for name, one in SURROUNDINGS.items() if _convert(tmp_path / name, kind, one) != plain]
+        culprits = [
+            name
+            for name, one in SURROUNDINGS.items()
+            if _convert(tmp_path / name, kind, one) != plain
+        ]
         pytest.fail(f"{kind}: {culprits or 'all together'} change the output")

@@ -1,4 +1,6 @@
-"""Dynamic quantization: what is emitted computes what plain arithmetic says, fuses, and never overflows."""
+"""Dynamic quantization: what is emitted computes what plain arithmetic says, fuses, and never
+overflows.
+"""
 
 from __future__ import annotations
 
@@ -30,9 +32,15 @@ X = normal(2, 5, 64)
 
 
 def quantized(
-    folder: Path, model: ir.Model, strategy: str = "ALWC", data: dict[str, Array] | None = None, **common: object
+    folder: Path,
+    model: ir.Model,
+    strategy: str = "ALWC",
+    data: dict[str, Array] | None = None,
+    **common: object,
 ) -> tuple[ir.Model, QuantPlan, Ear]:
-    """The quantized model, checked, with `data` (input name -> samples along the first axis) to calibrate on."""
+    """The quantized model, checked, with `data` (input name -> samples along the first axis) to
+    calibrate on.
+    """
     sections = {
         "common_quant": {"quant_type": "DYNAMIC_QUANT", "thread_num": 1, **common},
         "dynamic_quant": {"quant_strategy": strategy},
@@ -53,7 +61,9 @@ def quantized(
 
 
 def constants(model: ir.Model) -> dict[str, Array]:
-    return {v.name or "": v.const_value.numpy() for g in model.graphs() for v in g.initializers.values()}
+    return {
+        v.name or "": v.const_value.numpy() for g in model.graphs() for v in g.initializers.values()
+    }
 
 
 def fused(model: ir.Model, folder: Path) -> list[str]:
@@ -79,24 +89,31 @@ def by_row(x: Array) -> Array:
 
 
 def close(found: Array, wanted: Array, steps: float) -> None:
-    """Equal but for a code that float32 rounds the other way: `steps` is what one code is worth at most."""
+    """Equal but for a code that float32 rounds the other way: `steps` is what one code is worth at
+    most.
+    """
     off = np.abs(found - wanted)
     assert off.max() <= steps * np.abs(wanted).max()
     assert np.median(off) <= 1e-5 * np.abs(wanted).max()
 
 
-# --- products --------------------------------------------------------------------------------------------------------
+# --- products
 
 
 @pytest.mark.parametrize(("strategy", "rounded"), [("ALWC", by_tensor), ("ACWL", by_row)])
 @pytest.mark.parametrize("opset", [13, 18])
-def test_a_product_is_that_of_rounded_activations_and_stored_weights(strategy, rounded, opset, tmp_path):
+def test_a_product_is_that_of_rounded_activations_and_stored_weights(
+    strategy, rounded, opset, tmp_path
+):
     model = build(f"{ROWS} {{ m = MatMul (x, w)  y = Add (b, m) }}", opset=opset, w=W, b=BIAS)
     result, plan, _ = quantized(tmp_path, prepare(model), strategy)
     stored = constants(result)
     assert stored["w_codes"].dtype == np.int8
     assert stored["w_scale"].shape == ((48,) if strategy == "ALWC" else ())
-    wanted = rounded(X.astype(np.float64)) @ (stored["w_codes"] * stored["w_scale"].astype(np.float64)) + BIAS
+    wanted = (
+        rounded(X.astype(np.float64)) @ (stored["w_codes"] * stored["w_scale"].astype(np.float64))
+        + BIAS
+    )
     for optimize in (False, True):
         close(run(result, {"x": X}, optimize)["y"], wanted, 0.02)
     assert plan.units()[0].absorbed == (plan.nodes["y"].name,)
@@ -104,8 +121,12 @@ def test_a_product_is_that_of_rounded_activations_and_stored_weights(strategy, r
 
 @settings(deadline=None, max_examples=15)
 @given(st.integers(0, 1000), st.floats(0, 4))
-def test_per_channel_weights_are_within_half_a_step_of_the_nearest_and_no_pair_overflows(seed, skew):
-    weight = normal(10, 6, seed=seed) * np.float32(10) ** np.linspace(-skew, skew, 6, dtype=np.float32)
+def test_per_channel_weights_are_within_half_a_step_of_the_nearest_and_no_pair_overflows(
+    seed, skew
+):
+    weight = normal(10, 6, seed=seed) * np.float32(10) ** np.linspace(
+        -skew, skew, 6, dtype=np.float32
+    )
     weight[:2] = np.abs(weight).max(axis=0)  # a pair of the largest weights
     node = build("g (float[N,10] x) => (float[N,6] y) { y = MatMul (x, w) }", w=weight).graph[0]
     unit = dynamic_quant.WeightPlan("w", 1, dynamic_quant.INT8_NARROW, 1, 128)
@@ -115,7 +136,9 @@ def test_per_channel_weights_are_within_half_a_step_of_the_nearest_and_no_pair_o
     assert np.abs(codes).max() <= 127
     # 255 * 128 is below 2 ** 15: no sum of two products of uint8 and int8 leaves 16 bits.
     assert 255 * np.abs(codes[::2] + codes[1::2]).max() < 1 << 15
-    error = np.linalg.norm(codes * found.qparams.scale - weight, axis=0) / np.linalg.norm(weight, axis=0)
+    error = np.linalg.norm(codes * found.qparams.scale - weight, axis=0) / np.linalg.norm(
+        weight, axis=0
+    )
     assert error.max() < 0.01
 
 
@@ -131,21 +154,35 @@ def test_gemm_in_both_orientations_with_and_without_bias(tmp_path):
     assert np.linalg.norm(found["z"] - wanted) < 0.015 * np.linalg.norm(wanted)
 
 
-def test_all_readers_share_one_quantization_and_the_runtime_fuses_products_with_their_biases(tmp_path):
-    text = "q = MatMul (x, a)  qb = Add (q, b)  k = MatMul (x, c)  kb = Add (k, b)  m = Mul (qb, kb)  y = MatMul (m, v)"
+def test_all_readers_share_one_quantization_and_the_runtime_fuses_products_with_their_biases(
+    tmp_path,
+):
+    text = (
+        "q = MatMul (x, a)  qb = Add (q, b)  k = MatMul (x, c)  kb = Add (k, b)  m = Mul (qb, "
+        "kb)  y = MatMul (m, v)"
+    )
     model = prepare(build(f"{ROWS} {{ {text} }}", a=W, c=W[::-1].copy(), b=BIAS, v=V))
     result, _, _ = quantized(tmp_path, model)
     assert types(result).count("DynamicQuantizeLinear") == 2
     after = fused(result, tmp_path)
-    assert sorted(after) == ["DynamicQuantizeLinear", "DynamicQuantizeMatMul", *["MatMulIntegerToFloat"] * 2, "Mul"]
+    assert sorted(after) == [
+        "DynamicQuantizeLinear",
+        "DynamicQuantizeMatMul",
+        *["MatMulIntegerToFloat"] * 2,
+        "Mul",
+    ]
 
 
 def test_two_computed_operands_and_skipped_nodes_stay_float(tmp_path):
-    text = "p = MatMul (x, w)  t = Transpose <perm = [0, 2, 1]> (p)  s = MatMul (p, t)  y = Add (s, s)"
+    text = (
+        "p = MatMul (x, w)  t = Transpose <perm = [0, 2, 1]> (p)  s = MatMul (p, t)  y = Add (s, s)"
+    )
     result, plan, _ = quantized(tmp_path, prepare(build(f"{ROWS} {{ {text} }}", w=W)))
     assert not plan.nodes["s"].quantized
     assert types(result).count("MatMul") == 1
-    result, plan, _ = quantized(tmp_path, prepare(build(f"{ROWS} {{ {text} }}", w=W)), skip_quant_node="p")
+    result, plan, _ = quantized(
+        tmp_path, prepare(build(f"{ROWS} {{ {text} }}", w=W)), skip_quant_node="p"
+    )
     assert plan.nodes["p"].reason == "named in skip_quant_node"
     assert "MatMulInteger" not in types(result)
 
@@ -161,14 +198,18 @@ def test_rows_with_scales_of_their_own_survive_one_large_row(tmp_path):
     assert not run(result, {"x": np.zeros_like(x)})["y"].any()
 
 
-# --- tables, other weights, subgraphs --------------------------------------------------------------------------------
+# --- tables, other weights, subgraphs
 
 
 @pytest.mark.parametrize(("small_table", "casts"), [(0, 1), (1 << 18, 0)])
-def test_a_lookup_finds_integers_in_a_large_table_and_floats_in_a_small_one(tmp_path, monkeypatch, small_table, casts):
+def test_a_lookup_finds_integers_in_a_large_table_and_floats_in_a_small_one(
+    tmp_path, monkeypatch, small_table, casts
+):
     monkeypatch.setattr(dynamic_quant, "SMALL_TABLE", small_table)
     table = normal(500, 24)
-    result, _, _ = quantized(tmp_path, prepare(build(f"{TOKENS} {{ y = Gather (table, ids) }}", table=table)))
+    result, _, _ = quantized(
+        tmp_path, prepare(build(f"{TOKENS} {{ y = Gather (table, ids) }}", table=table))
+    )
     stored = constants(result)
     assert stored["table_codes"].shape == table.shape
     assert stored["table_codes"].itemsize == 1
@@ -188,7 +229,9 @@ def test_bodies_are_quantized_and_read_what_is_outside(tmp_path):
     model = prepare(build(text, w=W))
     result, plan, _ = quantized(tmp_path, model)
     assert {name for name, node in plan.nodes.items() if node.quantized} == {"p", "r"}
-    assert [a.dtype for name, a in constants(result).items() if name.endswith("_codes")] == [np.int8]
+    assert [a.dtype for name, a in constants(result).items() if name.endswith("_codes")] == [
+        np.int8
+    ]
     for flag in (False, True):
         wanted = (1 if flag else -1) * X.astype(np.float64) @ W
         found = run(result, {"x": X, "flag": np.array(flag)}, True)["y"]
@@ -206,7 +249,7 @@ def test_convolutions_are_stored_in_8_bits_and_compute_in_floats(tmp_path):
     assert np.linalg.norm(run(result, x)["y"] - wanted) < 0.01 * np.linalg.norm(wanted)
 
 
-# --- outlier channels ------------------------------------------------------------------------------------------------
+# --- outlier channels
 
 
 def channels_of(x: Array) -> Channels:
@@ -241,10 +284,14 @@ def test_a_channel_that_stands_out_is_cut_off_and_even_ones_are_left():
 NORM = "n = LayerNormalization (x, scale, shift)"
 
 
-@pytest.mark.parametrize(("text", "muls"), [("y = MatMul (n, w)", 0), ("m = MatMul (n, w)  y = Add (m, n)", 1)])
+@pytest.mark.parametrize(
+    ("text", "muls"), [("y = MatMul (n, w)", 0), ("m = MatMul (n, w)  y = Add (m, n)", 1)]
+)
 def test_smoothing_leaves_the_function_as_it_is(text, muls):
     square, gains = normal(64, 64), np.exp(normal(64)).astype(np.float32)
-    model = build(f"{ROWS} {{ {NORM}  {text} }}", opset=17, w=square, scale=gains, shift=normal(64, seed=2))
+    model = build(
+        f"{ROWS} {{ {NORM}  {text} }}", opset=17, w=square, scale=gains, shift=normal(64, seed=2)
+    )
     before = frozen(model)
     product = next(node for node in model.graph if node.op_type == "MatMul")
     divide_channels(model, {"n": np.linspace(1, 9, 64)}, {"n": [product]})
@@ -270,14 +317,18 @@ def test_random_tokens_show_channels_that_stand_out(tmp_path):
 
 
 def test_data_makes_weights_and_biases_better(tmp_path):
-    mixed = (normal(256, 1, 64) @ normal(64, 64, seed=4) + 3 * normal(64, seed=5)).astype(np.float32)
+    mixed = (normal(256, 1, 64) @ normal(64, 64, seed=4) + 3 * normal(64, seed=5)).astype(
+        np.float32
+    )
     model = prepare(build(f"{ROWS} {{ m = MatMul (x, w)  y = Add (m, b) }}", w=W, b=BIAS))
     wanted = mixed.astype(np.float64) @ W + BIAS
     errors = []
     for data in (None, {"x": mixed}):
         result, plan, _ = quantized(tmp_path, model, data=data)
         stored = constants(result)
-        values = mixed.astype(np.float64) @ (stored["w_codes"] * stored["w_scale"].astype(np.float64))
+        values = mixed.astype(np.float64) @ (
+            stored["w_codes"] * stored["w_scale"].astype(np.float64)
+        )
         errors.append(values + plan.biases.get("m", BIAS) - wanted)
     assert np.linalg.norm(errors[1]) < 0.8 * np.linalg.norm(errors[0])
     assert np.abs(errors[1].mean(axis=(0, 1))).max() < 1e-4 * np.abs(wanted).max()

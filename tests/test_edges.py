@@ -1,4 +1,6 @@
-"""Integer inputs and outputs: pixels in, codes out, and the numbers are those of the preprocessing they replace."""
+"""Integer inputs and outputs: pixels in, codes out, and the numbers are those of the preprocessing
+they replace.
+"""
 
 from __future__ import annotations
 
@@ -38,16 +40,21 @@ SHARED = "c = Conv (x, w, b)  d = Conv (x, w, b)  s = Conv (c, v)  t = Conv (d, 
 def wishes(mean=(), std=()):
     """What a config says about pictures."""
     preprocess = load_config(CONFIG).preprocess
-    return replace(preprocess, normalize_mean=tuple(map(float, mean)), normalize_std=tuple(map(float, std)))
+    return replace(
+        preprocess, normalize_mean=tuple(map(float, mean)), normalize_std=tuple(map(float, std))
+    )
 
 
 def normalized(pixels, mean, std):
     """(pixel - mean) / std of each channel, in float32."""
-    mean, std = (np.array(v or neutral, np.float64).reshape(1, -1, 1, 1) for v, neutral in ((mean, 0), (std, 1)))
+    mean, std = (
+        np.array(v or neutral, np.float64).reshape(1, -1, 1, 1)
+        for v, neutral in ((mean, 0), (std, 1))
+    )
     return ((pixels - mean) / std).astype(np.float32)
 
 
-# --- the normalisation moves into the model --------------------------------------------------------------------------
+# --- the normalisation moves into the model
 
 EXACT = {
     "none": ([], [], PADDED),
@@ -73,11 +80,15 @@ def test_pixels_give_what_preprocessed_pictures_gave(mean, std, nodes):
     left = pixels.preprocess(wishes(mean, std))
     rest = normalized(PIXELS, left.normalize_mean, left.normalize_std)
     wanted = run(before, {"x": normalized(PIXELS, mean, std)})["y"]
-    np.testing.assert_allclose(run(model, {"x": rest})["y"], wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max())
+    np.testing.assert_allclose(
+        run(model, {"x": rest})["y"], wanted, rtol=1e-4, atol=1e-4 * np.abs(wanted).max()
+    )
     # And what is left to do is just what the input's scale and zero point say.
     q = pixels.qparams
     assert (q.scale > 0, q.zero_point.dtype) == (True, np.uint8)
-    np.testing.assert_allclose(rest, (PIXELS.astype(np.float64) - q.zero_point) * q.scale, rtol=1e-6)
+    np.testing.assert_allclose(
+        rest, (PIXELS.astype(np.float64) - q.zero_point) * q.scale, rtol=1e-6
+    )
 
 
 def test_what_the_input_expresses_itself_leaves_the_weights_alone():
@@ -89,7 +100,10 @@ def test_what_the_input_expresses_itself_leaves_the_weights_alone():
 
 
 def test_through_a_transpose():
-    graph = "g (float[1,8,8,3] x) => (float[] y) { t = Transpose <perm=[0,3,1,2]> (x)  y = Conv (t, w, b) }"
+    graph = (
+        "g (float[1,8,8,3] x) => (float[] y) { t = Transpose <perm=[0,3,1,2]> (x)  y = Conv (t, "
+        "w, b) }"
+    )
     model, mean, std = prepared(graph, **CONSTANTS), [123.7, 116.3, 103.5], [58.4, 57.1, 57.4]
     wanted = run(model, {"x": normalized(PIXELS, mean, std).transpose(0, 2, 3, 1)})["y"]
     pixels = fold_normalisation(model, wishes(mean, std))
@@ -101,12 +115,33 @@ def test_through_a_transpose():
 UNEVEN = ([123.7, 116.3, 103.5], [58.4, 57.1, 57.4])
 REFUSED = {
     "padding": (*UNEVEN, "[first] y = Conv <pads=[0,0,1,1]> (x, w)", "'first' pads with zeros"),
-    "automatic padding": (*UNEVEN, '[first] y = Conv <auto_pad="SAME_LOWER"> (x, w)', "'first' pads with zeros"),
+    "automatic padding": (
+        *UNEVEN,
+        '[first] y = Conv <auto_pad="SAME_LOWER"> (x, w)',
+        "'first' pads with zeros",
+    ),
     "another operator": (*UNEVEN, "[first] y = Relu (x)", r"'first' \(Relu\) reads the input"),
-    "one of several readers": (*UNEVEN, "c = Conv (x, w)  [other] y = Abs (x)", r"'other' \(Abs\) reads the input"),
-    "a grouped convolution": (*UNEVEN, "[first] y = Conv <group=3> (x, g)", r"'first' \(Conv\) reads the input"),
-    "stds before another operator": ([1] * 3, [1, 2, 3], "[first] y = Exp (x)", r"'first' \(Exp\) reads the input"),
-    "a weight of run time": (*UNEVEN, "k = Relu (w)  [first] y = Conv (x, k2)", r"'first' \(Conv\) reads the input"),
+    "one of several readers": (
+        *UNEVEN,
+        "c = Conv (x, w)  [other] y = Abs (x)",
+        r"'other' \(Abs\) reads the input",
+    ),
+    "a grouped convolution": (
+        *UNEVEN,
+        "[first] y = Conv <group=3> (x, g)",
+        r"'first' \(Conv\) reads the input",
+    ),
+    "stds before another operator": (
+        [1] * 3,
+        [1, 2, 3],
+        "[first] y = Exp (x)",
+        r"'first' \(Exp\) reads the input",
+    ),
+    "a weight of run time": (
+        *UNEVEN,
+        "k = Relu (w)  [first] y = Conv (x, k2)",
+        r"'first' \(Conv\) reads the input",
+    ),
 }
 
 
@@ -118,7 +153,7 @@ def test_what_cannot_be_exact_is_refused(mean, std, nodes, words):
         fold_normalisation(model, wishes(mean, std))
 
 
-# --- the graph's edges -----------------------------------------------------------------------------------------------
+# --- the graph's edges
 
 TINY = "g (float[1,4] x) => (float[] y)"
 HUNDRED = np.uint8(100)
@@ -126,7 +161,10 @@ CODES = np.array([[0, 100, 128, 255]], np.uint8)
 
 
 def pair(read="x", made="d", zero="z"):
-    return f"q_{made} = QuantizeLinear ({read}, s, {zero})  {made} = DequantizeLinear (q_{made}, s, {zero})"
+    return (
+        f"q_{made} = QuantizeLinear ({read}, s, {zero})  {made} = DequantizeLinear (q_{made}, s, "
+        f"{zero})"
+    )
 
 
 def edge_model(nodes, zero_point=HUNDRED):
@@ -137,7 +175,9 @@ def test_codes_go_straight_in():
     model = edge_model(f"{pair()}  y = Neg (d)")
     take_integers(model, "x", "UINT8", None)
     assert types(model) == ["DequantizeLinear", "Neg"]
-    np.testing.assert_array_equal(run(model, {"x": CODES})["y"], -(CODES.astype(np.float32) - 100) / 2)
+    np.testing.assert_array_equal(
+        run(model, {"x": CODES})["y"], -(CODES.astype(np.float32) - 100) / 2
+    )
 
 
 @pytest.mark.parametrize(("kind", "shift"), [("UINT8", 0), ("INT8", 128)])
@@ -164,7 +204,9 @@ def test_pixels_are_not_taken_for_the_targets_own_codes():
     q = QParams(np.array(0.25, np.float32), np.array(100, np.uint8), UINT8)
     wanted = run(model, {"x": (CODES.astype(np.float32) - 100) / 4})["y"]
     take_integers(model, "x", "INT8", pixels_of(q))
-    np.testing.assert_array_equal(run(model, {"x": (CODES.astype(int) - 128).astype(np.int8)})["y"], wanted)
+    np.testing.assert_array_equal(
+        run(model, {"x": (CODES.astype(int) - 128).astype(np.int8)})["y"], wanted
+    )
 
 
 def test_a_float_reader_beside():
@@ -175,16 +217,22 @@ def test_a_float_reader_beside():
     np.testing.assert_array_equal(run(model, {"x": CODES})["y"], wanted)
 
 
-@pytest.mark.parametrize(("nodes", "kind"), [("y = Neg (x)", "UINT8"), (f"{pair()}  y = Neg (d)", "INT8")])
+@pytest.mark.parametrize(
+    ("nodes", "kind"), [("y = Neg (x)", "UINT8"), (f"{pair()}  y = Neg (d)", "INT8")]
+)
 def test_an_input_that_is_not_quantized_so_stays_float(nodes, kind):
-    with pytest.raises(UsageError, match=f"--inputDataType={kind}: input 'x' is not quantized to {kind}"):
+    with pytest.raises(
+        UsageError, match=f"--inputDataType={kind}: input 'x' is not quantized to {kind}"
+    ):
         take_integers(edge_model(nodes), "x", kind, None)
 
 
 def test_codes_come_straight_out():
     model = edge_model(f"n = Neg (x)  {pair('n', 'y')}")
     wanted = run(model, {"x": normal(1, 4)})["y"]
-    told = give_integers(model, "y", "UINT8", qparams_of(Range(np.array(-9.0), np.array(9.0)), UINT8, False))
+    told = give_integers(
+        model, "y", "UINT8", qparams_of(Range(np.array(-9.0), np.array(9.0)), UINT8, False)
+    )
     assert types(model) == ["Neg", "QuantizeLinear"]
     assert told == "Output 'y' is UINT8: value = (code - 100) * 0.5."
     found = run(model, {"x": normal(1, 4)})["y"]
@@ -202,10 +250,12 @@ def test_other_outputs_are_converted(nodes):
     assert told == f"Output 'y' is INT8: value = (code - {q.zero_point}) * {q.scale}."
     found = run(model, {"x": x})["y"]
     assert found.dtype == np.int8
-    np.testing.assert_allclose((found.astype(int) - int(q.zero_point)) * q.scale, wanted, atol=float(q.scale) * 0.51)
+    np.testing.assert_allclose(
+        (found.astype(int) - int(q.zero_point)) * q.scale, wanted, atol=float(q.scale) * 0.51
+    )
 
 
-# --- from end to end -------------------------------------------------------------------------------------------------
+# --- from end to end
 
 
 def picture_job(folder, nodes, mean, std, **flags):
@@ -245,12 +295,16 @@ def test_a_model_that_takes_pixels_and_gives_codes(tmp_path, mean, std, nodes, k
     convert(task, ear)
     scale, zero = scale_and_zero(ear.told)
     model = task.output.read_bytes()
-    assert [onnx.load_from_string(model).graph.input[0].type.tensor_type.elem_type] == [getattr(onnx.TensorProto, kind)]
+    assert [onnx.load_from_string(model).graph.input[0].type.tensor_type.elem_type] == [
+        getattr(onnx.TensorProto, kind)
+    ]
     for picture in pictures[:4]:
         fed = (picture[None].astype(int) - (128 if kind == "INT8" else 0)).astype(kind.lower())
         codes = run(model, {"x": fed})["y"]
         assert codes.dtype == np.dtype(kind.lower())
-        wanted = run((tmp_path / "m.onnx").read_bytes(), {"x": normalized(picture[None], mean, std)})["y"]
+        wanted = run(
+            (tmp_path / "m.onnx").read_bytes(), {"x": normalized(picture[None], mean, std)}
+        )["y"]
         error = (codes.astype(np.float64) - zero) * scale - wanted
         assert np.sqrt(np.mean(error**2)) < 0.02 * np.sqrt(np.mean(wanted**2.0))
 
@@ -258,7 +312,9 @@ def test_a_model_that_takes_pixels_and_gives_codes(tmp_path, mean, std, nodes, k
 def scale_and_zero(told):
     """What the conversion said about its output."""
     (sentence,) = [text for text in told if text.startswith("Output")]
-    zero, scale = re.fullmatch(r"Output 'y' is U?INT8: value = \(code - (-?\d+)\) \* (\S+)\.", sentence).groups()
+    zero, scale = re.fullmatch(
+        r"Output 'y' is U?INT8: value = \(code - (-?\d+)\) \* (\S+)\.", sentence
+    ).groups()
     return float(scale), int(zero)
 
 
@@ -281,11 +337,15 @@ def test_arrays_go_in_as_the_plans_codes(tmp_path):
     lo, hi = 0.0, float(data["x"].max())
     codes = np.clip(np.rint(data["x"][:1] / np.float32((hi - lo) / 255)), 0, 255).astype(np.uint8)
     wanted = run((tmp_path / "float.onnx").read_bytes(), {"x": data["x"][:1]})["y"]
-    np.testing.assert_array_equal(run((tmp_path / "codes.onnx").read_bytes(), {"x": codes})["y"], wanted)
+    np.testing.assert_array_equal(
+        run((tmp_path / "codes.onnx").read_bytes(), {"x": codes})["y"], wanted
+    )
 
 
 def test_what_cannot_be_exact_stops_the_conversion(tmp_path):
-    task, _ = picture_job(tmp_path, PADDED, [123.7, 116.3, 103.5], [58.4, 57.1, 57.4], input_type="UINT8")
+    task, _ = picture_job(
+        tmp_path, PADDED, [123.7, 116.3, 103.5], [58.4, 57.1, 57.4], input_type="UINT8"
+    )
     with pytest.raises(QConvertError, match="pads with zeros"):
         convert(task)
     assert not task.output.exists()

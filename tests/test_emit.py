@@ -1,4 +1,6 @@
-"""Emitting: the quantized graph computes what its scales say, in integer kernels, behind the same names."""
+"""Emitting: the quantized graph computes what its scales say, in integer kernels, behind the same
+names.
+"""
 
 from __future__ import annotations
 
@@ -27,12 +29,14 @@ def kernels(model, tmp_path):
     return sorted(op for op in found if op != "Transpose")
 
 
-# --- the numbers -----------------------------------------------------------------------------------------------------
+# --- the numbers
 
 
 def on_grid(x, scale, zero_point, low=0, high=255):
     """Float64 values of codes, by the formula of the ONNX standard."""
-    return (np.clip(np.rint(x / np.float64(scale)) + zero_point, low, high) - zero_point) * np.float64(scale)
+    return (
+        np.clip(np.rint(x / np.float64(scale)) + zero_point, low, high) - zero_point
+    ) * np.float64(scale)
 
 
 @pytest.mark.parametrize("per_channel", [True, False])
@@ -40,7 +44,10 @@ def test_products_are_what_the_scales_say(per_channel):
     graph = f"{ROWS} {{ [one] a = Gemm (x, k, b)  r = Relu (a)  [two] y = Gemm <transB=1> (r, m) }}"
     model, _, after = quantized(graph, TABLE, per_channel=per_channel)
     k, b, m = CONSTANTS["k"], CONSTANTS["b"], CONSTANTS["m"]
-    x, scale = TABLE["x"].astype(np.float64), np.float64(np.float32((TABLE["x"].max() - TABLE["x"].min()) / 255))
+    x, scale = (
+        TABLE["x"].astype(np.float64),
+        np.float64(np.float32((TABLE["x"].max() - TABLE["x"].min()) / 255)),
+    )
     x_hat = on_grid(x, scale, np.rint(-x.min() / scale))
     step_k = np.abs(k).max(axis=0 if per_channel else None) / 127
     step_m = np.abs(m).max(axis=1, keepdims=True) / 127 if per_channel else np.abs(m).max() / 127
@@ -55,7 +62,11 @@ def test_products_are_what_the_scales_say(per_channel):
 
 @pytest.mark.parametrize(
     "operator",
-    ["Conv (x, w, b)", "Conv <strides=[2,2], pads=[1,1,1,1]> (x, w)", "Conv <group=4> (x, depthwise, b)"],
+    [
+        "Conv (x, w, b)",
+        "Conv <strides=[2,2], pads=[1,1,1,1]> (x, w)",
+        "Conv <group=4> (x, depthwise, b)",
+    ],
 )
 @pytest.mark.parametrize("optimize", [False, True])
 def test_the_error_of_a_convolution_is_within_what_the_scales_allow(operator, optimize):
@@ -63,14 +74,18 @@ def test_the_error_of_a_convolution_is_within_what_the_scales_allow(operator, op
     sx, sy = float(plan.params("x").scale), float(plan.params("y").scale)
     weight, steps = constant(model.graph[0].inputs[1]), plan.weights["conv"].qparams.scale
     half = np.broadcast_to(steps.reshape(-1, 1, 1, 1) / 2, weight.shape).astype(np.float32)
-    # |w x - (w + dw)(x + dx)| <= |w| |dx| + |dw| (|x| + |dx|), |dx| <= sx where the zero point was rounded too.
+    # |w x - (w + dw)(x + dx)| <= |w| |dx| + |dw| (|x| + |dx|), |dx| <= sx where the zero point was
+    # rounded too.
     names = [v.name for v in model.graph[0].inputs[1:2]]
     first, second = model.clone(), model.clone()
     for clone, array in ((first, np.abs(weight)), (second, half)):
         clone.graph.initializers[names[0]].const_value = ir.tensor(array, name=names[0])
         if len(clone.graph[0].inputs) > 2:
             clone.graph[0].replace_input_with(2, None)
-    bound = run(first, {"x": np.full_like(IMAGE["x"], sx)})["y"] + run(second, {"x": np.abs(IMAGE["x"]) + sx})["y"]
+    bound = (
+        run(first, {"x": np.full_like(IMAGE["x"], sx)})["y"]
+        + run(second, {"x": np.abs(IMAGE["x"]) + sx})["y"]
+    )
     bound = bound + sx * steps.reshape(1, -1, 1, 1) / 2 + sy
     error = np.abs(run(after, IMAGE, optimize)["y"] - run(model, IMAGE)["y"])
     assert (error <= bound * (1 + 1e-5)).all()
@@ -84,7 +99,7 @@ def test_without_units_nothing_changes():
     assert frozen(model) == before
 
 
-# --- the kernels -----------------------------------------------------------------------------------------------------
+# --- the kernels
 
 KERNELS = {
     "[n] a = Conv (x, w, b)  y = Relu (a)": ["QLinearConv"],
@@ -101,7 +116,11 @@ KERNELS = {
     "a = Conv (x, w)  s = Sigmoid (a)  p = Mul (a, s)  y = Conv (p, v)": [
         *("QLinearConv", "QLinearConv", "QLinearMul", "QLinearSigmoid"),
     ],
-    "a = Conv (x, w)  l = LeakyRelu (a)  y = Conv (l, v)": ["QLinearConv", "QLinearConv", "QLinearLeakyRelu"],
+    "a = Conv (x, w)  l = LeakyRelu (a)  y = Conv (l, v)": [
+        "QLinearConv",
+        "QLinearConv",
+        "QLinearLeakyRelu",
+    ],
     "a = Conv (x, w)  d = Add (a, c)  e = Add (d, a)  y = Conv (e, v)": [
         *("QLinearAdd", "QLinearAdd", "QLinearConv", "QLinearConv"),
     ],
@@ -131,7 +150,11 @@ def test_the_runtime_runs_integer_kernels(nodes, tmp_path):
     assert [op for op in kernels(after, tmp_path) if op not in edges] == sorted(KERNELS[nodes])
     # One conversion at the input, one at the output.
     assert sum(op in edges for op in kernels(after, tmp_path)) == 2
-    plain, fast, exact = run(after, IMAGE)["y"], run(after, IMAGE, optimize=True)["y"], run(model, IMAGE)["y"]
+    plain, fast, exact = (
+        run(after, IMAGE)["y"],
+        run(after, IMAGE, optimize=True)["y"],
+        run(model, IMAGE)["y"],
+    )
     step = float(plan.params(next(reversed(plan.tensors))).scale)
     assert np.abs(plain - fast).max() <= 4 * step
     assert np.abs(fast - exact).max() <= 0.05 * np.abs(exact).max() + 2 * step
@@ -153,20 +176,25 @@ def test_products_run_in_integer_kernels(nodes, expected, tmp_path):
     model, _, after = quantized(f"{ROWS} {{ {nodes} }}", TABLE)
     found = kernels(after, tmp_path)
     assert [op for op in found if op not in {"QuantizeLinear", "DequantizeLinear"}] == expected
-    np.testing.assert_allclose(run(after, TABLE, optimize=True)["y"], run(model, TABLE)["y"], atol=0.1)
+    np.testing.assert_allclose(
+        run(after, TABLE, optimize=True)["y"], run(model, TABLE)["y"], atol=0.1
+    )
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
 def test_every_target_gives_a_model_that_is_close(target):
     nodes = """a = Conv (x, w, b)  r = Relu (a)  p = Conv (r, point)  s = Add (p, r)
-               q = MaxPool <kernel_shape=[2,2]> (s)  t = Conv (q, v)  u = Sigmoid (t)  y = GlobalAveragePool (u)"""
+               q = MaxPool <kernel_shape=[2,2]> (s)  t = Conv (q, v)  u = Sigmoid (t)
+                 y = GlobalAveragePool (u)"""
     model, plan, after = quantized(f"{HEAD} {{ {nodes} }}", IMAGE, target)
     assert len(plan.units()) >= 4
     for optimize in (False, True):
-        np.testing.assert_allclose(run(after, IMAGE, optimize)["y"], run(model, IMAGE)["y"], atol=0.03)
+        np.testing.assert_allclose(
+            run(after, IMAGE, optimize)["y"], run(model, IMAGE)["y"], atol=0.03
+        )
 
 
-# --- the graph -------------------------------------------------------------------------------------------------------
+# --- the graph
 
 
 def count(model, op_type):
@@ -174,7 +202,10 @@ def count(model, op_type):
 
 
 def test_a_graph_output_that_is_read_on_keeps_its_name():
-    graph = "g (float[1,4,8,8] x) => (float[] a, float[] y) { [one] a = Conv (x, w)  [two] y = Conv (a, v) }"
+    graph = (
+        "g (float[1,4,8,8] x) => (float[] a, float[] y) { [one] a = Conv (x, w)  [two] y = Conv "
+        "(a, v) }"
+    )
     model, _, after = quantized(graph, IMAGE)
     found = run(after, IMAGE)
     np.testing.assert_allclose(found["a"], run(model, IMAGE)["a"], atol=0.1)
@@ -184,20 +215,25 @@ def test_a_graph_output_that_is_read_on_keeps_its_name():
 
 def test_all_readers_share_one_conversion():
     nodes = (
-        "a = Conv (x, w)  d = Conv (a, v)  e = Conv (a, point)  f = MaxPool <kernel_shape=[3,3]> (e)  y = Sub (d, f)"
+        "a = Conv (x, w)  d = Conv (a, v)  e = Conv (a, point)  f = MaxPool <kernel_shape=[3,3]> "
+        "(e)  y = Sub (d, f)"
     )
     _, plan, after = quantized(f"{HEAD} {{ {nodes} }}", IMAGE)
     assert count(after, "QuantizeLinear") == len(plan.tensors) == 4  # x, a, d, e
 
 
 def test_float_readers_of_an_input_still_read_floats():
-    graph = "g (float[1,4,8,8] x) => (float[] y, float[] z) { y = Conv (x, w)  [float] z = Tanh (x) }"
+    graph = (
+        "g (float[1,4,8,8] x) => (float[] y, float[] z) { y = Conv (x, w)  [float] z = Tanh (x) }"
+    )
     model, _, after = quantized(graph, IMAGE)
     np.testing.assert_array_equal(run(after, IMAGE)["z"], run(model, IMAGE)["z"])
 
 
 def test_float_readers_of_an_integer_result_read_what_was_restored():
-    graph = "g (float[1,4,8,8] x) => (float[] a, float[] z) { a = Conv (x, w)  [float] z = Tanh (a) }"
+    graph = (
+        "g (float[1,4,8,8] x) => (float[] a, float[] z) { a = Conv (x, w)  [float] z = Tanh (a) }"
+    )
     found = run(quantized(graph, IMAGE)[2], IMAGE)
     np.testing.assert_allclose(found["z"], np.tanh(found["a"]), atol=1e-6)
 
@@ -229,7 +265,11 @@ def test_constant_operands_are_stored_as_integers():
 def test_a_tied_weight_is_stored_once():
     nodes = "[one] y = Conv (x, w)  [two] a = Relu (x)  [three] z = Conv (a, w)"
     _, _, after = quantized(f"g (float[1,4,8,8] x) => (float[] y, float[] z) {{ {nodes} }}", IMAGE)
-    large = [v.name for v in after.graph.initializers.values() if v.const_value.size == CONSTANTS["w"].size]
+    large = [
+        v.name
+        for v in after.graph.initializers.values()
+        if v.const_value.size == CONSTANTS["w"].size
+    ]
     assert large == ["w_quantized"]
     assert constant(after.graph.initializers["w_quantized"]).dtype == np.int8
 
@@ -263,7 +303,9 @@ def test_a_bias_is_int32_in_units_of_the_products(operator):
 
 def test_one_scale_serves_a_bias_of_many_channels():
     data = QParams(np.float32(0.5), np.uint8(3), UINT8)
-    weight = QuantizedWeight(np.zeros((4, 2), np.int8), QParams(np.float32(0.25), np.int8(0), INT8_NARROW))
+    weight = QuantizedWeight(
+        np.zeros((4, 2), np.int8), QParams(np.float32(0.25), np.int8(0), INT8_NARROW)
+    )
     q = bias_qparams(data, weight, 4)
     np.testing.assert_array_equal(q.scale, [0.125] * 4)
     assert (q.axis, q.format.bits, q.format.signed) == (0, 32, True)
@@ -296,6 +338,9 @@ def test_names_that_are_taken_are_left_alone():
 
 
 def test_a_graph_output_in_front_of_an_operator_that_runs_bare():
-    graph = "g (float[1,4,8,8] x) => (float[] a, float[] y) { a = Conv (x, w)  p = Pad (a, edges)  y = Conv (p, v) }"
+    graph = (
+        "g (float[1,4,8,8] x) => (float[] a, float[] y) { a = Conv (x, w)  p = Pad (a, edges)  y "
+        "= Conv (p, v) }"
+    )
     model, _, after = quantized(graph, IMAGE)
     np.testing.assert_allclose(run(after, IMAGE)["a"], run(model, IMAGE)["a"], atol=0.1)

@@ -1,4 +1,6 @@
-"""Equalization: the model computes the same, and the channels of neighbouring weights are of one size."""
+"""Equalization: the model computes the same, and the channels of neighbouring weights are of one
+size.
+"""
 
 from __future__ import annotations
 
@@ -17,9 +19,9 @@ def uneven(*shape, axis=0, seed=0):
     """A weight whose channels along `axis` differ a thousandfold in size."""
     sizes = np.geomspace(0.03, 30, shape[axis])
     np.random.default_rng(seed).shuffle(sizes)
-    return (normal(*shape, seed=seed) * np.moveaxis(sizes.reshape(-1, *[1] * (len(shape) - 1)), 0, axis)).astype(
-        np.float32
-    )
+    return (
+        normal(*shape, seed=seed) * np.moveaxis(sizes.reshape(-1, *[1] * (len(shape) - 1)), 0, axis)
+    ).astype(np.float32)
 
 
 WEIGHTS = {
@@ -54,10 +56,14 @@ def sizes(model, name, axis=0):
 @pytest.mark.parametrize("bias", ["", ", b"])
 def test_a_pair(between, bias):
     read = "r" if between else "a"
-    model, before, modified = equalized(f"[one] a = Conv (x, w{bias})  {between}  [two] y = Conv ({read}, v)")
+    model, before, modified = equalized(
+        f"[one] a = Conv (x, w{bias})  {between}  [two] y = Conv ({read}, v)"
+    )
     assert modified
     assert frozen(model) != before
-    expected = np.sqrt(np.abs(WEIGHTS["w"]).max(axis=(1, 2, 3)) * np.abs(WEIGHTS["v"]).max(axis=(0, 2, 3)))
+    expected = np.sqrt(
+        np.abs(WEIGHTS["w"]).max(axis=(1, 2, 3)) * np.abs(WEIGHTS["v"]).max(axis=(0, 2, 3))
+    )
     np.testing.assert_allclose(sizes(model, "one"), expected, rtol=1e-5)
     np.testing.assert_allclose(sizes(model, "two", axis=1), expected, rtol=1e-5)
 
@@ -65,12 +71,15 @@ def test_a_pair(between, bias):
 def test_the_bias_is_divided_too():
     model, _, _ = equalized("[one] a = Conv (x, w, b)  r = Relu (a)  [two] y = Conv (r, v)")
     factor = sizes(model, "one") / np.abs(WEIGHTS["w"]).max(axis=(1, 2, 3))
-    np.testing.assert_allclose(constant(node(model, "one").inputs[2]), WEIGHTS["b"] * factor, rtol=1e-5)
+    np.testing.assert_allclose(
+        constant(node(model, "one").inputs[2]), WEIGHTS["b"] * factor, rtol=1e-5
+    )
 
 
 def test_a_chain_with_a_depthwise_convolution_evens_out():
     model, _, _ = equalized(
-        """[one] a = Conv (x, w, b)  r = Relu (a)  [two] c = Conv <group=6, pads=[1,1,1,1]> (r, d)  s = Relu (c)
+        """[one] a = Conv (x, w, b)  r = Relu (a)  [two] c = Conv <group=6, pads=[1,1,1,1]> (r, d)
+          s = Relu (c)
            [three] y = Conv (s, v)"""
     )
     # Both weights of a pair are equally large in every channel, to which the rounds converge.
@@ -79,7 +88,9 @@ def test_a_chain_with_a_depthwise_convolution_evens_out():
 
 
 def test_a_depthwise_convolution_with_a_multiplier():
-    model, _, _ = equalized("[one] a = Conv (x, w)  [two] c = Conv <group=6> (a, e)  y = Conv (c, u)")
+    model, _, _ = equalized(
+        "[one] a = Conv (x, w)  [two] c = Conv <group=6> (a, e)  y = Conv (c, u)"
+    )
     widest = sizes(model, "two").reshape(6, 2).max(axis=1)
     np.testing.assert_allclose(sizes(model, "one"), widest, rtol=1e-2)
 
@@ -110,7 +121,10 @@ def test_what_does_not_commute_is_left_alone(nodes):
 
 
 def test_a_graph_output_between_is_left_alone():
-    model = prepared("g (float[1,4,8,8] x) => (float[] a, float[] y) { a = Conv (x, w)  y = Conv (a, v) }", **WEIGHTS)
+    model = prepared(
+        "g (float[1,4,8,8] x) => (float[] a, float[] y) { a = Conv (x, w)  y = Conv (a, v) }",
+        **WEIGHTS,
+    )
     before = frozen(model)
     equalize(model)
     assert frozen(model) == before
@@ -135,7 +149,8 @@ def test_channels_of_zeros_stay():
 
 def test_shared_weights_are_parted():
     model, _, _ = equalized(
-        "[one] a = Conv (x, w, b)  r = Relu (a)  [two] c = Conv (r, q, b)  s = Relu (c)  [three] y = Conv (s, q)"
+        "[one] a = Conv (x, w, b)  r = Relu (a)  [two] c = Conv (r, q, b)  s = Relu (c)  "
+        "[three] y = Conv (s, q)"
     )
     assert types(model) == ["Conv", "Relu", "Conv", "Relu", "Conv"]
 

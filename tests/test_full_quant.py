@@ -71,11 +71,15 @@ def activations(model):
 
 def stored(model, dtype):
     """The constants of a type that stand behind a DequantizeLinear."""
-    codes = [constant(node.inputs[0]) for node, *_ in parameters(model) if node.op_type == "DequantizeLinear"]
+    codes = [
+        constant(node.inputs[0])
+        for node, *_ in parameters(model)
+        if node.op_type == "DequantizeLinear"
+    ]
     return [array for array in codes if array is not None and array.dtype == dtype]
 
 
-# --- targets ---------------------------------------------------------------------------------------------------------
+# --- targets
 
 
 @pytest.mark.parametrize("target", TARGETS)
@@ -87,7 +91,9 @@ def test_every_target_keeps_the_examples_answers(examples, target):
     assert np.mean(after.argmax(1) == before.argmax(1)) >= 0.97
     assert np.mean(after.argmax(1) == labels) >= np.mean(before.argmax(1) == labels) - 0.03
     assert len(stored(model, np.int8)) == 8
-    assert [error.sqnr_db for error in outcome.errors] == sorted(error.sqnr_db for error in outcome.errors)
+    assert [error.sqnr_db for error in outcome.errors] == sorted(
+        error.sqnr_db for error in outcome.errors
+    )
 
 
 @pytest.mark.parametrize("target", ["CPU", "CPU_VNNI", "ARM", "OPENVINO", "DSP"])
@@ -104,20 +110,28 @@ def test_a_gpu_gets_symmetric_integers(examples):
     assert not any(zero.any() for zero in zero_points)
 
 
-@pytest.mark.parametrize(("target", "count"), [("CPU", 8), ("ARM", 8), ("DSP", 8), ("OPENVINO", 0), ("NVGPU", 0)])
+@pytest.mark.parametrize(
+    ("target", "count"), [("CPU", 8), ("ARM", 8), ("DSP", 8), ("OPENVINO", 0), ("NVGPU", 0)]
+)
 def test_biases_are_integers_where_the_target_adds_them_so(examples, target, count):
     assert len(stored(examples(target)[0], np.int32)) == count
 
 
 def reads_through_conversion(node):
     """For each input, whether it comes out of a DequantizeLinear."""
-    return [value.producer() is not None and value.producer().op_type == "DequantizeLinear" for value in node.inputs]
+    return [
+        value.producer() is not None and value.producer().op_type == "DequantizeLinear"
+        for value in node.inputs
+    ]
 
 
 @pytest.mark.parametrize(
-    ("target", "expected"), [("CPU", [True, True]), ("OPENVINO", [True, False]), ("NVGPU", [True, False])]
+    ("target", "expected"),
+    [("CPU", [True, True]), ("OPENVINO", [True, False]), ("NVGPU", [True, False])],
 )
-def test_the_branch_that_is_added_to_inside_a_convolution_is_not_converted(examples, target, expected):
+def test_the_branch_that_is_added_to_inside_a_convolution_is_not_converted(
+    examples, target, expected
+):
     (add,) = (node for node in examples(target)[0].graph if node.op_type == "Add")
     assert reads_through_conversion(add) == expected
     if not expected[1]:
@@ -135,7 +149,11 @@ def test_pairs_of_the_stored_codes(examples):
     sums = {}
     for target in ("CPU", "CPU_VNNI"):
         model, _ = examples(target)
-        convs = [node for node in model.graph if node.op_type == "Conv" and node.attributes.get_int("group", 1) == 1]
+        convs = [
+            node
+            for node in model.graph
+            if node.op_type == "Conv" and node.attributes.get_int("group", 1) == 1
+        ]
         codes = [constant(node.inputs[1].producer().inputs[0]) for node in convs]
         (gemm,) = (node for node in model.graph if node.op_type == "Gemm")
         codes.append(constant(gemm.inputs[1].producer().inputs[0]))
@@ -143,9 +161,12 @@ def test_pairs_of_the_stored_codes(examples):
     assert sums["CPU"] <= 128 < sums["CPU_VNNI"]
 
 
-# --- options ---------------------------------------------------------------------------------------------------------
+# --- options
 
-WIDE = "g (float[1,4,6,6] x) => (float[] y) { [one] a = Conv (x, w)  r = Relu (a)  [two] y = Conv (r, v) }"
+WIDE = (
+    "g (float[1,4,6,6] x) => (float[] y) { [one] a = Conv (x, w)  r = Relu (a)  [two] y = Conv "
+    "(r, v) }"
+)
 WIDE_DATA = {"x": normal(6, 4, 6, 6)}
 
 
@@ -189,7 +210,9 @@ def test_equalized_weights_share_a_scale_better(tmp_path):
     }
     noise = {}
     for equalize in ("true", "false"):
-        _, outcome, _ = converted(tmp_path, wide(**weights), WIDE_DATA, per_channel="false", equalize=equalize)
+        _, outcome, _ = converted(
+            tmp_path, wide(**weights), WIDE_DATA, per_channel="false", equalize=equalize
+        )
         noise[equalize] = next(error.sqnr_db for error in outcome.errors if error.name == "y")
     assert noise["true"] > noise["false"] + 10
 
@@ -214,14 +237,18 @@ def test_outlier_ratio_narrows_the_range(tmp_path):
         scales.append(float(outcome.plan.params("x").scale))
     x = np.sort(WIDE_DATA["x"].ravel())
     kept = x[int(0.1 * x.size) : int(0.9 * x.size)]
-    np.testing.assert_allclose(scales, [(x[-1] - x[0]) / 255, (kept[-1] - kept[0]) / 255], rtol=0.02)
+    np.testing.assert_allclose(
+        scales, [(x[-1] - x[0]) / 255, (kept[-1] - kept[0]) / 255], rtol=0.02
+    )
 
 
 @pytest.mark.parametrize("memory", [200_000, 1 << 30])
 def test_threads_and_memory_do_not_change_a_byte(tmp_path, monkeypatch, memory):
     written = set()
     for threads in (1, 3):
-        monkeypatch.setattr(full_quant, "resources_of", lambda _, threads=threads: resources(threads, memory))
+        monkeypatch.setattr(
+            full_quant, "resources_of", lambda _, threads=threads: resources(threads, memory)
+        )
         task = job(tmp_path, load(MODEL), FEW, activation_quant_method="KL")
         convert(task)
         written.add(task.output.read_bytes())
@@ -231,10 +258,11 @@ def test_threads_and_memory_do_not_change_a_byte(tmp_path, monkeypatch, memory):
     assert written == {reference.output.read_bytes()}
 
 
-# --- nodes that stay float -------------------------------------------------------------------------------------------
+# --- nodes that stay float
 
 TWO_BRANCHES = """g (float[1,4,6,6] x) => (float[] y) {
-    [small] a = Conv (x, w)  [large] b = Conv (x, u)  [join] c = Concat <axis=1> (a, b)  [last] y = Conv (c, v)
+    [small] a = Conv (x, w)  [large] b = Conv (x, u)  [join] c = Concat <axis=1> (a, b)
+      [last] y = Conv (c, v)
 }"""
 
 
@@ -261,27 +289,36 @@ def test_require_full_integer_names_every_float_node(tmp_path):
 
 
 def test_require_full_integer_is_content_without_float_nodes(tmp_path):
-    _, outcome, _ = converted(tmp_path, load(MODEL), FEW, require_full_integer="true", target_device="DSP")
+    _, outcome, _ = converted(
+        tmp_path, load(MODEL), FEW, require_full_integer="true", target_device="DSP"
+    )
     assert all(node.quantized or node.inside for node in outcome.plan.nodes.values())
 
 
-# --- max_drop --------------------------------------------------------------------------------------------------------
+# --- max_drop
 
-# A channel of the input that is large and says little leaves few codes to the others, which the first layer reads.
+# A channel of the input that is large and says little leaves few codes to the others, which the
+# first layer reads.
 CHAIN = """g (float[1,4,6,6] x) => (float[] y) {
-    [one] a = Conv (x, w)  [pool] p = MaxPool <kernel_shape=[2,2]> (a)  [two] c = Conv (p, k)  [three] y = Conv (c, v)
+    [one] a = Conv (x, w)  [pool] p = MaxPool <kernel_shape=[2,2]> (a)  [two] c = Conv (p, k)
+      [three] y = Conv (c, v)
 }"""
 SIZES = np.array([1000, 1, 1, 1], np.float32).reshape(1, 4, 1, 1)
 UNEVEN_DATA = {"x": normal(6, 4, 6, 6) * SIZES}
 
 
 def chain():
-    return build(CHAIN, w=normal(6, 4, 3, 3) / (10 * SIZES), k=normal(6, 6, 1, 1), v=normal(3, 6, 1, 1))
+    return build(
+        CHAIN, w=normal(6, 4, 3, 3) / (10 * SIZES), k=normal(6, 6, 1, 1), v=normal(3, 6, 1, 1)
+    )
 
 
 def drop_of(model, data):
     """1 - cosine similarity of the output over all samples, in float64."""
-    x, y = ([run(m, {"x": one[None]})["y"].astype(np.float64) for one in data["x"]] for m in (chain(), model))
+    x, y = (
+        [run(m, {"x": one[None]})["y"].astype(np.float64) for one in data["x"]]
+        for m in (chain(), model)
+    )
     x, y = np.stack(x).ravel(), np.stack(y).ravel()
     return 1 - x @ y / np.sqrt((x @ x) * (y @ y))
 
@@ -320,7 +357,10 @@ def test_a_pool_that_two_nodes_read_is_not_kept_by_itself(tmp_path, bound):
     }"""
     sizes = np.array([1000, 1, 1, 1, 1, 1], np.float32)
     weights = {"w": normal(6, 4, 3, 3) * sizes.reshape(6, 1, 1, 1)}
-    weights |= {name: normal(3, 6, 1, 1, seed=i) / sizes.reshape(1, 6, 1, 1) / 10 for i, name in enumerate("kv")}
+    weights |= {
+        name: normal(3, 6, 1, 1, seed=i) / sizes.reshape(1, 6, 1, 1) / 10
+        for i, name in enumerate("kv")
+    }
     _, outcome, _ = converted(tmp_path, build(graph, **weights), WIDE_DATA, max_drop=bound)
     assert kept_for_the_drop(outcome)
     assert "pool" not in kept_for_the_drop(outcome)
@@ -357,7 +397,7 @@ def test_labels_that_are_missing_stop_the_conversion(tmp_path):
         convert(labelled(tmp_path, IMAGES[:12], LABELS[:5], max_drop=0.01))
 
 
-# --- what is refused before any work ---------------------------------------------------------------------------------
+# --- what is refused before any work
 
 
 def test_a_provider_that_is_not_there(tmp_path):
@@ -365,14 +405,20 @@ def test_a_provider_that_is_not_there(tmp_path):
     with pytest.raises(ConfigError) as caught:
         convert(task)
     message = str(caught.value)
-    assert message.startswith(f"{at(tmp_path, 'common_quant_param', 'providers')} names CUDAExecutionProvider, ")
+    assert message.startswith(
+        f"{at(tmp_path, 'common_quant_param', 'providers')} names CUDAExecutionProvider, "
+    )
     assert "CPUExecutionProvider" in message
 
 
 def test_resources_are_what_the_config_says(tmp_path):
     common = {"thread_num": 3, "calibration_memory": 17, "providers": "CPUExecutionProvider"}
     found = resources_of(job(tmp_path, wide(), WIDE_DATA, common))
-    assert (found.threads, found.memory, found.providers) == (3, 17 << 20, ("CPUExecutionProvider",))
+    assert (found.threads, found.memory, found.providers) == (
+        3,
+        17 << 20,
+        ("CPUExecutionProvider",),
+    )
 
 
 @pytest.mark.parametrize("affinity", [True, False])
@@ -393,11 +439,25 @@ SKIPS = {
         {"skip_quant_node": "/layer4/conv/Con"},
         "skip_quant_node: no node is named '/layer4/conv/Con' in this ",
     ),
-    "a pattern": ({"skip_quant_node": "/layer4/*,/leyer3/*"}, "skip_quant_node: no node is named '/leyer3/*' in this "),
-    "a type": ({"skip_quant_type": "Convolution"}, "skip_quant_type: no node is of type 'Convolution' in this model; "),
-    "a type's pattern": ({"skip_quant_type": "Conv*"}, "skip_quant_type: no node is of type 'Conv*' in this model; "),
+    "a pattern": (
+        {"skip_quant_node": "/layer4/*,/leyer3/*"},
+        "skip_quant_node: no node is named '/leyer3/*' in this ",
+    ),
+    "a type": (
+        {"skip_quant_type": "Convolution"},
+        "skip_quant_type: no node is of type 'Convolution' in this model; ",
+    ),
+    "a type's pattern": (
+        {"skip_quant_type": "Conv*"},
+        "skip_quant_type: no node is of type 'Conv*' in this model; ",
+    ),
 }
-NEAREST = {"a name": "/layer4/conv/Conv", "a pattern": "/layer", "a type": "Conv", "a type's pattern": "Conv"}
+NEAREST = {
+    "a name": "/layer4/conv/Conv",
+    "a pattern": "/layer",
+    "a type": "Conv",
+    "a type's pattern": "Conv",
+}
 
 
 @pytest.mark.parametrize("dry", [True, False])
@@ -408,7 +468,9 @@ def test_a_skip_that_matches_nothing(tmp_path, name, dry):
     with pytest.raises(ConfigError) as caught:
         make_plan(task, Ear()) if dry else convert(task)
     message = str(caught.value)
-    assert message.startswith(f"{at(tmp_path, 'common_quant_param', next(iter(keys)))}: {words.partition(': ')[2]}")
+    assert message.startswith(
+        f"{at(tmp_path, 'common_quant_param', next(iter(keys)))}: {words.partition(': ')[2]}"
+    )
     assert f"the nearest is '{NEAREST[name]}" in message
 
 
@@ -438,7 +500,7 @@ def test_nodes_without_a_name_go_by_the_one_they_are_given(tmp_path):
     assert [node.quantized for node in plan.nodes.values()] == [False, True]
 
 
-# --- graphs that need care -------------------------------------------------------------------------------------------
+# --- graphs that need care
 
 
 def test_a_weight_of_several_matrices_stays_float(tmp_path):
@@ -459,7 +521,10 @@ def test_a_product_without_an_integer_output_alone(tmp_path):
 
 @pytest.mark.parametrize("shape", [(), (1,)])
 def test_bounds_of_a_clip_may_be_vectors_of_one(tmp_path, shape):
-    text = "g (float[N, 3, 8, 8] x) => (float[N, 4, 6, 6] y) { h = Conv (x, w)  y = Clip (h, low, high) }"
+    text = (
+        "g (float[N, 3, 8, 8] x) => (float[N, 4, 6, 6] y) { h = Conv (x, w)  y = Clip (h, low, "
+        "high) }"
+    )
     rng = np.random.default_rng(0)
     low, high = np.zeros(shape, np.float32), np.full(shape, 6, np.float32)
     model = build(text, w=rng.normal(size=(4, 3, 3, 3)).astype(np.float32), low=low, high=high)

@@ -30,8 +30,14 @@ def qconvert(capsys: pytest.CaptureFixture[str]) -> Command:
         (Gates(min_cosine=0.995), "cosine 0.99 is less (--min-cosine 0.995)"),
         (Gates(min_agreement=0.96), "agreement 0.95 is less (--min-agreement 0.96)"),
         (Gates(min_speedup=2), "speedup 1.5 is less (--min-speedup 2)"),
-        (Gates(max_size="29.9%"), "size 0.0003 MB, 30% of the float model, is more (--max-size 29.9%)"),
-        (Gates(max_size="0.2KB"), "size 0.0003 MB, 30% of the float model, is more (--max-size 0.2KB)"),
+        (
+            Gates(max_size="29.9%"),
+            "size 0.0003 MB, 30% of the float model, is more (--max-size 29.9%)",
+        ),
+        (
+            Gates(max_size="0.2KB"),
+            "size 0.0003 MB, 30% of the float model, is more (--max-size 0.2KB)",
+        ),
         (
             Gates(min_cosine=0.995, min_speedup=2),
             "cosine 0.99 is less (--min-cosine 0.995); speedup 1.5 is less (--min-speedup 2)",
@@ -45,7 +51,10 @@ def test_a_missed_gate_is_told_with_the_figures(gates: Gates, words: str) -> Non
 @pytest.mark.parametrize("name", ["min_cosine", "min_agreement", "min_speedup"])
 def test_what_was_not_measured_misses(name: str) -> None:
     figure = name.removeprefix("min_")
-    assert Gates(**{name: 0.0}).missed(Figures(2, 1)) == f"{figure} was not measured (--min-{figure} 0)"
+    assert (
+        Gates(**{name: 0.0}).missed(Figures(2, 1))
+        == f"{figure} was not measured (--min-{figure} 0)"
+    )
 
 
 def test_a_cosine_that_is_no_number_misses() -> None:
@@ -59,20 +68,33 @@ def test_a_bound_is_reached_from_its_own_value_on(bound: float, found: float) ->
 
 @pytest.mark.parametrize(
     ("text", "limit"),
-    [("5MB", 5e6), ("1.5 gb", 1.5e9), ("12KB", 12e3), ("30%", 300.0), ("0.5%", 5.0), (" 7MB ", 7e6)],
+    [
+        ("5MB", 5e6),
+        ("1.5 gb", 1.5e9),
+        ("12KB", 12e3),
+        ("30%", 300.0),
+        ("0.5%", 5.0),
+        (" 7MB ", 7e6),
+    ],
 )
 def test_sizes(text: str, limit: float) -> None:
     assert size_limit(text, 1000) == limit
 
 
-@pytest.mark.parametrize("text", ["", "5", "MB", "-1MB", "5MiB", "1e3KB", "30 percent", "5MB or 30%"])
+@pytest.mark.parametrize(
+    "text", ["", "5", "MB", "-1MB", "5MiB", "1e3KB", "30 percent", "5MB or 30%"]
+)
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(ValueError, match=f"^'{re.escape(text)}' is no size; write for example 5MB"):
         size_limit(text, 1)
 
 
 def test_figures_take_the_worst_output() -> None:
-    outputs = (SimpleNamespace(cosine=0.999), SimpleNamespace(cosine=0.9), SimpleNamespace(cosine=0.99))
+    outputs = (
+        SimpleNamespace(cosine=0.999),
+        SimpleNamespace(cosine=0.9),
+        SimpleNamespace(cosine=0.99),
+    )
     found = SimpleNamespace(outputs=outputs, agreement=0.75, speedup=None)
     assert Figures.of(8, 2, found) == Figures(8, 2, 0.9, 0.75, None)
     assert Figures.of(8, 2, None) == Figures(8, 2)
@@ -88,7 +110,9 @@ def test_convert_exits_with_3_and_still_writes(qconvert: Command, tmp_path: Path
 
 
 def test_convert_passes_its_gates(qconvert: Command, tmp_path: Path) -> None:
-    result = qconvert.convert(CONFIG, tmp_path / "q.onnx", MODEL, "--max-size=60%", "--min-cosine=0.9", "--quiet")
+    result = qconvert.convert(
+        CONFIG, tmp_path / "q.onnx", MODEL, "--max-size=60%", "--min-cosine=0.9", "--quiet"
+    )
     assert (result.code, result.out) == (0, "CONVERT RESULT SUCCESS:0\n")
 
 

@@ -1,4 +1,6 @@
-"""Random models through every mode: valid, computing exactly what the plan says, as exact as the plan predicts."""
+"""Random models through every mode: valid, computing exactly what the plan says, as exact as the
+plan predicts.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +28,18 @@ CASES: list[tuple[str, range, dict[str, Any]]] = [
     (FULL, range(100, 108), {"full_quant": {"target_device": "OPENVINO"}}),
     (FULL, range(110, 114), {"full_quant": {"target_device": "NVGPU"}}),
     (FULL, range(120, 126), {"full_quant": {"per_channel": "false"}}),
-    (FULL, range(130, 134), {"full_quant": {"weight_rounding": "NEAREST", "bias_correction": "false"}}),
+    (
+        FULL,
+        range(130, 134),
+        {"full_quant": {"weight_rounding": "NEAREST", "bias_correction": "false"}},
+    ),
     (WEIGHT, range(200, 208), {"common_quant": WIDE}),
     (WEIGHT, range(210, 216), {"common_quant": {**WIDE, "bit_num": 3}, "with_data": True}),
-    (WEIGHT, range(220, 224), {"common_quant": {**WIDE, "bit_num": 16}, "weight_quant": {"per_channel": "false"}}),
+    (
+        WEIGHT,
+        range(220, 224),
+        {"common_quant": {**WIDE, "bit_num": 16}, "weight_quant": {"per_channel": "false"}},
+    ),
     (WEIGHT, range(230, 234), {"common_quant": {**WIDE, "bit_num": 0}}),
     (DYNAMIC, range(300, 312), {}),
     (DYNAMIC, range(320, 326), {"dynamic_quant": {"quant_strategy": "ACWL"}}),
@@ -37,7 +47,9 @@ CASES: list[tuple[str, range, dict[str, Any]]] = [
 EACH = [(mode, seed, settings) for mode, seeds, settings in CASES for seed in seeds]
 
 
-@pytest.mark.parametrize(("mode", "seed", "settings"), EACH, ids=lambda x: str(x) if isinstance(x, int) else "")
+@pytest.mark.parametrize(
+    ("mode", "seed", "settings"), EACH, ids=lambda x: str(x) if isinstance(x, int) else ""
+)
 def test_random_models_compute_what_their_plan_says(
     tmp_path: Path, mode: str, seed: int, settings: dict[str, Any]
 ) -> None:
@@ -58,17 +70,20 @@ def test_equal_seeds_make_equal_models() -> None:
 def test_noise_is_measured_against_the_signal() -> None:
     runs = [{"y": np.array([3.0, 4.0])}, {"y": np.array([0.0, 0.0])}]
     assert noise_to_signal(runs, runs) == 0
-    assert noise_to_signal(runs, [{"y": np.array([3.0, 4.0])}, {"y": np.array([0.0, 0.5])}]) == pytest.approx(0.1)
+    assert noise_to_signal(
+        runs, [{"y": np.array([3.0, 4.0])}, {"y": np.array([0.0, 0.5])}]
+    ) == pytest.approx(0.1)
 
 
-# --- what random models found ----------------------------------------------------------------------------------------
+# --- what random models found
 
 
 def test_a_product_without_bias_beside_one_with_a_bias(tmp_path: Path) -> None:
     """Both watch the mean of the same tensor; only one has a place for a correction."""
     _assert_converts(
         tmp_path,
-        "g (float[3,8] x) => (float[3,5] y, float[3,5] z) { h = MatMul(x, v) y = Gemm(h, w, b) z = MatMul(h, u) }",
+        "g (float[3,8] x) => (float[3,5] y, float[3,5] z) { h = MatMul(x, v) y = Gemm(h, w, "
+        "b) z = MatMul(h, u) }",
         v=normal(8, 8) / 3,
         w=normal(8, 5) / 3,
         b=normal(5),
@@ -88,19 +103,25 @@ def test_a_side_branch_that_nothing_reads_on_from(tmp_path: Path) -> None:
 
 
 def test_a_softmax_between_integers_reaches_one(tmp_path: Path) -> None:
-    """ONNX Runtime's integer Softmax wraps around beyond the range, so that it must cover 0 to 1."""
+    """ONNX Runtime's integer Softmax wraps around beyond the range, so that it must cover 0 to
+    1.
+    """
     _assert_converts(
         tmp_path,
-        "g (float[1,4,6,12] x) => (float[1,4,6,12] y) { a = Conv(x, v) s = Softmax <axis = -1> (a) y = Conv(s, w) }",
+        "g (float[1,4,6,12] x) => (float[1,4,6,12] y) { a = Conv(x, v) s = Softmax <axis = "
+        "-1> (a) y = Conv(s, w) }",
         v=normal(4, 4, 1, 1) / 50,
         w=normal(4, 4, 1, 1, seed=1),
     )
 
 
 def test_what_bodies_read_on_behind_moves_stays_float(tmp_path: Path) -> None:
-    """ONNX Runtime crashes where it takes conversions along a Slice that the body of an If reads."""
+    """ONNX Runtime crashes where it takes conversions along a Slice that the body of an If
+    reads.
+    """
     branches = (
-        "then_branch = t () => (float[1,4] a) { a = Tanh(s) }, else_branch = e () => (float[1,4] b) { b = Exp(s) }"
+        "then_branch = t () => (float[1,4] a) { a = Tanh(s) }, else_branch = e () => (float[1,4] "
+        "b) { b = Exp(s) }"
     )
     model = build(
         "g (float[3,4] x, bool k) => (float[1,4] y, float[3,4] z) { [p] h = MatMul(x, w) "

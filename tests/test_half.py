@@ -1,4 +1,6 @@
-"""Float16 storage: half the bytes, the same numbers to float16's precision, and nothing that float16 cannot hold."""
+"""Float16 storage: half the bytes, the same numbers to float16's precision, and nothing that
+float16 cannot hold.
+"""
 
 from __future__ import annotations
 
@@ -46,18 +48,28 @@ def test_a_constant_with_several_readers_is_stored_once():
 
 def test_what_float16_cannot_hold_and_integers_stay():
     large, whole = np.full((16, 16), 70000, np.float32), np.arange(256).reshape(16, 16)
-    before, model = halved("m = MatMul (x, w)  k = Cast <to=1> (i)  y = MatMul (m, k)", w=large, i=whole)
+    before, model = halved(
+        "m = MatMul (x, w)  k = Cast <to=1> (i)  y = MatMul (m, k)", w=large, i=whole
+    )
     assert frozen(model) == before
 
 
 def test_scales_stay():
-    constants = {"q": np.ones((64, 16), np.int8), "s": np.full(64, 0.1, np.float32), "z": np.zeros(64, np.int8)}
-    before, model = halved("w = DequantizeLinear <axis=0> (q, s, z)  y = Gemm <transB=1> (x, w)", **constants)
+    constants = {
+        "q": np.ones((64, 16), np.int8),
+        "s": np.full(64, 0.1, np.float32),
+        "z": np.zeros(64, np.int8),
+    }
+    before, model = halved(
+        "w = DequantizeLinear <axis=0> (q, s, z)  y = Gemm <transB=1> (x, w)", **constants
+    )
     assert frozen(model) == before
 
 
 def test_a_constant_that_is_an_output_keeps_its_type():
-    model = build("g (float[3,16] x) => (float[] y, float[16,16] w) { y = MatMul (x, w) }", w=normal(16, 16))
+    model = build(
+        "g (float[3,16] x) => (float[] y, float[16,16] w) { y = MatMul (x, w) }", w=normal(16, 16)
+    )
     store_constants_as_half(model)
     np.testing.assert_array_equal(run(model, X)["w"], normal(16, 16))
 
@@ -77,19 +89,35 @@ def test_constants_of_subgraphs_and_taken_names():
 
 
 def test_alone_it_needs_no_config(tmp_path, capsys):
-    (tmp_path / "model.onnx").write_bytes(frozen(build("g (float[3,16] x) => (float[] y) { y = MatMul (x, w) }", w=W)))
-    main(["--fp16=on", f"--modelFile={tmp_path / 'model.onnx'}", f"--outputFile={tmp_path / 'half.onnx'}"])
+    (tmp_path / "model.onnx").write_bytes(
+        frozen(build("g (float[3,16] x) => (float[] y) { y = MatMul (x, w) }", w=W))
+    )
+    main(
+        [
+            "--fp16=on",
+            f"--modelFile={tmp_path / 'model.onnx'}",
+            f"--outputFile={tmp_path / 'half.onnx'}",
+        ]
+    )
     assert "CONVERT RESULT SUCCESS:0" in capsys.readouterr().out
     found = onnx.load(tmp_path / "half.onnx")
     assert [tensor.data_type for tensor in found.graph.initializer] == [onnx.TensorProto.FLOAT16]
-    np.testing.assert_allclose(run(found.SerializeToString(), X)["y"], X["x"] @ W.astype(np.float16), rtol=1e-5)
+    np.testing.assert_allclose(
+        run(found.SerializeToString(), X)["y"], X["x"] @ W.astype(np.float16), rtol=1e-5
+    )
 
 
 @pytest.mark.parametrize("half", ["on", "off"])
 def test_alone_a_config_need_not_name_a_quant_type(tmp_path, capsys, half):
-    (tmp_path / "model.onnx").write_bytes(frozen(build("g (float[3,16] x) => (float[] y) { y = MatMul (x, w) }", w=W)))
+    (tmp_path / "model.onnx").write_bytes(
+        frozen(build("g (float[3,16] x) => (float[] y) { y = MatMul (x, w) }", w=W))
+    )
     (tmp_path / "c.cfg").write_text("[common_quant_param]\nthread_num = 1\n")
-    flags = (f"--modelFile={tmp_path / 'model.onnx'}", f"--configFile={tmp_path / 'c.cfg'}", f"--fp16={half}")
+    flags = (
+        f"--modelFile={tmp_path / 'model.onnx'}",
+        f"--configFile={tmp_path / 'c.cfg'}",
+        f"--fp16={half}",
+    )
     if half == "on":
         main([*flags])
         assert (tmp_path / "model_quant.onnx").exists()

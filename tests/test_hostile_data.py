@@ -1,4 +1,6 @@
-"""Calibration files and configs as they come: what a folder holds is used, or one sentence says why not."""
+"""Calibration files and configs as they come: what a folder holds is used, or one sentence says why
+not.
+"""
 
 from __future__ import annotations
 
@@ -26,11 +28,15 @@ from calib.samples import InputSpec, open_dataset
 
 SUCCESS = "CONVERT RESULT SUCCESS:0"
 GREY = InputSpec("image", np.dtype(np.float32), (None, 1, 28, 28))
-PIXELS = (np.arange(28)[:, None, None] * 3 + np.arange(28)[:, None] * 5 + np.arange(4) * 9).astype(np.uint8)
+PIXELS = (np.arange(28)[:, None, None] * 3 + np.arange(28)[:, None] * 5 + np.arange(4) * 9).astype(
+    np.uint8
+)
 
 
 @pytest.fixture
-def qconvert(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
+def qconvert(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Command:
     monkeypatch.chdir(tmp_path)
     return Command(capsys)
 
@@ -48,10 +54,17 @@ def _png(width: int, height: int, rows: bytes) -> bytes:
     """A PNG of 8-bit grey whose header claims a size."""
 
     def chunk(kind: bytes, body: bytes) -> bytes:
-        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        return (
+            struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+        )
 
     header = struct.pack(">IIBBBBB", width, height, 8, 0, 0, 0, 0)
-    return b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(rows)) + chunk(b"IEND", b"")
+    return (
+        b"\x89PNG\r\n\x1a\n"
+        + chunk(b"IHDR", header)
+        + chunk(b"IDAT", zlib.compress(rows))
+        + chunk(b"IEND", b"")
+    )
 
 
 def _saved(mode: str, kind: str) -> bytes:
@@ -63,11 +76,17 @@ def _saved(mode: str, kind: str) -> bytes:
 def _in_mode(mode: str) -> Image.Image:
     if mode in ("I;16", "I"):
         return Image.fromarray(
-            (PIXELS[..., 0].astype(np.uint16) * 257) if mode == "I;16" else PIXELS[..., 0].astype(np.int32)
+            (PIXELS[..., 0].astype(np.uint16) * 257)
+            if mode == "I;16"
+            else PIXELS[..., 0].astype(np.int32)
         )
     if mode == "F":
         return Image.fromarray(PIXELS[..., 0].astype(np.float32))
-    return Image.fromarray(PIXELS, "RGBA").convert("RGB").convert(mode) if mode != "RGBA" else Image.fromarray(PIXELS)
+    return (
+        Image.fromarray(PIXELS, "RGBA").convert("RGB").convert(mode)
+        if mode != "RGBA"
+        else Image.fromarray(PIXELS)
+    )
 
 
 MODES = {
@@ -89,7 +108,9 @@ BROKEN: dict[str, Callable[[Path], object]] = {
     "no_size.png": lambda path: path.write_bytes(_png(0, 0, b"")),
     "too_little.png": lambda path: path.write_bytes(_png(28, 28, b"\0")),
     "floats.tiff": lambda path: path.write_bytes(_saved("F", "TIFF")),
-    "program.eps": lambda path: path.write_text("%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 28 28\nshowpage\n"),
+    "program.eps": lambda path: path.write_text(
+        "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 28 28\nshowpage\n"
+    ),
     "dangling.png": lambda path: path.symlink_to("nowhere.png"),
     "circle.png": lambda path: path.symlink_to(path.name),
     "wrong_size.png": lambda path: Image.new("L", (5, 3)).save(path),
@@ -136,10 +157,16 @@ def test_no_usable_file_is_an_error(qconvert: Command, tmp_path: Path, name: str
 def test_every_mode_of_picture_keeps_its_pixels(tmp_path: Path, mode: str, to_format: str) -> None:
     path = tmp_path / "picture"
     path.write_bytes(_saved(mode, MODES[mode]) if mode != "I" else _saved("I;16", "TIFF"))
-    found = load_image(path, ImageOptions(image_to_format=to_format), 3 if to_format == "RGB" else 1)
+    found = load_image(
+        path, ImageOptions(image_to_format=to_format), 3 if to_format == "RGB" else 1
+    )
     plain = _in_mode(mode if mode != "I" else "L")
     wide = plain.mode.startswith("I")
-    wanted = np.asarray(plain, np.float64) / 257 if wide else np.asarray(plain.convert("RGB"), np.float64)
+    wanted = (
+        np.asarray(plain, np.float64) / 257
+        if wide
+        else np.asarray(plain.convert("RGB"), np.float64)
+    )
     wanted = np.repeat(wanted[..., None], 3, 2) if wanted.ndim == 2 else wanted
     if mode == "I":
         wanted = np.repeat(PIXELS[..., :1].astype(np.float64), 3, 2)
@@ -150,9 +177,18 @@ def test_every_mode_of_picture_keeps_its_pixels(tmp_path: Path, mode: str, to_fo
     assert found.shape == wanted.shape
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(place=st.integers(0, len(WHOLE) - 1), length=st.integers(0, 20), new=st.binary(max_size=20), jpeg=st.booleans())
-def test_damaged_pictures_are_read_or_refused(tmp_path: Path, place: int, length: int, new: bytes, jpeg: bool) -> None:
+@settings(
+    max_examples=150, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    place=st.integers(0, len(WHOLE) - 1),
+    length=st.integers(0, 20),
+    new=st.binary(max_size=20),
+    jpeg=st.booleans(),
+)
+def test_damaged_pictures_are_read_or_refused(
+    tmp_path: Path, place: int, length: int, new: bytes, jpeg: bool
+) -> None:
     whole = JPEG if jpeg else WHOLE
     path = tmp_path / "picture"
     path.write_bytes(whole[:place] + new + whole[place + length :])
@@ -168,7 +204,9 @@ def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path: Path) -> None:
     folder = tmp_path / "arrays"
     folder.mkdir()
     header = io.BytesIO()
-    np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (1 << 29,)})
+    np.lib.format.write_array_header_1_0(
+        header, {"descr": "<f4", "fortran_order": False, "shape": (1 << 29,)}
+    )
     bomb = zipfile.ZipFile(folder / "bomb.npz", "w", zipfile.ZIP_DEFLATED, compresslevel=1)
     with bomb as archive, archive.open("image.npy", "w", force_zip64=True) as stream:
         stream.write(header.getvalue())
@@ -179,7 +217,9 @@ def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path: Path) -> None:
         open_dataset([GREY], {"image": folder}, 1, "NPY", ImageOptions())
 
 
-@pytest.mark.parametrize("content", [b"", b"\x93NUMPY", b"PK\x03\x04", b"\x80\x04\x95cos\nsystem\n"])
+@pytest.mark.parametrize(
+    "content", [b"", b"\x93NUMPY", b"PK\x03\x04", b"\x80\x04\x95cos\nsystem\n"]
+)
 def test_files_that_are_no_arrays_are_refused(tmp_path: Path, content: bytes) -> None:
     for name in ("a.npy", "a.npz"):
         (tmp_path / name).write_bytes(content)
@@ -211,27 +251,39 @@ def test_ten_thousand_files_are_listed_in_no_time(tmp_path: Path) -> None:
     assert [data.files(i)[0].name for i in range(4)] == ["0.png", "1.png", "2.png", "3.png"]
 
 
-# --- configs ---------------------------------------------------------------------------------------------------------
+# --- configs
 
 VALID = CONFIG.read_bytes()
 
 
-@settings(max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
-@given(place=st.integers(0, len(VALID)), length=st.integers(0, 40), new=st.binary(max_size=30) | st.just(b"\n[x]\n="))
+@settings(
+    max_examples=120, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    place=st.integers(0, len(VALID)),
+    length=st.integers(0, 40),
+    new=st.binary(max_size=30) | st.just(b"\n[x]\n="),
+)
 def test_damaged_configs_end_in_a_plan_or_a_sentence(
     qconvert: Command, tmp_path: Path, place: int, length: int, new: bytes
 ) -> None:
     config = tmp_path / "c.cfg"
     config.write_bytes(VALID[:place] + new + VALID[place + length :])
-    result = qconvert(f"--modelFile={MODEL}", f"--configFile={config}", "--dry-run", f"--outputFile={tmp_path}/q")
+    result = qconvert(
+        f"--modelFile={MODEL}", f"--configFile={config}", "--dry-run", f"--outputFile={tmp_path}/q"
+    )
     assert result.code in (0, 1)
     errors = [line for line in result.err.splitlines() if not line.startswith("WARNING: ")]
     assert len(errors) == result.code
     assert "unforeseen" not in result.err
 
 
-@pytest.mark.parametrize("content", [b"", bytes(100), b"\xff\xfe[\x00", b"[" * 10000, b"=\n" * 1000, b"a" * (2 << 20)])
-def test_files_that_are_no_configs_are_refused(qconvert: Command, tmp_path: Path, content: bytes) -> None:
+@pytest.mark.parametrize(
+    "content", [b"", bytes(100), b"\xff\xfe[\x00", b"[" * 10000, b"=\n" * 1000, b"a" * (2 << 20)]
+)
+def test_files_that_are_no_configs_are_refused(
+    qconvert: Command, tmp_path: Path, content: bytes
+) -> None:
     (tmp_path / "c.cfg").write_bytes(content)
     result = qconvert.convert(tmp_path / "c.cfg", tmp_path / "q.onnx")
     assert (result.code, result.out) == (1, "")

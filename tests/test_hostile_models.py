@@ -1,4 +1,6 @@
-"""Whatever the model file, a conversion ends in a checked model with the float model's numbers, or in one sentence."""
+"""Whatever the model file, a conversion ends in a checked model with the float model's numbers, or
+in one sentence.
+"""
 
 from __future__ import annotations
 
@@ -40,14 +42,23 @@ REFUSED = {
 # The float model itself gives no numbers that could be compared.
 NOT_COMPARED = {
     *("bfloat16", "double", "unknown_domain", "string_input", "one_name_for_all_nodes"),
-    *("nan_weight", "infinite_weight", "nan_bias", "infinite_bias", "huge_weights", "one_huge_weight"),
+    *(
+        "nan_weight",
+        "infinite_weight",
+        "nan_bias",
+        "infinite_bias",
+        "huge_weights",
+        "one_huge_weight",
+    ),
 }
 # Broken files whose mistake only shows when the model runs, which WEIGHT_QUANT does not need to.
 LATE = ("weights_of_strings", "group_zero", "shape_mismatch", "opset_6")
 
 
 @pytest.fixture
-def qconvert(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
+def qconvert(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Command:
     monkeypatch.chdir(tmp_path)
     return Command(capsys)
 
@@ -60,9 +71,16 @@ def feeds_of(model: onnx.ModelProto) -> dict[str, np.ndarray]:
         kind = value.type.tensor_type
         if value.name in weights or kind.elem_type not in TYPES:
             continue
-        dims = [d.dim_value if d.HasField("dim_value") else 8 if axis else 1 for axis, d in enumerate(kind.shape.dim)]
+        dims = [
+            d.dim_value if d.HasField("dim_value") else 8 if axis else 1
+            for axis, d in enumerate(kind.shape.dim)
+        ]
         dtype = np.dtype(TYPES[kind.elem_type])
-        numbers = rng.standard_normal((SAMPLES, *dims)) if dtype.kind == "f" else rng.integers(0, 20, (SAMPLES, *dims))
+        numbers = (
+            rng.standard_normal((SAMPLES, *dims))
+            if dtype.kind == "f"
+            else rng.integers(0, 20, (SAMPLES, *dims))
+        )
         feeds[value.name] = np.asarray(numbers, dtype)
     return feeds
 
@@ -78,14 +96,18 @@ def config_of(folder: Path, mode: str, data: Mapping[str, np.ndarray]) -> Path:
         paths = ",".join(f"{name}:{folder}/of_{name}" for name in data)
         preprocess = {"calibrate_path": paths, "calibrate_size": SAMPLES, "input_type": "NPY"}
     sections = {"data_preprocess": preprocess} if preprocess else {}
-    return write_config(folder / "c.cfg", common_quant={"quant_type": mode, "thread_num": 1}, **sections)
+    return write_config(
+        folder / "c.cfg", common_quant={"quant_type": mode, "thread_num": 1}, **sections
+    )
 
 
 def run(path: Path, feeds: Mapping[str, np.ndarray], optimized: bool) -> list[np.ndarray]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     levels = onnxruntime.GraphOptimizationLevel
-    options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
+    options.graph_optimization_level = (
+        levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
+    )
     return list(onnxruntime.InferenceSession(path, options).run(None, dict(feeds)))
 
 
@@ -112,7 +134,9 @@ def assert_refused(result: Result, folder: Path, words: str) -> None:
     assert not list(folder.rglob("q.onnx*"))
 
 
-@pytest.mark.parametrize(("name", "mode"), [*((name, WEIGHT) for name in BROKEN), *((name, FULL) for name in LATE)])
+@pytest.mark.parametrize(
+    ("name", "mode"), [*((name, WEIGHT) for name in BROKEN), *((name, FULL) for name in LATE)]
+)
 def test_broken_files_are_refused(qconvert: Command, tmp_path: Path, name: str, mode: str) -> None:
     make, words = BROKEN[name]
     path = make(tmp_path)
@@ -127,7 +151,9 @@ def test_broken_files_are_refused(qconvert: Command, tmp_path: Path, name: str, 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", ODD)
-def test_odd_models_compute_the_same(qconvert: Command, tmp_path: Path, name: str, mode: str) -> None:
+def test_odd_models_compute_the_same(
+    qconvert: Command, tmp_path: Path, name: str, mode: str
+) -> None:
     model = ODD[name]()
     path, data = hostile_models.written(tmp_path, model), feeds_of(model)
     output = tmp_path / "out" / "q.onnx"
@@ -145,19 +171,30 @@ def test_odd_models_compute_the_same(qconvert: Command, tmp_path: Path, name: st
         wanted = run(path, sample, optimized=False)
         for optimized in (False, True):
             found = run(output, sample, optimized)
-            assert min((decibels(x, y) for x, y in zip(wanted, found, strict=True)), default=np.inf) > LEAST_DB
+            assert (
+                min((decibels(x, y) for x, y in zip(wanted, found, strict=True)), default=np.inf)
+                > LEAST_DB
+            )
 
 
 @pytest.mark.parametrize("share", np.linspace(0.02, 0.98, 25))
-def test_a_file_cut_off_anywhere_is_refused(qconvert: Command, tmp_path: Path, share: float) -> None:
+def test_a_file_cut_off_anywhere_is_refused(
+    qconvert: Command, tmp_path: Path, share: float
+) -> None:
     whole = hostile_models.plain().SerializeToString()
     path = hostile_models.written(tmp_path, whole[: int(len(whole) * share)])
-    assert_refused(qconvert.convert(config_of(tmp_path, WEIGHT, {}), tmp_path / "q.onnx", path), tmp_path, "m.onnx")
+    assert_refused(
+        qconvert.convert(config_of(tmp_path, WEIGHT, {}), tmp_path / "q.onnx", path),
+        tmp_path,
+        "m.onnx",
+    )
 
 
 @pytest.mark.parametrize("mode", MODES)
 @pytest.mark.parametrize("name", [name for name in ODD if name.startswith("quantized_")])
-def test_a_quantized_model_is_said_to_be_one(qconvert: Command, tmp_path: Path, name: str, mode: str) -> None:
+def test_a_quantized_model_is_said_to_be_one(
+    qconvert: Command, tmp_path: Path, name: str, mode: str
+) -> None:
     model = ODD[name]()
     config = config_of(tmp_path, mode, feeds_of(model))
     path = hostile_models.written(tmp_path, model)
@@ -171,11 +208,17 @@ def test_a_quantized_model_is_said_to_be_one(qconvert: Command, tmp_path: Path, 
 
 @pytest.mark.parametrize("mode", (WEIGHT, DYNAMIC))
 @pytest.mark.parametrize("name", ["nan_weight", "infinite_weight"])
-def test_weights_that_are_no_numbers_stay_as_they_are(qconvert: Command, tmp_path: Path, name: str, mode: str) -> None:
+def test_weights_that_are_no_numbers_stay_as_they_are(
+    qconvert: Command, tmp_path: Path, name: str, mode: str
+) -> None:
     path = hostile_models.written(tmp_path, ODD[name]())
     result = qconvert.convert(config_of(tmp_path, mode, {}), tmp_path / "q.onnx", path)
     assert "its weight holds NaN or infinite values" in result.out
-    kept = [t for t in onnx.load(tmp_path / "q.onnx").graph.initializer if t.data_type == onnx.TensorProto.FLOAT]
+    kept = [
+        t
+        for t in onnx.load(tmp_path / "q.onnx").graph.initializer
+        if t.data_type == onnx.TensorProto.FLOAT
+    ]
     assert any(not np.isfinite(onnx.numpy_helper.to_array(tensor)).all() for tensor in kept)
 
 
@@ -187,5 +230,7 @@ def test_the_model_folder_is_also_known_to_a_relative_path(
     config = config_of(tmp_path, WEIGHT, {})
     monkeypatch.chdir(path.parent)
     assert_refused(
-        qconvert.convert(config, tmp_path / "q.onnx", Path(path.name)), tmp_path, "outside of the model's folder"
+        qconvert.convert(config, tmp_path / "q.onnx", Path(path.name)),
+        tmp_path,
+        "outside of the model's folder",
     )

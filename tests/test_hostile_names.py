@@ -26,7 +26,9 @@ NAMES = [
 
 
 @pytest.fixture
-def qconvert(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
+def qconvert(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Command:
     monkeypatch.chdir(tmp_path)
     return Command(capsys)
 
@@ -67,8 +69,16 @@ def _converted(qconvert: Command, folder: Path, model: onnx.ModelProto) -> Resul
         np.save(folder / "data" / f"{number}.npy", hostile_models.normal(1, 3, 8, 8, seed=number))
     config = write_config(
         folder / "c.cfg",
-        common_quant={"quant_type": "FULL_QUANT", "thread_num": 1, "debug_info_save_path": folder / "reports"},
-        data_preprocess={"calibrate_path": f"x:{folder}/data", "calibrate_size": 3, "input_type": "NPY"},
+        common_quant={
+            "quant_type": "FULL_QUANT",
+            "thread_num": 1,
+            "debug_info_save_path": folder / "reports",
+        },
+        data_preprocess={
+            "calibrate_path": f"x:{folder}/data",
+            "calibrate_size": 3,
+            "input_type": "NPY",
+        },
     )
     path = hostile_models.written(folder, model)
     return qconvert.convert(config, folder / "q.onnx", path, "--verbose")
@@ -82,7 +92,10 @@ def test_names_stay_text_everywhere(qconvert: Command, tmp_path: Path) -> None:
     assert all(line.isprintable() for line in (result.out + result.err).split("\n"))
     assert "two\\nlines" in result.out
     # No file elsewhere.
-    plain, named = ({path.relative_to(root) for path in root.rglob("*")} for root in sorted(tmp_path.iterdir())[::-1])
+    plain, named = (
+        {path.relative_to(root) for path in root.rglob("*")}
+        for root in sorted(tmp_path.iterdir())[::-1]
+    )
     assert plain == named
     tables = list((tmp_path / "named" / "reports").glob("*.csv"))
     assert tables

@@ -26,12 +26,16 @@ def test_integers_in_and_out_are_the_codes_of_the_floats():
     ]
     for optimize in (False, True):
         found = run(after, {"x": codes_of(IMAGE["x"], plan.params("x"))}, optimize)["y"]
-        assert np.abs(found.astype(int) - codes_of(expected, plan.params("y"))).max() <= (1 if optimize else 0)
+        assert np.abs(found.astype(int) - codes_of(expected, plan.params("y"))).max() <= (
+            1 if optimize else 0
+        )
     onnx.checker.check_model(ir.to_proto(after), full_check=True)
 
 
 def test_float_readers_of_an_integer_input_read_what_its_codes_mean():
-    graph = "g (float[1,4,8,8] x) => (float[] y, float[] z) { y = Conv (x, w)  [float] z = Neg (x) }"
+    graph = (
+        "g (float[1,4,8,8] x) => (float[] y, float[] z) { y = Conv (x, w)  [float] z = Neg (x) }"
+    )
     _, plan, after = quantized(graph, IMAGE)
     feed_integers(after.graph, "x")
     q = plan.params("x")
@@ -52,7 +56,8 @@ def test_an_integer_output_that_is_read_on():
 
 def test_integers_fed_to_an_operator_that_runs_bare():
     graph = (
-        "g (float[1,4,8,8] x) => (float[] y, float[] z) { p = Pad (x, edges)  y = Conv (p, w)  [float] z = Neg (x) }"
+        "g (float[1,4,8,8] x) => (float[] y, float[] z) { p = Pad (x, edges)  y = Conv (p, w)  "
+        "[float] z = Neg (x) }"
     )
     _, plan, after = quantized(graph, IMAGE)
     expected = run(after, IMAGE)["y"]
@@ -68,5 +73,10 @@ def test_integers_fed_to_nothing_but_an_operator_that_runs_bare():
     _, plan, after = quantized(f"{HEAD} {{ p = Pad (x, edges)  y = Conv (p, w) }}", IMAGE)
     expected = run(after, IMAGE)["y"]
     feed_integers(after.graph, "x")
-    assert types(after)[-5:] == ["Pad", *("DequantizeLinear", "Conv", "QuantizeLinear", "DequantizeLinear")]
-    np.testing.assert_array_equal(run(after, {"x": codes_of(IMAGE["x"], plan.params("x"))})["y"], expected)
+    assert types(after)[-5:] == [
+        "Pad",
+        *("DequantizeLinear", "Conv", "QuantizeLinear", "DequantizeLinear"),
+    ]
+    np.testing.assert_array_equal(
+        run(after, {"x": codes_of(IMAGE["x"], plan.params("x"))})["y"], expected
+    )

@@ -1,4 +1,6 @@
-"""Whatever stops a conversion, the output is the old file or the whole new one; an orderly stop leaves no litter."""
+"""Whatever stops a conversion, the output is the old file or the whole new one; an orderly stop
+leaves no litter.
+"""
 
 from __future__ import annotations
 
@@ -45,7 +47,9 @@ class Place:
         self.out.mkdir()
         self.temp.mkdir()
         self.output = self.out / "q.onnx"
-        self.config = write_config(folder / "c.cfg", common_quant={"quant_type": "WEIGHT_QUANT", "thread_num": 1})
+        self.config = write_config(
+            folder / "c.cfg", common_quant={"quant_type": "WEIGHT_QUANT", "thread_num": 1}
+        )
 
     def start(self, bits: int, limit: Callable[[], None] | None = None) -> subprocess.Popen[str]:
         config = self.config.with_name(f"{bits}.cfg")
@@ -77,7 +81,11 @@ class Place:
         return time.perf_counter() - start
 
     def files(self) -> dict[str, bytes]:
-        return {path.name: path.read_bytes() for path in self.out.iterdir() if not path.name.startswith(".")}
+        return {
+            path.name: path.read_bytes()
+            for path in self.out.iterdir()
+            if not path.name.startswith(".")
+        }
 
     def litter(self) -> list[Path]:
         return [*self.temp.rglob("*"), *self.out.glob(".*")]
@@ -143,18 +151,22 @@ def test_a_full_disk_is_said(tmp_path: Path, kilobytes: int) -> None:
     assert not place.litter()
 
 
-# --- every step of saving, one by one --------------------------------------------------------------------------------
+# --- every step of saving, one by one
 
 
 @pytest.fixture
-def qconvert(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
+def qconvert(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Command:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(models, "EXTERNAL_DATA_ABOVE", TWO_FILES)
     return Command(capsys)
 
 
-def _failing(original: Callable[..., object], when: int, error: BaseException) -> Callable[..., object]:
+def _failing(
+    original: Callable[..., object], when: int, error: BaseException
+) -> Callable[..., object]:
     calls = iter(range(1000))
 
     def call(*arguments: object, **keywords: object) -> object:
@@ -175,8 +187,12 @@ STEPS = [
 ]
 
 
-@pytest.mark.parametrize(("error", "code"), [(FULL_DISK, 1), (KeyboardInterrupt(), 130), (MemoryError(), 1)])
-@pytest.mark.parametrize(("owner", "name", "when"), STEPS, ids=lambda x: str(getattr(x, "__name__", x)))
+@pytest.mark.parametrize(
+    ("error", "code"), [(FULL_DISK, 1), (KeyboardInterrupt(), 130), (MemoryError(), 1)]
+)
+@pytest.mark.parametrize(
+    ("owner", "name", "when"), STEPS, ids=lambda x: str(getattr(x, "__name__", x))
+)
 def test_no_step_of_saving_breaks_the_old_model(
     qconvert: Command, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: object, name: str, when: int,
     error: BaseException, code: int,
@@ -207,7 +223,7 @@ def test_no_step_of_saving_breaks_the_old_model(
     onnxruntime.InferenceSession(output)
 
 
-# --- the float model -------------------------------------------------------------------------------------------------
+# --- the float model
 
 
 def _same(folder: Path, model: Path) -> Path:
@@ -240,7 +256,9 @@ def test_the_float_model_is_never_overwritten(
     model = tmp_path / "m.onnx"
     whole = external("weights.onnx")
     model.write_bytes(whole.SerializeToString())
-    (tmp_path / "weights.onnx").write_bytes(onnx.numpy_helper.to_array(plain().graph.initializer[0]).tobytes())
+    (tmp_path / "weights.onnx").write_bytes(
+        onnx.numpy_helper.to_array(plain().graph.initializer[0]).tobytes()
+    )
     config = write_config(tmp_path / "c.cfg", common_quant={"quant_type": "WEIGHT_QUANT"})
     output = as_output(tmp_path, model)
     before = {path: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}

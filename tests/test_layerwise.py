@@ -33,15 +33,18 @@ CONSTANTS = {
     "k": positive(1),
 }
 GRAPHS = {
-    "chain": "a = Conv <pads=[1,1,1,1]> (x, w, b)  r = Relu (a)  c = Conv <group=6> (r, d)  y = Conv (c, p)",
+    "chain": "a = Conv <pads=[1,1,1,1]> (x, w, b)  r = Relu (a)  c = Conv <group=6> (r, d)  y = Conv "
+    "(c, p)",
     "residual": """a = Conv (x, w, b)  r = Relu (a)  c = Conv (r, q)  s = Add (c, r)  t = Relu (s)
                    y = Conv (t, p)""",
     "moves and pads": """a = Conv (x, w, b)  u = MaxPool <kernel_shape=[2,2], strides=[2,2]> (a)
                          z = Pad (u, edges)  y = Conv (z, p)""",
-    "floats between": "a = Conv (x, w, b)  e = Erf (a)  f = Mul (e, k)  c = Conv (f, q)  g = Neg (c)  y = Conv (g, p)",
+    "floats between": "a = Conv (x, w, b)  e = Erf (a)  f = Mul (e, k)  c = Conv (f, q)  g = Neg (c)  y = Conv "
+    "(g, p)",
     "two readers": """a = Conv (x, w, b)  c = Conv (a, q)  h = Conv (a, q, b)  s = Concat <axis=1> (c, h)
                       y = Conv (s, v)""",
-    "a float reader beside": "a = Conv (x, w, b)  e = Exp (a)  c = Conv (a, q)  s = Mul (c, e)  y = Conv (s, p)",
+    "a float reader beside": "a = Conv (x, w, b)  e = Exp (a)  c = Conv (a, q)  s = Mul (c, e)  "
+    "y = Conv (s, p)",
     "matrices": """a = GlobalAveragePool (x)  f = Flatten (a)  g1 = Gemm (f, m, b)  r = Relu (g1)  l = MatMul (r, n)
                    y = Add (l, o)""",
     "a subgraph reads": """a = Conv (x, w, b)  t = Cast <to=9> (k)
@@ -74,21 +77,29 @@ def decided(model, samples, target="CPU", threads=1):
     """The plan with all numbers, and the walk that found them."""
     data = InMemory(samples)
     plan = build_plan(model.graph, TARGETS[target], Wishes())
-    evidence = observe(model, Wanted(tuple(plan.groups()), (), False, False), data, resources(), Ear())
+    evidence = observe(
+        model, Wanted(tuple(plan.groups()), (), False, False), data, resources(), Ear()
+    )
     spec = RangeSpec(UINT8, False)
-    plan = plan.with_qparams(activation_qparams(plan, evidence.statistics, RANGE_METHODS["MAX_MIN"], spec))
+    plan = plan.with_qparams(
+        activation_qparams(plan, evidence.statistics, RANGE_METHODS["MAX_MIN"], spec)
+    )
     walk = Diary(model, plan, data, resources(threads))
     return decide_weights(model, plan, walk, {}, Options(), Ear()), walk
 
 
 def computed(model, plan, samples):
-    """What ONNX Runtime computes, unoptimized, in the whole emitted model, by float names: codes behind every unit."""
+    """What ONNX Runtime computes, unoptimized, in the whole emitted model, by float names: codes
+    behind every unit.
+    """
     quantized = model.clone()
     restored = emit(quantized, plan)
     values = values_by_name(quantized.graph)
     outputs = {name for unit in plan.units() for name in unit.outputs if name in restored}
     names = {name: values[restored[name]].producer().inputs[0].name for name in outputs}
-    names |= {name: name for name in values_by_name(model.graph) if name not in names and name in values}
+    names |= {
+        name: name for name in values_by_name(model.graph) if name not in names and name in values
+    }
     names = {name: other for name, other in names.items() if values[other].producer()}
     with saved(quantized, names.values()) as path:
         session = open_session(path, optimize=False)
@@ -97,7 +108,9 @@ def computed(model, plan, samples):
 
 
 def assert_held(walk, truth):
-    """Equal but for the few codes whose ties fell the other way, and what little those change behind them."""
+    """Equal but for the few codes whose ties fell the other way, and what little those change
+    behind them.
+    """
     names = set(walk.held[0]) & set(truth[0])
     assert names
     for name in names:
@@ -137,7 +150,10 @@ def test_steps_are_units_and_what_lies_between():
     model = prepared(f"{HEAD} {{ {GRAPHS['floats between']}  tail = Softmax (y) }}", **CONSTANTS)
     plan = build_plan(model.graph, TARGETS["CPU"], Wishes())
     types = {node.name: node.op_type for node in model.graph}
-    found = [([types[name] for name in s.nodes], s.reads, s.writes, bool(s.unit)) for s in steps_of(model.graph, plan)]
+    found = [
+        ([types[name] for name in s.nodes], s.reads, s.writes, bool(s.unit))
+        for s in steps_of(model.graph, plan)
+    ]
     assert found == [
         (["Conv"], ("x",), ("a",), True),
         (["Erf", "Mul"], ("a",), ("f",), False),
@@ -152,12 +168,15 @@ def test_a_model_without_weights_has_no_steps():
     assert steps_of(model.graph, build_plan(model.graph, TARGETS["CPU"], Wishes())) == []
 
 
-# --- memory ----------------------------------------------------------------------------------------------------------
+# --- memory
 
 
-@pytest.mark.parametrize(("room", "count"), [(1, 1), (3 * 1240 - 1, 2), (3 * 1240, 3), (1 << 30, 5)])
+@pytest.mark.parametrize(
+    ("room", "count"), [(1, 1), (3 * 1240 - 1, 2), (3 * 1240, 3), (1 << 30, 5)]
+)
 def test_as_many_samples_take_part_as_fit(room, count):
-    # Most is held behind the first layer: the 4 * 8 * 8 floats it read, and the 6 * 6 * 6 codes it wrote.
+    # Most is held behind the first layer: the 4 * 8 * 8 floats it read, and the 6 * 6 * 6 codes it
+    # wrote.
     model = prepared(f"{HEAD} {{ {GRAPHS['residual']} }}", **CONSTANTS)
     plan = build_plan(model.graph, TARGETS["CPU"], Wishes())
     assert 4 * 4 * 8 * 8 + 6 * 6 * 6 == 1240
@@ -165,11 +184,13 @@ def test_as_many_samples_take_part_as_fit(room, count):
     assert Walk(model, plan, InMemory(IMAGES), resources(), most=2).count == 2
 
 
-# --- second moments and means ----------------------------------------------------------------------------------------
+# --- second moments and means
 
 
 def windows(x, size, pads=0):
-    """Every (channels, size, size) window of a picture (channels, h, w) as (positions, size * size * channels)."""
+    """Every (channels, size, size) window of a picture (channels, h, w) as (positions, size * size
+    * channels).
+    """
     x = np.pad(x, ((0, 0), (pads, pads), (pads, pads)))
     seen = np.lib.stride_tricks.sliding_window_view(x, (size, size), axis=(1, 2))
     return seen.transpose(1, 2, 3, 4, 0).reshape(-1, size * size * x.shape[0])
@@ -190,7 +211,9 @@ def test_second_moments_of_all_positions(pads):
     graph = f"{HEAD} {{ a = Conv <pads=[{pads},{pads},{pads},{pads}]> (x, w)  y = Conv (a, q) }}"
     walk, unit, view, plan = walk_of(graph, IMAGES, **CONSTANTS)
     q = plan.params("x")
-    rows = np.concatenate([windows(dequantize(quantize(s["x"][0], q), q).astype(np.float64), 3, pads) for s in IMAGES])
+    rows = np.concatenate(
+        [windows(dequantize(quantize(s["x"][0], q), q).astype(np.float64), 3, pads) for s in IMAGES]
+    )
     drawn, scale = walk.draw(unit, view, len(rows), plan)
     moments = second_moments(drawn, 2) * scale**2
     assert moments.shape == (1, 36, 36)
@@ -202,9 +225,13 @@ def test_second_moments_of_a_matrix_product():
     graph = "g (float[2,3,4] x) => (float[] y) { a = MatMul (x, m)  y = MatMul (a, n) }"
     walk, unit, view, plan = walk_of(graph, samples, m=CONSTANTS["m"], n=CONSTANTS["n"])
     q = plan.params("x")
-    rows = np.concatenate([dequantize(quantize(s["x"], q), q).astype(np.float64).reshape(-1, 4) for s in samples])
+    rows = np.concatenate(
+        [dequantize(quantize(s["x"], q), q).astype(np.float64).reshape(-1, 4) for s in samples]
+    )
     drawn, scale = walk.draw(unit, view, 24, plan)
-    np.testing.assert_allclose(second_moments(drawn, 1)[0] * scale**2, rows.T @ rows / 24, rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(
+        second_moments(drawn, 1)[0] * scale**2, rows.T @ rows / 24, rtol=1e-5, atol=1e-6
+    )
 
 
 def test_inputs_that_are_codes_already_are_drawn_as_they_are():
@@ -212,22 +239,34 @@ def test_inputs_that_are_codes_already_are_drawn_as_they_are():
     plan, walk = decided(model, IMAGES)
     again = Walk(model, plan, InMemory(IMAGES), resources())
     again.advance(0, plan)
-    drawn, scale = again.draw(plan.nodes["second"], view_of(model.graph[1], (6, 6, 1, 1), 1), 5 * 36, plan)
-    codes = np.stack([held["a"][0] for held in walk.held]).astype(np.float64) - plan.params("a").zero_point
+    drawn, scale = again.draw(
+        plan.nodes["second"], view_of(model.graph[1], (6, 6, 1, 1), 1), 5 * 36, plan
+    )
+    codes = (
+        np.stack([held["a"][0] for held in walk.held]).astype(np.float64)
+        - plan.params("a").zero_point
+    )
     np.testing.assert_array_equal(drawn[0], codes.transpose(0, 2, 3, 1).reshape(-1, 6))
     assert scale == plan.params("a").scale
 
 
 def test_fewer_positions_are_drawn_than_there_are():
-    walk, unit, view, plan = walk_of(f"{HEAD} {{ a = Conv (x, w)  y = Conv (a, q) }}", IMAGES, **CONSTANTS)
+    walk, unit, view, plan = walk_of(
+        f"{HEAD} {{ a = Conv (x, w)  y = Conv (a, q) }}", IMAGES, **CONSTANTS
+    )
     drawn, scale = walk.draw(unit, view, 10, plan)
     assert drawn.shape == (1, 10, 36)
     q = plan.params("x")
-    everything = np.concatenate([windows(quantize(s["x"][0], q).astype(np.int64) - q.zero_point, 3) for s in IMAGES])
+    everything = np.concatenate(
+        [windows(quantize(s["x"][0], q).astype(np.int64) - q.zero_point, 3) for s in IMAGES]
+    )
     assert set(map(tuple, drawn[0].astype(np.int64))) <= set(map(tuple, everything))
     assert scale == q.scale
     other = Walk(
-        prepared(f"{HEAD} {{ a = Conv (x, w)  y = Conv (a, q) }}", **CONSTANTS), plan, InMemory(IMAGES), resources(1)
+        prepared(f"{HEAD} {{ a = Conv (x, w)  y = Conv (a, q) }}", **CONSTANTS),
+        plan,
+        InMemory(IMAGES),
+        resources(1),
     )
     np.testing.assert_array_equal(other.draw(unit, view, 10, plan)[0], drawn)
 
@@ -242,10 +281,19 @@ def test_second_moments_of_what_was_drawn(count):
 
 @pytest.mark.parametrize("kind", ["3 x 3", "1 x 1", "depthwise"])
 def test_mean_of_a_product_on_quantized_inputs(kind):
-    shapes = {"3 x 3": ((6, 4, 3, 3), 1), "1 x 1": ((6, 4, 1, 1), 1), "depthwise": ((4, 1, 3, 3), 4)}
+    shapes = {
+        "3 x 3": ((6, 4, 3, 3), 1),
+        "1 x 1": ((6, 4, 1, 1), 1),
+        "depthwise": ((4, 1, 3, 3), 4),
+    }
     shape, group = shapes[kind]
     graph = f"{HEAD} {{ f = Conv (x, f0)  a = Conv <group={group}> (f, t, c)  y = Conv (a, v) }}"
-    constants = {"f0": normal(4, 4, 1, 1), "t": normal(*shape), "v": normal(2, shape[0], 1, 1), "c": normal(shape[0])}
+    constants = {
+        "f0": normal(4, 4, 1, 1),
+        "t": normal(*shape),
+        "v": normal(2, shape[0], 1, 1),
+        "c": normal(shape[0]),
+    }
     model = prepared(graph, **constants)
     plan, walk = decided(model, IMAGES)
     unit = next(unit for unit in plan.units() if unit.outputs == ("a",))
@@ -260,7 +308,9 @@ def test_mean_of_a_product_on_quantized_inputs(kind):
         expected = np.mean([windows(x, size) @ matrix.T for x in inputs], axis=(0, 1))
     else:
         expected = [
-            np.mean([windows(x[i : i + 1], size) @ other[i].ravel().astype(np.float64) for x in inputs])
+            np.mean(
+                [windows(x[i : i + 1], size) @ other[i].ravel().astype(np.float64) for x in inputs]
+            )
             for i in range(4)
         ]
     np.testing.assert_allclose(found, expected, rtol=1e-4, atol=1e-5)

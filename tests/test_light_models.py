@@ -1,4 +1,6 @@
-"""The light models in onnx's backend tests, real networks whose weights are one constant each, through every mode."""
+"""The light models in onnx's backend tests, real networks whose weights are one constant each,
+through every mode.
+"""
 
 from __future__ import annotations
 
@@ -14,13 +16,21 @@ from running import write_config
 
 FOLDER = Path(onnx.backend.test.__file__).parent / "data" / "light"
 MODELS = sorted(FOLDER.glob("light_*.onnx"))
-QUICK = {f"light_{name}" for name in ("squeezenet", "shufflenet", "inception_v1", "inception_v2", "resnet50")}
-EACH = [pytest.param(path, marks=() if path.stem in QUICK else pytest.mark.slow, id=path.stem) for path in MODELS]
+QUICK = {
+    f"light_{name}"
+    for name in ("squeezenet", "shufflenet", "inception_v1", "inception_v2", "resnet50")
+}
+EACH = [
+    pytest.param(path, marks=() if path.stem in QUICK else pytest.mark.slow, id=path.stem)
+    for path in MODELS
+]
 MODES = ("FULL_QUANT", "WEIGHT_QUANT", "DYNAMIC_QUANT")
 
 
 @pytest.fixture
-def qconvert(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Command:
+def qconvert(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> Command:
     monkeypatch.chdir(tmp_path)
     return Command(capsys)
 
@@ -42,12 +52,18 @@ def test_light_models_convert(qconvert: Command, tmp_path: Path, model: Path, mo
     (value,) = session.get_inputs()
     sample = np.random.default_rng(0).standard_normal(value.shape).astype(np.float32)
     np.save(tmp_path / "x.npy", sample)
-    data = {"calibrate_path": f"{value.name}:{tmp_path}/x.npy", "calibrate_size": 1, "input_type": "NPY"}
+    data = {
+        "calibrate_path": f"{value.name}:{tmp_path}/x.npy",
+        "calibrate_size": 1,
+        "input_type": "NPY",
+    }
     sections = {"data_preprocess": data} if mode == "FULL_QUANT" else {}
     config = write_config(tmp_path / "c.cfg", common_quant={"quant_type": mode}, **sections)
     result = qconvert.convert(config, tmp_path / "q.onnx", model, "--quiet")
     assert result.code == 0, result.err
     onnx.checker.check_model(tmp_path / "q.onnx", full_check=True)
-    (wanted,), (found,) = (_runs(path, {value.name: sample}) for path in (model, tmp_path / "q.onnx"))
+    (wanted,), (found,) = (
+        _runs(path, {value.name: sample}) for path in (model, tmp_path / "q.onnx")
+    )
     assert found.shape == wanted.shape
     np.testing.assert_allclose(found, wanted, atol=0.02 * np.abs(wanted).max(), rtol=0.05)

@@ -1,4 +1,6 @@
-"""Weighted operators as matrix products: against ONNX Runtime on small whole numbers, where float32 is exact."""
+"""Weighted operators as matrix products: against ONNX Runtime on small whole numbers, where float32
+is exact.
+"""
 
 import numpy as np
 import onnx_ir as ir
@@ -18,7 +20,10 @@ def run(op_type, x, weight, attributes):
     graph = helper.make_graph(
         [node],
         "g",
-        [helper.make_tensor_value_info(name, TensorProto.FLOAT, a.shape) for name, a in (("x", x), ("w", weight))],
+        [
+            helper.make_tensor_value_info(name, TensorProto.FLOAT, a.shape)
+            for name, a in (("x", x), ("w", weight))
+        ],
         [helper.make_tensor_value_info("y", TensorProto.FLOAT, None)],
     )
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 13)], ir_version=8)
@@ -52,21 +57,33 @@ CONVOLUTIONS = {
     "unequal kernel": ((1, 3, 5, 6), (2, 3, 1, 4), {}),
     "same upper": ((1, 2, 6, 7), (3, 2, 3, 4), {"auto_pad": "SAME_UPPER", "strides": [2, 3]}),
     "same lower": ((1, 2, 6, 7), (3, 2, 4, 2), {"auto_pad": "SAME_LOWER", "strides": [1, 2]}),
-    "same, kernel below stride": ((1, 2, 8, 8), (3, 2, 1, 1), {"auto_pad": "SAME_UPPER", "strides": [3, 2]}),
+    "same, kernel below stride": (
+        (1, 2, 8, 8),
+        (3, 2, 1, 1),
+        {"auto_pad": "SAME_UPPER", "strides": [3, 2]},
+    ),
     "valid": ((1, 2, 6, 7), (3, 2, 3, 2), {"auto_pad": "VALID", "strides": [2, 2]}),
     "groups": ((2, 6, 4, 5), (9, 2, 2, 3), {"group": 3, "pads": [1, 0, 0, 1]}),
-    "depthwise": ((1, 5, 6, 6), (5, 1, 3, 3), {"group": 5, "pads": [1, 1, 1, 1], "strides": [2, 2]}),
+    "depthwise": (
+        (1, 5, 6, 6),
+        (5, 1, 3, 3),
+        {"group": 5, "pads": [1, 1, 1, 1], "strides": [2, 2]},
+    ),
     "depthwise multiplied": ((1, 3, 4, 4), (6, 1, 2, 2), {"group": 3}),
     "1-D": ((2, 3, 11), (4, 3, 3), {"pads": [2, 1], "dilations": [2]}),
     "1-D same": ((1, 3, 10), (2, 3, 4), {"auto_pad": "SAME_LOWER", "strides": [3]}),
     "3-D": ((1, 2, 4, 5, 3), (3, 2, 2, 3, 2), {"pads": [1, 0, 1, 0, 2, 0], "strides": [1, 2, 1]}),
     "3-D grouped": ((2, 4, 3, 3, 3), (4, 2, 2, 2, 2), {"group": 2}),
 }
-CONVS = pytest.mark.parametrize(("x_shape", "w_shape", "attributes"), CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+CONVS = pytest.mark.parametrize(
+    ("x_shape", "w_shape", "attributes"), CONVOLUTIONS.values(), ids=CONVOLUTIONS
+)
 
 
 @CONVS
-@pytest.mark.parametrize(("dtype", "zero"), [(np.uint8, 0), (np.uint8, 113), (np.int8, -7), (np.float32, 0)])
+@pytest.mark.parametrize(
+    ("dtype", "zero"), [(np.uint8, 0), (np.uint8, 113), (np.int8, -7), (np.float32, 0)]
+)
 def test_columns_times_matrix_is_the_convolution(x_shape, w_shape, attributes, dtype, zero):
     rng = WHOLE(0)
     x = rng.integers(0, 120, x_shape).astype(dtype)
@@ -102,11 +119,16 @@ def test_columns_go_by_position_and_then_by_channel():
 
 def test_every_group_has_its_own_rows():
     weight = np.arange(8).reshape(4, 2, 1, 1)
-    assert view("Conv", weight.shape, {"group": 2}).matrix(weight).tolist() == [[[0, 1], [2, 3]], [[4, 5], [6, 7]]]
+    assert view("Conv", weight.shape, {"group": 2}).matrix(weight).tolist() == [
+        [[0, 1], [2, 3]],
+        [[4, 5], [6, 7]],
+    ]
 
 
 def test_a_convolution_without_attributes_has_the_defaults_of_onnx():
-    assert view("Conv", (4, 3, 5, 2), {}) == ConvView((4, 3, 5, 2), 1, (1, 1), (1, 1), (0, 0, 0, 0), "NOTSET")
+    assert view("Conv", (4, 3, 5, 2), {}) == ConvView(
+        (4, 3, 5, 2), 1, (1, 1), (1, 1), (0, 0, 0, 0), "NOTSET"
+    )
 
 
 def drawn_from(view, x, count, seed):
@@ -133,7 +155,9 @@ def test_a_draw_takes_different_outputs_and_repeats_with_its_generator(view, x_s
 
 def test_every_output_is_as_likely():
     x = np.arange(10)[:, None]
-    times = np.bincount(np.concatenate([drawn_from(ProductView(False), x, 3, seed)[:, 0] for seed in range(1000)]))
+    times = np.bincount(
+        np.concatenate([drawn_from(ProductView(False), x, 3, seed)[:, 0] for seed in range(1000)])
+    )
     assert times.min() > 240
     assert times.max() < 360
 
@@ -141,10 +165,15 @@ def test_every_output_is_as_likely():
 @pytest.mark.parametrize("x_shape", [(5, 7), (2, 3, 7), (2, 1, 3, 7)])
 def test_columns_times_matrix_is_the_product(x_shape):
     rng = WHOLE(2)
-    x, weight = rng.integers(0, 100, x_shape).astype(np.uint8), rng.integers(-8, 9, (7, 4)).astype(np.float64)
+    x, weight = (
+        rng.integers(0, 100, x_shape).astype(np.uint8),
+        rng.integers(-8, 9, (7, 4)).astype(np.float64),
+    )
     expected = run("MatMul", x.astype(np.float32) - 50, weight, {}).reshape(-1, 4)
     product = view("MatMul", weight.shape, {})
-    assert np.array_equal(products(product, weight, product.columns(x, EVERY, 50, rng), 50), expected)
+    assert np.array_equal(
+        products(product, weight, product.columns(x, EVERY, 50, rng), 50), expected
+    )
     assert np.array_equal(product.weight(product.matrix(weight)), weight)
 
 
@@ -162,7 +191,12 @@ def test_columns_times_matrix_is_the_gemm(transposed):
 
 @pytest.mark.parametrize(
     ("op_type", "shape", "weight_index"),
-    [("ConvTranspose", (2, 3, 3, 3), 1), ("MatMul", (4, 5), 0), ("MatMul", (2, 4, 5), 1), ("MatMul", (4,), 1)],
+    [
+        ("ConvTranspose", (2, 3, 3, 3), 1),
+        ("MatMul", (4, 5), 0),
+        ("MatMul", (2, 4, 5), 1),
+        ("MatMul", (4,), 1),
+    ],
 )
 def test_what_is_no_known_product_has_no_view(op_type, shape, weight_index):
     assert view(op_type, shape, {}, weight_index) is None

@@ -13,7 +13,17 @@ from graphs import assert_same, build, frozen, node, normal, prepared, run
 
 from converter import model as models
 from converter.errors import ModelError
-from converter.model import Names, constant, load, only_consumer, save, saved, serialized, submodel, values_by_name
+from converter.model import (
+    Names,
+    constant,
+    load,
+    only_consumer,
+    save,
+    saved,
+    serialized,
+    submodel,
+    values_by_name,
+)
 
 CHAIN = "g (float[2,3] x) => (float[2,4] z) { [first] y = MatMul(x, w)  [second] z = Relu(y) }"
 BRANCH = """g (bool c, float[2] x) => (float[2] z) {
@@ -30,7 +40,12 @@ def chain():
 
 def with_external_weights(folder: Path) -> Path:
     folder.mkdir()
-    ir.save(build(CHAIN, w=normal(3, 4)), folder / "m.onnx", external_data="m.data", size_threshold_bytes=0)
+    ir.save(
+        build(CHAIN, w=normal(3, 4)),
+        folder / "m.onnx",
+        external_data="m.data",
+        size_threshold_bytes=0,
+    )
     assert (folder / "m.data").stat().st_size == 3 * 4 * 4
     return folder / "m.onnx"
 
@@ -117,7 +132,9 @@ def test_values_and_weights_are_found():
 
 
 def test_constants_are_initializers_only():
-    model = build("g (float[2,3] x, float[3,4] w) => (float[2,4] y) { y = MatMul(x, w) }", w=normal(3, 4))
+    model = build(
+        "g (float[2,3] x, float[3,4] w) => (float[2,4] y) { y = MatMul(x, w) }", w=normal(3, 4)
+    )
     values = values_by_name(model.graph)
     assert constant(values["w"]) is None  # an input with a default
     assert constant(values["x"]) is None
@@ -142,14 +159,19 @@ def test_a_reader_inside_a_subgraph_does_not_count_as_the_only_consumer():
 
 def test_fresh_names_are_new_to_the_whole_model():
     names = Names(build(BRANCH, k=normal(2)))
-    assert [names.fresh(wish) for wish in ("new", "new", "new", "y", "a", "b", "k", "c", "inner", "outer", "t9")] == [
+    assert [
+        names.fresh(wish)
+        for wish in ("new", "new", "new", "y", "a", "b", "k", "c", "inner", "outer", "t9")
+    ] == [
         *("new", "new_2", "new_3", "y_2", "a_2", "b_2", "k_2", "c_2", "inner_2", "outer_2", "t9"),
     ]
 
 
 def test_added_constants_are_saved_with_type_and_shape(tmp_path):
     model = build("g (float[2,3] x) => (float[2,3] y) { [n] y = Relu(x) }")
-    add = ir.node("Add", [model.graph[0].inputs[0], models.add_constant(model.graph, "k", normal(3, 2).T)])
+    add = ir.node(
+        "Add", [model.graph[0].inputs[0], models.add_constant(model.graph, "k", normal(3, 2).T)]
+    )
     add.outputs[0].name = "sum"
     model.graph.insert_before(model.graph[0], add)
     model.graph[1].replace_input_with(0, add.outputs[0])

@@ -1,4 +1,6 @@
-"""Every row of the operator table against the ONNX schema and against experiments with the operator itself."""
+"""Every row of the operator table against the ONNX schema and against experiments with the operator
+itself.
+"""
 
 from __future__ import annotations
 
@@ -63,8 +65,32 @@ SETTINGS = {
 
 # Operators that compute on all or on their first input.
 OTHERS = {
-    *("Add", "Sub", "Mul", "Div", "Max", "Min", "Concat", "PRelu", "AveragePool", "GlobalAveragePool", "ReduceMax"),
-    *("ReduceMean", "ReduceMin", "ReduceSum", "Sigmoid", "Tanh", "LeakyRelu", "Relu", "Clip", "Softmax", "Abs", "Ceil"),
+    *(
+        "Add",
+        "Sub",
+        "Mul",
+        "Div",
+        "Max",
+        "Min",
+        "Concat",
+        "PRelu",
+        "AveragePool",
+        "GlobalAveragePool",
+        "ReduceMax",
+    ),
+    *(
+        "ReduceMean",
+        "ReduceMin",
+        "ReduceSum",
+        "Sigmoid",
+        "Tanh",
+        "LeakyRelu",
+        "Relu",
+        "Clip",
+        "Softmax",
+        "Abs",
+        "Ceil",
+    ),
     *("Exp", "Floor", "Neg", "Round", "Sqrt", "BatchNormalization", "InstanceNormalization"),
 }
 
@@ -110,13 +136,21 @@ def test_scaling_a_channel_of_the_weight_scales_that_channel_of_the_output(op, h
     for channel in range(shape[axis]):
         factor = np.ones(shape[axis], np.float32)
         factor[channel] = 4
-        scaled = output(head, text, w=weight * factor.reshape([-1 if i == axis else 1 for i in range(len(shape))]))
-        ratio = np.moveaxis(scaled, OPS[op].output_axis, -1) / np.moveaxis(plain, OPS[op].output_axis, -1)
+        scaled = output(
+            head,
+            text,
+            w=weight * factor.reshape([-1 if i == axis else 1 for i in range(len(shape))]),
+        )
+        ratio = np.moveaxis(scaled, OPS[op].output_axis, -1) / np.moveaxis(
+            plain, OPS[op].output_axis, -1
+        )
         assert ratio.shape[-1] == shape[axis]
         np.testing.assert_allclose(ratio, np.broadcast_to(factor, ratio.shape), rtol=1e-3)
 
 
-@pytest.mark.parametrize(("op", "head", "text", "shape"), [case for case in CASES if OPS[case[0]].bias is not None])
+@pytest.mark.parametrize(
+    ("op", "head", "text", "shape"), [case for case in CASES if OPS[case[0]].bias is not None]
+)
 def test_the_bias_shifts_its_channel_of_the_output(op, head, text, shape):
     weight, rule = normal(*shape), OPS[op]
     plain = output(head, text, w=weight)
@@ -136,7 +170,8 @@ def test_one_scale_must_serve_a_weight_whose_channels_have_no_axis_of_their_own(
 
 @pytest.mark.parametrize("op", MOVES)
 def test_moves_only_hand_on_values(op):
-    # Negative values, so that a zero is seen where there is one: only Pad may add it, as every range holds zero.
+    # Negative values, so that a zero is seen where there is one: only Pad may add it, as every
+    # range holds zero.
     model = build(f"{IMAGE} {{ {MOVES[op]} }}", **SETTINGS)
     assert model.graph[len(model.graph) - 1].op_type == op
     x = -positive(2, 4, 6, 6)
@@ -149,7 +184,10 @@ def test_moves_only_hand_on_values(op):
         ('mode="linear"', "x, , scales"),
         ('mode="cubic"', "x, , scales"),
         (
-            'mode="nearest", coordinate_transformation_mode="tf_crop_and_resize", extrapolation_value=9.0',
+            (
+                'mode="nearest", coordinate_transformation_mode="tf_crop_and_resize", '
+                "extrapolation_value=9.0"
+            ),
             "x, roi, scales",
         ),
     ],
@@ -162,7 +200,9 @@ def test_a_resize_that_makes_new_values_has_an_obstacle(attributes, inputs):
     assert "new values" in OPS["Resize"].obstacle(only_node(IMAGE, text, **constants))
 
 
-DYNAMIC = "g (float[2,4,6,6] x, float[4,4,3,3] v, float[4,4] m, float[4] c, float given) => (float[] y)"
+DYNAMIC = (
+    "g (float[2,4,6,6] x, float[4,4,3,3] v, float[4,4] m, float[4] c, float given) => (float[] y)"
+)
 
 
 @pytest.mark.parametrize(
@@ -216,7 +256,10 @@ def test_obstacles(text, reason):
     ],
 )
 def test_only_a_plain_depthwise_convolution_adds_no_pairs(attribute, shape, pairs):
-    assert OPS["Conv"].pairs(only_node(IMAGE, f"y = Conv {attribute} (x, w)", w=normal(*shape))) is pairs
+    assert (
+        OPS["Conv"].pairs(only_node(IMAGE, f"y = Conv {attribute} (x, w)", w=normal(*shape)))
+        is pairs
+    )
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
@@ -229,7 +272,11 @@ def test_targets_speak_of_rows_of_the_table(target):
 
 def test_two_weights_within_the_pair_limit_never_overflow_16_bits():
     cpu = TARGETS["CPU"]
-    assert cpu.activation.qmax * cpu.pair_limit <= 2**15 - 1 < cpu.activation.qmax * (cpu.pair_limit + 1)
+    assert (
+        cpu.activation.qmax * cpu.pair_limit
+        <= 2**15 - 1
+        < cpu.activation.qmax * (cpu.pair_limit + 1)
+    )
     assert cpu.weight == INT8_NARROW
 
 

@@ -1,4 +1,6 @@
-"""report.html: what stands in it, that nothing a model's author writes becomes markup, and that a browser draws it."""
+"""report.html: what stands in it, that nothing a model's author writes becomes markup, and that a
+browser draws it.
+"""
 
 from __future__ import annotations
 
@@ -24,12 +26,16 @@ from converter.findings import Findings, NodeFinding, TensorFinding, Verificatio
 from converter.report.page import _tensor, page
 
 HOSTILE = "</script><script>document.title='taken'</script><b onclick=\"x\">&amp;'`$${1}"
-BROWSER = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+BROWSER = (
+    shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+)
 
 
 def node(name: str, **changes: Any) -> NodeFinding:
     error = TensorError(name, 0.99, 20.0)
-    return replace(NodeFinding(name, "Conv", True, "integer", 8, 4000, 1000, error, error, 0.5, ""), **changes)
+    return replace(
+        NodeFinding(name, "Conv", True, "integer", 8, 4000, 1000, error, error, 0.5, ""), **changes
+    )
 
 
 def tensor(counts: list[int], name: str = "x", **changes: Any) -> TensorFinding:
@@ -49,7 +55,9 @@ VERIFIED = Verification(
     conversions=("late_quantize",),
     saturated=(),
 )
-FINDINGS = Findings({"Mode": "FULL_QUANT"}, (8_000_000, 2_000_000), VERIFIED, (node("conv"),), (tensor([1, 2]),), ())
+FINDINGS = Findings(
+    {"Mode": "FULL_QUANT"}, (8_000_000, 2_000_000), VERIFIED, (node("conv"),), (tensor([1, 2]),), ()
+)
 
 
 class Reader(HTMLParser):
@@ -145,19 +153,42 @@ def test_advice_comes_whole_and_in_order() -> None:
 def test_node_table() -> None:
     nodes = (
         node("conv", advice="Clips much."),
-        node("soft", quantized=False, bits=None, bytes_before=0, bytes_after=0, own=None, output=None, share=None),
+        node(
+            "soft",
+            quantized=False,
+            bits=None,
+            bytes_before=0,
+            bytes_after=0,
+            own=None,
+            output=None,
+            share=None,
+        ),
     )
     header, *rows = read(replace(FINDINGS, nodes=nodes)).rows
     assert header == []
-    assert rows[0] == ["conv", "Conv", "8", "4.0", "1.0", "20.0", "20.0", "50.0 %", "integerClips much."]
+    assert rows[0] == [
+        "conv",
+        "Conv",
+        "8",
+        "4.0",
+        "1.0",
+        "20.0",
+        "20.0",
+        "50.0 %",
+        "integerClips much.",
+    ]
     assert rows[1] == ["soft", "Conv", "", "", "", "", "", "", "integer"]
 
 
-@pytest.mark.parametrize(("ratio", "shown", "key"), [(math.inf, "∞", "1e999"), (-math.inf, "-∞", "-1e999")])
+@pytest.mark.parametrize(
+    ("ratio", "shown", "key"), [(math.inf, "∞", "1e999"), (-math.inf, "-∞", "-1e999")]
+)
 def test_infinite_ratios_are_shown_and_sort_as_such(ratio: float, shown: str, key: str) -> None:
     error = TensorError("conv", 1.0, ratio)
     changed = replace(
-        FINDINGS, nodes=(node("conv", own=error, share=None),), verification=replace(VERIFIED, outputs=(error,))
+        FINDINGS,
+        nodes=(node("conv", own=error, share=None),),
+        verification=replace(VERIFIED, outputs=(error,)),
     )
     assert read(changed).rows[1][5] == shown
     assert f'data-sort="{key}">{shown}' in page(changed, "m")
@@ -165,7 +196,9 @@ def test_infinite_ratios_are_shown_and_sort_as_such(ratio: float, shown: str, ke
 
 
 def test_sensitivity_is_the_share_of_the_error_largest_first() -> None:
-    data = read(replace(FINDINGS, nodes=tuple(node(f"n{i}", share=i / 100) for i in range(30)))).data
+    data = read(
+        replace(FINDINGS, nodes=tuple(node(f"n{i}", share=i / 100) for i in range(30)))
+    ).data
     assert data["sensitivity"][0] == ["n29", 0.29, "29.0%"]
     assert [row[0] for row in data["sensitivity"]] == [f"n{i}" for i in range(29, 17, -1)]
 
@@ -177,26 +210,51 @@ def test_a_share_that_is_no_number_is_left_out() -> None:
 
 def test_sensitivity_without_shares_is_the_noise_of_the_nodes_themselves() -> None:
     errors = {"good": 40.0, "bad": 20.0}
-    nodes = tuple(node(name, share=None, own=TensorError(name, 1, db)) for name, db in errors.items())
+    nodes = tuple(
+        node(name, share=None, own=TensorError(name, 1, db)) for name, db in errors.items()
+    )
     data = read(replace(FINDINGS, nodes=nodes)).data
-    assert data["sensitivity"] == [["bad", pytest.approx(0.1), "20.0 dB"], ["good", pytest.approx(0.01), "40.0 dB"]]
+    assert data["sensitivity"] == [
+        ["bad", pytest.approx(0.1), "20.0 dB"],
+        ["good", pytest.approx(0.01), "40.0 dB"],
+    ]
 
 
-@given(st.lists(st.integers(0, 2**40), min_size=1, max_size=1000), st.floats(-1e6, 1e6), st.floats(1e-3, 1e6))
-def test_histograms_get_coarser_without_losing_a_value(counts: list[int], low: float, span: float) -> None:
+@given(
+    st.lists(st.integers(0, 2**40), min_size=1, max_size=1000),
+    st.floats(-1e6, 1e6),
+    st.floats(1e-3, 1e6),
+)
+def test_histograms_get_coarser_without_losing_a_value(
+    counts: list[int], low: float, span: float
+) -> None:
     drawn = _tensor(tensor(counts, low=low, high=low + span))
     assert len(drawn["counts"]) <= 160
     assert sum(drawn["counts"]) == sum(counts)
     # Every value stays in the bin that its place says.
     together = round(drawn["width"] / (span / len(counts)))
-    assert drawn["counts"] == [sum(counts[i : i + together]) for i in range(0, len(counts), together)]
+    assert drawn["counts"] == [
+        sum(counts[i : i + together]) for i in range(0, len(counts), together)
+    ]
     assert drawn["low"] == low
 
 
 def hostile() -> Findings:
-    found = replace(VERIFIED, outputs=(TensorError(HOSTILE, 0.9, 10.0),), kernels={HOSTILE: 1}, saturated=(HOSTILE,))
+    found = replace(
+        VERIFIED,
+        outputs=(TensorError(HOSTILE, 0.9, 10.0),),
+        kernels={HOSTILE: 1},
+        saturated=(HOSTILE,),
+    )
     nodes = (node(HOSTILE, reason=HOSTILE, advice=HOSTILE), node("plain"))
-    return Findings({HOSTILE: HOSTILE}, (10, 5), found, nodes, (tensor([5, 1], HOSTILE, node=HOSTILE),), (HOSTILE,))
+    return Findings(
+        {HOSTILE: HOSTILE},
+        (10, 5),
+        found,
+        nodes,
+        (tensor([5, 1], HOSTILE, node=HOSTILE),),
+        (HOSTILE,),
+    )
 
 
 def test_hostile_names_stay_text() -> None:
@@ -218,7 +276,13 @@ def test_the_page_needs_no_network() -> None:
 @pytest.mark.skipif(BROWSER is None, reason="there is no browser")
 def test_a_browser_draws_it(tmp_path: Path) -> None:
     (tmp_path / "report.html").write_text(page(hostile(), HOSTILE), encoding="utf-8")
-    flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--user-data-dir={tmp_path}", "--virtual-time-budget=5000"]
+    flags = [
+        "--headless",
+        "--no-sandbox",
+        "--disable-gpu",
+        f"--user-data-dir={tmp_path}",
+        "--virtual-time-budget=5000",
+    ]
     arguments = [str(BROWSER), *flags, "--dump-dom", (tmp_path / "report.html").as_uri()]
     dom = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=True).stdout
     found = Reader(dom.replace(get_plotlyjs(), ""))

@@ -48,7 +48,11 @@ def test_a_convolution_with_its_activation_is_one_unit():
     plan = plan_of(f"{HEAD} {{ [conv] a = Conv (x, w, b)  [relu] y = Relu (a) }}")
     (unit,) = plan.units()
     assert (unit.name, unit.op_type, unit.inputs, unit.outputs) == ("conv", "Conv", ("x",), ("y",))
-    assert (unit.absorbed, unit.bias, unit.reason) == (("relu",), "b", "integer kernel of target CPU")
+    assert (unit.absorbed, unit.bias, unit.reason) == (
+        ("relu",),
+        "b",
+        "integer kernel of target CPU",
+    )
     assert unit.weight == WeightPlan("w", 1, INT8_NARROW, 0, 128)
     assert plan.nodes["relu"].reason == "computed inside conv"
     assert (plan.nodes["relu"].inside, plan.nodes["relu"].quantized) == ("conv", False)
@@ -81,7 +85,10 @@ def test_only_what_clips_at_zero_is_absorbed(clip, absorbed):
 
 def test_an_activation_is_not_absorbed_where_the_product_is_read_elsewhere():
     for graph in (
-        "g (float[1,4,8,8] x) => (float[] y, float[] z) { [conv] a = Conv (x, w)  y = Relu (a)  z = Neg (a) }",
+        (
+            "g (float[1,4,8,8] x) => (float[] y, float[] z) { [conv] a = Conv (x, w)  y = Relu "
+            "(a)  z = Neg (a) }"
+        ),
         "g (float[1,4,8,8] x) => (float[] y, float[] a) { [conv] a = Conv (x, w)  y = Relu (a) }",
     ):
         assert plan_of(graph).nodes["conv"].absorbed == ()
@@ -103,7 +110,12 @@ CHAIN = f"""{HEAD} {{ [block1_conv] a = Conv (x, w)  [block1_relu] b1 = Relu (a)
 @pytest.mark.parametrize(
     ("wishes", "left", "node", "reason"),
     [
-        ({"skip_nodes": ("block1_conv",)}, ["block2_conv"], "block1_conv", "named in skip_quant_node"),
+        (
+            {"skip_nodes": ("block1_conv",)},
+            ["block2_conv"],
+            "block1_conv",
+            "named in skip_quant_node",
+        ),
         ({"skip_nodes": ("block1_*",)}, ["block2_conv"], "block1_relu", "named in skip_quant_node"),
         ({"skip_nodes": ("*_conv",)}, [], "block2_conv", "named in skip_quant_node"),
         (
@@ -113,15 +125,27 @@ CHAIN = f"""{HEAD} {{ [block1_conv] a = Conv (x, w)  [block1_relu] b1 = Relu (a)
             "computed inside block1_conv",
         ),
         ({"skip_types": ("Conv",)}, [], "block1_conv", "named in skip_quant_type"),
-        ({"skip_types": ("Relu",)}, ["block1_conv", "block2_conv"], "block2_relu", "named in skip_quant_type"),
-        ({"skip_nodes": ("block2_relu",)}, ["block1_conv", "block2_conv"], "block2_relu", "named in skip_quant_node"),
+        (
+            {"skip_types": ("Relu",)},
+            ["block1_conv", "block2_conv"],
+            "block2_relu",
+            "named in skip_quant_type",
+        ),
+        (
+            {"skip_nodes": ("block2_relu",)},
+            ["block1_conv", "block2_conv"],
+            "block2_relu",
+            "named in skip_quant_node",
+        ),
     ],
 )
 def test_what_the_user_skips_stays_float(wishes, left, node, reason):
     plan = plan_of(CHAIN, **wishes)
     assert integers(plan) == left
     assert plan.nodes[node].reason == reason
-    assert any(node in plan.nodes[name].absorbed for name in left) == reason.startswith("computed inside")
+    assert any(node in plan.nodes[name].absorbed for name in left) == reason.startswith(
+        "computed inside"
+    )
 
 
 @pytest.mark.parametrize(
@@ -129,7 +153,11 @@ def test_what_the_user_skips_stays_float(wishes, left, node, reason):
     [
         (f"{HEAD} {{ a = Conv (x, w)  [n] y = Softmax (a) }}", "n", NO_KERNEL.format("Softmax")),
         (f"{HEAD} {{ [n] y = ConvTranspose (x, w) }}", "n", NO_KERNEL.format("ConvTranspose")),
-        (f"{HEAD} {{ a = Conv (x, w)  [n] y = local.Conv (a, w) }}", "n", "operator of the domain local"),
+        (
+            f"{HEAD} {{ a = Conv (x, w)  [n] y = local.Conv (a, w) }}",
+            "n",
+            "operator of the domain local",
+        ),
         (
             "g (float[1,4,8,8] x, float[4,4,3,3] d) => (float[] y) { [n] y = Conv (x, d) }",
             "n",
@@ -159,11 +187,15 @@ def test_reasons_for_staying_float(graph, node, reason):
 def test_every_node_and_only_planned_tensors_are_listed():
     plan = plan_of(CHAIN)
     assert list(plan.nodes) == ["block1_conv", "block1_relu", "block2_conv", "block2_relu"]
-    assert set(plan.tensors) == {name for unit in plan.units() for name in (*unit.inputs, *unit.outputs)}
+    assert set(plan.tensors) == {
+        name for unit in plan.units() for name in (*unit.inputs, *unit.outputs)
+    }
 
 
 def test_an_add_with_a_float_input_stays_float():
-    nodes = "[conv] a = Conv (x, w)  [float] t = Tanh (a)  [sum] s = Add (a, t)  [last] y = Conv (s, v)"
+    nodes = (
+        "[conv] a = Conv (x, w)  [float] t = Tanh (a)  [sum] s = Add (a, t)  [last] y = Conv (s, v)"
+    )
     plan = plan_of(f"{HEAD} {{ {nodes} }}")
     assert integers(plan) == ["conv", "last"]
     assert plan.nodes["sum"].reason.startswith(FLOAT_INPUT)
@@ -181,7 +213,9 @@ def test_a_residual_sum_is_integer():
 @pytest.mark.parametrize("nodes", ["Mul (a, scalar)", "Mul (scalar, a)", "Add (a, c)"])
 def test_a_constant_operand_does_not_keep_a_node_float(nodes):
     # The second reader keeps the arithmetic from being folded into the convolution.
-    plan = plan_of(f"{HEAD} {{ [conv] a = Conv (x, w)  [n] s = {nodes}  t = Add (s, a)  y = Conv (t, v) }}")
+    plan = plan_of(
+        f"{HEAD} {{ [conv] a = Conv (x, w)  [n] s = {nodes}  t = Add (s, a)  y = Conv (t, v) }}"
+    )
     assert plan.nodes["n"].quantized
     assert plan.nodes["n"].weight is None
     assert {"scalar", "c"} & set(plan.nodes["n"].inputs)
@@ -190,14 +224,18 @@ def test_a_constant_operand_does_not_keep_a_node_float(nodes):
 
 def test_tails_stay_float():
     nodes = """[one] a = Conv (x, w)  [left] l = Conv (a, v)  [right] r = Conv (a, w)  [sig] s = Sigmoid (r)
-               [join] j = Concat <axis=1> (l, s)  [pool] g1 = GlobalAveragePool (j)  [soft] y = Softmax <axis=1> (g1)"""
+               [join] j = Concat <axis=1> (l, s)  [pool] g1 = GlobalAveragePool (j)
+                 [soft] y = Softmax <axis=1> (g1)"""
     plan = plan_of(f"{HEAD} {{ {nodes} }}")
     assert integers(plan) == ["one", "left", "right"]
     assert {plan.nodes[n].reason for n in ("sig", "join", "pool")} == {TAIL}
 
 
 def test_an_absorbed_activation_goes_with_its_tail():
-    nodes = "[one] a = Conv (x, w)  [two] b1 = Conv (x, v)  [sum] s = Add (a, b1)  [relu] r = Relu (s)  y = Softmax (r)"
+    nodes = (
+        "[one] a = Conv (x, w)  [two] b1 = Conv (x, v)  [sum] s = Add (a, b1)  [relu] r = Relu "
+        "(s)  y = Softmax (r)"
+    )
     plan = plan_of(f"{HEAD} {{ {nodes} }}")
     assert [plan.nodes[n].reason for n in ("sum", "relu")] == [TAIL, TAIL]
     assert plan.nodes["relu"].inside is None
@@ -208,12 +246,19 @@ def test_moves_between_anchors_share_one_group():
                [flat] f = Flatten (p)  [fc] y = Gemm (f, wide)"""
     plan = plan_of(f"{HEAD} {{ {nodes} }}")
     assert integers(plan) == ["conv", "pool", "flat", "fc"]
-    assert {name: t.group for name, t in plan.tensors.items()} == {"x": "x", "a": "a", "p": "a", "f": "a"}
+    assert {name: t.group for name, t in plan.tensors.items()} == {
+        "x": "x",
+        "a": "a",
+        "p": "a",
+        "f": "a",
+    }
     assert set(plan.groups()) == {"x", "a"}
 
 
 def test_moves_before_the_first_anchor_are_integer():
-    plan = plan_of(f"{HEAD} {{ [pool] p = MaxPool <kernel_shape=[2,2]> (x)  [conv] y = Conv (p, w) }}")
+    plan = plan_of(
+        f"{HEAD} {{ [pool] p = MaxPool <kernel_shape=[2,2]> (x)  [conv] y = Conv (p, w) }}"
+    )
     assert integers(plan) == ["pool", "conv"]
     assert plan.tensors["p"].group == "x"
 
@@ -228,7 +273,10 @@ def test_a_split_with_a_float_reader_stays_float_before_the_first_anchor():
 
 
 def test_all_outputs_of_a_split_behind_an_anchor_share_its_group():
-    nodes = "[conv] a = Conv (x, w)  [split] l, r = Split <axis=1> (a)  y = Conv (l, narrow)  z = Neg (r)"
+    nodes = (
+        "[conv] a = Conv (x, w)  [split] l, r = Split <axis=1> (a)  y = Conv (l, narrow)  z = "
+        "Neg (r)"
+    )
     plan = plan_of(f"g (float[1,4,8,8] x) => (float[] y, float[] z) {{ {nodes} }}")
     assert plan.nodes["split"].quantized
     assert [plan.tensors[name].group for name in ("a", "l", "r")] == ["a", "a", "a"]
@@ -251,7 +299,10 @@ def test_a_constant_on_the_left_of_a_product_is_an_activation():
 def test_a_product_of_two_activations_is_integer_without_a_weight():
     graph = f"{ROWS} {{ [one] a = MatMul (x, k)  [two] t = Transpose (a)  [n] y = MatMul (a, t) }}"
     assert integers(plan_of(graph)) == ["one"]
-    assert plan_of(graph).nodes["n"].reason == "a product of two activations is no faster in integers on target CPU"
+    assert (
+        plan_of(graph).nodes["n"].reason
+        == "a product of two activations is no faster in integers on target CPU"
+    )
     plan = plan_of(graph, TARGETS["OPENVINO"])
     assert integers(plan) == ["one", "two", "n"]
     assert plan.nodes["n"].weight is None
@@ -261,7 +312,8 @@ def test_a_product_of_two_activations_is_integer_without_a_weight():
 @pytest.mark.parametrize("add", ["Add (m, b)", "Add (b, m)"])
 def test_the_bias_of_a_product_is_absorbed(add):
     plan = plan_of(
-        f"g (float[2,3,4] x) => (float[] y) {{ [n] m = MatMul (x, k)  [add] a = {add}  [relu] y = Relu (a) }}"
+        f"g (float[2,3,4] x) => (float[] y) {{ [n] m = MatMul (x, k)  [add] a = {add}  "
+        "[relu] y = Relu (a) }}"
     )
     (unit,) = plan.units()
     assert (unit.absorbed, unit.bias, unit.outputs) == (("add", "relu"), "b", ("y",))
@@ -269,7 +321,10 @@ def test_the_bias_of_a_product_is_absorbed(add):
 
 @pytest.mark.parametrize("operand", ["scalar", "c", "x"])
 def test_other_sums_are_no_bias(operand):
-    plan = plan_of(f"g (float[2,3,4] x) => (float[] y) {{ [n] m = MatMul (x, k)  [add] y = Add (m, {operand}) }}")
+    plan = plan_of(
+        f"g (float[2,3,4] x) => (float[] y) {{ [n] m = MatMul (x, k)  [add] y = Add (m, "
+        f"{operand}) }}"
+    )
     assert plan.nodes["n"].absorbed == ()
     assert plan.nodes["n"].bias is None
 
@@ -278,11 +333,17 @@ def test_other_sums_are_no_bias(operand):
 def test_only_matrices_are_multiplied_on_integers(operand, shape):
     # ONNX Runtime refuses scales of the channels of several matrices when the model runs.
     plan = plan_of(f"g (float[{shape}] x) => (float[] y) {{ [n] y = MatMul (x, {operand}) }}")
-    assert (plan.nodes["n"].quantized, plan.nodes["n"].reason) == (False, "its weight is not one matrix")
+    assert (plan.nodes["n"].quantized, plan.nodes["n"].reason) == (
+        False,
+        "its weight is not one matrix",
+    )
 
 
 def test_a_skipped_bias_is_not_absorbed():
-    graph = "g (float[2,3,4] x) => (float[] y) { [n] m = MatMul (x, k)  [add] a = Add (m, b)  [relu] y = Relu (a) }"
+    graph = (
+        "g (float[2,3,4] x) => (float[] y) { [n] m = MatMul (x, k)  [add] a = Add (m, b)  [relu] "
+        "y = Relu (a) }"
+    )
     plan = plan_of(graph, skip_nodes=("add",))
     assert (plan.nodes["n"].absorbed, plan.nodes["n"].bias) == ((), None)
 
@@ -307,7 +368,9 @@ def test_a_depthwise_convolution_has_no_pair_limit():
 
 
 def test_a_product_whose_reader_is_float_hands_out_float():
-    plan = plan_of(f"{ROWS} {{ [one] a = Gemm (x, k, b)  [two] m = MatMul (a, k)  y = Softmax (m) }}")
+    plan = plan_of(
+        f"{ROWS} {{ [one] a = Gemm (x, k, b)  [two] m = MatMul (a, k)  y = Softmax (m) }}"
+    )
     assert integers(plan) == ["one", "two"]
     assert set(plan.tensors) == {"x", "a"}  # not `m`: nothing integer reads it
 
@@ -330,7 +393,8 @@ def test_padding_with_zeros_between_anchors_runs_bare():
     assert not plan.nodes["conv"].bare
     assert plan.tensors["p"].group == "a"
     assert (
-        plan_of(graph.replace("edges)", "edges, one)")).nodes["pad"].reason == "it pads with something else than zero"
+        plan_of(graph.replace("edges)", "edges, one)")).nodes["pad"].reason
+        == "it pads with something else than zero"
     )
 
 
@@ -342,12 +406,17 @@ RESIDUAL = """[one] a = Conv (x, w)  [two] p = Conv (a, point)  [sum] s = Add (p
     ("target", "tensors"),
     [
         ("CPU", {"x", "a", "p", "r", "y"}),
-        ("OPENVINO", {"x", "a", "r"}),  # `p` is added to inside the convolution, `y` is read by nothing
+        (
+            "OPENVINO",
+            {"x", "a", "r"},
+        ),  # `p` is added to inside the convolution, `y` is read by nothing
         ("NVGPU", {"x", "a", "r"}),
         ("DSP", {"x", "a", "p", "r", "y"}),
     ],
 )
-def test_where_a_residual_sum_runs_inside_the_convolution_its_result_is_not_converted(target, tensors):
+def test_where_a_residual_sum_runs_inside_the_convolution_its_result_is_not_converted(
+    target, tensors
+):
     plan = plan_of(f"{HEAD} {{ {RESIDUAL} }}", TARGETS[target])
     assert integers(plan) == ["one", "two", "sum", "last"]
     assert set(plan.tensors) == tensors
@@ -359,13 +428,24 @@ def test_formats_and_biases_are_the_target_s():
     assert {name for name, plan in formats.items() if plan.symmetric} == {"NVGPU"}
     assert {name for name, plan in formats.items() if plan.format == INT8} == {"NVGPU"}
     units = {name: plan_of(graph, target).nodes["n"] for name, target in TARGETS.items()}
-    assert {name for name, unit in units.items() if unit.integer_bias} == {"CPU", "CPU_VNNI", "ARM", "DSP"}
+    assert {name for name, unit in units.items() if unit.integer_bias} == {
+        "CPU",
+        "CPU_VNNI",
+        "ARM",
+        "DSP",
+    }
     assert {name for name, unit in units.items() if unit.weight.pair_limit} == {"CPU", "OPENVINO"}
 
 
 def test_a_target_where_everything_pays_takes_tails_and_heads():
     nodes = (
-        "[head] h = Tanh (x)  [conv] a = Conv (h, w)  [pool] p = GlobalAveragePool (a)  [soft] y = Softmax <axis=1> (p)"
+        "[head] h = Tanh (x)  [conv] a = Conv (h, w)  [pool] p = GlobalAveragePool (a)  [soft] y "
+        "= Softmax <axis=1> (p)"
     )
-    assert integers(plan_of(f"{HEAD} {{ {nodes} }}", TARGETS["DSP"])) == ["head", "conv", "pool", "soft"]
+    assert integers(plan_of(f"{HEAD} {{ {nodes} }}", TARGETS["DSP"])) == [
+        "head",
+        "conv",
+        "pool",
+        "soft",
+    ]
     assert integers(plan_of(f"{HEAD} {{ {nodes} }}")) == ["conv"]

@@ -1,4 +1,6 @@
-"""Bit planes: exactly N bits a weight in the file, exactly the dequantized weight in the runtime."""
+"""Bit planes: exactly N bits a weight in the file, exactly the dequantized weight in the
+runtime.
+"""
 
 from __future__ import annotations
 
@@ -33,14 +35,20 @@ def meaning(weight):
     """(code - zero) * scale, along the axis, in float64."""
     q, rank = weight.qparams, weight.codes.ndim
     shape = [-1 if i == q.axis else 1 for i in range(rank)] if q.axis is not None else [1] * rank
-    zero, scale = q.zero_point.astype(np.float64).reshape(shape), q.scale.astype(np.float64).reshape(shape)
+    zero, scale = (
+        q.zero_point.astype(np.float64).reshape(shape),
+        q.scale.astype(np.float64).reshape(shape),
+    )
     return (weight.codes - zero) * scale
 
 
 def written(weight):
     """A model that adds the restored weight to its input."""
     shape = ",".join(map(str, weight.codes.shape))
-    model = build(f"g (float[{shape}] x) => (float[{shape}] y) {{ y = Add (x, w) }}", w=np.zeros(1, np.float32))
+    model = build(
+        f"g (float[{shape}] x) => (float[{shape}] y) {{ y = Add (x, w) }}",
+        w=np.zeros(1, np.float32),
+    )
     value = PlaneWriter(model)(model.graph, "w", weight)
     model.graph[len(model.graph) - 1].replace_input_with(1, value)
     del model.graph.initializers["w"]
@@ -61,16 +69,21 @@ def test_the_runtime_restores_every_weight(bits, shape, axis):
 
 def coded(weight):
     """The same codes, as those of a trellis."""
-    return replace(weight, qparams=replace(weight.qparams, format=replace(weight.qparams.format, trellis=True)))
+    return replace(
+        weight, qparams=replace(weight.qparams, format=replace(weight.qparams.format, trellis=True))
+    )
 
 
 @pytest.mark.parametrize(
-    ("shape", "axis"), [((24, 10), 1), ((16, 24), 1), ((10, 24), 0), ((44, 3, 3, 3), 0), ((5, 7, 3), 1)]
+    ("shape", "axis"),
+    [((24, 10), 1), ((16, 24), 1), ((10, 24), 0), ((44, 3, 3, 3), 0), ((5, 7, 3), 1)],
 )
 @pytest.mark.parametrize("bits", range(2, 8))
 def test_the_runtime_looks_up_the_levels_of_a_trellis(bits, shape, axis):
     weight = coded(weight_of(bits, shape, axis))
-    expected = dequantize(weight.codes, weight.qparams)  # held against the definition in test_trellis
+    expected = dequantize(
+        weight.codes, weight.qparams
+    )  # held against the definition in test_trellis
     for optimize in (False, True):
         found = run(written(weight), {"x": np.zeros(shape, np.float32)}, optimize)["y"]
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
@@ -91,7 +104,11 @@ def test_a_weight_takes_its_bits_in_the_file(bits):
 
 
 def test_weights_of_one_model_share_what_they_have_in_common():
-    model = build("g (float[8] x) => (float[8] y) { a = Add (x, v)  y = Add (a, w) }", v=np.zeros(1), w=np.zeros(1))
+    model = build(
+        "g (float[8] x) => (float[8] y) { a = Add (x, v)  y = Add (a, w) }",
+        v=np.zeros(1),
+        w=np.zeros(1),
+    )
     writer = PlaneWriter(model)
     alone = weight_bytes(model)
     writer(model.graph, "v", weight_of(3, (8, 8), None))
@@ -101,7 +118,9 @@ def test_weights_of_one_model_share_what_they_have_in_common():
 
 
 @given(
-    st.integers(1, 16).flatmap(lambda bits: st.tuples(st.just(bits), st.lists(st.integers(0, 2**bits - 1), min_size=1)))
+    st.integers(1, 16).flatmap(
+        lambda bits: st.tuples(st.just(bits), st.lists(st.integers(0, 2**bits - 1), min_size=1))
+    )
 )
 def test_planes_hold_the_bits_of_the_codes(drawn):
     bits, codes = drawn
@@ -119,11 +138,17 @@ def thinned(bits, shape, axis, kept, levels, seed):
         weight.qparams.zero_point
         if axis is None
         else np.moveaxis(
-            np.broadcast_to(weight.qparams.zero_point, (*shape[:axis], *shape[axis + 1 :], shape[axis])), -1, axis
+            np.broadcast_to(
+                weight.qparams.zero_point, (*shape[:axis], *shape[axis + 1 :], shape[axis])
+            ),
+            -1,
+            axis,
         )
     )
     some = rng.choice(weight.codes.reshape(-1), levels)
-    codes = np.where(rng.random(shape) < kept, rng.choice(some, shape), zero).astype(weight.codes.dtype)
+    codes = np.where(rng.random(shape) < kept, rng.choice(some, shape), zero).astype(
+        weight.codes.dtype
+    )
     return QuantizedWeight(codes, weight.qparams)
 
 
@@ -149,7 +174,13 @@ def test_a_thin_weight_takes_less_and_is_still_exact(bits, kept, levels, most, a
         np.testing.assert_allclose(found, meaning(weight), rtol=2e-7, atol=0)
 
 
-@given(st.integers(1, 8), st.floats(0, 1), st.integers(1, 40), st.sampled_from([None, 0]), st.integers(0, 1000))
+@given(
+    st.integers(1, 8),
+    st.floats(0, 1),
+    st.integers(1, 40),
+    st.sampled_from([None, 0]),
+    st.integers(0, 1000),
+)
 def test_zeros_at_either_end_and_weights_of_nothing_else(bits, kept, levels, axis, seed):
     weight = thinned(bits, (40, 701), axis, kept, levels, seed)
     found = run(written(weight), {"x": np.zeros(weight.codes.shape, np.float32)}, False)["y"]

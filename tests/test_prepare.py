@@ -31,7 +31,7 @@ def names_of(model):
     return [n.name for graph in model.graphs() for n in graph]
 
 
-# --- names -----------------------------------------------------------------------------------------------------------
+# --- names
 
 
 def test_unnamed_nodes_are_named_after_their_first_output():
@@ -41,13 +41,18 @@ def test_unnamed_nodes_are_named_after_their_first_output():
 
 
 def test_repeated_names_are_numbered():
-    model = build(f"{X} => (float[2,4] y) {{ [n] a = Abs (x)  [n] b = Neg (a)  [n_2] c = Abs (b)  [n] y = Relu (c) }}")
+    model = build(
+        f"{X} => (float[2,4] y) {{ [n] a = Abs (x)  [n] b = Neg (a)  [n_2] c = Abs (b)  [n] "
+        "y = Relu (c) }}"
+    )
     assert name_nodes(model)
     assert names_of(model) == ["n", "n_3", "n_2", "n_4"]
 
 
 def test_a_given_name_is_never_lost_to_an_unnamed_node():
-    model = build(f"{X} => (float[2,4] y) {{ conv = Abs (x)  [conv] b = Neg (conv)  y = Relu (b) }}")
+    model = build(
+        f"{X} => (float[2,4] y) {{ conv = Abs (x)  [conv] b = Neg (conv)  y = Relu (b) }}"
+    )
     assert names_of(apply(name_nodes, model)) == ["conv_2", "conv", "y"]
 
 
@@ -61,7 +66,7 @@ def test_names_are_unique_across_subgraphs():
     assert sorted(names_of(model)) == ["c", "n", "n_2", "y"]
 
 
-# --- identities ------------------------------------------------------------------------------------------------------
+# --- identities
 
 
 @pytest.mark.parametrize(
@@ -84,7 +89,10 @@ def test_names_are_unique_across_subgraphs():
 )
 def test_identities_and_dropouts(nodes, left):
     constants = {"ratio": 0.5, "zero": 0.0, "off": False, "on": True, "k": normal(4)}
-    arrays = {k: np.array(v, np.bool_ if isinstance(v, bool) else np.float32) for k, v in constants.items()}
+    arrays = {
+        k: np.array(v, np.bool_ if isinstance(v, bool) else np.float32)
+        for k, v in constants.items()
+    }
     model = build(f"{X} => (float[2,4] y) {{ {nodes} }}", **arrays)
     assert types(apply(drop_identities, model)) == left
     assert not drop_identities(model)
@@ -102,19 +110,26 @@ def test_identities_around_subgraphs(q):
             a = Identity (x)
             y = If (q) <
                 then_branch = t () => (float[2,4] b) { b = Identity (a) },
-                else_branch = e () => (float[2,4] f) { c = Neg (a)  d = Identity (c)  f = Abs (d) } > }"""
+                else_branch = e () => (float[2,4] f) { c = Neg (a)  d = Identity (c)
+                  f = Abs (d) } > }"""
     )
     after = apply(drop_identities, model, {"x": normal(2, 4), "q": np.array(q)})
     # A subgraph must not hand out a value of the outer graph, so the copy `b` stays.
-    assert [[n.op_type for n in graph] for graph in after.graphs()] == [["If"], ["Identity"], ["Neg", "Abs"]]
+    assert [[n.op_type for n in graph] for graph in after.graphs()] == [
+        ["If"],
+        ["Identity"],
+        ["Neg", "Abs"],
+    ]
 
 
-# --- constants -------------------------------------------------------------------------------------------------------
+# --- constants
 
 
 def test_what_depends_on_constants_only_is_computed():
     nodes = "a = Mul (w, k)  b = Transpose (a)  y = MatMul (x, b)"
-    model = build(f"{X} => (float[2,6] y) {{ {nodes} }}", w=normal(6, 4), k=np.array([1, 2, 3, 4], np.float32))
+    model = build(
+        f"{X} => (float[2,6] y) {{ {nodes} }}", w=normal(6, 4), k=np.array([1, 2, 3, 4], np.float32)
+    )
     after = apply(fold_constants, model)
     assert types(after) == ["MatMul"]
     expected = (normal(6, 4) * np.array([1, 2, 3, 4], np.float32)).T
@@ -122,7 +137,10 @@ def test_what_depends_on_constants_only_is_computed():
 
 
 def test_large_weights_are_computed_too():
-    model = build("g (float[2,300] x) => (float[] y) { a = Mul (w, w)  y = MatMul (x, a) }", w=normal(300, 300))
+    model = build(
+        "g (float[2,300] x) => (float[] y) { a = Mul (w, w)  y = MatMul (x, a) }",
+        w=normal(300, 300),
+    )
     assert types(apply(fold_constants, model, {"x": normal(2, 300)})) == ["MatMul"]
 
 
@@ -136,7 +154,11 @@ def test_shapes_of_static_inputs_are_computed():
 
 def test_weights_stored_as_integers_stay():
     nodes = "a = DequantizeLinear (q, s)  y = Mul (x, a)  h = Cast <to=1> (half)  z = Add (y, h)"
-    constants = {"q": np.arange(4, dtype=np.int8), "s": np.float32(0.1), "half": normal(4).astype(np.float16)}
+    constants = {
+        "q": np.arange(4, dtype=np.int8),
+        "s": np.float32(0.1),
+        "half": normal(4).astype(np.float16),
+    }
     model = build(f"{X} => (float[] z) {{ {nodes} }}", **constants)
     assert types(apply(fold_constants, model)) == ["DequantizeLinear", "Mul", "Cast", "Add"]
 
@@ -150,7 +172,7 @@ def test_generated_tables_stay_small():
     assert types(apply(fold_constants, model, {"x": normal(2000)})) == ["Expand", "Add"]
 
 
-# --- opset -----------------------------------------------------------------------------------------------------------
+# --- opset
 
 OLD = {
     7: (
@@ -168,8 +190,16 @@ OLD = {
 @pytest.mark.parametrize("opset", OLD)
 def test_old_opsets_are_raised(opset):
     first, second, third = OLD[opset]
-    constants = {"w": normal(4, 3, 3, 3), "p": positive(4), "low": np.float32(-0.5), "high": np.float32(0.25)}
-    graph = f"g (float[1,3,6,6] x) => (float[] c) {{ [conv] a = {first}  [second] b = {second}  [third] c = {third} }}"
+    constants = {
+        "w": normal(4, 3, 3, 3),
+        "p": positive(4),
+        "low": np.float32(-0.5),
+        "high": np.float32(0.25),
+    }
+    graph = (
+        f"g (float[1,3,6,6] x) => (float[] c) {{ [conv] a = {first}  [second] b = {second}  "
+        f"[third] c = {third} }}"
+    )
     old = build(graph, opset, **constants)
     before, feeds = frozen(old), {"x": normal(1, 3, 6, 6)}
     model = raise_opset(old)
@@ -185,20 +215,24 @@ def test_new_opsets_are_left_as_they_are():
 
 
 def test_an_opset_that_cannot_be_raised():
-    model = build(f"{X} => (float[] y) {{ y = Upsample <height_scale=2.0, width_scale=2.0> (x) }}", opset=1)
+    model = build(
+        f"{X} => (float[] y) {{ y = Upsample <height_scale=2.0, width_scale=2.0> (x) }}", opset=1
+    )
     with pytest.raises(
-        ModelError, match=r"opset 1 cannot be converted to 13 .*; export it again with opset 13 or newer"
+        ModelError,
+        match=r"opset 1 cannot be converted to 13 .*; export it again with opset 13 or newer",
     ):
         raise_opset(model)
 
 
-# --- shapes ----------------------------------------------------------------------------------------------------------
+# --- shapes
 
 DYNAMIC = "g (float[N,4] x, float[M] z) => (float[] y) { y = Relu (x) }"
 
 
 @pytest.mark.parametrize(
-    ("given", "expected"), [((3, 4), "[3,4]"), ((3, None), "[3,4]"), ((None, 4), "[N,4]"), ((None, None), "[N,4]")]
+    ("given", "expected"),
+    [((3, 4), "[3,4]"), ((3, None), "[3,4]"), ((None, 4), "[N,4]"), ((None, None), "[N,4]")],
 )
 def test_dynamic_dimensions_are_set(given, expected):
     model = build(DYNAMIC)
@@ -209,12 +243,16 @@ def test_dynamic_dimensions_are_set(given, expected):
 
 @pytest.mark.parametrize("given", [(3, 5), (3,), (3, 4, 1)])
 def test_contradicting_shapes_are_refused(given):
-    with pytest.raises(UsageError, match=r"input 'x' has the shape \[\?, 4\], which \[3.*\] contradicts\."):
+    with pytest.raises(
+        UsageError, match=r"input 'x' has the shape \[\?, 4\], which \[3.*\] contradicts\."
+    ):
         set_input_shapes(build(DYNAMIC), {"x": given})
 
 
 def test_unknown_inputs_are_refused():
-    with pytest.raises(UsageError, match=r"--inputShape: the model has no input 'xx'; write one of x, z\."):
+    with pytest.raises(
+        UsageError, match=r"--inputShape: the model has no input 'xx'; write one of x, z\."
+    ):
         set_input_shapes(build(DYNAMIC), {"xx": (1, 4)})
 
 
@@ -224,7 +262,7 @@ def test_an_input_of_unknown_rank_gets_a_shape():
     assert str(model.graph.inputs[0].shape) == "[1,4]"
 
 
-# --- the whole -------------------------------------------------------------------------------------------------------
+# --- the whole
 
 
 def test_prepare_brings_a_model_into_normal_form():
@@ -251,9 +289,13 @@ def test_prepare_brings_a_model_into_normal_form():
 
 
 def test_functions_are_inlined_and_their_nodes_named():
-    model = build(f"{X} => (float[2,4] y) {{ [one] a = local.Twice (x)  [two] y = local.Twice (a) }}")
+    model = build(
+        f"{X} => (float[2,4] y) {{ [one] a = local.Twice (x)  [two] y = local.Twice (a) }}"
+    )
     inner = build("g (float[2,4] i) => (float[2,4] o) { s = Add (i, i)  o = Relu (s) }").graph
-    model.functions[("local", "Twice", "")] = ir.Function("local", "Twice", graph=inner, attributes=[])
+    model.functions[("local", "Twice", "")] = ir.Function(
+        "local", "Twice", graph=inner, attributes=[]
+    )
     before = frozen(model)
     after = prepare(model)
     assert_same(before, after, {"x": normal(2, 4)})
@@ -261,7 +303,9 @@ def test_functions_are_inlined_and_their_nodes_named():
     assert len({n.name for n in after.graph} - {"", None}) == 4
 
 
-@pytest.mark.parametrize("nodes", ["y = Constant <value_floats=[1.0, 2.0]> ()", "y = Add (k, k)", "y = Identity (k)"])
+@pytest.mark.parametrize(
+    "nodes", ["y = Constant <value_floats=[1.0, 2.0]> ()", "y = Add (k, k)", "y = Identity (k)"]
+)
 def test_an_output_that_is_constant_keeps_its_name(nodes):
     model = build(f"{X} => (float[2] y, float[2,4] z) {{ {nodes}  z = Relu (x) }}", k=normal(2))
     before = frozen(model)
@@ -273,7 +317,8 @@ def test_values_that_subgraphs_read_survive():
         a = Identity (x)
         [matmul] b = MatMul (a, w)
         y = If (q) <
-            then_branch = t () => (float[2,3] c) { k = Constant <value_float=2.0> ()  c = Mul (b, k) },
+            then_branch = t () => (float[2,3] c) { k = Constant <value_float=2.0> ()
+              c = Mul (b, k) },
             else_branch = e () => (float[2,3] d) { d = Relu (b) } >
     }"""
     for q in (True, False):

@@ -1,4 +1,6 @@
-"""Range methods: against brute force on the raw data, hand-made cases, and what must hold for any data."""
+"""Range methods: against brute force on the raw data, hand-made cases, and what must hold for any
+data.
+"""
 
 import math
 
@@ -23,7 +25,9 @@ SPECS = [
 ]
 FINITE = st.floats(width=32, allow_nan=False, allow_infinity=False)
 # Within float32 the difference of the ends stays finite too.
-ANY = st.floats(width=32, min_value=-(2.0**126), max_value=2.0**126) | st.sampled_from([math.nan, math.inf, -math.inf])
+ANY = st.floats(width=32, min_value=-(2.0**126), max_value=2.0**126) | st.sampled_from(
+    [math.nan, math.inf, -math.inf]
+)
 
 
 def stats_of(samples):
@@ -47,7 +51,9 @@ def data(name, size=20_000):
         "laplace": rng.laplace(size=size),
         "swish": (x := rng.standard_normal(size) * 3) / (1 + np.exp(-x)),
         "outlier": np.append(rng.standard_normal(size - 1), 30.0),
-        "skewed": np.concatenate([rng.standard_normal(size // 2) * 0.1, rng.gamma(2, 2, size // 2) - 0.5]),
+        "skewed": np.concatenate(
+            [rng.standard_normal(size // 2) * 0.1, rng.gamma(2, 2, size // 2) - 0.5]
+        ),
     }
     return made[name].astype(np.float32)
 
@@ -73,7 +79,9 @@ def test_a_range_is_finite_within_the_data_and_contains_zero(method: RangeMethod
 
 
 @pytest.mark.parametrize("name", RANGE_METHODS)
-@pytest.mark.parametrize("samples", [[], [[]], [[math.nan] * 3], [[0.0] * 5], [[math.inf, -math.inf], [0.0]]])
+@pytest.mark.parametrize(
+    "samples", [[], [[]], [[math.nan] * 3], [[0.0] * 5], [[math.inf, -math.inf], [0.0]]]
+)
 def test_nothing_to_cover_gives_zero(name, samples):
     assert chosen(name, samples) == (0.0, 0.0)
 
@@ -130,13 +138,17 @@ def test_range_abs_max_by_hand():
 @pytest.mark.parametrize("ratio", [1e-4, 1e-2])
 def test_removal_outlier_is_the_pooled_quantiles(name, ratio):
     x = data(name)
-    lo, hi = chosen("REMOVAL_OUTLIER", np.split(x, 10), RangeSpec(UINT8, symmetric=False, outlier_ratio=ratio))
+    lo, hi = chosen(
+        "REMOVAL_OUTLIER", np.split(x, 10), RangeSpec(UINT8, symmetric=False, outlier_ratio=ratio)
+    )
     removed_below, removed_above = np.count_nonzero(x < lo), np.count_nonzero(x > hi)
     width = np.abs(x).max() / 4096
     assert np.count_nonzero(x < lo - width) <= ratio * x.size + 1
     assert np.count_nonzero(x > hi + width) <= ratio * x.size + 1
     assert lo == 0 or removed_below >= ratio * x.size - 1 or lo == x.min()
-    assert hi == 0 or removed_above >= ratio * x.size - 1 - np.count_nonzero(np.abs(x - hi) <= width)
+    assert hi == 0 or removed_above >= ratio * x.size - 1 - np.count_nonzero(
+        np.abs(x - hi) <= width
+    )
 
 
 def test_removal_outlier_works_on_small_tensors():
@@ -151,10 +163,16 @@ def test_removal_outlier_works_on_small_tensors():
 @pytest.mark.parametrize("percentile", [99.0, 99.9])
 def test_percentile_is_of_the_magnitudes(percentile):
     x = data("skewed")
-    lo, hi = chosen("PERCENTILE", np.split(x, 10), RangeSpec(UINT8, symmetric=False, percentile=percentile))
+    lo, hi = chosen(
+        "PERCENTILE", np.split(x, 10), RangeSpec(UINT8, symmetric=False, percentile=percentile)
+    )
     width = np.abs(x).max() / 4096
     beyond = (1 - percentile / 100) * x.size
-    assert np.count_nonzero(np.abs(x) > hi + width) <= beyond <= np.count_nonzero(np.abs(x) > hi - width) + 1
+    assert (
+        np.count_nonzero(np.abs(x) > hi + width)
+        <= beyond
+        <= np.count_nonzero(np.abs(x) > hi - width) + 1
+    )
     assert lo == x.min()
 
 
@@ -170,10 +188,15 @@ def brute_divergence(counts, cut, levels):
             q[k] = sum(float(counts[m]) for m in members) / len(filled)
     if any(a > 0 and b == 0 for a, b in zip(p, q, strict=True)):
         return math.inf
-    return sum(a / sum(p) * math.log(a / sum(p) / (b / sum(q))) for a, b in zip(p, q, strict=True) if a)
+    return sum(
+        a / sum(p) * math.log(a / sum(p) / (b / sum(q))) for a, b in zip(p, q, strict=True) if a
+    )
 
 
-@given(st.lists(st.integers(0, 30).map(lambda n: max(n - 8, 0)), min_size=12, max_size=40), st.integers(1, 12))
+@given(
+    st.lists(st.integers(0, 30).map(lambda n: max(n - 8, 0)), min_size=12, max_size=40),
+    st.integers(1, 12),
+)
 def test_divergences_equal_brute_force(counts, levels):
     if not any(counts):
         counts[0] = 1
@@ -187,14 +210,23 @@ def numpy_divergence(counts, cut, levels):
     p = counts[:cut].astype(np.float64)
     p[-1] += counts[cut:].sum()
     filled = p > 0
-    q = (np.bincount(level, counts[:cut]) / np.maximum(np.bincount(level, filled), 1))[level] * filled
+    q = (np.bincount(level, counts[:cut]) / np.maximum(np.bincount(level, filled), 1))[
+        level
+    ] * filled
     with np.errstate(divide="ignore"):
-        return float(np.sum(p[filled] / p.sum() * np.log(p[filled] / p.sum() / (q[filled] / q.sum()))))
+        return float(
+            np.sum(p[filled] / p.sum() * np.log(p[filled] / p.sum() / (q[filled] / q.sum())))
+        )
 
 
 @pytest.mark.parametrize(
     ("name", "spec", "levels"),
-    [("laplace", SYMMETRIC, 128), ("outlier", SYMMETRIC, 128), ("relu", ASYMMETRIC, 256), ("relu", SYMMETRIC, 128)],
+    [
+        ("laplace", SYMMETRIC, 128),
+        ("outlier", SYMMETRIC, 128),
+        ("relu", ASYMMETRIC, 256),
+        ("relu", SYMMETRIC, 128),
+    ],
 )
 def test_kl_is_the_least_divergence_over_2048_bins_of_the_raw_magnitudes(name, spec, levels):
     x = np.abs(data(name, 200_000).astype(np.float64))
@@ -202,7 +234,8 @@ def test_kl_is_the_least_divergence_over_2048_bins_of_the_raw_magnitudes(name, s
     expected = {cut: numpy_divergence(counts, cut, levels) for cut in range(levels, 2049)}
     lo, hi = chosen("KL", [data(name, 200_000)], spec)
     cut = min(round(max(-lo, hi) / edges[1] - 0.5), 2048)
-    # Where a bin of the statistics lies across an edge it is shared out, so that the least may be a bin or two away.
+    # Where a bin of the statistics lies across an edge it is shared out, so that the least may be a
+    # bin or two away.
     near = [expected[i] for i in range(cut - 2, cut + 3) if i in expected]
     assert min(near) <= min(expected.values()) * 1.05
 
@@ -218,7 +251,9 @@ def test_kl_counts_all_codes_for_data_of_one_sign():
     nine_bits = RangeSpec(IntFormat(9, signed=True, narrow=True), symmetric=True)
     # 256 codes above zero either way, against the 128 of a symmetric 8-bit range.
     assert chosen("KL", [x], ASYMMETRIC) == chosen("KL", [x], nine_bits)
-    assert chosen("KL", [-x], ASYMMETRIC)[0] == pytest.approx(-chosen("KL", [x], nine_bits)[1], rel=0.01)
+    assert chosen("KL", [-x], ASYMMETRIC)[0] == pytest.approx(
+        -chosen("KL", [x], nine_bits)[1], rel=0.01
+    )
     assert chosen("KL", [x], ASYMMETRIC)[1] > 1.1 * chosen("KL", [x], SYMMETRIC)[1]
 
 
@@ -231,7 +266,10 @@ def test_kl_wastes_no_codes_beyond_the_data():
 
 def test_kl_does_not_clip_when_there_are_as_many_codes_as_bins():
     x = data("outlier")
-    assert chosen("KL", [x], RangeSpec(IntFormat(16, signed=True), symmetric=False)) == (x.min(), x.max())
+    assert chosen("KL", [x], RangeSpec(IntFormat(16, signed=True), symmetric=False)) == (
+        x.min(),
+        x.max(),
+    )
 
 
 def raw_error(x, lo, hi, spec):
@@ -271,7 +309,9 @@ def test_squared_error_is_that_of_the_raw_values(name):
             lo, hi = min(float(lo), 0.0), max(float(hi), 0.0)
             span = range_of(RANGE_METHODS["MAX_MIN"], stats_of([[lo, hi]]), spec)
             found = squared_error(histogram, spec.qparams(span))
-            assert float(found) == pytest.approx(raw_error(x.astype(np.float64), lo, hi, spec), rel=0.02)
+            assert float(found) == pytest.approx(
+                raw_error(x.astype(np.float64), lo, hi, spec), rel=0.02
+            )
 
 
 def one_bin(first):
@@ -304,7 +344,9 @@ def test_exact_zeros_have_no_error():
     some, diluted = data("normal", 1000), np.append(data("normal", 1000), np.zeros(3000))
     q = SYMMETRIC.qparams(range_of(RANGE_METHODS["MAX_MIN"], stats_of([some]), SYMMETRIC))
     alone = float(squared_error(stats_of([some]).histogram(), q))
-    assert float(squared_error(stats_of([diluted]).histogram(), q)) == pytest.approx(alone / 4, rel=1e-12)
+    assert float(squared_error(stats_of([diluted]).histogram(), q)) == pytest.approx(
+        alone / 4, rel=1e-12
+    )
 
 
 @pytest.mark.parametrize("name", NAMES)
@@ -313,7 +355,11 @@ def test_auto_has_the_least_error_of_all(name, spec):
     x = data(name)
     stats = stats_of([x])
     error = {
-        method: float(squared_error(stats.histogram(), spec.qparams(range_of(RANGE_METHODS[method], stats, spec))))
+        method: float(
+            squared_error(
+                stats.histogram(), spec.qparams(range_of(RANGE_METHODS[method], stats, spec))
+            )
+        )
         for method in ("MAX_MIN", "KL", "REMOVAL_OUTLIER", "PERCENTILE", "MSE", "AUTO")
     }
     assert error["AUTO"] == min(error.values())
@@ -335,7 +381,9 @@ def test_every_method_gives_the_same_range_for_any_order(samples, draw):
     for i in order:
         shuffled.update(np.array(samples[i], np.float32), i)
     for method in RANGE_METHODS.values():
-        assert range_of(method, shuffled, SYMMETRIC) == range_of(method, stats_of(samples), SYMMETRIC)
+        assert range_of(method, shuffled, SYMMETRIC) == range_of(
+            method, stats_of(samples), SYMMETRIC
+        )
 
 
 def test_methods_refuse_statistics_without_what_they_need():

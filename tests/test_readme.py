@@ -28,7 +28,9 @@ def updated() -> str:
 
 @pytest.fixture
 def printed(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> list[str]:
-    """What the README's example prints, without the tensors' rows, whose order may differ between machines."""
+    """What the README's example prints, without the tensors' rows, whose order may differ between
+    machines.
+    """
     lines = Command(capsys).convert(CONFIG, tmp_path / "digits_cnn_quant.onnx", MODEL).lines
     return [line for line in lines if not TENSOR_ROW.match(line)]
 
@@ -46,15 +48,23 @@ def test_every_flag_and_key_is_described(updated: str) -> None:
 
 
 def test_two_commands_do_everything() -> None:
-    assert [line.rsplit("&&", 1)[1].split()[0] for line in COMMANDS] == [".venv/bin/qconvert", ".venv/bin/python"]
-    assert all(line.startswith("python3 -m venv .venv && .venv/bin/pip install ") for line in COMMANDS)
+    assert [line.rsplit("&&", 1)[1].split()[0] for line in COMMANDS] == [
+        ".venv/bin/qconvert",
+        ".venv/bin/python",
+    ]
+    assert all(
+        line.startswith("python3 -m venv .venv && .venv/bin/pip install ") for line in COMMANDS
+    )
     files = re.findall(r"--\w+File=(\S+)", COMMANDS[0])
     assert [(ROOT / file).resolve() for file in files] == [MODEL.resolve(), CONFIG.resolve()]
 
 
 def test_ci_runs_the_commands_of_the_readme() -> None:
     patterns = re.findall(r"\$\(readme '(.+)'\)", (ROOT / ".ci" / "run").read_text())
-    found = [[line for line in README.splitlines() if re.match(f"python3 -m venv .*{p}", line)] for p in patterns]
+    found = [
+        [line for line in README.splitlines() if re.match(f"python3 -m venv .*{p}", line)]
+        for p in patterns
+    ]
     assert sorted(found) == sorted([line] for line in COMMANDS)
 
 
@@ -76,23 +86,32 @@ def _picture_lines() -> list[str]:
 
 
 def _without_numbers(lines: list[str]) -> list[str]:
-    return [re.sub(r"\d+(\.\d+)?", "0", re.sub(r"^Written to .*/", "Written to ", line)) for line in lines]
+    return [
+        re.sub(r"\d+(\.\d+)?", "0", re.sub(r"^Written to .*/", "Written to ", line))
+        for line in lines
+    ]
 
 
 def test_picture_shows_what_the_example_prints(printed: list[str]) -> None:
     prompt, *shown = _picture_lines()
     assert prompt == "$ " + COMMANDS[0].rpartition(".venv/bin/")[2]
     shown = [line for line in shown if not TENSOR_ROW.match(line)]
-    assert _without_numbers(shown) == _without_numbers(printed), "Run: python docs/make_terminal_picture.py"
+    assert _without_numbers(shown) == _without_numbers(printed), (
+        "Run: python docs/make_terminal_picture.py"
+    )
 
 
 @pytest.mark.parametrize("document", ["README.md", "CONTRIBUTING.md", "CHANGELOG.md"])
 def test_links_lead_somewhere(document: str) -> None:
     links = re.findall(r"\]\(([^)#]+)", (ROOT / document).read_text(encoding="utf-8"))
-    assert not [link for link in links if not link.startswith("https://") and not (ROOT / link).exists()]
+    assert not [
+        link for link in links if not link.startswith("https://") and not (ROOT / link).exists()
+    ]
 
 
 def test_versions_agree() -> None:
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    released = re.findall(r"^## \[(\d.*?)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    released = re.findall(
+        r"^## \[(\d.*?)\]", (ROOT / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
     assert project["version"] == __version__ == released[0]

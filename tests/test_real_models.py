@@ -1,4 +1,6 @@
-"""Real trained models, where they are at hand: QCONVERT_DATA names a folder with models/ and images/."""
+"""Real trained models, where they are at hand: QCONVERT_DATA names a folder with models/ and
+images/.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ DATA = Path(os.environ.get("QCONVERT_DATA", ROOT.parent / "shared" / "data"))
 
 @dataclass(frozen=True)
 class Case:
-    """A model, how its data is preprocessed, and the least cosine similarity of its outputs to the float model's."""
+    """A model, how its data is preprocessed, and the least cosine similarity of its outputs to the
+    float model's.
+    """
 
     model: str
     input_name: str
@@ -44,7 +48,8 @@ CASES = (
         "resnet20_cifar10",
         "input",
         "cifar10/calib",
-        PICTURES + "normalize_mean = [123.675, 116.28, 103.53]\nnormalize_std = [58.395, 57.12, 57.375]",
+        PICTURES
+        + "normalize_mean = [123.675, 116.28, 103.53]\nnormalize_std = [58.395, 57.12, 57.375]",
         0.99,
     ),
     Case("mnist_cnn", "Input3", "digits", PICTURES + "image_to_format = GRAY", 0.99),
@@ -60,7 +65,9 @@ CASES = (
 
 
 def _features(file: Path) -> Path:
-    """Smooth random features with the spread of MFCCs, a row a sample: the first coefficients are the largest."""
+    """Smooth random features with the spread of MFCCs, a row a sample: the first coefficients are
+    the largest.
+    """
     spread = 60.0 / (1 + np.arange(10.0))
     steps = np.random.default_rng(5).normal(size=(16, 49, 10)).cumsum(axis=1) / 4
     np.save(file, (steps * spread)[..., None].astype(np.float32))
@@ -76,7 +83,8 @@ def _data(case: Case, scratch: Path) -> Path:
 def _config(case: Case, scratch: Path) -> Path:
     config = scratch / "real.cfg"
     config.write_text(
-        f"[common_quant_param]\nquant_type = FULL_QUANT\n[data_preprocess_param]\ncalibrate_size = 12\n"
+        "[common_quant_param]\nquant_type = FULL_QUANT\n[data_preprocess_param]\ncalibrate_size "
+        "= 12\n"
         f'calibrate_path = {case.input_name}:"{_data(case, scratch)}"\n{case.preprocessing}\n'
     )
     return config
@@ -88,12 +96,18 @@ def _sample(case: Case, scratch: Path) -> np.ndarray:
         return np.load(scratch / "features.npy")[:1]
     picture = Image.open(sorted(_data(case, scratch).glob("*.*"))[0])
     if case.data == "cifar10/calib":
-        pixels = (np.asarray(picture, np.float64) - [123.675, 116.28, 103.53]) / [58.395, 57.12, 57.375]
+        pixels = (np.asarray(picture, np.float64) - [123.675, 116.28, 103.53]) / [
+            58.395,
+            57.12,
+            57.375,
+        ]
         return pixels.transpose(2, 0, 1)[None].astype(np.float32)
     if case.model.startswith("mobilenet"):
         pixels = np.asarray(picture.convert("RGB").resize((224, 224)), np.float32) / 127.5 - 1
         return pixels.transpose(2, 0, 1)[None]
-    grey = np.asarray(picture.convert("L").resize((28, 28) if case.data == "digits" else (224, 224)), np.float32)
+    grey = np.asarray(
+        picture.convert("L").resize((28, 28) if case.data == "digits" else (224, 224)), np.float32
+    )
     return grey[None, None] / np.float32(1 if case.data == "digits" else 255)
 
 

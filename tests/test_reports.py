@@ -1,4 +1,6 @@
-"""The debug reports, held against figures computed here from the tensors that ONNX Runtime gives."""
+"""The debug reports, held against figures computed here from the tensors that ONNX Runtime
+gives.
+"""
 
 from __future__ import annotations
 
@@ -66,9 +68,16 @@ def model(graph: str = GRAPH, **weights: Array) -> ir.Model:
 
 
 def converted(folder: Path, mode: str, **common: object) -> tuple[Job, Path]:
-    """A conversion of `model` with reports, calibrated on three of five samples where there is data."""
+    """A conversion of `model` with reports, calibrated on three of five samples where there is
+    data.
+    """
     reports = folder / "reports"
-    task = job(folder, model(), {"x": DATA}, {"debug_info_save_path": reports, "quant_type": mode, **common})
+    task = job(
+        folder,
+        model(),
+        {"x": DATA},
+        {"debug_info_save_path": reports, "quant_type": mode, **common},
+    )
     text = task.config.path.read_text().replace("calibrate_size = 5", "calibrate_size = 3")
     task.config.path.write_text(text)
     task = replace(task, config=load_config(task.config.path))
@@ -84,10 +93,17 @@ def tensors(model: ir.Model, names: list[str], sample: Array) -> dict[str, Array
 
 def expected(x: Array, y: Array) -> dict[str, float]:
     """The columns of a Dequant row, from sorted values and plain sums."""
-    values, a, b = sorted(y.ravel().tolist()), x.ravel().astype(np.float64), y.ravel().astype(np.float64)
+    values, a, b = (
+        sorted(y.ravel().tolist()),
+        x.ravel().astype(np.float64),
+        y.ravel().astype(np.float64),
+    )
     n, mean = len(values), math.fsum(values) / len(values)
     return {
-        **{name: values[k] for name, k in zip(ROUND[6:11], (0, n // 4, n // 2, 3 * n // 4, n - 1), strict=True)},
+        **{
+            name: values[k]
+            for name, k in zip(ROUND[6:11], (0, n // 4, n // 2, 3 * n // 4, n - 1), strict=True)
+        },
         "Mean": mean,
         "Var": math.fsum((value - mean) ** 2 for value in values) / n,
         "Sparsity": sum(value == 0 for value in values) / n,
@@ -112,23 +128,33 @@ MODES = {
 def test_figures_are_those_of_the_tensors(tmp_path, mode):
     task, reports = converted(tmp_path, mode)
     before, after = load(task.model), load(task.output)
-    assert [path.name for path in sorted(reports.glob("round_*"))] == ["round_0.csv", "round_1.csv", "round_2.csv"]
+    assert [path.name for path in sorted(reports.glob("round_*"))] == [
+        "round_0.csv",
+        "round_1.csv",
+        "round_2.csv",
+    ]
     for index in range(3):
         rows = table(reports / f"round_{index}.csv")
         assert list(rows[0]) == ROUND
         left = tensors(before, ["a", "r", "c", "z", "m", "f", "y"], DATA[index : index + 1])
         left["x"] = DATA[index : index + 1]
-        right = tensors(after, [name for name in MODES[mode].values() if name != "x"], DATA[index : index + 1])
+        right = tensors(
+            after, [name for name in MODES[mode].values() if name != "x"], DATA[index : index + 1]
+        )
         right["x"] = left["x"]
         for name, other in MODES[mode].items():
             found = [row for row in rows if row["TensorName"] == name]
             assert {row["InOutFlag"] for row in found} >= {"Input"} if name == "x" else {"Output"}
             for origin, dequant in zip(found[::2], found[1::2], strict=True):
                 assert (origin["DataTypeFlag"], dequant["DataTypeFlag"]) == ("Origin", "Dequant")
-                assert_row(origin, {**expected(left[name], left[name]), "Clip": 0, "CosineSimilarity": 1})
+                assert_row(
+                    origin, {**expected(left[name], left[name]), "Clip": 0, "CosineSimilarity": 1}
+                )
                 assert_row(dequant, expected(left[name], right[other]))
     summary_rows = table(reports / "output_summary.csv")
-    assert [(row["Round"], row["TensorName"]) for row in summary_rows] == [(str(i), n) for i in range(3) for n in "zy"]
+    assert [(row["Round"], row["TensorName"]) for row in summary_rows] == [
+        (str(i), n) for i in range(3) for n in "zy"
+    ]
     assert float(summary_rows[-1]["CosineSimilarity"]) == float(rows[-1]["CosineSimilarity"])
 
 
@@ -136,7 +162,9 @@ def test_figures_are_those_of_the_tensors(tmp_path, mode):
 def test_every_place_of_every_node_has_its_rows(tmp_path, mode):
     task, reports = converted(tmp_path, mode)
     rows = table(reports / "round_0.csv")
-    places = [(row["NodeName"], row["NodeType"], row["TensorName"], row["InOutFlag"]) for row in rows]
+    places = [
+        (row["NodeName"], row["NodeType"], row["TensorName"], row["InOutFlag"]) for row in rows
+    ]
     wanted = [
         (node.name, node.op_type, value.name, flag)
         for node in load(task.model).graph
@@ -152,13 +180,18 @@ def test_weights_and_their_parameters(tmp_path):
     task, reports = converted(tmp_path, "FULL_QUANT")
     rows = [row for row in table(reports / "quant_param.csv") if row["TensorName"] == "w"]
     codes = next(i for i in onnx.load(task.output).graph.initializer if i.name == "w_quantized")
-    restored = onnx.numpy_helper.to_array(codes) * np.array([float(row["Scale"]) for row in rows])[:, None, None, None]
-    assert [(r["NodeName"], r["ElementsNum"], r["Dims"], r["ZeroPoint"], r["Bits"]) for r in rows] == [
-        ("one, two", "216", "6 4 3 3", "0", "8")
-    ] * 6
+    restored = (
+        onnx.numpy_helper.to_array(codes)
+        * np.array([float(row["Scale"]) for row in rows])[:, None, None, None]
+    )
+    assert [
+        (r["NodeName"], r["ElementsNum"], r["Dims"], r["ZeroPoint"], r["Bits"]) for r in rows
+    ] == [("one, two", "216", "6 4 3 3", "0", "8")] * 6
     assert {(row["CorrectionVar"], row["CorrectionMean"]) for row in rows} == {("1", "0")}
     (row,) = (
-        row for row in table(reports / "round_0.csv") if row["TensorName"] == "w" and row["DataTypeFlag"] == "Dequant"
+        row
+        for row in table(reports / "round_0.csv")
+        if row["TensorName"] == "w" and row["DataTypeFlag"] == "Dequant"
     )
     assert_row(row, expected(WEIGHTS["w"], restored.astype(np.float32)))
     biases = [row for row in table(reports / "quant_param.csv") if row["TensorName"] == "b"]
@@ -167,24 +200,41 @@ def test_weights_and_their_parameters(tmp_path):
 
 @pytest.mark.parametrize("bits", [3, 8])
 def test_stored_weights_have_their_bits(tmp_path, bits):
-    common = {"quant_type": "WEIGHT_QUANT", "bit_num": bits, "debug_info_save_path": (reports := tmp_path / "reports")}
+    common = {
+        "quant_type": "WEIGHT_QUANT",
+        "bit_num": bits,
+        "debug_info_save_path": (reports := tmp_path / "reports"),
+    }
     large = build("g (float[1,64] x) => (float[] y) { [gemm] y = Gemm (x, k) }", k=normal(64, 96))
     convert(job(tmp_path, large, {"x": normal(3, 64)}, common))
     rows = table(reports / "quant_param.csv")
     assert len(rows) == 96
     assert {row["Bits"] for row in rows} == {str(bits)}
-    similar = [row for row in table(reports / "round_0.csv") if row["TensorName"] == rows[0]["TensorName"]]
+    similar = [
+        row for row in table(reports / "round_0.csv") if row["TensorName"] == rows[0]["TensorName"]
+    ]
     assert 0.9 < float(similar[1]["CosineSimilarity"]) < 1
 
 
 def test_without_data_there_is_one_round(tmp_path):
     reports = tmp_path / "a" / "reports"
     (tmp_path / "model.onnx").write_bytes(frozen(model()))
-    common = {"quant_type": "WEIGHT_QUANT", "min_quant_weight_channel": 0, "debug_info_save_path": reports}
+    common = {
+        "quant_type": "WEIGHT_QUANT",
+        "min_quant_weight_channel": 0,
+        "debug_info_save_path": reports,
+    }
     config = write_config(tmp_path / "c.cfg", common_quant=common)
     convert(Job(tmp_path / "model.onnx", tmp_path / "q.onnx", load_config(config)))
     assert {path.name for path in reports.iterdir()} == {
-        *("round_0.csv", "output_summary.csv", "quant_param.csv", "sensitivity.csv", "summary.json", "report.html")
+        *(
+            "round_0.csv",
+            "output_summary.csv",
+            "quant_param.csv",
+            "sensitivity.csv",
+            "summary.json",
+            "report.html",
+        )
     }
 
 
@@ -194,7 +244,9 @@ def test_an_earlier_run_is_replaced_and_other_files_stay(tmp_path):
     for name in ("round_0.csv", "round_17.csv", "round_x.csv", "notes.txt"):
         (reports / name).write_text("old")
     converted(tmp_path, "FULL_QUANT")
-    assert {path.name for path in reports.glob("round_*")} == {f"round_{i}.csv" for i in (0, 1, 2, "x")}
+    assert {path.name for path in reports.glob("round_*")} == {
+        f"round_{i}.csv" for i in (0, 1, 2, "x")
+    }
     assert (reports / "round_0.csv").read_text() != "old" == (reports / "notes.txt").read_text()
     assert not list(tmp_path.glob(".reports*"))
 
@@ -202,14 +254,18 @@ def test_an_earlier_run_is_replaced_and_other_files_stay(tmp_path):
 @pytest.mark.parametrize("below", [".", "deeper/still"])
 def test_a_file_in_the_way(tmp_path, below):
     (tmp_path / "reports").write_text("a file")
-    with pytest.raises(ConfigError, match=r"debug_info_save_path: .*reports is a file; give the path of a folder\."):
+    with pytest.raises(
+        ConfigError, match=r"debug_info_save_path: .*reports is a file; give the path of a folder\."
+    ):
         converted(tmp_path, "FULL_QUANT", debug_info_save_path=tmp_path / "reports" / below)
 
 
 def test_memory_does_not_change_the_figures(tmp_path):
     converted(tmp_path, "FULL_QUANT")
     wanted = (tmp_path / "reports" / "round_2.csv").read_text()
-    task = Job(tmp_path / "model.onnx", tmp_path / "quantized.onnx", load_config(tmp_path / "c.cfg"))
+    task = Job(
+        tmp_path / "model.onnx", tmp_path / "quantized.onnx", load_config(tmp_path / "c.cfg")
+    )
     before, after = load(task.model), load(task.output)
     places = pair(before, after, QuantPlan({}, {}))
     data = InMemory([{"x": DATA[i : i + 1]} for i in range(3)])
@@ -223,16 +279,20 @@ def test_summaries(x):
     assert summary(x) == pytest.approx(tuple(expected(x, x).values())[:8], rel=1e-9, abs=1e-9)
 
 
-# --- what to do next -------------------------------------------------------------------------------------------------
+# --- what to do next
 
 
 def test_the_cheap_ranking_is_the_thorough_one():
     graph = """g (float[1,4,7,7] x) => (float[] y) {
-        [one] a = Conv (x, w1)  r = Relu (a)  [two] p = Conv (r, w2)  [three] q = Conv (p, w3)  [four] s = Conv (q, w4)
+        [one] a = Conv (x, w1)  r = Relu (a)  [two] p = Conv (r, w2)  [three] q = Conv (p, w3)
+          [four] s = Conv (q, w4)
         [five] y = Conv (s, w5)
     }"""
     powers = {"w1": 4, "w2": 0.3, "w3": 30, "w4": 1, "w5": 1}
-    spread = {n: normal(4, 4, 1, 1, seed=i) * positive(1, 4, 1, 1) ** k for i, (n, k) in enumerate(powers.items())}
+    spread = {
+        n: normal(4, 4, 1, 1, seed=i) * positive(1, 4, 1, 1) ** k
+        for i, (n, k) in enumerate(powers.items())
+    }
     float_model, plan = decided(graph, IMAGES, **spread)
     thorough = {}
     for unit in plan.units():
@@ -278,16 +338,22 @@ def test_models_of_other_tools_are_paired(foreign):
     before, after = foreign
     places = [p for p in pair(before, after, QuantPlan({}, {})).places if p.name not in {"b", "f"}]
     # Integer operators take the Relu in: what lies between exists in the float model alone.
-    missing = {place.name for place in places if place.restored is None and place.counterpart is None}
+    missing = {
+        place.name for place in places if place.restored is None and place.counterpart is None
+    }
     assert missing <= {"a", "c"}
-    (figures,) = rounds(pair(before, after, QuantPlan({}, {})), InMemory([{"x": DATA[:1]}]), 1, resources())
+    (figures,) = rounds(
+        pair(before, after, QuantPlan({}, {})), InMemory([{"x": DATA[:1]}]), 1, resources()
+    )
     similar = {key[0]: found.cosine for key, found in figures.items() if found.dequant is not None}
     assert {"x", "r", "z", "y"} <= similar.keys()
     assert 0.99 < min(similar.values()) <= max(similar.values()) < 1
     weight = next(place for place in places if place.name == "v")
     assert weight.restored is not None
     assert weight.qparams is not None
-    np.testing.assert_allclose(weight.restored, WEIGHTS["v"], atol=float(weight.qparams.scale.max()) / 2 * 1.001)
+    np.testing.assert_allclose(
+        weight.restored, WEIGHTS["v"], atol=float(weight.qparams.scale.max()) / 2 * 1.001
+    )
 
 
 def test_a_report_names_saturation_and_its_nodes(foreign):
@@ -296,7 +362,11 @@ def test_a_report_names_saturation_and_its_nodes(foreign):
     verified = Verification(**NOTHING, saturated=tuple(saturating(after)))
     found = findings(result, Findings({}, (1, 1), verified), resources(), Ear())
     assert any(line.startswith("Saturation: the weights of one, two") for line in found.advice)
-    assert {node.name for node in found.nodes if "saturate" in node.advice} == {"one, two", "conv", "gemm"}
+    assert {node.name for node in found.nodes if "saturate" in node.advice} == {
+        "one, two",
+        "conv",
+        "gemm",
+    }
 
 
 NOTHING = {
@@ -319,18 +389,26 @@ MERGE = """g (float[1,4,8,8] x) => (float[] y) {
 def test_a_report_names_mixed_ranges(tmp_path, small, named):
     before = build(MERGE, small=np.float32(small), v=np.eye(4, dtype=np.float32)[..., None, None])
     (tmp_path / "float.onnx").write_bytes(frozen(before))
-    quantize_static(tmp_path / "float.onnx", tmp_path / "other.onnx", Reader(DATA), quant_format=QuantFormat.QDQ)
-    result = Quantized(before, load(tmp_path / "other.onnx"), QuantPlan({}, {}), InMemory([{"x": DATA[:1]}]))
+    quantize_static(
+        tmp_path / "float.onnx", tmp_path / "other.onnx", Reader(DATA), quant_format=QuantFormat.QDQ
+    )
+    result = Quantized(
+        before, load(tmp_path / "other.onnx"), QuantPlan({}, {}), InMemory([{"x": DATA[:1]}])
+    )
     found = findings(result, Findings({}, (1, 1), None), resources(), Ear())
     advice = {node.name: node.advice for node in found.nodes}
     assert ("mixed ranges" in advice["tail"]) == named
-    assert any(line.startswith("Mixed ranges: the inputs of tail ") for line in found.advice) == named
+    assert (
+        any(line.startswith("Mixed ranges: the inputs of tail ") for line in found.advice) == named
+    )
     if named:
         assert f"{1 / small:.0f}" in advice["tail"]
 
 
 def test_a_report_names_what_is_cut_off():
-    graph = "g (float[5,8] x) => (float[] y) { [first] h = Gemm (x, m)  [second] y = Gemm (h, last) }"
+    graph = (
+        "g (float[5,8] x) => (float[] y) { [first] h = Gemm (x, m)  [second] y = Gemm (h, last) }"
+    )
     samples = [{"x": normal(5, 8, seed=seed)} for seed in range(4)]
     float_model, plan = decided(graph, samples, last=normal(6, 3))
     h = plan.tensors["h"].group
@@ -353,10 +431,15 @@ def test_a_report_names_what_is_cut_off():
 def test_the_summary_is_for_programs(tmp_path):
     task, reports = converted(tmp_path, "FULL_QUANT")
     found = json.loads((reports / "summary.json").read_text())
-    assert found["bytes"] == {"before": task.model.stat().st_size, "after": task.output.stat().st_size}
+    assert found["bytes"] == {
+        "before": task.model.stat().st_size,
+        "after": task.output.stat().st_size,
+    }
     assert found["verification"]["samples"] == 2
     assert found["verification"]["held_back"] is True
-    assert {node["name"] for node in found["worst_nodes"]} <= {node.name for node in load(task.model).graph}
+    assert {node["name"] for node in found["worst_nodes"]} <= {
+        node.name for node in load(task.model).graph
+    }
     assert str(tmp_path) not in (reports / "summary.json").read_text()
 
 
@@ -369,7 +452,7 @@ def test_sensitivities_are_sorted_and_add_up(tmp_path):
     assert {row["Bits"] for row in rows} == {"8"}
 
 
-# --- where a model comes from ----------------------------------------------------------------------------------------
+# --- where a model comes from
 
 
 def test_a_model_tells_where_it_comes_from(tmp_path):

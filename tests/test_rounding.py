@@ -1,4 +1,6 @@
-"""Weight rounding: against plain Optimal Brain Quantization, brute force on tiny problems and dense searches."""
+"""Weight rounding: against plain Optimal Brain Quantization, brute force on tiny problems and dense
+searches.
+"""
 
 from itertools import product
 
@@ -82,7 +84,10 @@ def test_nearest_rounds_half_to_even_and_clips():
         ((100, 40), (94, 34)),
         ((-100, -40), (-94, -34)),
         ((127, -127), (127, -127)),
-        ((200, 10), (127, 1)),  # the first ends at the highest code, so that the second has to give way for both
+        (
+            (200, 10),
+            (127, 1),
+        ),  # the first ends at the highest code, so that the second has to give way for both
         ((10, 200), (1, 127)),
         ((-10, -200), (-1, -127)),
         ((200, -10), (127, -10)),
@@ -104,7 +109,11 @@ def test_nearest_is_the_nearest_pair_of_all(grid, pair):
 
 
 @settings(deadline=None)
-@given(grids(), st.lists(st.floats(-1e30, 1e30), min_size=1, max_size=9), st.sampled_from([np.float32, np.float64]))
+@given(
+    grids(),
+    st.lists(st.floats(-1e30, 1e30), min_size=1, max_size=9),
+    st.sampled_from([np.float32, np.float64]),
+)
 def test_nearest_never_breaks_the_bound(grid, scaled, dtype):
     scaled = np.array(scaled, dtype)
     codes = nearest(scaled, grid)
@@ -133,25 +142,34 @@ def rounding_order(moments, width):
 
 
 def obq_target(w, inverse, k, partner, grid):
-    """Where two weights together are too large: the first one after both moved the least costly way to the bound."""
+    """Where two weights together are too large: the first one after both moved the least costly way
+    to the bound.
+    """
     low, high = grid.format.qmin, grid.format.qmax
     total = min(max(w[k], low), high) + min(max(w[partner], low), high)
     if abs(total) <= grid.pair_limit:
         return w[k]
     limit = grid.pair_limit if total > 0 else -grid.pair_limit
     towards = inverse[k, k] + inverse[k, partner]
-    moved = w[k] - (w[k] + w[partner] - limit) * towards / (towards + inverse[partner, partner] + inverse[partner, k])
+    moved = w[k] - (w[k] + w[partner] - limit) * towards / (
+        towards + inverse[partner, partner] + inverse[partner, k]
+    )
     return min(max(moved, limit - high, low), limit - low, high)
 
 
 def obq(weight, moments, grid):
-    """Optimal Brain Quantization of one row in a fixed order: the inverse shrinks by one column a step."""
+    """Optimal Brain Quantization of one row in a fixed order: the inverse shrinks by one column a
+    step.
+    """
     w, inverse, codes = weight.copy(), np.linalg.inv(moments), {}
     for k in rounding_order(moments, 1 if grid.pair_limit is None else 2):
         low, high, target, partner = grid.format.qmin, grid.format.qmax, w[k], k ^ 1
         if grid.pair_limit is not None and partner < len(w):
             if partner in codes:
-                low, high = max(low, -grid.pair_limit - codes[partner]), min(high, grid.pair_limit - codes[partner])
+                low, high = (
+                    max(low, -grid.pair_limit - codes[partner]),
+                    min(high, grid.pair_limit - codes[partner]),
+                )
             else:
                 target = obq_target(w, inverse, k, partner, grid)
         codes[k] = min(max(np.rint(target), low), high)
@@ -161,11 +179,16 @@ def obq(weight, moments, grid):
 
 
 @pytest.mark.parametrize("grid", [PLAIN, PAIRED, Grid(INT4), Grid(INT4, 8)], ids=str)
-@pytest.mark.parametrize(("groups", "rows", "columns"), [(1, 5, 1), (1, 5, 2), (3, 2, 9), (1, 3, 71), (2, 2, 100)])
+@pytest.mark.parametrize(
+    ("groups", "rows", "columns"), [(1, 5, 1), (1, 5, 2), (3, 2, 9), (1, 3, 71), (2, 2, 100)]
+)
 def test_compensated_is_optimal_brain_quantization(grid, groups, rows, columns):
     weight, moments = problem(columns, groups, rows, columns, size=0.6 * grid.format.qmax)
     codes = compensated(weight, ones(weight), moments, grid)
-    expected = [[obq(row, h, grid) for row in group] for group, h in zip(weight, damped(moments), strict=True)]
+    expected = [
+        [obq(row, h, grid) for row in group]
+        for group, h in zip(weight, damped(moments), strict=True)
+    ]
     assert np.array_equal(codes, expected)
 
 
@@ -272,7 +295,9 @@ def scale_errors(weight, importance, scales, grid):
 def draw_weights(kind, seed, groups=2, rows=6, columns=96):
     rng = np.random.default_rng(seed)
     weight = getattr(rng, kind)(size=(groups, rows, columns)) - (0.5 if kind == "uniform" else 0)
-    return weight * rng.uniform(0.1, 3, (groups, rows, 1)), rng.uniform(0, 2, (groups, columns)) ** 2
+    return weight * rng.uniform(0.1, 3, (groups, rows, 1)), rng.uniform(
+        0, 2, (groups, columns)
+    ) ** 2
 
 
 @pytest.mark.parametrize("per_channel", [True, False])
@@ -280,7 +305,11 @@ def draw_weights(kind, seed, groups=2, rows=6, columns=96):
 @pytest.mark.parametrize("kind", ["normal", "uniform", "laplace"])
 def test_scales_are_as_good_as_a_dense_search(kind, grid, per_channel):
     weight, importance = draw_weights(kind, 11)
-    covering = np.abs(weight).max(axis=2) if per_channel else np.full(weight.shape[:2], np.abs(weight).max())
+    covering = (
+        np.abs(weight).max(axis=2)
+        if per_channel
+        else np.full(weight.shape[:2], np.abs(weight).max())
+    )
     dense = np.linspace(0.15, 1.8, 300)[:, None, None] * covering / grid.format.qmax
     scales = search_scales(weight, importance, grid, per_channel)
     assert scales.shape == weight.shape[:2]
@@ -323,26 +352,40 @@ def test_a_row_of_nothing_gets_scale_one(weight):
 
 
 def test_without_importance_the_scale_covers_the_largest_weight():
-    assert search_scales(np.array([[[-2.54, 1.0]]]), np.zeros((1, 2)), PAIRED, True) == pytest.approx(0.02)
+    assert search_scales(
+        np.array([[[-2.54, 1.0]]]), np.zeros((1, 2)), PAIRED, True
+    ) == pytest.approx(0.02)
 
 
 def test_pairs_widen_the_scale_until_they_fit():
     weight = np.full((1, 1, 8), 1.27)
-    assert search_scales(weight, np.ones((1, 8)), PLAIN, True)[0, 0] == pytest.approx(0.01, rel=0.001)
+    assert search_scales(weight, np.ones((1, 8)), PLAIN, True)[0, 0] == pytest.approx(
+        0.01, rel=0.001
+    )
     widened = search_scales(weight, np.ones((1, 8)), PAIRED, True)
-    assert np.abs(weight - widened[..., None] * nearest(weight / widened[..., None], PAIRED)).max() < 0.005
+    assert (
+        np.abs(weight - widened[..., None] * nearest(weight / widened[..., None], PAIRED)).max()
+        < 0.005
+    )
 
 
 @pytest.mark.parametrize("limit", [None, 128])
 def test_given_codes_stay_and_the_others_make_up_for_them(limit):
     rng = np.random.default_rng(0)
     x = rng.normal(size=(200, 7)) @ rng.normal(size=(7, 7))
-    weight, moments, grid = rng.normal(size=(1, 5, 7)), (x.T @ x)[None] / 200, Grid(IntFormat(8, signed=True), limit)
+    weight, moments, grid = (
+        rng.normal(size=(1, 5, 7)),
+        (x.T @ x)[None] / 200,
+        Grid(IntFormat(8, signed=True), limit),
+    )
     fixed = np.where(rng.random(weight.shape) < 0.4, 0.0, np.nan)
     scale = np.full((1, 5), 0.05)
     codes = compensated(weight, scale, moments, grid, fixed)
     given = ~np.isnan(fixed)
     assert (codes[given] == 0).all()
     naive = np.where(given, 0.0, np.clip(np.rint(weight / 0.05), -127, 127))
-    costs = [np.einsum("grk,gkl,grl->", e, moments, e) for e in (weight - 0.05 * c for c in (codes, naive))]
+    costs = [
+        np.einsum("grk,gkl,grl->", e, moments, e)
+        for e in (weight - 0.05 * c for c in (codes, naive))
+    ]
     assert costs[0] < 0.95 * costs[1]

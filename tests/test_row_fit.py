@@ -20,7 +20,9 @@ def grids(bits, **options):
 
 def problem(seed, rows=6, columns=5, samples=40):
     rng = np.random.default_rng(seed)
-    x = rng.normal(size=(samples, columns)) @ rng.normal(size=(columns, columns)) + rng.normal(size=columns)
+    x = rng.normal(size=(samples, columns)) @ rng.normal(size=(columns, columns)) + rng.normal(
+        size=columns
+    )
     return rng.normal(size=(1, rows, columns)), (x.T @ x / samples)[None]
 
 
@@ -98,7 +100,9 @@ def test_a_constant_row_is_kept():
 @pytest.mark.parametrize("bits", range(2, 12))
 def test_every_bit_halves_the_error(bits):
     weight = np.random.default_rng(1).normal(size=(1, 4, 4096))
-    narrow, wide = (fit(weight, None, grids(b)).relative_error(weight, None) for b in (bits, bits + 1))
+    narrow, wide = (
+        fit(weight, None, grids(b)).relative_error(weight, None) for b in (bits, bits + 1)
+    )
     assert 0.4 < wide / narrow < 0.65
 
 
@@ -127,7 +131,9 @@ def test_a_trellis_lowers_the_error(bits, data):
             wanted = Grids(IntFormat(bits, signed=False, trellis=coded))
             rows = fit(weight, moments if data else None, wanted)
             found = errors(weight, rows, moments if data else np.eye(200)[None]).sum()
-            with_trellis, without = (with_trellis + found, without) if coded else (with_trellis, without + found)
+            with_trellis, without = (
+                (with_trellis + found, without) if coded else (with_trellis, without + found)
+            )
     assert with_trellis < 0.9 * without
 
 

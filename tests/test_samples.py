@@ -57,7 +57,10 @@ def test_unusable_folders(tmp_path: Path, kind: str) -> None:
     given = spec(1, 1, 2, 2)
     with pytest.raises(CalibError, match=r"gone: is not a readable folder .*No such file"):
         opened(given, tmp_path / "gone", kind)
-    with pytest.raises(CalibError, match=r"holds 0 file\(s\) but one sample of input 'x' \(float32 \[1, 1, 2, 2\]\)"):
+    with pytest.raises(
+        CalibError,
+        match=r"holds 0 file\(s\) but one sample of input 'x' \(float32 \[1, 1, 2, 2\]\)",
+    ):
         opened(given, tmp_path, kind)
 
 
@@ -84,7 +87,10 @@ def test_broken_files_are_named_and_replaced(tmp_path: Path) -> None:
     (tmp_path / "img2.png").write_bytes((tmp_path / "img2.png").read_bytes()[:1000])
     dataset = opened(spec(1, 1, 2, 2), tmp_path, "IMAGE", 3)
     assert levels(dataset) == [1, 3, 4] and dataset.files(1) == (tmp_path / "img3.png",)
-    assert dataset.warnings[0] == f"{tmp_path / 'img0.png'}: is broken or not a picture of a known format."
+    assert (
+        dataset.warnings[0]
+        == f"{tmp_path / 'img0.png'}: is broken or not a picture of a known format."
+    )
     assert dataset.warnings[1].startswith(f"{tmp_path / 'img2.png'}: cannot be read as a picture (")
     assert len(dataset.warnings) == 2
 
@@ -98,12 +104,19 @@ def test_fewer_usable_files_than_asked_for(tmp_path: Path) -> None:
 def test_no_usable_file(tmp_path: Path) -> None:
     for name in "ab":
         (tmp_path / f"{name}.txt").write_text("text")
-    with pytest.raises(CalibError, match=r"none of the 2 sample\(s\) can be used, the first .* .*a\.txt: is broken"):
+    with pytest.raises(
+        CalibError, match=r"none of the 2 sample\(s\) can be used, the first .* .*a\.txt: is broken"
+    ):
         opened(spec(1, 1, 2, 2), tmp_path, "IMAGE", 5)
 
 
 @settings(max_examples=15, deadline=None)
-@given(broken=st.sets(st.integers(0, 29)), size=st.integers(1, 30), workers=st.integers(1, 4), wave=st.integers(1, 40))
+@given(
+    broken=st.sets(st.integers(0, 29)),
+    size=st.integers(1, 30),
+    workers=st.integers(1, 4),
+    wave=st.integers(1, 40),
+)
 def test_the_choice_does_not_depend_on_threads_or_waves(
     tmp_path_factory: pytest.TempPathFactory, broken: set[int], size: int, workers: int, wave: int
 ) -> None:
@@ -120,17 +133,26 @@ def test_the_choice_does_not_depend_on_threads_or_waves(
         dataset = open_dataset([spec(1, 1)], {"x": folder}, size, "BIN", PLAIN, workers)
     assert levels(dataset) == good
     tried = range(good[-1] + 1) if len(good) == size else range(30)
-    named = [i for i in range(30) if any(w.startswith(f"{folder / f'{i}.bin'}: ") for w in dataset.warnings)]
+    named = [
+        i
+        for i in range(30)
+        if any(w.startswith(f"{folder / f'{i}.bin'}: ") for w in dataset.warnings)
+    ]
     assert named == [i for i in tried if i in broken]
 
 
-def test_samples_are_the_same_with_and_without_the_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_samples_are_the_same_with_and_without_the_cache(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     grey_folder(tmp_path, range(8))
     cached = opened(spec(1, 1, 2, 2), tmp_path, "IMAGE", 8)
     monkeypatch.setattr(samples, "CACHE_BYTES", 3 * 16)
     partly = opened(spec(1, 1, 2, 2), tmp_path, "IMAGE", 8)
     assert cached.sample(7)["x"] is cached.sample(7)["x"]
-    assert partly.sample(2)["x"] is partly.sample(2)["x"] and partly.sample(3)["x"] is not partly.sample(3)["x"]
+    assert (
+        partly.sample(2)["x"] is partly.sample(2)["x"]
+        and partly.sample(3)["x"] is not partly.sample(3)["x"]
+    )
     with ThreadPoolExecutor(4) as pool:
         read = list(pool.map(lambda i: partly.sample(i % 8)["x"].flat[0], range(64)))
     assert read == list(range(8)) * 8 and levels(cached) == list(range(8))
@@ -161,8 +183,13 @@ def test_fingerprint_follows_content_and_preprocessing_only(tmp_path: Path) -> N
     base = opened(given, first, "IMAGE", 3).fingerprint()
     assert base == opened(given, second, "IMAGE", 3).fingerprint() and len(base) == 64
     assert base != opened(given, first, "IMAGE", 2).fingerprint()
-    assert base != opened(given, first, "IMAGE", 3, ImageOptions(normalize_mean=(1.0,))).fingerprint()
-    assert base != open_dataset([spec(1, 1, 2, 2, name="y")], {"y": first}, 3, "IMAGE", PLAIN).fingerprint()
+    assert (
+        base != opened(given, first, "IMAGE", 3, ImageOptions(normalize_mean=(1.0,))).fingerprint()
+    )
+    assert (
+        base
+        != open_dataset([spec(1, 1, 2, 2, name="y")], {"y": first}, 3, "IMAGE", PLAIN).fingerprint()
+    )
     grey(second / "1.png", 9)
     assert base != opened(given, second, "IMAGE", 3).fingerprint()
 
@@ -186,7 +213,10 @@ def test_folders_of_different_length(tmp_path: Path) -> None:
     specs = [spec(1, 1, 2, 2, name="a"), spec(1, 1, 2, 2, name="b")]
     dataset = open_dataset(specs, {"a": left, "b": right}, 2, "IMAGE", PLAIN)
     assert dataset.warnings == (
-        "The inputs have different numbers of samples (5 for 'a', 2 for 'b'); the surplus is not used.",
+        (
+            "The inputs have different numbers of samples (5 for 'a', 2 for 'b'); the surplus is "
+            "not used."
+        ),
     )
 
 
@@ -197,9 +227,15 @@ def test_inputs_and_folders_must_match(tmp_path: Path) -> None:
     def attempt(*names: str) -> None:
         open_dataset(specs, dict.fromkeys(names, tmp_path), 1, "BIN", PLAIN)
 
-    with pytest.raises(CalibError, match=rf"no input 'imge', its inputs are {listed}; write image\."):
+    with pytest.raises(
+        CalibError, match=rf"no input 'imge', its inputs are {listed}; write image\."
+    ):
         attempt("imge", "state")
-    with pytest.raises(CalibError, match=rf"no input 'zzz', its inputs are {listed}; write image or state\."):
+    with pytest.raises(
+        CalibError, match=rf"no input 'zzz', its inputs are {listed}; write image or state\."
+    ):
         attempt("zzz", "state")
-    with pytest.raises(CalibError, match=r"no folder is given for .* 'state' .*; add state:<folder>\."):
+    with pytest.raises(
+        CalibError, match=r"no folder is given for .* 'state' .*; add state:<folder>\."
+    ):
         attempt("image")

@@ -1,4 +1,6 @@
-"""Which nodes cost the output most: ranked by what they do alone, measured as cosine or as right answers."""
+"""Which nodes cost the output most: ranked by what they do alone, measured as cosine or as right
+answers.
+"""
 
 from __future__ import annotations
 
@@ -33,7 +35,8 @@ def by_themselves(model: ir.Model, plan: QuantPlan, samples: list[Sample]) -> di
 
 
 def test_the_node_with_the_coarsest_integers_comes_first():
-    # A column of the input that is large and says little leaves few codes to the others, which the first node reads.
+    # A column of the input that is large and says little leaves few codes to the others, which the
+    # first node reads.
     sizes = np.array([1000, 1, 1, 1, 1, 1, 1, 1], np.float32)
     samples = [{"x": sample["x"] * sizes} for sample in BATCHES]
     graph = f"{ROWS} {{ [rough] a = Gemm (x, k)  [fine] c = Gemm (a, t)  [last] y = Gemm (c, t) }}"
@@ -47,7 +50,8 @@ def test_the_node_with_the_coarsest_integers_comes_first():
 
 def test_one_unit_is_quantized_alone():
     graph = """g (float[1,4,7,7] x) => (float[] y) {
-        [one] a = Conv (x, w)  r = Relu (a)  p = Pad (r, edges)  [two] c = Conv (p, v)  [three] y = Add (c, p)
+        [one] a = Conv (x, w)  r = Relu (a)  p = Pad (r, edges)  [two] c = Conv (p, v)
+          [three] y = Add (c, p)
     }"""
     model, plan = decided(graph, IMAGES, edges=np.array([0, 0, 1, 1, 0, 0, 1, 1]))
     for unit in plan.units():
@@ -84,7 +88,10 @@ def test_a_float_that_is_an_output_and_becomes_integers():
 
 
 def test_a_tensor_of_one_number():
-    graph = "g (float[5,8] x) => (float[] y) { [one] a = Gemm (x, m)  s = ReduceSum <keepdims = 0> (a)  y = Abs (s) }"
+    graph = (
+        "g (float[5,8] x) => (float[] y) { [one] a = Gemm (x, m)  s = ReduceSum <keepdims = 0> "
+        "(a)  y = Abs (s) }"
+    )
     model = build(graph, m=normal(8, 6))
     quantized = build(
         """g (float[5,8] x) => (float[] y) {
@@ -95,7 +102,9 @@ def test_a_tensor_of_one_number():
         k=np.float32(0.5),
         z=np.uint8(128),
     )
-    found = alone(pair(model, quantized, QuantPlan({}, {})), InMemory(BATCHES), len(BATCHES), resources())
+    found = alone(
+        pair(model, quantized, QuantPlan({}, {})), InMemory(BATCHES), len(BATCHES), resources()
+    )
     sums = np.array([np.sum(sample["x"].astype(np.float64) @ normal(8, 6)) for sample in BATCHES])
     codes = np.clip(np.rint(sums / 0.5), -128, 127) * 0.5
     (error,) = (cost.output for cost in found.values())
@@ -103,12 +112,15 @@ def test_a_tensor_of_one_number():
     assert error.sqnr_db == pytest.approx(expected, abs=0.01)
 
 
-# --- what the output loses -------------------------------------------------------------------------------------------
+# --- what the output loses
 
 
 def scores(*rows):
     """A model that adds a constant to its input."""
-    return build("g (float[1,3] x) => (float[1,3] y) { y = Add (x, k) }", k=np.array([rows], np.float32).reshape(1, 3))
+    return build(
+        "g (float[1,3] x) => (float[1,3] y) { y = Add (x, k) }",
+        k=np.array([rows], np.float32).reshape(1, 3),
+    )
 
 
 DATA = InMemory(
@@ -119,7 +131,8 @@ LABELS = {"a.png": 0, "b.png": 1, "c.png": 2, "d.png": 1, "unused.png": 7}
 
 
 @pytest.mark.parametrize(
-    ("shift", "share"), [((0, 0, 0), 3 / 4), ((0, 1.5, 0), 1), ((9, 0, 0), 1 / 4), ((0, 9, 0), 2 / 4)]
+    ("shift", "share"),
+    [((0, 0, 0), 3 / 4), ((0, 1.5, 0), 1), ((9, 0, 0), 1 / 4), ((0, 9, 0), 2 / 4)],
 )
 def test_right_answers(shift, share):
     with saved(scores(*shift)) as path:
@@ -131,7 +144,9 @@ def test_without_labels_the_cosine_counts():
     x = np.concatenate([DATA.sample(i)["x"] for i in range(4)]).astype(np.float64)
     y = x + np.array([0, 1.5, 0])
     cosine = np.sum(x * y) / math.sqrt(np.sum(x * x) * np.sum(y * y))
-    assert output_drop(scores(0, 0, 0), scores(0, 1.5, 0), DATA, None, resources()) == pytest.approx(1 - cosine)
+    assert output_drop(
+        scores(0, 0, 0), scores(0, 1.5, 0), DATA, None, resources()
+    ) == pytest.approx(1 - cosine)
 
 
 def test_the_worst_output_counts():
@@ -151,7 +166,7 @@ def test_several_rows_a_sample_have_no_one_label():
         top1(path, data, LABELS, resources())
 
 
-# --- labels ----------------------------------------------------------------------------------------------------------
+# --- labels
 
 
 @pytest.mark.parametrize(
@@ -207,7 +222,7 @@ def test_one_file_of_many_samples_has_no_one_label(tmp_path):
         read_labels(tmp_path / "labels.csv", data)
 
 
-# --- bisection -------------------------------------------------------------------------------------------------------
+# --- bisection
 
 
 @given(st.integers(1, 300), st.data())

@@ -1,4 +1,6 @@
-"""Running models: what goes wrong is told in one sentence, and results come in order whatever the workers do."""
+"""Running models: what goes wrong is told in one sentence, and results come in order whatever the
+workers do.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +46,9 @@ def test_a_model_that_cannot_be_loaded(tmp_path):
 
 def test_a_sample_that_does_not_fit():
     session = open_session(frozen(MODEL))
-    with pytest.raises(CalibError, match=r"^The model fails on a sample with x \[2, 3\] float32: [^\n]+\.$"):
+    with pytest.raises(
+        CalibError, match=r"^The model fails on a sample with x \[2, 3\] float32: [^\n]+\.$"
+    ):
         run(session, ["y"], {"x": normal(2, 3)})
     with pytest.raises(CalibError, match=r"x \[2, 4\] float64"):
         run(session, ["y"], {"x": normal(2, 4).astype(np.float64)})

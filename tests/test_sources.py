@@ -1,4 +1,6 @@
-"""calib.sources: what pictures, raw buffers and NumPy files become for inputs of every shape and dtype."""
+"""calib.sources: what pictures, raw buffers and NumPy files become for inputs of every shape and
+dtype.
+"""
 
 from __future__ import annotations
 
@@ -26,9 +28,13 @@ def test_layouts_of_a_colour_picture(tmp_path: Path, batch: int | None) -> None:
 
 def test_the_flag_decides_an_ambiguous_layout(tmp_path: Path) -> None:
     pixels = colour(tmp_path / "a.png", 3, 3)
-    with pytest.raises(CalibError, match=r"write --inputDataFormat=NCHW or --inputDataFormat=NHWC\."):
+    with pytest.raises(
+        CalibError, match=r"write --inputDataFormat=NCHW or --inputDataFormat=NHWC\."
+    ):
         opened(spec(1, 3, 3, 3), tmp_path, "IMAGE")
-    assert np.array_equal(only(opened(spec(1, 3, 3, 3, layout="NHWC"), tmp_path, "IMAGE")), pixels[None])
+    assert np.array_equal(
+        only(opened(spec(1, 3, 3, 3, layout="NHWC"), tmp_path, "IMAGE")), pixels[None]
+    )
     nchw = only(opened(spec(1, 3, 3, 3, layout="NCHW"), tmp_path, "IMAGE"))
     assert np.array_equal(nchw, pixels.transpose(2, 0, 1)[None])
 
@@ -38,9 +44,13 @@ def test_a_flag_that_contradicts_the_shape(tmp_path: Path) -> None:
         opened(spec(1, 3, 8, 8, layout="NHWC"), tmp_path, "IMAGE")
 
 
-@pytest.mark.parametrize("shape", [(1, 8, 8, 4), (1, None, 8, None), (1, 10), (3, 8, 8), (1, 1, 3, 8, 8), ()])
+@pytest.mark.parametrize(
+    "shape", [(1, 8, 8, 4), (1, None, 8, None), (1, 10), (3, 8, 8), (1, 1, 3, 8, 8), ()]
+)
 def test_inputs_that_are_no_pictures(tmp_path: Path, shape: tuple[int | None, ...]) -> None:
-    with pytest.raises(CalibError, match=r"'x' .* not made for pictures .* input_type = BIN or NPY.*--inputShape"):
+    with pytest.raises(
+        CalibError, match=r"'x' .* not made for pictures .* input_type = BIN or NPY.*--inputShape"
+    ):
         opened(spec(*shape), tmp_path, "IMAGE")
 
 
@@ -58,7 +68,9 @@ def test_a_fixed_batch_takes_consecutive_files(tmp_path: Path) -> None:
     assert dataset.sample(1)["x"].shape == (3, 1, 2, 2)
     assert dataset.sample(1)["x"][:, 0, 0, 0].tolist() == [3, 4, 5]
     assert dataset.files(2) == tuple(tmp_path / f"img{i}.png" for i in (6, 7, 8))
-    assert dataset.warnings == (f"{tmp_path}: img9.png, img10.png cannot fill a batch of 3 and are not used.",)
+    assert dataset.warnings == (
+        f"{tmp_path}: img9.png, img10.png cannot fill a batch of 3 and are not used.",
+    )
     with pytest.raises(CalibError, match=r"holds 11 file\(s\) but one sample of input .* takes 12"):
         opened(spec(12, 1, 2, 2), tmp_path, "IMAGE")
 
@@ -74,12 +86,15 @@ def test_one_broken_file_takes_its_batch_along(tmp_path: Path) -> None:
 def test_a_picture_of_the_wrong_size(tmp_path: Path) -> None:
     grey(tmp_path / "wide.png", 1, 5, 4)
     expected = (
-        r"wide\.png: the picture is 5x4 after preprocessing but input 'x' \(float32 \[1, 1, 8, 9\]\) takes 9x8 .*"
+        r"wide\.png: the picture is 5x4 after preprocessing but input 'x' \(float32 \[1, 1, 8, "
+        r"9\]\) takes 9x8 .*"
         r"set resize_width and resize_height, or center_crop_width and center_crop_height"
     )
     with pytest.raises(CalibError, match=expected):
         opened(spec(1, 1, 8, 9), tmp_path, "IMAGE")
-    resized = opened(spec(1, 1, 8, 9), tmp_path, "IMAGE", 1, ImageOptions(resize_width=9, resize_height=8))
+    resized = opened(
+        spec(1, 1, 8, 9), tmp_path, "IMAGE", 1, ImageOptions(resize_width=9, resize_height=8)
+    )
     assert only(resized).shape == (1, 1, 8, 9)
     assert only(opened(spec(1, 1, None, None), tmp_path, "IMAGE")).shape == (1, 1, 4, 5)
 
@@ -111,7 +126,10 @@ def test_input_dtypes(tmp_path: Path, dtype: str, expected: list[float]) -> None
 def test_integer_inputs_are_clipped(tmp_path: Path, dtype: str, expected: list[int]) -> None:
     Image.fromarray(np.array([[0, 255]], np.uint8)).save(tmp_path / "a.png")
     image = ImageOptions(normalize_mean=(100.0,), normalize_std=(0.5,))
-    assert only(opened(spec(1, 1, 1, 2, dtype=dtype), tmp_path, "IMAGE", 1, image)).ravel().tolist() == expected
+    assert (
+        only(opened(spec(1, 1, 1, 2, dtype=dtype), tmp_path, "IMAGE", 1, image)).ravel().tolist()
+        == expected
+    )
 
 
 def test_input_dtypes_that_take_no_pictures(tmp_path: Path) -> None:
@@ -174,12 +192,16 @@ def test_raw_buffers_of_the_wrong_size(
     tmp_path: Path, shape: tuple[int | None, ...], dtype: type, stored: int, wanted: str
 ) -> None:
     (tmp_path / "a.bin").write_bytes(bytes(stored))
-    with pytest.raises(CalibError, match=rf"a\.bin: holds {stored} bytes but input .* takes {wanted}; write all"):
+    with pytest.raises(
+        CalibError, match=rf"a\.bin: holds {stored} bytes but input .* takes {wanted}; write all"
+    ):
         opened(spec(*shape, dtype=dtype), tmp_path, "BIN")
 
 
 def test_several_open_dimensions_need_the_flag(tmp_path: Path) -> None:
-    with pytest.raises(CalibError, match=r"\[\?, 3, \?, \?\].* several open dimensions.*--inputShape"):
+    with pytest.raises(
+        CalibError, match=r"\[\?, 3, \?, \?\].* several open dimensions.*--inputShape"
+    ):
         opened(spec(None, 3, None, None), tmp_path, "BIN")
 
 
@@ -208,7 +230,8 @@ def test_npz_takes_the_named_array_or_the_only_one(tmp_path: Path) -> None:
     dataset = opened(spec(1), tmp_path, "NPY", 3)
     assert levels(dataset) == [1, 2]
     assert dataset.warnings[0] == (
-        f"{tmp_path / '3.npz'}: holds no array named 'x', only y, z; name it so or keep a single array."
+        f"{tmp_path / '3.npz'}: holds no array named 'x', only y, z; name it so or keep a "
+        "single array."
     )
 
 
@@ -236,20 +259,29 @@ def test_rows_fill_a_fixed_batch(tmp_path: Path) -> None:
 
 def test_rows_of_no_length(tmp_path: Path) -> None:
     np.save(tmp_path / "scalar.npy", np.float32(1))
-    with pytest.raises(CalibError, match=r"scalar\.npy: its array has shape \[\]; its first axis must run over 1 item"):
+    with pytest.raises(
+        CalibError,
+        match=r"scalar\.npy: its array has shape \[\]; its first axis must run over 1 item",
+    ):
         opened(spec(1, 3), tmp_path / "scalar.npy", "NPY")
 
 
 def test_a_row_of_the_wrong_shape_names_the_row(tmp_path: Path) -> None:
     np.save(tmp_path / "rows.npy", np.zeros((2, 5), np.float32))
-    with pytest.raises(CalibError, match=r"rows\.npy, row 0: the array has shape \[1, 5\], but input 'x' .*\[\?, 3\]"):
+    with pytest.raises(
+        CalibError,
+        match=r"rows\.npy, row 0: the array has shape \[1, 5\], but input 'x' .*\[\?, 3\]",
+    ):
         opened(spec(None, 3), tmp_path / "rows.npy", "NPY")
 
 
 @pytest.mark.parametrize("shape", [(2, 4), (2, 2, 3), (3,), (1, 1, 2, 3)])
 def test_npy_of_the_wrong_shape(tmp_path: Path, shape: tuple[int, ...]) -> None:
     np.save(tmp_path / "a.npy", np.zeros(shape, np.float32))
-    with pytest.raises(CalibError, match=r"a\.npy: the array has shape \[.*\], but input 'x' \(float32 \[1, 2, 3\]\)"):
+    with pytest.raises(
+        CalibError,
+        match=r"a\.npy: the array has shape \[.*\], but input 'x' \(float32 \[1, 2, 3\]\)",
+    ):
         opened(spec(1, 2, 3), tmp_path, "NPY")
 
 
@@ -292,14 +324,18 @@ def test_safe_conversions(tmp_path: Path, stored: str, wanted: str) -> None:
 )
 def test_unsafe_conversions(tmp_path: Path, values: np.ndarray, wanted: str) -> None:
     np.save(tmp_path / "a.npy", values)
-    message = rf"a\.npy: its {values.dtype} values do not fit input .*; save them as {np.dtype(wanted)}\."
+    message = (
+        rf"a\.npy: its {values.dtype} values do not fit input .*; save them as {np.dtype(wanted)}\."
+    )
     with pytest.raises(CalibError, match=message):
         opened(spec(1, dtype=wanted), tmp_path, "NPY")
 
 
 def test_not_a_number_passes(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.array([np.nan, np.inf, 1.0]))
-    np.testing.assert_array_equal(only(opened(spec(3), tmp_path, "NPY")), np.float32([np.nan, np.inf, 1]))
+    np.testing.assert_array_equal(
+        only(opened(spec(3), tmp_path, "NPY")), np.float32([np.nan, np.inf, 1])
+    )
 
 
 def _pickled(path: Path) -> None:
@@ -326,7 +362,9 @@ def test_broken_numpy_files(tmp_path: Path, write: Callable[[Path], None], suffi
 
 def test_pickles_in_an_archive_are_refused(tmp_path: Path) -> None:
     np.savez(tmp_path / "a.npz", x=np.array([{}], object))
-    with pytest.raises(CalibError, match=r"a\.npz: cannot be read as a NumPy file \(Object arrays cannot be loaded"):
+    with pytest.raises(
+        CalibError, match=r"a\.npz: cannot be read as a NumPy file \(Object arrays cannot be loaded"
+    ):
         opened(spec(1), tmp_path, "NPY")
 
 

@@ -1,4 +1,6 @@
-"""Streaming statistics: against plain arithmetic on all values at once, and the same to the bit in any order."""
+"""Streaming statistics: against plain arithmetic on all values at once, and the same to the bit in
+any order.
+"""
 
 import math
 
@@ -83,7 +85,9 @@ def test_counts_and_extremes(samples):
 def test_extremes_of_each_sample_by_index(samples):
     stats = stats_of(samples)
     finite = [[v for v in sample if math.isfinite(v)] for sample in samples]
-    assert stats.sample_extremes.tolist() == [[min(sample), max(sample)] for sample in finite if sample]
+    assert stats.sample_extremes.tolist() == [
+        [min(sample), max(sample)] for sample in finite if sample
+    ]
 
 
 @given(st.lists(FLOATS, min_size=1, max_size=40))
@@ -138,7 +142,10 @@ def test_quantile_is_right_to_a_bin(fraction):
     x = normal(50_000)
     histogram = stats_of([x]).histogram()
     ordered = np.sort(x)
-    below, above = ordered[max(int(fraction * x.size) - 1, 0)], ordered[min(int(fraction * x.size), x.size - 1)]
+    below, above = (
+        ordered[max(int(fraction * x.size) - 1, 0)],
+        ordered[min(int(fraction * x.size), x.size - 1)],
+    )
     assert below - histogram.width <= histogram.quantile(fraction) <= above + histogram.width
 
 
@@ -164,19 +171,32 @@ def test_any_dtype_shape_and_layout(dtype):
 def test_a_float64_too_large_for_float32_counts_as_infinite():
     stats = TensorStats(True)
     stats.update(np.array([1e300, -1.0, np.nan]), 0)
-    assert (stats.count, stats.inf_count, stats.nan_count, stats.lo, stats.hi) == (1, 1, 1, -1.0, -1.0)
+    assert (stats.count, stats.inf_count, stats.nan_count, stats.lo, stats.hi) == (
+        1,
+        1,
+        1,
+        -1.0,
+        -1.0,
+    )
 
 
 def test_scalars_and_empty_arrays():
     stats = TensorStats(True, True)
     stats.update(np.float32(3.0), 4)
     stats.update(np.empty((0, 7), np.float32), 9)
-    assert (stats.count, stats.lo, stats.hi, stats.sample_extremes.tolist()) == (1, 3.0, 3.0, [[3.0, 3.0]])
+    assert (stats.count, stats.lo, stats.hi, stats.sample_extremes.tolist()) == (
+        1,
+        3.0,
+        3.0,
+        [[3.0, 3.0]],
+    )
 
 
 def test_memory_does_not_depend_on_the_number_of_samples():
     def size(samples):
-        return sum(array.nbytes for array in stats_of(samples, per_sample=False).to_arrays().values())
+        return sum(
+            array.nbytes for array in stats_of(samples, per_sample=False).to_arrays().values()
+        )
 
     assert size([[1.0]]) == size([[float(i), -1e6 * i] for i in range(300)])
 

@@ -1,4 +1,6 @@
-"""Models that were trained with fake quantization: every form of it, what is kept of it, and what it becomes."""
+"""Models that were trained with fake quantization: every form of it, what is kept of it, and what
+it becomes.
+"""
 
 from __future__ import annotations
 
@@ -38,10 +40,22 @@ def task(folder, model, data=None, flags=None, common=None, **transform):
     sections = {"transform_quant": {"export_precision_mode": "QUANT", **transform}}
     if data is not None:
         np.save(folder / "x.npy", data)
-        path = {"calibrate_path": f"x:{folder / 'x.npy'}", "calibrate_size": len(data), "input_type": "NPY"}
+        path = {
+            "calibrate_path": f"x:{folder / 'x.npy'}",
+            "calibrate_size": len(data),
+            "input_type": "NPY",
+        }
         sections["data_preprocess"] = path
-    config = write_config(folder / "c.cfg", common_quant={"thread_num": 1, **(common or {})}, **sections)
-    return Job(folder / "trained.onnx", folder / "out.onnx", load_config(config), verify=False, **(flags or {}))
+    config = write_config(
+        folder / "c.cfg", common_quant={"thread_num": 1, **(common or {})}, **sections
+    )
+    return Job(
+        folder / "trained.onnx",
+        folder / "out.onnx",
+        load_config(config),
+        verify=False,
+        **(flags or {}),
+    )
 
 
 def imported(folder, model, data=None, flags=None, common=None, **transform):
@@ -78,7 +92,7 @@ def codes(*shape, most=60, seed=0):
     return found
 
 
-# --- forms ----------------------------------------------------------------------------------------------------------
+# --- forms
 
 C = codes(8, 4, 3, 3)
 SCALES = (positive(8, seed=1) / 100).astype(F)
@@ -129,7 +143,13 @@ PAIRS = {
     ),
     "seven bits": (
         "wq = QuantizeLinear(W, s, z) wc = Clip(wq, low, high) w = DequantizeLinear(wc, s, z)",
-        {"W": scaled(C, F(0.01)), "s": F(0.01), "z": np.int8(0), "low": np.int8(-64), "high": np.int8(63)},
+        {
+            "W": scaled(C, F(0.01)),
+            "s": F(0.01),
+            "z": np.int8(0),
+            "low": np.int8(-64),
+            "high": np.int8(63),
+        },
         np.full(8, F(0.01)),
     ),
     "arithmetic": (
@@ -137,7 +157,11 @@ PAIRS = {
         {"W": scaled(C, F(0.01)), "s": F(0.01), "low": F(-64), "high": F(63)},
         np.full(8, F(0.01)),
     ),
-    "on the grid already": ("w = Identity(W)", {"W": scaled(C, SCALES[:, None, None, None])}, SCALES),
+    "on the grid already": (
+        "w = Identity(W)",
+        {"W": scaled(C, SCALES[:, None, None, None])},
+        SCALES,
+    ),
 }
 
 
@@ -159,8 +183,19 @@ def test_codes_and_scales_of_a_weight_are_kept(tmp_path, form):
 def test_four_bit_integers_are_kept(tmp_path):
     four = codes(8, 4, 3, 3, most=7)
     packed = ir.tensor(four.astype(np.int8), dtype=ir.DataType.INT4, name="W")
-    model = build(QDQ.format(weight="w = DequantizeLinear(W, s)"), opset=21, ir_version=10, **ACTIVATIONS, s=F(0.1))
-    value = ir.Value(name="W", const_value=packed, type=ir.TensorType(ir.DataType.INT4), shape=ir.Shape(four.shape))
+    model = build(
+        QDQ.format(weight="w = DequantizeLinear(W, s)"),
+        opset=21,
+        ir_version=10,
+        **ACTIVATIONS,
+        s=F(0.1),
+    )
+    value = ir.Value(
+        name="W",
+        const_value=packed,
+        type=ir.TensorType(ir.DataType.INT4),
+        shape=ir.Shape(four.shape),
+    )
     restore = next(n for n in model.graph if n.inputs[0].name == "W")
     restore.replace_input_with(0, value)
     model.graph.register_initializer(value)
@@ -184,12 +219,18 @@ ARITHMETIC = {
         (1 / 32, 128, 255),
     ),
     "clip of the values, floor of a half more": (
-        "c = Clip(x, l, h) d = Sub(c, l) e = Mul(d, i) f = Add(e, o) r = Floor(f) g = Mul(r, s) q = Add(g, l)",
+        (
+            "c = Clip(x, l, h) d = Sub(c, l) e = Mul(d, i) f = Add(e, o) r = Floor(f) g = Mul(r, "
+            "s) q = Add(g, l)"
+        ),
         {"i": F(32), "o": F(0.5), "s": F(1 / 32), "l": F(-4), "h": F(127 / 32)},
         (1 / 32, 128, 255),
     ),
     "zero point behind the rounding": (
-        "d = Div(x, s) r = Round(d) e = Add(z, r) c = Min(e, h) f = Max(c, l) g = Sub(f, z) q = Mul(g, s)",
+        (
+            "d = Div(x, s) r = Round(d) e = Add(z, r) c = Min(e, h) f = Max(c, l) g = Sub(f, z) "
+            "q = Mul(g, s)"
+        ),
         {"s": F(0.2), "z": F(8), "l": F(0), "h": F(15)},
         (0.2, 8, 15),
     ),
@@ -204,7 +245,9 @@ ARITHMETIC = {
 @pytest.mark.parametrize("form", ARITHMETIC)
 def test_arithmetic_around_a_rounding_is_recognised(tmp_path, form):
     text, constants, (scale, zero, levels) = ARITHMETIC[form]
-    graph = f"g (float[N,4,6,6] x) => (float[N,8,6,6] y) {{ {text} y = Conv<pads=[1,1,1,1]>(q, W) }}"
+    graph = (
+        f"g (float[N,4,6,6] x) => (float[N,8,6,6] y) {{ {text} y = Conv<pads=[1,1,1,1]>(q, W) }}"
+    )
     model = build(graph, **constants, W=scaled(C, F(0.01)))
     before = frozen(model)
     trained = take_trained(prepare(build(graph, **constants, W=scaled(C, F(0.01)))))
@@ -215,7 +258,9 @@ def test_arithmetic_around_a_rounding_is_recognised(tmp_path, form):
     after, _, _ = imported(tmp_path, model, data=X)  # the output's range is open
     assert "Round" not in types(after)
     assert "Floor" not in types(after)
-    quantize = next(n for n in after.graph if n.op_type == "QuantizeLinear" and n.inputs[0].name == "x")
+    quantize = next(
+        n for n in after.graph if n.op_type == "QuantizeLinear" and n.inputs[0].name == "x"
+    )
     assert constant(quantize.inputs[1]) == F(scale)
     step = float(constant(after.graph.outputs[0].producer().inputs[1]))
     assert int(constant(quantize.inputs[2])) in (zero, zero - 1 if "narrow" in form else zero)
@@ -234,7 +279,9 @@ def test_recognised_arithmetic_is_what_its_parameters_say(scale, bits, zero, inv
     nodes = f"{first} e = Add(d, z) r = Round(e) c = Clip(r, l, h) f = Sub(c, z) y = Mul(f, s)"
     graph = f"g (float[64] x) => (float[64] y) {{ {nodes} }}"
     node = next(
-        n for n in build(graph, s=step, i=F(1) / step, z=F(zero), l=F(0), h=F(top)).graph if n.op_type == "Round"
+        n
+        for n in build(graph, s=step, i=F(1) / step, z=F(zero), l=F(0), h=F(top)).graph
+        if n.op_type == "Round"
     )
     q = chain_from(node).qparams
     x = np.linspace(-1.2 * top, 1.2 * top, 64) * float(step)
@@ -275,7 +322,9 @@ def test_other_arithmetic_is_left_alone(nodes):
 
 
 def test_integers_held_as_floats(tmp_path):
-    """Codes of activations meet codes of weights, and their product is scaled, a channel at a time."""
+    """Codes of activations meet codes of weights, and their product is scaled, a channel at a
+    time.
+    """
     graph = """g (float[N,4,6,6] x) => (float[N,8,6,6] y) {
         d = Div(x, s)
         m = Mul(d, top)
@@ -307,9 +356,16 @@ def test_integers_held_as_floats(tmp_path):
 
 
 def test_a_batch_norm_behind_is_folded_with_its_scales(tmp_path):
-    graph = QDQ.replace("r = Relu(c)", "n = BatchNormalization(c, gamma, beta, mean, var) r = Relu(n)")
+    graph = QDQ.replace(
+        "r = Relu(c)", "n = BatchNormalization(c, gamma, beta, mean, var) r = Relu(n)"
+    )
     gamma = positive(8, seed=5) * np.where(np.arange(8) % 3, 1, -1).astype(F)
-    norm = {"gamma": gamma, "beta": normal(8), "mean": normal(8, seed=6), "var": positive(8, seed=7)}
+    norm = {
+        "gamma": gamma,
+        "beta": normal(8),
+        "mean": normal(8, seed=6),
+        "var": positive(8, seed=7),
+    }
     text, constants, scales = PAIRS["a scale a channel"]
     model = build(graph.format(weight=text), **ACTIVATIONS, **constants, **norm)
     before = frozen(model)
@@ -343,14 +399,18 @@ def test_a_transposed_weight_keeps_its_codes(tmp_path):
     close(before, after, {"x": x}, 0.05, share=0.0)
 
 
-# --- activations ----------------------------------------------------------------------------------------------------
+# --- activations
 
 
 def conv_between(sx, zx, sr, zr, clip="", **more):
-    """A convolution between pairs of any type, with a Clip on the codes of its output where asked."""
+    """A convolution between pairs of any type, with a Clip on the codes of its output where
+    asked.
+    """
     graph = QDQ.format(weight="w = DequantizeLinear<axis=0>(W, s, z)")
     if clip:
-        graph = graph.replace("y = Deq", f"rc = {clip} y = Deq").replace("(rq, sr, zr)", "(rc, sr, zr)")
+        graph = graph.replace("y = Deq", f"rc = {clip} y = Deq").replace(
+            "(rq, sr, zr)", "(rc, sr, zr)"
+        )
     weight = {"W": C.astype(np.int8), "s": SCALES, "z": np.zeros(8, np.int8)}
     return build(graph, sx=sx, zx=zx, sr=sr, zr=zr, b=B, **weight, **more)
 
@@ -368,21 +428,33 @@ def test_signed_activations_get_the_targets_type_on_the_same_grid(tmp_path):
 @pytest.mark.parametrize(("high", "relu6"), [(15, False), (127, False), (15, True), (3, True)])
 def test_fewer_bits_of_an_activation_are_kept(tmp_path, high, relu6):
     model = conv_between(
-        F(0.03), np.uint8(120), F(6 / high), np.uint8(0), "Clip(rq, l, h)", l=np.uint8(0), h=np.uint8(high)
+        F(0.03),
+        np.uint8(120),
+        F(6 / high),
+        np.uint8(0),
+        "Clip(rq, l, h)",
+        l=np.uint8(0),
+        h=np.uint8(high),
     )
     if relu6:
         relu = next(n for n in model.graph if n.op_type == "Relu")
-        bounds = [ir.Value(name=n, const_value=ir.tensor(F(v), name=n)) for n, v in (("zero", 0), ("six", 6))]
+        bounds = [
+            ir.Value(name=n, const_value=ir.tensor(F(v), name=n))
+            for n, v in (("zero", 0), ("six", 6))
+        ]
         for bound in bounds:
             model.graph.register_initializer(bound)
         clip = ir.node("Clip", [relu.inputs[0], *bounds], name="relu6")
-        ir.convenience.replace_nodes_and_values(model.graph, relu, [relu], [clip], relu.outputs, clip.outputs)
+        ir.convenience.replace_nodes_and_values(
+            model.graph, relu, [relu], [clip], relu.outputs, clip.outputs
+        )
     before = frozen(model)
     after, _, _ = imported(tmp_path, model)
     clip = after.graph.outputs[0].producer().inputs[0].producer()
     assert [int(constant(v)) for v in clip.inputs[1:]] == [0, high]
     if relu6:
-        # A bound of six that the runtime would see as less than the type's range would part the operators.
+        # A bound of six that the runtime would see as less than the type's range would part the
+        # operators.
         relu6 = next(n for n in after.graph if n.op_type == "Clip" and n is not clip)
         assert len(relu6.inputs) < 3 or relu6.inputs[2] is None
     close(before, after, {"x": X}, 6 / high)
@@ -394,15 +466,25 @@ def test_fewer_activation_codes_leave_weights_more_room(tmp_path):
     large[:, 1::2] = 120
     for high, kept in ((127, True), (255, False)):
         graph = QDQ.format(weight="w = DequantizeLinear<axis=0>(W, s, z)")
-        graph = graph.replace("xd = Deq", "xc = Clip(xq, l, h) xd = Deq").replace("(xq, sx, zx)", "(xc, sx, zx)")
-        constants = {**ACTIVATIONS, "sr": F(0.5), "W": large.astype(np.int8), "s": SCALES, "z": np.zeros(8, np.int8)}
+        graph = graph.replace("xd = Deq", "xc = Clip(xq, l, h) xd = Deq").replace(
+            "(xq, sx, zx)", "(xc, sx, zx)"
+        )
+        constants = {
+            **ACTIVATIONS,
+            "sr": F(0.5),
+            "W": large.astype(np.int8),
+            "s": SCALES,
+            "z": np.zeros(8, np.int8),
+        }
         model = build(graph, **constants, l=np.uint8(0), h=np.uint8(high))
         found, scale, _ = codes_of(imported(tmp_path, model)[0])
         assert np.array_equal(found, large) == kept
         matrix = found.astype(int)
         assert (np.abs(matrix[:, ::2] + matrix[:, 1::2]).max() <= 128) == (not kept)
         np.testing.assert_allclose(
-            scaled(found, scale.reshape(-1, 1, 1, 1)), scaled(large, SCALES[:, None, None, None]), rtol=0.01
+            scaled(found, scale.reshape(-1, 1, 1, 1)),
+            scaled(large, SCALES[:, None, None, None]),
+            rtol=0.01,
         )
 
 
@@ -425,7 +507,10 @@ def test_one_scale_for_all_where_asked(tmp_path):
     text, constants, _ = PAIRS["one scale, signed"]
     model = build(QDQ.format(weight=text), **ACTIVATIONS, **constants)
     job = task(tmp_path, model)
-    job = replace(job, config=replace(job.config, full_quant=replace(job.config.full_quant, per_channel=False)))
+    job = replace(
+        job,
+        config=replace(job.config, full_quant=replace(job.config.full_quant, per_channel=False)),
+    )
     convert(job)
     found, scale, _ = codes_of(load(job.output, tmp_path / "none"))
     np.testing.assert_array_equal(found, C)
@@ -469,7 +554,8 @@ def test_where_no_grid_is_the_same_the_range_is():
 
 
 @pytest.mark.parametrize(
-    ("low", "high", "bits", "narrow"), [(0, 255, 8, False), (-127, 127, 8, True), (0, 1, 1, False), (1, 15, 4, True)]
+    ("low", "high", "bits", "narrow"),
+    [(0, 255, 8, False), (-127, 127, 8, True), (0, 1, 1, False), (1, 15, 4, True)],
 )
 def test_formats(low, high, bits, narrow):
     assert format_of(low, high) == IntFormat(bits, low < 0, narrow)
@@ -492,7 +578,11 @@ def test_each_reader_may_have_a_grid_of_its_own(tmp_path):
     model = build(graph, s=F(0.03), t=F(0.3), o=np.uint8(128), W=scaled(C, F(0.01)))
     before = frozen(model)
     after, _, _ = imported(tmp_path, model, data=X)
-    scales = [constant(n.inputs[1]) for n in after.graph if n.op_type == "QuantizeLinear" and n.inputs[0].name == "x"]
+    scales = [
+        constant(n.inputs[1])
+        for n in after.graph
+        if n.op_type == "QuantizeLinear" and n.inputs[0].name == "x"
+    ]
     assert sorted(scales) == [F(0.03), F(0.3)]
     for name, wanted in run(before, {"x": X}).items():
         found = run(after, {"x": X}, optimize=True)[name]
@@ -501,7 +591,8 @@ def test_each_reader_may_have_a_grid_of_its_own(tmp_path):
 
 def test_codes_restored_on_another_grid_are_left_alone():
     graph = (
-        "g (float[N,4] x) => (float[N,4] y) { q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, t, z) y = Relu(d) }"
+        "g (float[N,4] x) => (float[N,4] y) { q = QuantizeLinear(x, s, z) d = "
+        "DequantizeLinear(q, t, z) y = Relu(d) }"
     )
     model = prepare(build(graph, s=F(0.3), t=F(0.6), z=np.uint8(9)))
     take_trained(model)
@@ -514,7 +605,7 @@ def test_a_range_beside_zero_is_widened():
     assert (other.zero_point, float(span_of(other).hi)) == (0, pytest.approx(27.5, rel=1e-6))
 
 
-# --- ranges that training left open ---------------------------------------------------------------------------------
+# --- ranges that training left open
 
 # Two convolutions; only the input and the first one's weight were trained.
 OPEN = """g (float[N,4,6,6] x) => (float[N,8,6,6] y) {
@@ -527,12 +618,16 @@ OPEN = """g (float[N,4,6,6] x) => (float[N,8,6,6] y) {
 
 
 def opened():
-    return build(OPEN, s=F(0.03), z=np.uint8(128), V=normal(8, 4, 3, 3), W=normal(8, 8, 3, 3, seed=9))
+    return build(
+        OPEN, s=F(0.03), z=np.uint8(128), V=normal(8, 4, 3, 3), W=normal(8, 8, 3, 3, seed=9)
+    )
 
 
 def test_without_data_what_has_no_range_stays_float_and_is_named(tmp_path):
     _, outcome, _ = imported(tmp_path, opened())
-    reasons = {node.op_type: node.reason for node in outcome.plan.nodes.values() if not node.quantized}
+    reasons = {
+        node.op_type: node.reason for node in outcome.plan.nodes.values() if not node.quantized
+    }
     assert reasons["Conv"] == "training left the range of 'p' open, and there is no data"
     assert not outcome.plan.units()
 
@@ -551,11 +646,18 @@ def test_with_data_it_is_calibrated(tmp_path):
 
 def test_an_untrained_weight_beside_a_trained_one(tmp_path):
     """With data it is rounded as ever, without data for least error of the weights."""
-    graph = QDQ.replace("y = DequantizeLinear(rq, sr, zr)", "d = DequantizeLinear(rq, sr, zr) y = Conv(d, V)")
+    graph = QDQ.replace(
+        "y = DequantizeLinear(rq, sr, zr)", "d = DequantizeLinear(rq, sr, zr) y = Conv(d, V)"
+    )
     text, constants, _ = PAIRS["a scale a channel"]
     weight = normal(8, 8, 1, 1, seed=11) / 10
     weight[3] = 0
-    model = build(graph.format(weight=text).replace("[N,8,6,6] y", "[N,8,6,6] y"), **ACTIVATIONS, **constants, V=weight)
+    model = build(
+        graph.format(weight=text).replace("[N,8,6,6] y", "[N,8,6,6] y"),
+        **ACTIVATIONS,
+        **constants,
+        V=weight,
+    )
     before = frozen(model)
     (wanted,) = run(before, {"x": X}).values()
     for folder, data in (("data", X), ("none", None)):
@@ -595,9 +697,17 @@ def test_a_range_goes_through_what_keeps_it(tmp_path):
 
 
 def test_nothing_trained_and_no_data(tmp_path):
-    model = build("g (float[N,4,6,6] x) => (float[N,8,4,4] y) { y = Conv(x, W) }", W=normal(8, 4, 3, 3))
-    for mode, advice in (("QUANT", "give it calibrate_path"), ("FLOAT32", "convert a model that was")):
-        with pytest.raises(ModelError, match=rf"c\.cfg:4: .*trained\.onnx was not trained with quantization; {advice}"):
+    model = build(
+        "g (float[N,4,6,6] x) => (float[N,8,4,4] y) { y = Conv(x, W) }", W=normal(8, 4, 3, 3)
+    )
+    for mode, advice in (
+        ("QUANT", "give it calibrate_path"),
+        ("FLOAT32", "convert a model that was"),
+    ):
+        with pytest.raises(
+            ModelError,
+            match=rf"c\.cfg:4: .*trained\.onnx was not trained with quantization; {advice}",
+        ):
             convert(task(tmp_path, model, export_precision_mode=mode))
 
 
@@ -606,7 +716,7 @@ def test_the_plan_shows_what_would_stay_float(tmp_path):
     assert [node.quantized for node in plan.nodes.values()] == [False] * 3
 
 
-# --- inputs and outputs ---------------------------------------------------------------------------------------------
+# --- inputs and outputs
 
 INTEGER_EDGES = """g (uint8[N,4,6,6] x) => (uint8[N,8,6,6] y) {
     xd = DequantizeLinear(x, sx, zx)
@@ -637,7 +747,9 @@ def test_integer_inputs_and_outputs_stay(tmp_path):
 def test_a_flag_makes_them_floats(tmp_path):
     model = edges()
     (wanted,) = run(frozen(model), {"x": PIXELS}).values()
-    after, _, _ = imported(tmp_path, model, flags={"input_type": "FLOAT32", "output_type": "FLOAT32"})
+    after, _, _ = imported(
+        tmp_path, model, flags={"input_type": "FLOAT32", "output_type": "FLOAT32"}
+    )
     assert [v.dtype for v in (*after.graph.inputs, *after.graph.outputs)] == [ir.DataType.FLOAT] * 2
     floats = scaled(PIXELS, F(0.03), 120)
     (found,) = run(after, {"x": floats}).values()
@@ -652,13 +764,17 @@ def test_a_float_output_becomes_integers(tmp_path):
     assert np.abs(found - wanted / 0.02).max() <= 1.001
     assert ear.told[-1] == f"Output 'y' is UINT8: value = (code - 0) * {float(F(0.02))}."
     model = build(
-        "g (float[N,4,6,6] x) => (float[N,8,6,6] y) { q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z) "
+        "g (float[N,4,6,6] x) => (float[N,8,6,6] y) "
+        "{ q = QuantizeLinear(x, s, z) d = DequantizeLinear(q, s, z) "
         "y = Conv<pads=[1,1,1,1]>(d, W) }",
         s=F(0.03),
         z=np.uint8(9),
         W=scaled(C, F(0.01)),
     )
-    with pytest.raises(UsageError, match="training left the range of output 'y' open; give calibrate_path, or floats"):
+    with pytest.raises(
+        UsageError,
+        match="training left the range of output 'y' open; give calibrate_path, or floats",
+    ):
         imported(tmp_path, model, flags={"output_type": "UINT8"})
 
 
@@ -675,10 +791,12 @@ def test_mean_and_std_dev_make_pixels_the_input(tmp_path):
 def test_a_mean_between_two_pixels_is_said(tmp_path):
     model = conv_between(F(1 / 127.5), np.uint8(128), F(0.02), np.uint8(0))
     _, _, ear = imported(tmp_path, model, mean=127.5, std_dev=127.5)
-    assert ear.warned == ["mean = 127.5 lies between two pixels: a pixel p stands for (p - 128) / 127.5, 0.0039 off."]
+    assert ear.warned == [
+        "mean = 127.5 lies between two pixels: a pixel p stands for (p - 128) / 127.5, 0.0039 off."
+    ]
 
 
-# --- the example ----------------------------------------------------------------------------------------------------
+# --- the example
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "qat_digits"
 
@@ -701,7 +819,9 @@ def test_the_example(tmp_path, bits):
         assert ear.told[0] == "Trained weights of 46 of 46 channels are kept bit for bit."
 
 
-REAL = Path(__file__).parents[2] / "shared" / "data" / "models" / "mobilenet_v2_1.0_224_qat_qdq.onnx"
+REAL = (
+    Path(__file__).parents[2] / "shared" / "data" / "models" / "mobilenet_v2_1.0_224_qat_qdq.onnx"
+)
 
 
 @pytest.mark.skipif(not REAL.exists(), reason="the reference models are not here")
@@ -712,14 +832,15 @@ def test_a_real_model_answers_as_it_was_trained(tmp_path):
     assert ear.told[0] == "Trained weights of 17602 of 18057 channels are kept bit for bit."
     pixels = np.random.default_rng(0).integers(0, 256, (1, 224, 224, 3), np.uint8)
     (wanted,), (found,) = (
-        run(path.read_bytes(), {"input": pixels}, True).values() for path in (REAL, tmp_path / "q.onnx")
+        run(path.read_bytes(), {"input": pixels}, True).values()
+        for path in (REAL, tmp_path / "q.onnx")
     )
     assert found.dtype == np.uint8
     assert found.argmax() == wanted.argmax()
     assert np.abs(found.astype(int) - wanted).max() <= 16
 
 
-# --- float again ----------------------------------------------------------------------------------------------------
+# --- float again
 
 
 def test_float32_takes_the_quantization_away(tmp_path):
@@ -733,5 +854,9 @@ def test_float32_takes_the_quantization_away(tmp_path):
 
 
 def test_quant_type_and_float32_exclude_each_other(tmp_path):
-    with pytest.raises(ConfigError, match="does not go with quant_type = FULL_QUANT; remove one of the two"):
-        task(tmp_path, edges(), common={"quant_type": "FULL_QUANT"}, export_precision_mode="FLOAT32")
+    with pytest.raises(
+        ConfigError, match="does not go with quant_type = FULL_QUANT; remove one of the two"
+    ):
+        task(
+            tmp_path, edges(), common={"quant_type": "FULL_QUANT"}, export_precision_mode="FLOAT32"
+        )

@@ -59,12 +59,20 @@ def test_points_are_their_own_nearest(bits, seed, count):
 
 @pytest.mark.parametrize(("bits", "least"), [(2, 9.9), (3, 15.5), (4, 21.3), (5, 27.2), (6, 33.0)])
 def test_normal_numbers_gain_two_decibels_and_more(bits, least):
-    """The best uniform grids reach 9.25, 14.27, 19.38, 24.57 and 29.83 dB (Jayant and Noll, 1984, table 4.3)."""
+    """The best uniform grids reach 9.25, 14.27, 19.38, 24.57 and 29.83 dB (Jayant and Noll, 1984,
+    table 4.3).
+    """
     x, middle = np.random.default_rng(0).normal(size=(4000, 8)), ((1 << bits) - 1) / 2
     noise = []
     for reach in np.linspace(1.5, 3.5, 9):
         aims = (x / reach + 1) * middle
-        noise.append(np.square((trellis.points(trellis.nearest(aims, np.ones(8), bits), bits) - aims) * reach / middle))
+        noise.append(
+            np.square(
+                (trellis.points(trellis.nearest(aims, np.ones(8), bits), bits) - aims)
+                * reach
+                / middle
+            )
+        )
     assert -10 * np.log10(min(n.mean() for n in noise)) > least
 
 

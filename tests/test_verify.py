@@ -29,7 +29,9 @@ ROWS = "g (float[1,3] x) => (float[1,3] y) { y = Add (x, k) }"
 class Split(InMemory):
     """Calibration samples with others behind them."""
 
-    def __init__(self, samples: list[Array], behind: list[Array], names: list[str] | None = None) -> None:
+    def __init__(
+        self, samples: list[Array], behind: list[Array], names: list[str] | None = None
+    ) -> None:
         super().__init__([{"x": x} for x in samples], names or [])
         self.behind = behind
         self.behind_names = names or []
@@ -45,7 +47,9 @@ def rows(*values: list[float]) -> list[Array]:
 SCORES = rows([3, 1, 0], [0, 2, 1], [1, 0, 4], [5, 4, 0])
 
 
-def checked(shift: list[float], data: Dataset, labels: Path | None = None, ear: Ear | None = None) -> Verification:
+def checked(
+    shift: list[float], data: Dataset, labels: Path | None = None, ear: Ear | None = None
+) -> Verification:
     """A model that adds nothing beside one that adds `shift`."""
     models = (build(ROWS, k=np.array([k], np.float32)) for k in ([0.0, 0, 0], shift))
     found = verify(Quantized(*models, QuantPlan({}, {}), data), labels, resources(), ear or Ear())
@@ -81,9 +85,14 @@ def test_without_data_random_samples_are_taken():
 
 def test_a_model_that_random_samples_do_not_suit():
     # The index is out of bounds.
-    graph = "g (float[1,3] x) => (float[] y) { i = Cast <to = 7> (x)  j = Add (i, seven)  y = Gather (k, j) }"
+    graph = (
+        "g (float[1,3] x) => (float[] y) { i = Cast <to = 7> (x)  j = Add (i, seven)  y = Gather "
+        "(k, j) }"
+    )
     twice = [build(graph, seven=np.int64(7), k=np.zeros(2, np.float32)) for _ in range(2)]
-    found = verify(Quantized(*twice, QuantPlan({}, {}), Dataset((), (), ())), None, resources(), ear := Ear())
+    found = verify(
+        Quantized(*twice, QuantPlan({}, {}), Dataset((), (), ())), None, resources(), ear := Ear()
+    )
     assert found is None
     assert ear.warned[0].startswith(
         "The result is not verified, as the model does not run on random samples; give data"
@@ -109,14 +118,19 @@ def test_missing_labels_are_no_error(tmp_path):
 def test_what_is_no_classifier_has_no_answers(shape):
     graph = f"g (float{shape} x) => (float[] y) {{ y = Abs (x) }}"
     data = Split([normal(*map(int, shape[1:-1].split(",")))], [])
-    found = verify(Quantized(build(graph), build(graph), QuantPlan({}, {}), data), None, resources(), Ear())
+    found = verify(
+        Quantized(build(graph), build(graph), QuantPlan({}, {}), data), None, resources(), Ear()
+    )
     assert found is not None
     assert found.agreement is None
 
 
 def test_a_loss_is_warned_of():
     checked([0, 30, 0], Split(SCORES, []), ear=(ear := Ear()))
-    assert any(line.startswith("Output 'y' is only 0.") and "debug_info_save_path" in line for line in ear.warned)
+    assert any(
+        line.startswith("Output 'y' is only 0.") and "debug_info_save_path" in line
+        for line in ear.warned
+    )
 
 
 def test_differences_of_integers_do_not_wrap():
@@ -126,13 +140,14 @@ def test_differences_of_integers_do_not_wrap():
     assert _difference([], [after]) == 0
 
 
-# --- saturation ------------------------------------------------------------------------------------------------------
+# --- saturation
 
 
 def products(codes: list[int], node: str, kind: type = np.int8, zero: type = np.uint8) -> list[str]:
     """Which nodes of a model with one Q/DQ product of these weights can saturate."""
     graph = f"""g (float[1,4,5,5] x) => (float[] y) {{
-        q = QuantizeLinear (x, s, z)  d = DequantizeLinear (q, s, z)  v = DequantizeLinear (w, s, wz)
+        q = QuantizeLinear (x, s, z)  d = DequantizeLinear (q, s, z)
+          v = DequantizeLinear (w, s, wz)
         [product] y = {node} (d, v)
     }}"""
     shape = (-1, 1, 1, 1) if "group" in node else (1, 4, 1, -1)
@@ -167,18 +182,23 @@ def test_depthwise_convolutions_and_other_types_do_not_saturate():
 def test_a_conversion_says_when_it_saturates(tmp_path, safe):
     weight = np.repeat(np.abs(normal(4, 4, 1, 1)) + 3, 2, axis=1)[:, :4]
     graph = "g (float[1,4,5,5] x) => (float[1,4,5,5] y) { [conv] y = Conv (x, w) }"
-    task = job(tmp_path, build(graph, w=weight), {"x": np.abs(normal(4, 4, 5, 5))}, overflow_safe=safe)
+    task = job(
+        tmp_path, build(graph, w=weight), {"x": np.abs(normal(4, 4, 5, 5))}, overflow_safe=safe
+    )
     outcome = convert(task, ear := Ear())
     assert outcome.verification is not None
     assert outcome.verification.saturated == (("conv",) if safe == "false" else ())
     assert any("overflow 16-bit sums" in line for line in ear.warned) == (safe == "false")
 
 
-# --- in a conversion -------------------------------------------------------------------------------------------------
+# --- in a conversion
 
 
 def converted(folder: Path, samples: int, **flags: object) -> Verification | None:
-    graph = "g (float[1,4,8,8] x) => (float[1,6,8,8] y) { [conv] c = Conv <pads = [1,1,1,1]> (x, w)  y = Relu (c) }"
+    graph = (
+        "g (float[1,4,8,8] x) => (float[1,6,8,8] y) { [conv] c = Conv <pads = [1,1,1,1]> (x, w)  "
+        "y = Relu (c) }"
+    )
     data = np.concatenate([normal(1, 4, 8, 8, seed=seed) for seed in range(6)])
     task = job(folder, build(graph, w=normal(6, 4, 3, 3)), {"x": data})
     text = task.config.path.read_text().replace("calibrate_size = 6", f"calibrate_size = {samples}")
@@ -193,7 +213,10 @@ def test_a_conversion_is_verified(tmp_path):
     assert 0.99 < found.outputs[0].cosine < 1
     assert found.fused_difference < 0.02
     # Beside them there are what this processor wants: transpositions.
-    assert found.kernels.items() >= {"QuantizeLinear": 1, "QLinearConv": 1, "DequantizeLinear": 1}.items()
+    assert (
+        found.kernels.items()
+        >= {"QuantizeLinear": 1, "QLinearConv": 1, "DequantizeLinear": 1}.items()
+    )
     assert "Conv" not in found.kernels
     written = {node.name for node in onnx.load(tmp_path / "quantized.onnx").graph.node}
     assert len(written & set(found.conversions)) == 2

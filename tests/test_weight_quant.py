@@ -1,4 +1,6 @@
-"""WEIGHT_QUANT from config to file: what is stored how, what is left float, what runtimes make of it."""
+"""WEIGHT_QUANT from config to file: what is stored how, what is left float, what runtimes make of
+it.
+"""
 
 from __future__ import annotations
 
@@ -35,9 +37,17 @@ def job(folder, model, data=None, common=None, weight=None, mixed=None):
     }
     if data is not None:
         np.save(folder / "x.npy", data)
-        keys = {"calibrate_path": f"x:{folder / 'x.npy'}", "calibrate_size": len(data), "input_type": "NPY"}
+        keys = {
+            "calibrate_path": f"x:{folder / 'x.npy'}",
+            "calibrate_size": len(data),
+            "input_type": "NPY",
+        }
         sections["data_preprocess"] = keys
-    return Job(folder / "model.onnx", folder / "out.onnx", load_config(write_config(folder / "c.cfg", **sections)))
+    return Job(
+        folder / "model.onnx",
+        folder / "out.onnx",
+        load_config(write_config(folder / "c.cfg", **sections)),
+    )
 
 
 def converted(*arguments, watch=None, **options):
@@ -48,11 +58,15 @@ def converted(*arguments, watch=None, **options):
 
 def relative_error(model, quantized, feeds):
     wanted, found = run(model, feeds), run(quantized, feeds, optimize=True)
-    return max(float(np.linalg.norm(found[k] - wanted[k]) / np.linalg.norm(wanted[k])) for k in wanted)
+    return max(
+        float(np.linalg.norm(found[k] - wanted[k]) / np.linalg.norm(wanted[k])) for k in wanted
+    )
 
 
 def all_outputs(model, x):
-    return np.concatenate([run(model, {"x": x[i : i + 2]})["y"].ravel() for i in range(0, len(x), 2)])
+    return np.concatenate(
+        [run(model, {"x": x[i : i + 2]})["y"].ravel() for i in range(0, len(x), 2)]
+    )
 
 
 def optimized(folder, data):
@@ -62,7 +76,9 @@ def optimized(folder, data):
     return Counter(node.op_type for node in onnx.load(folder / "optimized.onnx").graph.node)
 
 
-@pytest.mark.parametrize(("bits", "most"), [(1, 2.0), (3, 0.3), (4, 0.15), (8, 0.01), (11, 0.002), (16, 1e-4)])
+@pytest.mark.parametrize(
+    ("bits", "most"), [(1, 2.0), (3, 0.3), (4, 0.15), (8, 0.01), (11, 0.002), (16, 1e-4)]
+)
 def test_every_width_runs_and_nears_the_float_model(tmp_path, bits, most):
     model = build(CONV, **WEIGHTS)
     _, data = converted(tmp_path, model, common={"bit_num": bits})
@@ -86,16 +102,22 @@ def test_data_lowers_the_error(tmp_path):
 def test_the_mean_of_the_outputs_is_kept(tmp_path):
     text = "g (float[1,16] x) => (float[1,32] y) { y = Gemm (x, w) }"
     x, weight = normal(64, 16) + 2, normal(16, 32)
-    _, data = converted(tmp_path, build(text, w=weight), x, {"bit_num": 2, "min_quant_weight_size": 0})
+    _, data = converted(
+        tmp_path, build(text, w=weight), x, {"bit_num": 2, "min_quant_weight_size": 0}
+    )
     shift = np.mean([run(data, {"x": row[None]})["y"] - row[None] @ weight for row in x], axis=0)
     np.testing.assert_allclose(shift, 0, atol=1e-4 * np.abs(x @ weight).max())
 
 
 def test_what_would_not_get_smaller_stays_float_and_says_so(tmp_path):
     outcome, _ = converted(tmp_path, build(CONV, **WEIGHTS), common={"bit_num": 8})
-    reasons = {node.op_type: node.reason for node in outcome.plan.nodes.values() if not node.quantized}
+    reasons = {
+        node.op_type: node.reason for node in outcome.plan.nodes.values() if not node.quantized
+    }
     assert reasons["Relu"] == "no constant weight"
-    assert [n.reason for n in outcome.plan.nodes.values() if n.op_type == "Conv"][1] == "no smaller in 8 bits"
+    assert [n.reason for n in outcome.plan.nodes.values() if n.op_type == "Conv"][
+        1
+    ] == "no smaller in 8 bits"
 
 
 @pytest.mark.parametrize(
@@ -120,12 +142,20 @@ def test_a_tied_weight_is_stored_once(tmp_path):
         y = Gather (w, i)  z = Gemm <transB=1> (x, w) }"""
     weight = normal(64, 16)
     _, data = converted(tmp_path, build(text, w=weight), common={"bit_num": 6})
-    assert sum(tensor.name.endswith("codes") for tensor in onnx.load_from_string(data).graph.initializer) == 1
+    assert (
+        sum(
+            tensor.name.endswith("codes")
+            for tensor in onnx.load_from_string(data).graph.initializer
+        )
+        == 1
+    )
     feeds = {"i": np.array([0, 5, 63]), "x": normal(2, 16)}
     found = run(data, feeds, optimize=True)
     restored = run(data, {**feeds, "i": np.arange(3)})["y"]
     np.testing.assert_allclose(found["z"][:, :3], feeds["x"] @ restored.T, rtol=1e-4, atol=1e-4)
-    assert np.linalg.norm(found["y"] - weight[[0, 5, 63]]) < 0.05 * np.linalg.norm(weight[[0, 5, 63]])
+    assert np.linalg.norm(found["y"] - weight[[0, 5, 63]]) < 0.05 * np.linalg.norm(
+        weight[[0, 5, 63]]
+    )
 
 
 def test_bodies_of_control_flow_are_stored_inside_and_captured(tmp_path):
@@ -135,7 +165,9 @@ def test_bodies_of_control_flow_are_stored_inside_and_captured(tmp_path):
     text = "g (float[2,16] x, bool c) => (float[2,32] y) { y = If (c) }"
     proto = onnx.parser.parse_model(f'<ir_version: 8, opset_import: ["" : 17]> {text}')
     branches = (("then_branch", inner), ("else_branch", outer))
-    proto.graph.node[0].attribute.extend(onnx.helper.make_attribute(name, graph) for name, graph in branches)
+    proto.graph.node[0].attribute.extend(
+        onnx.helper.make_attribute(name, graph) for name, graph in branches
+    )
     proto.graph.initializer.append(onnx.numpy_helper.from_array(normal(16, 32, seed=1), "captured"))
     model = onnx.load_model_from_string(proto.SerializeToString())
     outcome, data = converted(tmp_path, ir.from_proto(model), common={"bit_num": 7})
@@ -147,7 +179,8 @@ def test_bodies_of_control_flow_are_stored_inside_and_captured(tmp_path):
 
 def test_recurrent_weights_are_stored(tmp_path):
     text = (
-        'g (float[5,1,16] x) => (float[5,2,1,24] y) { y = LSTM <hidden_size=24, direction="bidirectional"> (x, w, r) }'
+        "g (float[5,1,16] x) => (float[5,2,1,24] y) { y = LSTM <hidden_size=24, "
+        'direction="bidirectional"> (x, w, r) }'
     )
     model = build(text, opset=14, w=normal(2, 96, 16) / 4, r=normal(2, 96, 24) / 4)
     outcome, data = converted(tmp_path, model, common={"bit_num": 8})
@@ -162,13 +195,17 @@ def test_on_the_fly_weights_stay_integers(tmp_path, bits, opset):
     model = onnx.load_from_string(data)
     assert model.opset_import[0].version == opset
     assert "DequantizeLinear" in {node.op_type for node in model.graph.node}
-    assert relative_error(build(CONV, **WEIGHTS), data, {"x": normal(2, 8, 9, 9)}) < 2.0**-bits * 2.5
+    assert (
+        relative_error(build(CONV, **WEIGHTS), data, {"x": normal(2, 8, 9, 9)}) < 2.0**-bits * 2.5
+    )
 
 
 def test_blocks_become_the_runtimes_low_bit_product(tmp_path):
     text = "g (float[1,64] x) => (float[1,128] y) { y = MatMul (x, w) }"
     weight = {"dequant_strategy": "ON_THE_FLY", "block_size": 32}
-    _, data = converted(tmp_path, build(text, w=normal(64, 128)), common={"bit_num": 4}, weight=weight)
+    _, data = converted(
+        tmp_path, build(text, w=normal(64, 128)), common={"bit_num": 4}, weight=weight
+    )
     assert optimized(tmp_path, data) == {"MatMulNBits": 1}
     assert relative_error(build(text, w=normal(64, 128)), data, {"x": normal(1, 64)}) < 0.12
 
@@ -177,7 +214,9 @@ def test_init_scale_bounds_the_error_of_every_weight(tmp_path):
     x = normal(8, 8, 9, 9)
     sizes = []
     for scale in (0.2, 0.02):
-        outcome, _ = converted(tmp_path, build(CONV, **WEIGHTS), x, {"bit_num": 0}, mixed={"init_scale": scale})
+        outcome, _ = converted(
+            tmp_path, build(CONV, **WEIGHTS), x, {"bit_num": 0}, mixed={"init_scale": scale}
+        )
         sizes.append(outcome.size_after)
         for (name, index), stored in outcome.plan.stored.items():
             assert stored.qparams.format.bits <= (4 if scale == 0.2 else 8), (name, index)
@@ -188,7 +227,9 @@ def test_init_scale_bounds_the_error_of_every_weight(tmp_path):
 def test_a_search_keeps_the_cosine(tmp_path, mixed):
     x, model = normal(8, 8, 9, 9), build(CONV, **WEIGHTS)
     ear = Ear()
-    _, data = converted(tmp_path, model, x, {"bit_num": 0}, mixed={**mixed, "min_cosine": 0.99}, watch=ear)
+    _, data = converted(
+        tmp_path, model, x, {"bit_num": 0}, mixed={**mixed, "min_cosine": 0.99}, watch=ear
+    )
     wanted, found = all_outputs(frozen(model), x), all_outputs(data, x)
     assert wanted @ found / np.linalg.norm(wanted) / np.linalg.norm(found) >= 0.99
     assert any("cosine" in line for line in ear.said)
@@ -207,7 +248,8 @@ def test_pruned_weights_stay_zeros(tmp_path, data):
 
 def test_weights_that_no_walk_sees_say_so(tmp_path):
     text = """g (float[2,8,9,9] x) => (float[2,4,9,9] y) {
-        a = Conv <pads=[1,1,1,1]> (x, w1)  r = Relu (a)  y = ConvTranspose <pads=[1,1,1,1]> (r, w2) }"""
+        a = Conv <pads=[1,1,1,1]> (x, w1)  r = Relu (a)
+          y = ConvTranspose <pads=[1,1,1,1]> (r, w2) }"""
     model = build(text, w1=normal(16, 8, 3, 3), w2=normal(16, 4, 3, 3))
     outcome, _ = converted(tmp_path, model, normal(4, 8, 9, 9), {"bit_num": 4})
     reasons = {node.op_type: node.reason for node in outcome.plan.nodes.values()}

@@ -1,4 +1,6 @@
-"""Weights and biases: means are kept, codes are near and within the target's bounds, scales are what was asked for."""
+"""Weights and biases: means are kept, codes are near and within the target's bounds, scales are
+what was asked for.
+"""
 
 from __future__ import annotations
 
@@ -37,8 +39,16 @@ CONSTANTS = {
 # Name → graph, samples, and the tensors that are a product with its bias, with their channel axes.
 LAYERS = {
     "conv": (f"{IMAGE} {{ a = Conv (x, w, b)  y = Conv (a, v) }}", IMAGES, {"a": 1}),
-    "conv without bias": (f"{IMAGE} {{ a = Conv (x, w)  r = Relu (a)  y = Conv (r, v) }}", IMAGES, {"a": 1}),
-    "padded": (f"{IMAGE} {{ a = Conv <pads=[1,1,1,1]> (x, w, b)  y = Conv (a, v) }}", IMAGES, {"a": 1}),
+    "conv without bias": (
+        f"{IMAGE} {{ a = Conv (x, w)  r = Relu (a)  y = Conv (r, v) }}",
+        IMAGES,
+        {"a": 1},
+    ),
+    "padded": (
+        f"{IMAGE} {{ a = Conv <pads=[1,1,1,1]> (x, w, b)  y = Conv (a, v) }}",
+        IMAGES,
+        {"a": 1},
+    ),
     "depthwise": (
         f"{IMAGE} {{ f = Conv (x, w, b)  a = Conv <group=6> (f, d)  y = Conv (a, v) }}",
         IMAGES,
@@ -49,35 +59,58 @@ LAYERS = {
         IMAGES,
         {"a": 1},
     ),
-    "gemm": (f"{ROWS} {{ a = Gemm (x, m, b)  y = Gemm <transB=1> (a, t, b) }}", BATCHES, {"a": 1, "y": 1}),
-    "gemm without bias": (f"{ROWS} {{ a = Gemm (x, m)  r = Relu (a)  y = Gemm (r, t) }}", BATCHES, {"a": 1, "y": 1}),
+    "gemm": (
+        f"{ROWS} {{ a = Gemm (x, m, b)  y = Gemm <transB=1> (a, t, b) }}",
+        BATCHES,
+        {"a": 1, "y": 1},
+    ),
+    "gemm without bias": (
+        f"{ROWS} {{ a = Gemm (x, m)  r = Relu (a)  y = Gemm (r, t) }}",
+        BATCHES,
+        {"a": 1, "y": 1},
+    ),
     "matmul and add": (
-        f"{TABLE} {{ p = MatMul (x, m)  a = Add (p, b)  r = Relu (a)  q = MatMul (r, t)  y = Add (b, q) }}",
+        (
+            f"{TABLE} {{ p = MatMul (x, m)  a = Add (p, b)  r = Relu (a)  q = MatMul (r, t)  y = "
+            "Add (b, q) }}"
+        ),
         TABLES,
         {"a": -1, "y": -1},
     ),
     "shared weight and bias": (
-        f"{IMAGE} {{ f = Conv (x, w, b)  a = Conv (f, v, b)  r = Relu (a)  c = Conv (r, v, b)  y = Conv (c, v) }}",
+        (
+            f"{IMAGE} {{ f = Conv (x, w, b)  a = Conv (f, v, b)  r = Relu (a)  c = Conv (r, v, "
+            "b)  y = Conv (c, v) }}"
+        ),
         IMAGES,
         {"f": 1, "a": 1, "c": 1},
     ),
     "residual": (
-        f"{IMAGE} {{ f = Conv (x, w, b)  a = Conv (f, v, b)  s = Add (f, a)  c = Conv (s, v)  y = Conv (c, v) }}",
+        (
+            f"{IMAGE} {{ f = Conv (x, w, b)  a = Conv (f, v, b)  s = Add (f, a)  c = Conv (s, v) "
+            " y = Conv (c, v) }}"
+        ),
         IMAGES,
         {"f": 1, "a": 1, "c": 1},
     ),
 }
 
 
-def decided(graph, samples, target="CPU", options=None, correct=True, per_channel=True, **constants):
+def decided(
+    graph, samples, target="CPU", options=None, correct=True, per_channel=True, **constants
+):
     """The float model and its plan with all numbers."""
     model, data = prepared(graph, **{**CONSTANTS, **constants}), InMemory(samples)
     plan = build_plan(model.graph, TARGETS[target], Wishes(per_channel=per_channel))
     means = products(model.graph, plan) if correct else ()
     options = options or Options()
-    evidence = observe(model, Wanted(tuple(plan.groups()), means, False, False), data, resources(), Ear())
+    evidence = observe(
+        model, Wanted(tuple(plan.groups()), means, False, False), data, resources(), Ear()
+    )
     spec = RangeSpec(UINT8, False, options.power_of_two)
-    plan = plan.with_qparams(activation_qparams(plan, evidence.statistics, RANGE_METHODS["MAX_MIN"], spec))
+    plan = plan.with_qparams(
+        activation_qparams(plan, evidence.statistics, RANGE_METHODS["MAX_MIN"], spec)
+    )
     walk = Walk(model, plan, data, resources())
     return model, decide_weights(model, plan, walk, evidence.means, options, Ear())
 
@@ -96,7 +129,9 @@ def channel_means(model, names, samples):
 
 def steps_of_biases(plan, unit):
     """The step of each channel's int32 bias."""
-    return bias_qparams(plan.params(unit.inputs[0]), plan.weights[unit.name], plan.biases[unit.name].size).scale
+    return bias_qparams(
+        plan.params(unit.inputs[0]), plan.weights[unit.name], plan.biases[unit.name].size
+    ).scale
 
 
 @pytest.mark.parametrize("per_channel", [True, False])
@@ -110,15 +145,26 @@ def test_channel_means_are_kept(name, target, per_channel):
     made = {value.name: value for node in quantized.graph for value in node.outputs}
     # Where a tensor is handed on as integers, the product is what is converted to them.
     names = {
-        n: made[restored[n]].producer().inputs[0].producer().inputs[0].name if n in restored else n for n in tensors
+        n: made[restored[n]].producer().inputs[0].producer().inputs[0].name if n in restored else n
+        for n in tensors
     }
     wanted = channel_means(model, tensors, samples)
     found = channel_means(quantized, {names[n]: axis for n, axis in tensors.items()}, samples)
     for tensor in tensors:
-        unit = next(u for u in plan.units() if u.weight and tensor in outputs_of(model, (u.name, *u.absorbed)))
+        unit = next(
+            u
+            for u in plan.units()
+            if u.weight and tensor in outputs_of(model, (u.name, *u.absorbed))
+        )
         # The bias of an Add behind a MatMul stays float, and so do all where the target wants it.
-        step = steps_of_biases(plan, unit) if unit.integer_bias and unit.op_type != "MatMul" else np.zeros(6)
-        np.testing.assert_array_less(np.abs(found[names[tensor]] - wanted[tensor]), step.astype(float) / 2 + 2e-5)
+        step = (
+            steps_of_biases(plan, unit)
+            if unit.integer_bias and unit.op_type != "MatMul"
+            else np.zeros(6)
+        )
+        np.testing.assert_array_less(
+            np.abs(found[names[tensor]] - wanted[tensor]), step.astype(float) / 2 + 2e-5
+        )
 
 
 def outputs_of(model, names):
@@ -146,7 +192,8 @@ def test_shared_constants_get_a_bias_for_each_reader():
 
 def test_two_operators_may_see_channels_along_different_axes():
     graph = """g (float[1,6,6] x) => (float[] y) {
-        f = Conv (x, n, b)  r = Relu (f)  p = MatMul (r, t)  q = Add (p, b)  s = Conv (r, n, b)  y = Add (q, s)
+        f = Conv (x, n, b)  r = Relu (f)  p = MatMul (r, t)  q = Add (p, b)  s = Conv (r, n, b)
+          y = Add (q, s)
     }"""
     samples = [{"x": normal(1, 6, 6, seed=i) + 0.3} for i in range(6)]
     model, plan = decided(graph, samples, n=normal(6, 6, 1, seed=7))
@@ -158,11 +205,13 @@ def test_two_operators_may_see_channels_along_different_axes():
         np.testing.assert_allclose(found, wanted, atol=2e-3)
 
 
-# --- codes -----------------------------------------------------------------------------------------------------------
+# --- codes
 
 
 def pairs(codes):
-    """Codes that a kernel multiplies and adds in pairs: kernel positions first, then channels of the group."""
+    """Codes that a kernel multiplies and adds in pairs: kernel positions first, then channels of
+    the group.
+    """
     rows = np.moveaxis(codes.astype(np.int64), 1, -1).reshape(len(codes), -1)
     return rows[:, : rows.shape[1] - 1 : 2] + rows[:, 1::2]
 
@@ -175,7 +224,9 @@ def test_pairs_of_codes_stay_within_what_the_target_adds_exactly(compensate):
     found = {}
     for target in ("CPU", "CPU_VNNI", "ARM"):
         _, plan = decided(graph, IMAGES, target, Options(compensate), **heavy)
-        found[target] = next(w.codes for w in plan.weights.values() if w.codes.shape == (6, 4, 3, 3))
+        found[target] = next(
+            w.codes for w in plan.weights.values() if w.codes.shape == (6, 4, 3, 3)
+        )
     assert np.abs(pairs(found["CPU"])).max() <= 128
     assert np.abs(pairs(found["CPU_VNNI"])).max() > 128
     assert np.abs(found["CPU_VNNI"]).max() == 127
@@ -184,7 +235,9 @@ def test_pairs_of_codes_stay_within_what_the_target_adds_exactly(compensate):
 
 def test_a_depthwise_weight_uses_the_full_range():
     graph = f"{IMAGE} {{ f = Conv (x, w)  a = Conv <group=6> (f, d)  y = Conv (a, v) }}"
-    _, plan = decided(graph, IMAGES, d=np.abs(CONSTANTS["d"]) + 1, options=Options(compensate=False))
+    _, plan = decided(
+        graph, IMAGES, d=np.abs(CONSTANTS["d"]) + 1, options=Options(compensate=False)
+    )
     codes = next(w.codes for w in plan.weights.values() if w.codes.shape == (6, 1, 3, 3))
     assert np.abs(pairs(codes)).max() > 128
 
@@ -204,13 +257,17 @@ def test_nearest_codes_are_nearest():
 def test_compensated_codes_give_nearer_outputs():
     graph = f"{ROWS} {{ a = Gemm (x, m)  y = Gemm (a, t) }}"
     # Inputs of few directions: most of a rounding error can be made up for.
-    samples = [{"x": (normal(5, 2, seed=i) @ normal(2, 8, seed=9)).astype(np.float32)} for i in range(8)]
+    samples = [
+        {"x": (normal(5, 2, seed=i) @ normal(2, 8, seed=9)).astype(np.float32)} for i in range(8)
+    ]
     x = np.concatenate([sample["x"] for sample in samples]).astype(np.float64)
     errors = {}
     for compensate in (True, False):
         _, plan = decided(graph, samples, "ARM", Options(compensate), correct=False)
         stored = next(w for w in plan.weights.values() if w.codes.shape == (8, 6))
-        errors[compensate] = np.square(x @ (dequantize(stored.codes, stored.qparams) - CONSTANTS["m"])).mean()
+        errors[compensate] = np.square(
+            x @ (dequantize(stored.codes, stored.qparams) - CONSTANTS["m"])
+        ).mean()
     assert errors[True] < 0.5 * errors[False]
 
 
@@ -218,7 +275,9 @@ def test_compensated_codes_give_nearer_outputs():
 def test_scales_that_are_powers_of_two(name):
     graph, samples, _ = LAYERS[name]
     _, plan = decided(graph, samples, options=Options(power_of_two=True))
-    scales = [q.scale for q in plan.qparams.values()] + [w.qparams.scale for w in plan.weights.values()]
+    scales = [q.scale for q in plan.qparams.values()] + [
+        w.qparams.scale for w in plan.weights.values()
+    ]
     for scale in scales:
         np.testing.assert_array_equal(np.exp2(np.rint(np.log2(scale))), scale)
 
@@ -253,10 +312,16 @@ def test_a_huge_bias_widens_the_scale_until_int32_holds_it():
 @given(st.integers(0, 2**32 - 1), st.sampled_from(["CPU", "ARM"]), st.booleans())
 def test_any_weight_gets_finite_scales_and_codes_in_range(seed, target, per_channel):
     rng = np.random.default_rng(seed)
-    weight = (rng.standard_normal((6, 4, 3, 3)) * 10.0 ** rng.integers(-20, 10, (6, 1, 1, 1))).astype(np.float32)
+    weight = (
+        rng.standard_normal((6, 4, 3, 3)) * 10.0 ** rng.integers(-20, 10, (6, 1, 1, 1))
+    ).astype(np.float32)
     weight[rng.integers(6)] = 0
     _, plan = decided(
-        f"{IMAGE} {{ a = Conv (x, w)  y = Conv (a, v) }}", IMAGES[:1], target, per_channel=per_channel, w=weight
+        f"{IMAGE} {{ a = Conv (x, w)  y = Conv (a, v) }}",
+        IMAGES[:1],
+        target,
+        per_channel=per_channel,
+        w=weight,
     )
     for stored in plan.weights.values():
         assert np.isfinite(stored.qparams.scale).all()

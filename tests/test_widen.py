@@ -38,11 +38,15 @@ def half_model(dtype: type = np.float16) -> ir.Model:
 def test_it_computes_the_same_and_keeps_its_types(optimize: bool, choice: bool) -> None:
     model = half_model()
     wide = prepare(model.clone())
-    assert [v.dtype for v in (*wide.graph.inputs, *wide.graph.outputs)] == [ir.DataType.FLOAT16, ir.DataType.BOOL] + [
-        ir.DataType.FLOAT16
-    ] * 2
+    assert [v.dtype for v in (*wide.graph.inputs, *wide.graph.outputs)] == [
+        ir.DataType.FLOAT16,
+        ir.DataType.BOOL,
+    ] + [ir.DataType.FLOAT16] * 2
     assert [v.name for v in wide.graph.outputs] == ["y", "z"]
-    feed = {"x": np.random.default_rng(1).normal(size=(5, 4)).astype(np.float16), "choice": np.array(choice)}
+    feed = {
+        "x": np.random.default_rng(1).normal(size=(5, 4)).astype(np.float16),
+        "choice": np.array(choice),
+    }
     old, new = run(model, feed, optimize), run(wide, feed, optimize)
     for name in ("y", "z"):
         assert new[name].dtype == np.float16
@@ -53,8 +57,14 @@ def test_nothing_narrow_is_left_inside() -> None:
     for dtype in (np.float16, ml_dtypes.bfloat16):
         wide = prepare(half_model(dtype))
         onnx.checker.check_model(ir.to_proto(wide), full_check=True)
-        casts = {v for node in wide.graph for v in node.outputs if node.op_type == "Cast"} | set(wide.graph.inputs)
-        values = [v for g in wide.graphs() for v in (*g.initializers.values(), *(o for n in g for o in n.outputs))]
+        casts = {v for node in wide.graph for v in node.outputs if node.op_type == "Cast"} | set(
+            wide.graph.inputs
+        )
+        values = [
+            v
+            for g in wide.graphs()
+            for v in (*g.initializers.values(), *(o for n in g for o in n.outputs))
+        ]
         assert not [v.name for v in values if v.dtype in NARROW and v not in casts]
 
 

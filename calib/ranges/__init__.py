@@ -1,4 +1,6 @@
-"""Range methods: which interval of the reals a tensor's integer codes should cover. One method a file, one row each."""
+"""Range methods: which interval of the reals a tensor's integer codes should cover. One method a
+file, one row each.
+"""
 
 from __future__ import annotations
 
@@ -23,7 +25,9 @@ __all__ = ["RANGE_METHODS", "RangeMethod", "RangeSpec", "range_of", "squared_err
 
 @dataclass(frozen=True)
 class RangeMethod:
-    """A method's name in a config, the function that chooses the range, and what it needs the statistics to hold."""
+    """A method's name in a config, the function that chooses the range, and what it needs the
+    statistics to hold.
+    """
 
     name: str
     function: Callable[[TensorStats, RangeSpec], Range]
@@ -51,6 +55,7 @@ RANGE_METHODS = {method.name: method for method in _METHODS}
 def range_of(method: RangeMethod, stats: TensorStats, spec: RangeSpec) -> Range:
     """The interval that `method` chooses: float64 scalars, within the data and containing 0.
 
-    Statistics without any finite value give (0, 0); ValueError for statistics that lack what the method needs.
+    Statistics without any finite value give (0, 0); ValueError for statistics that lack what the
+    method needs.
     """
     return method.function(stats, spec) if stats.count else Range(np.array(0.0), np.array(0.0))

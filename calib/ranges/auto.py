@@ -16,7 +16,9 @@ CANDIDATES = (max_min, removal_outlier, percentile, kl, mse)
 
 
 def auto(stats: TensorStats, spec: RangeSpec) -> Range:
-    """The range, of those of the other methods, with the least mean squared error measured on the histogram."""
+    """The range, of those of the other methods, with the least mean squared error measured on the
+    histogram.
+    """
     histogram = stats.histogram()
     ranges = [method(stats, spec) for method in CANDIDATES]
     return min(ranges, key=lambda span: float(squared_error(histogram, spec.qparams(span))))

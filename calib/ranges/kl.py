@@ -12,11 +12,12 @@ BINS = 2048
 
 
 def kl(stats: TensorStats, spec: RangeSpec) -> Range:
-    """[-T, T], as far as the data reaches, with the T of least Kullback-Leibler divergence; the least such T on ties.
+    """[-T, T], as far as the data reaches, with the T of least Kullback-Leibler divergence; the
+    least such T on ties.
 
-    Szymon Migacz, "8-bit Inference with TensorRT" (GTC 2017, S7310): 2048 bins of |x| over [0, max|x|], T between
-    bins `levels` and 2048. Values that are exactly 0 take no part: they cost nothing at any T. Beyond 8 bits there are
-    as many levels as bins and nothing is clipped.
+    Szymon Migacz, "8-bit Inference with TensorRT" (GTC 2017, S7310): 2048 bins of |x| over [0,
+    max|x|], T between bins `levels` and 2048. Values that are exactly 0 take no part: they cost
+    nothing at any T. Beyond 8 bits there are as many levels as bins and nothing is clipped.
     """
     top = max(-stats.lo, stats.hi)
     counts = _rebinned(stats.histogram().magnitudes(), top)
@@ -31,8 +32,8 @@ def kl(stats: TensorStats, spec: RangeSpec) -> Range:
 def _levels(stats: TensorStats, spec: RangeSpec) -> int:
     """How many of the format's codes cover [0, max|x|] when the range is the data's.
 
-    That is half of them (128 of 8 bits, as in S7310) for a symmetric range or data as large below zero as above, and
-    all of them for an asymmetric range over data of one sign, such as a Relu's.
+    That is half of them (128 of 8 bits, as in S7310) for a symmetric range or data as large below
+    zero as above, and all of them for an asymmetric range over data of one sign, such as a Relu's.
     """
     lo, hi = min(stats.lo, 0.0), max(stats.hi, 0.0)
     share = 0.5 if spec.symmetric else max(-lo, hi) / (hi - lo)
@@ -40,18 +41,22 @@ def _levels(stats: TensorStats, spec: RangeSpec) -> int:
 
 
 def _rebinned(magnitudes: Histogram, top: float) -> Array:
-    """The non-zero values' counts in BINS equal bins over [0, top]; a finer bin across an edge is shared out evenly."""
+    """The non-zero values' counts in BINS equal bins over [0, top]; a finer bin across an edge is
+    shared out evenly.
+    """
     cumulative = np.concatenate(([0], np.cumsum(magnitudes.nonzero_counts)))
     edges = np.minimum(magnitudes.edges, top)
     return np.diff(np.rint(np.interp(np.linspace(0, top, BINS + 1), edges, cumulative)))
 
 
 def divergences(counts: Array, levels: int) -> Array:
-    """KL(P || Q) in nats for each cut i = levels, ..., counts.size: float64 of shape (counts.size - levels + 1,).
+    """KL(P || Q) in nats for each cut i = levels, ..., counts.size: float64 of shape (counts.size -
+    levels + 1,).
 
-    P is counts[:i] with everything beyond added to its last bin. Q is counts[:i] merged into `levels` runs of bins, bin
-    k going to run floor(k * levels / i), each run then spread evenly over those of its bins that are not empty in P;
-    infinite where Q has nothing and P has something. `counts` are whole numbers.
+    P is counts[:i] with everything beyond added to its last bin. Q is counts[:i] merged into
+    `levels` runs of bins, bin k going to run floor(k * levels / i), each run then spread evenly
+    over those of its bins that are not empty in P; infinite where Q has nothing and P has
+    something. `counts` are whole numbers.
     """
     cuts = np.arange(levels, counts.size + 1)
     total = np.concatenate(([0], np.cumsum(counts)))
@@ -62,7 +67,9 @@ def divergences(counts: Array, levels: int) -> Array:
     bins[:, -1] += (last == 0) & (beyond > 0)
     lost = (beyond > 0) & (mass[:, -1] == 0)
     p_log_p = np.concatenate(([0], np.cumsum(_x_log_x(counts))))[cuts - 1] + _x_log_x(last + beyond)
-    p_log_q = (_x_log_x(mass) - mass * _log(bins)).sum(axis=1) + beyond * (_log(mass[:, -1]) - _log(bins[:, -1]))
+    p_log_q = (_x_log_x(mass) - mass * _log(bins)).sum(axis=1) + beyond * (
+        _log(mass[:, -1]) - _log(bins[:, -1])
+    )
     divergence = (p_log_p - p_log_q) / total[-1] + _log(total[cuts]) - _log(total[-1])
     return np.where(lost, np.inf, divergence)
 

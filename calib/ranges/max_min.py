@@ -8,5 +8,7 @@ from calib.stats import TensorStats
 
 
 def max_min(stats: TensorStats, spec: RangeSpec) -> Range:
-    """The extremes of all samples: nothing is clipped, so one outlier costs everything else resolution."""
+    """The extremes of all samples: nothing is clipped, so one outlier costs everything else
+    resolution.
+    """
     return within_data(stats, stats.lo, stats.hi)

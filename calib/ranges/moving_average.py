@@ -10,10 +10,12 @@ from calib.stats import TensorStats
 
 
 def moving_average(stats: TensorStats, spec: RangeSpec) -> Range:
-    """Exponential moving averages of the samples' minima and maxima, starting from the first sample.
+    """Exponential moving averages of the samples' minima and maxima, starting from the first
+    sample.
 
-    m_0 = x_0, m_t = (1 - c) * m_(t-1) + c * x_t with c the averaging constant: Jacob et al. 2018, section 3.1, and
-    PyTorch's MovingAverageMinMaxObserver. The order is that of the sample indices, whatever order they were taken in.
+    m_0 = x_0, m_t = (1 - c) * m_(t-1) + c * x_t with c the averaging constant: Jacob et al. 2018,
+    section 3.1, and PyTorch's MovingAverageMinMaxObserver. The order is that of the sample indices,
+    whatever order they were taken in.
     """
     lows, highs = stats.sample_extremes.astype(np.float64).T
     c = spec.averaging_constant
@@ -23,7 +25,8 @@ def moving_average(stats: TensorStats, spec: RangeSpec) -> Range:
 
 
 def range_abs_max(stats: TensorStats, spec: RangeSpec) -> Range:
-    """[-T, T], as far as the data reaches, with T the largest magnitude in the last `window` samples.
+    """[-T, T], as far as the data reaches, with T the largest magnitude in the last `window`
+    samples.
 
     PaddlePaddle's fake_quantize_range_abs_max, whose window is 10,000 steps too.
     """

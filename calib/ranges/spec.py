@@ -12,11 +12,12 @@ from calib.stats import TensorStats
 
 @dataclass(frozen=True)
 class RangeSpec:
-    """The integer format a range is for, how its parameters will be made of it, and the options of the methods.
+    """The integer format a range is for, how its parameters will be made of it, and the options of
+    the methods.
 
-    `outlier_ratio` is the part of the values REMOVAL_OUTLIER drops at each end; `percentile` (0 to 100) that of the
-    magnitudes PERCENTILE keeps; `averaging_constant` (0 to 1) the weight of a new sample in MOVING_AVERAGE; `window`
-    the number of last samples RANGE_ABS_MAX looks at.
+    `outlier_ratio` is the part of the values REMOVAL_OUTLIER drops at each end; `percentile` (0 to
+    100) that of the magnitudes PERCENTILE keeps; `averaging_constant` (0 to 1) the weight of a new
+    sample in MOVING_AVERAGE; `window` the number of last samples RANGE_ABS_MAX looks at.
     """
 
     format: IntFormat
@@ -33,5 +34,7 @@ class RangeSpec:
 
 
 def within_data(stats: TensorStats, lo: float, hi: float) -> Range:
-    """The part of [lo, hi] that the data reaches, with zero: every code outside the data would be lost."""
+    """The part of [lo, hi] that the data reaches, with zero: every code outside the data would be
+    lost.
+    """
     return Range(np.array(min(max(lo, stats.lo), 0.0)), np.array(max(min(hi, stats.hi), 0.0)))

@@ -1,10 +1,10 @@
 """Mixed bits: every weight in the width it is worth.
 
-By error: the fewest bits that keep each layer's relative error, `init_scale`, below a bound. By sensitivity: what each
-weight alone costs the outputs is measured at one width; every bit more leaves a quarter of it, and bits go where they
-buy the most for their bytes. Fits make up for a part of what layers before them lost, which no layer alone shows, so
-that allocations between this one and equal bits for all are tried out as well: fitted on a part of the samples, judged
-on the others.
+By error: the fewest bits that keep each layer's relative error, `init_scale`, below a bound. By
+sensitivity: what each weight alone costs the outputs is measured at one width; every bit more
+leaves a quarter of it, and bits go where they buy the most for their bytes. Fits make up for a part
+of what layers before them lost, which no layer alone shows, so that allocations between this one
+and equal bits for all are tried out as well: fitted on a part of the samples, judged on the others.
 """
 
 from __future__ import annotations
@@ -35,7 +35,8 @@ MEASURED_BITS = 4
 SCALES = np.geomspace(0.2, 0.002, 24)
 # How much of the measured sensitivity decides, instead of equal bits for all.
 BLENDS = (1.0, 0.5, 0.0)
-# One sample in this many, and at most so many, judge allocations; fewer samples than LEAST_SPLIT are not parted.
+# One sample in this many, and at most so many, judge allocations; fewer samples than LEAST_SPLIT
+# are not parted.
 JUDGES, MOST_JUDGES, LEAST_SPLIT = 5, 64, 10
 
 
@@ -50,10 +51,13 @@ class Step:
 def path(worth: Mapping[str, float], sizes: Mapping[str, int]) -> list[Step]:
     """The steps from the fewest bits to the most, those first that buy the most.
 
-    `worth` is a weight's error at 0 bits, of which every bit leaves a quarter; `sizes` are the numbers of elements.
+    `worth` is a weight's error at 0 bits, of which every bit leaves a quarter; `sizes` are the
+    numbers of elements.
     """
     steps = [Step(name, bits) for name in worth for bits in WIDTHS[1:]]
-    return sorted(steps, key=lambda step: (-worth[step.name] * 4.0**-step.bits / sizes[step.name], step.name))
+    return sorted(
+        steps, key=lambda step: (-worth[step.name] * 4.0**-step.bits / sizes[step.name], step.name)
+    )
 
 
 def allocation(steps: Iterable[Step], sizes: Mapping[str, int], most: float) -> dict[str, int]:
@@ -68,8 +72,13 @@ def allocation(steps: Iterable[Step], sizes: Mapping[str, int], most: float) -> 
 
 
 def divergence(reference: Sequence[Array], other: Sequence[Array]) -> float:
-    """How far outputs are from the reference: KL divergence of probabilities, else squared error over square."""
-    return max(_divergence(x.astype(np.float64), y.astype(np.float64)) for x, y in zip(reference, other, strict=True))
+    """How far outputs are from the reference: KL divergence of probabilities, else squared error
+    over square.
+    """
+    return max(
+        _divergence(x.astype(np.float64), y.astype(np.float64))
+        for x, y in zip(reference, other, strict=True)
+    )
 
 
 def _divergence(x: Array, y: Array) -> float:
@@ -81,7 +90,9 @@ def _divergence(x: Array, y: Array) -> float:
 
 @dataclass(frozen=True)
 class Search:
-    """The search that a config wants for the widths of a plan; `keep` is handed every plan better than those before."""
+    """The search that a config wants for the widths of a plan; `keep` is handed every plan better
+    than those before.
+    """
 
     fitter: Fitter
     plan: QuantPlan
@@ -98,14 +109,22 @@ class Search:
         return self._by_error(self.wanted.init_scale), ()
 
     def _by_error(self, bound: float) -> QuantPlan:
-        return replace(self.fitter, options=replace(self.fitter.options, max_error=bound)).fitted(self.plan)
+        return replace(self.fitter, options=replace(self.fitter.options, max_error=bound)).fitted(
+            self.plan
+        )
 
     def _least(self, most: int, decide: Callable[[int], QuantPlan]) -> QuantPlan:
         """decide(n) for the least n up to `most` whose outputs keep the cosine, or decide(most)."""
 
         def cosine(n: int) -> float:
             plan = decide(n)
-            drop = output_drop(self.fitter.model, self._restored(plan), self.fitter.data, None, self.fitter.resources)
+            drop = output_drop(
+                self.fitter.model,
+                self._restored(plan),
+                self.fitter.data,
+                None,
+                self.fitter.resources,
+            )
             if 1 - drop >= self.wanted.min_cosine:
                 self.keep(plan)
             return 1 - drop
@@ -119,22 +138,38 @@ class Search:
 
     def _by_sensitivity(self) -> tuple[QuantPlan, tuple[Tradeoff, ...]]:
         fitter, budget = self.fitter, self._budget()
-        table = [budget.tradeoff(budget.within(ratio)) for ratio in map(budget.ratio, budget.uniform())]
+        table = [
+            budget.tradeoff(budget.within(ratio)) for ratio in map(budget.ratio, budget.uniform())
+        ]
         if self.wanted.target_ratio is None:
             steps = path(budget.worth, budget.sizes)
             narrow = [allocation(steps[:n], budget.sizes, np.inf) for n in range(len(steps) + 1)]
-            return self._least(len(steps), lambda n: fitter.fitted(self.plan.with_bits(narrow[n]))), tuple(table)
+            return self._least(
+                len(steps), lambda n: fitter.fitted(self.plan.with_bits(narrow[n]))
+            ), tuple(table)
         tried = [budget.within(self.wanted.target_ratio, blend) for blend in BLENDS]
-        measured = [self._measured(widths) for widths in fitter.watch.track(tried, "Trying bits", len(tried))]
+        measured = [
+            self._measured(widths)
+            for widths in fitter.watch.track(tried, "Trying bits", len(tried))
+        ]
         table += [budget.tradeoff(*pair) for pair in zip(tried, measured, strict=True)]
         best = tried[int(np.argmin(measured))]
-        return fitter.fitted(self.plan.with_bits(best)), tuple(sorted(table, key=lambda found: found.ratio))
+        return fitter.fitted(self.plan.with_bits(best)), tuple(
+            sorted(table, key=lambda found: found.ratio)
+        )
 
     def _budget(self) -> _Budget:
-        """Sizes, and what every unit alone costs the outputs of samples that it was not fitted on."""
+        """Sizes, and what every unit alone costs the outputs of samples that it was not fitted
+        on.
+        """
         model, units = self.fitter.model, list(planned(self.fitter.model, self.plan))
-        arrays = {u.name: [x for w in u.weights if (x := constant(n.inputs[w.index])) is not None] for n, u in units}
-        overhead = sum(stored_bytes(0, len(x), WIDTHS[0]) for found in arrays.values() for x in found)
+        arrays = {
+            u.name: [x for w in u.weights if (x := constant(n.inputs[w.index])) is not None]
+            for n, u in units
+        }
+        overhead = sum(
+            stored_bytes(0, len(x), WIDTHS[0]) for found in arrays.values() for x in found
+        )
         sizes = {name: sum(x.size for x in found) for name, found in arrays.items()}
         effects = self.journal.once("effects", self._effects)
         worth = {name: max(effects[name], SMALLEST_SCALE) * 4.0**MEASURED_BITS for name in sizes}
@@ -152,7 +187,9 @@ class Search:
         key = " ".join(map(str, widths.values()))
 
         def measure() -> float:
-            before = min((v for k, v in self.journal.known.items() if k != "effects"), default=np.inf)
+            before = min(
+                (v for k, v in self.journal.known.items() if k != "effects"), default=np.inf
+            )
             plan = self._on_a_part.fitted(self.plan.with_bits(widths))
             found = self._divergence(plan)
             if found < before:
@@ -171,7 +208,9 @@ class Search:
 
     @cached_property
     def _on_a_part(self) -> Fitter:
-        return replace(self.fitter, data=self.fitter.data.part(0, len(self.fitter.data) - self._judges))
+        return replace(
+            self.fitter, data=self.fitter.data.part(0, len(self.fitter.data) - self._judges)
+        )
 
     @cached_property
     def _reference(self) -> list[list[Array]]:
@@ -179,10 +218,15 @@ class Search:
 
     def _divergence(self, plan: QuantPlan) -> float:
         """Mean over the judging samples."""
-        return float(np.mean(list(map(divergence, self._reference, self._outputs(self._restored(plan))))))
+        return float(
+            np.mean(list(map(divergence, self._reference, self._outputs(self._restored(plan)))))
+        )
 
     def _outputs(self, model: ir.Model) -> list[list[Array]]:
-        start, names = len(self.fitter.data) - (self._judges or len(self.fitter.data)), _names(model)
+        start, names = (
+            len(self.fitter.data) - (self._judges or len(self.fitter.data)),
+            _names(model),
+        )
         with saved(model) as file:
             session = open_session(file)
 
@@ -190,7 +234,9 @@ class Search:
                 found = run(session, names, self.fitter.data.sample(start + i))
                 return [found[name] for name in names]
 
-            return list(over_samples(len(self.fitter.data) - start, outputs, self.fitter.resources.threads))
+            return list(
+                over_samples(len(self.fitter.data) - start, outputs, self.fitter.resources.threads)
+            )
 
     def _restored(self, plan: QuantPlan) -> ir.Model:
         quantized = self.fitter.model.clone()
@@ -204,7 +250,9 @@ def _names(model: ir.Model) -> list[str]:
 
 @dataclass(frozen=True)
 class _Budget:
-    """Bytes of a model's weights: `before`, and what they take beside codes; `worth` and `sizes` as in `path`."""
+    """Bytes of a model's weights: `before`, and what they take beside codes; `worth` and `sizes` as
+    in `path`.
+    """
 
     worth: Mapping[str, float]
     sizes: Mapping[str, int]
@@ -217,8 +265,13 @@ class _Budget:
 
     def within(self, ratio: float, blend: float = 1.0) -> dict[str, int]:
         """The widths for a file this many times smaller, by sensitivity as far as `blend` goes."""
-        blended = {name: self.worth[name] ** blend * size ** (1 - blend) for name, size in self.sizes.items()}
-        return allocation(path(blended, self.sizes), self.sizes, 8 * (self.before / ratio - self._rest()))
+        blended = {
+            name: self.worth[name] ** blend * size ** (1 - blend)
+            for name, size in self.sizes.items()
+        }
+        return allocation(
+            path(blended, self.sizes), self.sizes, 8 * (self.before / ratio - self._rest())
+        )
 
     def uniform(self) -> list[dict[str, int]]:
         """Equal bits for all."""
@@ -227,7 +280,9 @@ class _Budget:
     def tradeoff(self, widths: Mapping[str, int], measured: float | None = None) -> Tradeoff:
         """A row of the table of what can be had."""
         expected = sum(self.worth[name] * 4.0**-width for name, width in widths.items())
-        return Tradeoff(self.ratio(widths), self._bits(widths) / sum(self.sizes.values()), expected, measured)
+        return Tradeoff(
+            self.ratio(widths), self._bits(widths) / sum(self.sizes.values()), expected, measured
+        )
 
     def _rest(self) -> int:
         return self.before - 4 * sum(self.sizes.values()) + self.overhead

@@ -1,7 +1,8 @@
-"""Weighted operators as matrix products: weights as (groups, rows, columns), inputs as sampled columns.
+"""Weighted operators as matrix products: weights as (groups, rows, columns), inputs as sampled
+columns.
 
-Columns stand in the order in which integer kernels sum: spatial positions first, then the input channels of the group,
-so that columns 2 i and 2 i + 1 are the pairs a kernel adds.
+Columns stand in the order in which integer kernels sum: spatial positions first, then the input
+channels of the group, so that columns 2 i and 2 i + 1 are the pairs a kernel adds.
 """
 
 from __future__ import annotations
@@ -27,11 +28,15 @@ class View(Protocol):
         """The inverse of `matrix`."""
 
     def columns(self, x: Array, count: int, zero: int, rng: np.random.Generator) -> Array:
-        """(groups, count, columns): inputs of `count` outputs (or all, if fewer) drawn at random; padding is `zero`."""
+        """(groups, count, columns): inputs of `count` outputs (or all, if fewer) drawn at random;
+        padding is `zero`.
+        """
 
     @property
     def input_axis(self) -> int | None:
-        """Axis of the input's channels, where every input value enters every output channel's sum once; else None."""
+        """Axis of the input's channels, where every input value enters every output channel's sum
+        once; else None.
+        """
 
 
 @dataclass(frozen=True)
@@ -66,10 +71,15 @@ class ConvView:
         inside = np.ones((batch.size, taps.shape[1]), bool)
         index = []
         for axis, (position, size) in enumerate(zip(positions, x.shape[2:], strict=True)):
-            at = position[:, None] * self.strides[axis] + taps[axis] * self.dilations[axis] - begins[axis]
+            at = (
+                position[:, None] * self.strides[axis]
+                + taps[axis] * self.dilations[axis]
+                - begins[axis]
+            )
             inside &= (at >= 0) & (at < size)
             index.append(np.clip(at, 0, size - 1))
-        # Index arrays on both sides of the channel axis put (drawn, taps) first: the result is (drawn, taps, channels).
+        # Index arrays on both sides of the channel axis put (drawn, taps) first: the result is
+        # (drawn, taps, channels).
         values = x[(batch[:, None], slice(None), *index)]
         values[~inside] = zero
         grouped = values.reshape(*inside.shape, self.groups, -1)
@@ -89,7 +99,11 @@ class ConvView:
             out = -(-size // stride)
             total = max(0, (out - 1) * stride + extent - size)
             return out, total // 2 if self.auto_pad == "SAME_UPPER" else -(-total // 2)
-        begin, end = (0, 0) if self.auto_pad == "VALID" else (self.pads[axis], self.pads[axis + len(self.strides)])
+        begin, end = (
+            (0, 0)
+            if self.auto_pad == "VALID"
+            else (self.pads[axis], self.pads[axis + len(self.strides)])
+        )
         return (size + begin + end - extent) // stride + 1, begin
 
 
@@ -125,7 +139,11 @@ def _drawn(total: int, count: int, rng: np.random.Generator) -> Array:
 
 def plain_matrix(weight: Array, axis: int | None) -> Array:
     """(1, channels of `axis`, rest) of any weight, or (1, 1, all) where `axis` is None."""
-    return weight.reshape(1, 1, -1) if axis is None else np.moveaxis(weight, axis, 0).reshape(1, weight.shape[axis], -1)
+    return (
+        weight.reshape(1, 1, -1)
+        if axis is None
+        else np.moveaxis(weight, axis, 0).reshape(1, weight.shape[axis], -1)
+    )
 
 
 def plain_weight(matrix: Array, shape: Sequence[int], axis: int | None) -> Array:
@@ -137,7 +155,9 @@ def plain_weight(matrix: Array, shape: Sequence[int], axis: int | None) -> Array
 
 
 def view_of(node: ir.Node, shape: Sequence[int], weight_index: int) -> View | None:
-    """How `node` with a constant weight of `shape` is a matrix product; None if it is not known as one."""
+    """How `node` with a constant weight of `shape` is a matrix product; None if it is not known as
+    one.
+    """
     if node.op_type == "Conv":
         spatial = len(shape) - 2
         get = node.attributes.get_ints

@@ -1,9 +1,11 @@
-"""Weights as points on a grid of their own for every row: w = scale (point - zero); codes or levels of a trellis.
+"""Weights as points on a grid of their own for every row: w = scale (point - zero); codes or levels
+of a trellis.
 
-Weights are matrices (groups, rows, columns) as in `matrices`. Points and grid are found in turn: with the points fixed,
-the best scale and zero of a row are a least squares problem of two unknowns; with the grid fixed, error-compensating
-rounding finds points, and coordinate descent, which moves one column at a time to its optimum given all others, betters
-them. The error of a row e is e' M e, that of the outputs, with M the inputs' second moments; without M it is e' e.
+Weights are matrices (groups, rows, columns) as in `matrices`. Points and grid are found in turn:
+with the points fixed, the best scale and zero of a row are a least squares problem of two unknowns;
+with the grid fixed, error-compensating rounding finds points, and coordinate descent, which moves
+one column at a time to its optimum given all others, betters them. The error of a row e is e' M e,
+that of the outputs, with M the inputs' second moments; without M it is e' e.
 """
 
 from __future__ import annotations
@@ -21,7 +23,8 @@ from converter.emit.planes import HALF_BITS
 SHARES = (1.0, 0.93, 0.86, 0.79, 0.72, 0.65, 0.55)
 # The same for a trellis, whose levels are dense in the middle.
 TRELLIS_SHARES = 0.8 ** np.arange(8)
-# Times that grid and codes are found in turn; with many bits or a long row there is little left to find.
+# Times that grid and codes are found in turn; with many bits or a long row there is little left to
+# find.
 ROUNDS, FEW_ROUNDS, LONG_ROW = 6, 2, 128
 # Columns whose codes change before the others hear of it.
 BLOCK = 64
@@ -45,17 +48,24 @@ class Rows:
         if not self.format.trellis:
             return self.points
         flat = self.points.reshape(-1, self.points.shape[2]).T
-        return trellis.nearest(flat, np.ones(flat.shape[1]), self.format.bits).T.reshape(self.points.shape)
+        return trellis.nearest(flat, np.ones(flat.shape[1]), self.format.bits).T.reshape(
+            self.points.shape
+        )
 
     def relative_error(self, weight: Array, moments: Array | None) -> float:
         """What of the outputs, or of the weights, is error: |W x - V x| / |W x| over all rows."""
-        norms = [np.vdot(x, x if moments is None else np.matmul(x, moments)) for x in (self.values() - weight, weight)]
+        norms = [
+            np.vdot(x, x if moments is None else np.matmul(x, moments))
+            for x in (self.values() - weight, weight)
+        ]
         return float(np.sqrt(norms[0] / norms[1])) if norms[1] > 0 else 0.0
 
 
 @dataclass(frozen=True)
 class Grids:
-    """Which grids may be used: unsigned `format`, one for every row or one for all, integer zeros only or any."""
+    """Which grids may be used: unsigned `format`, one for every row or one for all, integer zeros
+    only or any.
+    """
 
     format: IntFormat
     per_row: bool = True
@@ -63,12 +73,16 @@ class Grids:
 
 
 def fit(weight: Array, moments: Array | None, grids: Grids, kept: Array | None = None) -> Rows:
-    """The points of `weight` (groups, rows, columns); `moments` are (groups, columns, columns) or None.
+    """The points of `weight` (groups, rows, columns); `moments` are (groups, columns, columns) or
+    None.
 
-    Where `kept` is false, weights become exact zeros; grids must have integer ones then. Where a trellis is wanted,
-    rows may still be too short for it: then codes stand for themselves.
+    Where `kept` is false, weights become exact zeros; grids must have integer ones then. Where a
+    trellis is wanted, rows may still be too short for it: then codes stand for themselves.
     """
-    ways = [replace(grids, format=replace(grids.format, trellis=way)) for way in {grids.format.trellis, False}]
+    ways = [
+        replace(grids, format=replace(grids.format, trellis=way))
+        for way in {grids.format.trellis, False}
+    ]
     firsts = [_first(weight, moments, way) for way in ways]
     (_, scale, zero), grids = min(zip(firsts, ways, strict=True), key=lambda found: found[0][0])
     moments = None if moments is None else _damped(moments)
@@ -80,29 +94,44 @@ def fit(weight: Array, moments: Array | None, grids: Grids, kept: Array | None =
 
     alone = moments is None and grids.per_row
     parts = [better(part) for part in (row_parts(weight) if alone else [slice(None)])]
-    points = np.concatenate([rows.points for rows in parts], axis=1, dtype=np.float32, casting="same_kind")
-    scale, zero = (np.concatenate(x, axis=1) for x in zip(*((r.scale, r.zero) for r in parts), strict=True))
+    points = np.concatenate(
+        [rows.points for rows in parts], axis=1, dtype=np.float32, casting="same_kind"
+    )
+    scale, zero = (
+        np.concatenate(x, axis=1) for x in zip(*((r.scale, r.zero) for r in parts), strict=True)
+    )
     return Rows(points, scale, zero, grids.format)
 
 
-def _bettered(weight: Array, moments: Array | None, rows: Rows, grids: Grids, kept: Array | None) -> Rows:
+def _bettered(
+    weight: Array, moments: Array | None, rows: Rows, grids: Grids, kept: Array | None
+) -> Rows:
     if moments is not None:
         shifted = weight + (rows.scale * rows.zero)[..., None]
         fixed = None if kept is None else np.where(kept, np.nan, rows.zero[..., None])
-        rows = replace(rows, points=compensated(shifted, rows.scale, moments, Grid(grids.format), fixed))
+        rows = replace(
+            rows, points=compensated(shifted, rows.scale, moments, Grid(grids.format), fixed)
+        )
     rounds = FEW_ROUNDS if weight.shape[2] >= LONG_ROW else ROUNDS
     for _ in range(rounds if grids.format.bits < HALF_BITS else 1):
-        rows = _descended(weight, moments, _zeroed(_refitted(weight, moments, rows, grids), kept), kept)
+        rows = _descended(
+            weight, moments, _zeroed(_refitted(weight, moments, rows, grids), kept), kept
+        )
     return rows
 
 
 def _zeroed(rows: Rows, kept: Array | None) -> Rows:
     """The same with points that stand for 0 where weights are not `kept`."""
-    return rows if kept is None else replace(rows, points=np.where(kept, rows.points, rows.zero[..., None]))
+    return (
+        rows
+        if kept is None
+        else replace(rows, points=np.where(kept, rows.points, rows.zero[..., None]))
+    )
 
 
 def with_variance(weight: Array, rows: Rows, grids: Grids) -> Rows:
-    """The same points with scales and zeros that give every row of `weight` its mean and standard deviation back.
+    """The same points with scales and zeros that give every row of `weight` its mean and standard
+    deviation back.
 
     A factor beyond 0.1 to 10 would follow from a row that is lost: it stays as it is.
     """
@@ -110,21 +139,29 @@ def with_variance(weight: Array, rows: Rows, grids: Grids) -> Rows:
     ratio = weight.std(axis=2) / np.maximum(deviation, SMALLEST_SCALE)
     ratio = np.where((ratio > 0.1) & (ratio < 10), ratio, 1.0)
     scale = rows.scale * ratio
-    scale, zero = _storable(scale, rows.points.mean(axis=2, dtype=np.float64) - weight.mean(axis=2) / scale, grids)
+    scale, zero = _storable(
+        scale, rows.points.mean(axis=2, dtype=np.float64) - weight.mean(axis=2) / scale, grids
+    )
     return replace(rows, scale=scale, zero=zero)
 
 
 def _damped(moments: Array) -> Array:
     diagonal = np.einsum("gkk->gk", moments)
     share = DAMPING * diagonal.mean(axis=1, keepdims=True)
-    damped: Array = moments + (share + (diagonal + share <= 0))[..., None] * np.eye(moments.shape[1])
+    damped: Array = moments + (share + (diagonal + share <= 0))[..., None] * np.eye(
+        moments.shape[1]
+    )
     return damped
 
 
 def _first(weight: Array, moments: Array | None, grids: Grids) -> tuple[float, Array, Array]:
-    """The best of grids around the middle of each row's weights, for a trellis their mean: error, scale and zero."""
+    """The best of grids around the middle of each row's weights, for a trellis their mean: error,
+    scale and zero.
+    """
     axis, coded = 2 if grids.per_row else None, grids.format.trellis
-    low, high, mean = (np.broadcast_to(f(weight, axis=axis), weight.shape[:2]) for f in (np.min, np.max, np.mean))
+    low, high, mean = (
+        np.broadcast_to(f(weight, axis=axis), weight.shape[:2]) for f in (np.min, np.max, np.mean)
+    )
     middle = mean if coded else (high + low) / 2
     width = 2 * np.maximum(high - middle, middle - low)
     importance = np.ones(weight.shape[::2]) if moments is None else np.einsum("gkk->gk", moments)
@@ -137,7 +174,9 @@ def _first(weight: Array, moments: Array | None, grids: Grids) -> tuple[float, A
     errors = np.stack([error(*grid) for grid in tried])
     if not grids.per_row:
         errors = np.broadcast_to(errors.sum(axis=(1, 2), keepdims=True), errors.shape)
-    scale, zero = (np.choose(errors.argmin(axis=0), numbers) for numbers in zip(*tried, strict=True))
+    scale, zero = (
+        np.choose(errors.argmin(axis=0), numbers) for numbers in zip(*tried, strict=True)
+    )
     return float(error(scale, zero).sum()), scale, zero
 
 
@@ -148,7 +187,9 @@ def _on(weight: Array, scale: Array, zero: Array, fmt: IntFormat) -> Rows:
 
 
 def _grid(width: Array, middle: Array, grids: Grids) -> tuple[Array, Array]:
-    """Scale and zero of grids as wide as `width` about `middle`, which is on them itself where there is no width."""
+    """Scale and zero of grids as wide as `width` about `middle`, which is on them itself where
+    there is no width.
+    """
     qmax = grids.format.qmax
     wide = width > SMALLEST_SCALE * qmax
     scale = np.where(wide, width / qmax, np.where(middle == 0, 1.0, np.abs(middle)))
@@ -166,7 +207,9 @@ def _storable(scale: Array, zero: Array, grids: Grids) -> tuple[Array, Array]:
 
 
 def _refitted(weight: Array, moments: Array | None, rows: Rows, grids: Grids) -> Rows:
-    """The same points on the grids with the least error: weight = scale point + offset, by least squares."""
+    """The same points on the grids with the least error: weight = scale point + offset, by least
+    squares.
+    """
     points, ones = rows.points, np.ones_like(rows.points)
     m_points, m_ones = (x if moments is None else np.matmul(x, moments) for x in (points, ones))
     sums = [(a * b).sum(axis=2) for a, b in ((points, m_points), (points, m_ones), (ones, m_ones))]
@@ -180,7 +223,9 @@ def _refitted(weight: Array, moments: Array | None, rows: Rows, grids: Grids) ->
     scale, offset = (one * qw - q1 * w1) / determinant, (qq * w1 - q1 * qw) / determinant
     safe &= scale > SMALLEST_SCALE
     scale = np.where(safe, scale, rows.scale)
-    return Rows(points, *_storable(scale, np.where(safe, -offset / scale, rows.zero), grids), grids.format)
+    return Rows(
+        points, *_storable(scale, np.where(safe, -offset / scale, rows.zero), grids), grids.format
+    )
 
 
 def _descended(weight: Array, moments: Array | None, rows: Rows, kept: Array | None) -> Rows:
@@ -193,7 +238,9 @@ def _descended(weight: Array, moments: Array | None, rows: Rows, kept: Array | N
     by_column = np.ascontiguousarray(moments.transpose(1, 0, 2))
     for start in range(0, len(points), BLOCK):
         block = slice(start, min(start + BLOCK, len(points)))
-        gradient = np.matmul(errors.transpose(1, 2, 0), moments[:, :, block]).transpose(2, 0, 1).copy()
+        gradient = (
+            np.matmul(errors.transpose(1, 2, 0), moments[:, :, block]).transpose(2, 0, 1).copy()
+        )
         for k in range(block.start, block.stop):
             row, curvature = by_column[k][:, block].T[..., None], by_column[k][:, k, None]
             wanted = errors[k] - gradient[k - start] / curvature

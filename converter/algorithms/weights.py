@@ -1,4 +1,6 @@
-"""Decides the integer weights and biases of a plan, layer by layer, each in the light of all layers before it."""
+"""Decides the integer weights and biases of a plan, layer by layer, each in the light of all layers
+before it.
+"""
 
 from __future__ import annotations
 
@@ -20,16 +22,20 @@ from converter.plan import NodePlan, QuantizedWeight, QuantPlan, WeightPlan
 
 # |bias| / scale stays below this, half of int32, leaving room for what the products add.
 BIAS_LIMIT = 2.0**30
-# Inputs drawn for a layer's second moments, over all samples: enough for a stable estimate of its columns.
+# Inputs drawn for a layer's second moments, over all samples: enough for a stable estimate of its
+# columns.
 COLUMNS_PER_WEIGHT = 8
 LEAST_COLUMNS, MOST_COLUMNS = 1024, 8192
-# Longer rows are rounded to the nearest code: the second moments of more columns take gigabytes and minutes.
+# Longer rows are rounded to the nearest code: the second moments of more columns take gigabytes and
+# minutes.
 MOST_COMPENSATED = 8192
 
 
 @dataclass(frozen=True)
 class Options:
-    """How weights are rounded: with error compensation or to nearest codes; whether scales are powers of two."""
+    """How weights are rounded: with error compensation or to nearest codes; whether scales are
+    powers of two.
+    """
 
     compensate: bool = True
     power_of_two: bool = False
@@ -46,9 +52,16 @@ class _Layer:
 
 
 def decide_weights(
-    model: ir.Model, plan: QuantPlan, walk: Walk, means: Mapping[Mean, Array], options: Options, watch: Watch
+    model: ir.Model,
+    plan: QuantPlan,
+    walk: Walk,
+    means: Mapping[Mean, Array],
+    options: Options,
+    watch: Watch,
 ) -> QuantPlan:
-    """The plan with integer weights and biases; `means` are the float model's channel means of `products`."""
+    """The plan with integer weights and biases; `means` are the float model's channel means of
+    `products`.
+    """
     values = values_by_name(model.graph)
     nodes = {node.name: node for node in model.graph}
     for position, step in enumerate(watch.track(walk.steps, "Rounding weights", len(walk.steps))):
@@ -58,7 +71,9 @@ def decide_weights(
             # Another unit may watch the same tensor for a bias that this one has no place for.
             mean = means.get(_source(layer.unit, layer.node)) if _correctable(layer.unit) else None
             bias = _corrected(layer, weight, mean, plan, walk) if mean is not None else layer.bias
-            plan = plan.with_weights({layer.unit.name: weight}, {} if bias is None else {layer.unit.name: bias})
+            plan = plan.with_weights(
+                {layer.unit.name: weight}, {} if bias is None else {layer.unit.name: bias}
+            )
         walk.advance(position, plan)
     return plan
 
@@ -75,7 +90,9 @@ def _correctable(unit: NodePlan) -> bool:
 
 
 def _source(unit: NodePlan, node: ir.Node) -> Mean:
-    """What the mean of the product follows from: its input, which is watched anyway, where possible, or the product."""
+    """What the mean of the product follows from: its input, which is watched anyway, where
+    possible, or the product.
+    """
     view = _view(unit, node)
     if view and view.input_axis is not None:
         return unit.inputs[0], view.input_axis
@@ -115,7 +132,9 @@ def _rounded(layer: _Layer, plan: QuantPlan, walk: Walk, options: Options) -> Qu
     scale = _scales(layer, plan, matrix, importance, grid, options)
     if options.compensate and columns <= MOST_COMPENSATED:
         moments, kept = second_moments(drawn, walk.threads) * unit_scale**2, kept_weights(matrix)
-        codes = compensated(matrix, scale, moments, grid, None if kept is None else np.where(kept, np.nan, 0.0))
+        codes = compensated(
+            matrix, scale, moments, grid, None if kept is None else np.where(kept, np.nan, 0.0)
+        )
     else:
         codes = nearest(matrix / scale[..., None], grid)
     return packed(view.weight(codes), scale, wanted)
@@ -125,41 +144,59 @@ def _columns_to_draw(columns: int) -> int:
     return int(np.clip(COLUMNS_PER_WEIGHT * columns, LEAST_COLUMNS, MOST_COLUMNS))
 
 
-def _scales(layer: _Layer, plan: QuantPlan, matrix: Array, importance: Array, grid: Grid, options: Options) -> Array:
+def _scales(
+    layer: _Layer, plan: QuantPlan, matrix: Array, importance: Array, grid: Grid, options: Options
+) -> Array:
     """The scale of each row, as float32 stores it."""
     assert layer.unit.weight is not None
     scale = search_scales(matrix, importance, grid, layer.unit.weight.axis is not None)
-    scale = np.maximum(scale, _scale_floor(layer, plan, scale)).astype(np.float32).astype(np.float64)
+    scale = (
+        np.maximum(scale, _scale_floor(layer, plan, scale)).astype(np.float32).astype(np.float64)
+    )
     return np.exp2(np.ceil(np.log2(scale))) if options.power_of_two else scale
 
 
 def _scale_floor(layer: _Layer, plan: QuantPlan, scale: Array) -> Array:
-    """The least scale of each row for which the int32 bias, of scale data scale * weight scale, cannot overflow."""
     name = layer.unit.inputs[0]
     if layer.bias is None or name not in plan.tensors:
         return np.zeros_like(scale)
-    floor = np.abs(layer.bias) / (float(plan.params(name).scale) * BIAS_LIMIT)
     per_channel = layer.unit.weight is not None and layer.unit.weight.axis is not None
-    return floor.reshape(scale.shape) if per_channel else np.full_like(scale, floor.max())
+    return least_scales(layer.bias, plan.params(name), scale.shape, per_channel)
+
+
+def least_scales(bias: Array, data: QParams, shape: tuple[int, ...], per_channel: bool) -> Array:
+    """The least scale of each row for which the int32 `bias`, of scale data scale * weight scale,
+    cannot overflow.
+    """
+    floor = np.abs(bias) / (float(data.scale) * BIAS_LIMIT)
+    return floor.reshape(shape) if per_channel else np.full(shape, floor.max())
 
 
 def packed(codes: Array, scale: Array, wanted: WeightPlan) -> QuantizedWeight:
-    """Whole-number `codes` in the weight's shape with the scales (groups, rows) of the rows they are columns of."""
+    """Whole-number `codes` in the weight's shape with the scales (groups, rows) of the rows they
+    are columns of.
+    """
     scales = np.asarray(scale.reshape(-1) if wanted.axis is not None else scale.flat[0], np.float32)
     q = QParams(scales, np.zeros(scales.shape, wanted.format.dtype), wanted.format, wanted.axis)
     return QuantizedWeight(np.ascontiguousarray(codes).astype(wanted.format.dtype), q)
 
 
-def _corrected(layer: _Layer, weight: QuantizedWeight, mean: Array, plan: QuantPlan, walk: Walk) -> Array:
+def _corrected(
+    layer: _Layer, weight: QuantizedWeight, mean: Array, plan: QuantPlan, walk: Walk
+) -> Array:
     """The bias that gives the quantized product the float product's mean in every channel.
 
-    Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction" (2019), section 4.2, with
-    measured means.
+    Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction" (2019),
+    section 4.2, with measured means.
     """
     view = _view(layer.unit, layer.node)
     if view and view.input_axis is not None:
         target = product_of_mean(view, layer.weight, mean)
     else:
-        target = mean - (layer.bias if OPS[layer.unit.op_type].bias is not None and layer.bias is not None else 0.0)
+        target = mean - (
+            layer.bias
+            if OPS[layer.unit.op_type].bias is not None and layer.bias is not None
+            else 0.0
+        )
     shift = target - walk.mean_product(layer.unit, dequantize(weight.codes, weight.qparams), plan)
     return np.asarray(shift if layer.bias is None else layer.bias + shift)

@@ -29,7 +29,8 @@ _children: set[subprocess.Popen[bytes]] = set()
 
 @dataclass(frozen=True)
 class Task:
-    """A conversion, or with `job.part` a part of its calibration; as many `parts` are merged before it begins.
+    """A conversion, or with `job.part` a part of its calibration; as many `parts` are merged before
+    it begins.
 
     `identity` is what the file `stamp` will say the output was made of.
     """
@@ -42,7 +43,9 @@ class Task:
 
 @dataclass(frozen=True)
 class Result:
-    """What came of a task; `problem` is empty if it went well. Seconds and megabytes are its process's."""
+    """What came of a task; `problem` is empty if it went well. Seconds and megabytes are its
+    process's.
+    """
 
     problem: str = ""
     figures: Figures | None = None
@@ -52,14 +55,21 @@ class Result:
 
 
 def run_isolated(task: Task, timeout: float | None, directory: str) -> Result:
-    """Runs a task for at most `timeout` seconds, from the folder `directory` that its paths are relative to."""
+    """Runs a task for at most `timeout` seconds, from the folder `directory` that its paths are
+    relative to.
+    """
     start, answer = time.perf_counter(), b""
-    with tempfile.TemporaryDirectory(prefix="qconvert-job-") as folder, _process(folder, directory) as process:
+    with (
+        tempfile.TemporaryDirectory(prefix="qconvert-job-") as folder,
+        _process(folder, directory) as process,
+    ):
         try:
             answer = process.communicate(pickle.dumps(task), timeout)[0]
             result: Result = pickle.loads(answer) if answer else Result(_death(process.returncode))
         except subprocess.TimeoutExpired:
-            result = Result(f"it took more than {timeout:g} seconds and was stopped; allow more with --timeout.")
+            result = Result(
+                f"it took more than {timeout:g} seconds and was stopped; allow more with --timeout."
+            )
     if not answer:
         _remove_drafts(task.job, Path(directory))
     return replace(result, seconds=time.perf_counter() - start)
@@ -86,7 +96,9 @@ def _process(temporary: str, directory: str) -> Iterator[subprocess.Popen[bytes]
 
 
 def _remove_drafts(job: Job, directory: Path) -> None:
-    """What a process that was killed was about to write, which is in hidden folders beside the places for it."""
+    """What a process that was killed was about to write, which is in hidden folders beside the
+    places for it.
+    """
     common = job.config.common
     for path in filter(None, (job.output, common.debug_info_save_path, common.calibration_cache)):
         for draft in (directory / path).parent.glob(f".{escape(path.name)}.*"):
@@ -101,8 +113,14 @@ def kill_all() -> None:
 
 def _death(code: int) -> str:
     if code == -signal.SIGKILL:
-        return "its process was killed, most likely for want of memory; let fewer jobs run at once with --jobs."
-    return f"its process crashed ({signal.Signals(-code).name if code < 0 else code}); convert it alone to see more."
+        return (
+            "its process was killed, most likely for want of memory; let fewer jobs run at once "
+            "with --jobs."
+        )
+    return (
+        f"its process crashed ({signal.Signals(-code).name if code < 0 else code}); convert it "
+        "alone to see more."
+    )
 
 
 class _Notes(Watch):
@@ -137,7 +155,11 @@ def serve(temporary: str) -> None:
 
 def _work(task: Task, notes: _Notes) -> Figures | None:
     """Does what is asked for and stamps it; a part of a calibration has no figures."""
-    from converter import cache, model, pipeline  # what takes long to import, for this process alone
+    from converter import (
+        cache,
+        model,
+        pipeline,
+    )  # what takes long to import, for this process alone
 
     job, path = task.job, task.job.config.common.calibration_cache
     if job.part:
@@ -145,7 +167,9 @@ def _work(task: Task, notes: _Notes) -> Figures | None:
         return None
     files = stamp.states([*stamp.inputs(job), *model.external_files(job.model)])
     if task.parts and path:
-        cache.merge([cache.part_path(path, number, task.parts) for number in range(task.parts)], path)
+        cache.merge(
+            [cache.part_path(path, number, task.parts) for number in range(task.parts)], path
+        )
     figures = pipeline.convert(job, notes).figures
     files |= stamp.states([job.output, *model.external_files(job.output)])
     stamp.write(task.stamp, task.identity, files, figures)

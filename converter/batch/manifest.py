@@ -1,4 +1,6 @@
-"""The jobs of a batch: a folder of configs with a [job] section, or a CSV file with a line a job."""
+"""The jobs of a batch: a folder of configs with a [job] section, or a CSV file with a line a
+job.
+"""
 
 from __future__ import annotations
 
@@ -22,7 +24,8 @@ MakeJob = Callable[[Path, str | None, Config], Job]
 
 @dataclass(frozen=True)
 class Entry:
-    """One job by its name, which is its output's path; without a `job`, `problem` says why there is none.
+    """One job by its name, which is its output's path; without a `job`, `problem` says why there is
+    none.
 
     It stands on `line` (0: the whole file) of `source`; `settings` are the override columns there.
     """
@@ -44,20 +47,26 @@ Line = tuple[Entry, str, str]
 
 
 def read_entries(path: Path, make: MakeJob, rules: Sequence[Rule] = RULES) -> list[Entry]:
-    """All jobs in order; one that is wrong has a problem, a list that is itself wrong raises QConvertError.
+    """All jobs in order; one that is wrong has a problem, a list that is itself wrong raises
+    QConvertError.
 
     `rules` are those that every config keeps.
     """
     folder, lines = (path, _of_folder(path)) if path.is_dir() else (path.parent, _of_manifest(path))
     entries = [entry for line in lines for entry in _entries(*line, folder, make, rules)]
     if not entries:
-        msg = f"{path}: there are no jobs; give a folder of configs or a CSV file with a line below its header."
+        msg = (
+            f"{path}: there are no jobs; give a folder of configs or a CSV file with a line "
+            "below its header."
+        )
         raise UsageError(msg)
     writers: dict[Path, Entry] = {}
     for number, entry in enumerate(entries):
         first = writers.setdefault(entry.job.output.resolve(), entry) if entry.job else entry
         if first is not entry:
-            problem = f"{entry}: {first} writes {entry.name}.onnx already; give each job its own output."
+            problem = (
+                f"{entry}: {first} writes {entry.name}.onnx already; give each job its own output."
+            )
             entries[number] = replace(entry, job=None, problem=problem)
     return entries
 
@@ -72,34 +81,54 @@ def _of_manifest(path: Path) -> Iterator[Line]:
         with path.open(encoding="utf-8-sig", newline="") as file:
             reader = csv.DictReader(file, strict=True)
             names = list(reader.fieldnames or ())
-            if {*COLUMNS} - {*names} or len({*names}) < len(names) or not all("." in n for n in {*names} - {*COLUMNS}):
+            if (
+                {*COLUMNS} - {*names}
+                or len({*names}) < len(names)
+                or not all("." in n for n in {*names} - {*COLUMNS})
+            ):
                 msg = (
-                    f"{path}:1: the header must be {','.join(COLUMNS)} and columns named section.key; write each once."
+                    f"{path}:1: the header must be {','.join(COLUMNS)} and columns named "
+                    "section.key; write each once."
                 )
                 raise ConfigError(msg)
             for row in reader:
                 if None in row or None in row.values() or not row["config"]:
-                    msg = f"{path}:{reader.line_num}: the config or a cell is missing or too many; check the line."
+                    msg = (
+                        f"{path}:{reader.line_num}: the config or a cell is missing or too many; "
+                        "check the line."
+                    )
                     raise ConfigError(msg)
                 model, config, output = (row.pop(name).strip() for name in COLUMNS)
                 settings = {name: text for name, text in row.items() if text.strip()}
                 number = reader.line_num
-                yield Entry(f"line {number}", path, number, path.parent / config, settings), model, output
+                yield (
+                    Entry(f"line {number}", path, number, path.parent / config, settings),
+                    model,
+                    output,
+                )
     except (UnicodeDecodeError, csv.Error) as error:
-        msg = f"{path}: this is no CSV file in UTF-8 ({error}); give such a file or a folder of configs."
+        msg = (
+            f"{path}: this is no CSV file in UTF-8 ({error}); give such a file or a folder of "
+            "configs."
+        )
         raise ConfigError(msg) from error
 
 
 def _entries(
     entry: Entry, model: str, output: str, folder: Path, make: MakeJob, rules: Sequence[Rule]
 ) -> Iterator[Entry]:
-    """The jobs of one place, one for every model that matches; the config says what is empty there."""
+    """The jobs of one place, one for every model that matches; the config says what is empty
+    there.
+    """
     try:
         config = load_config(entry.config, entry.settings, entry.source, entry.line, rules)
         models = _models(entry, folder / model if model else config.job.model)
         target = folder / output if output else config.job.output
         if target and len(models) > 1 and "*" not in str(target):
-            msg = f"{entry}: {len(models)} models would be written to {target}; write * for the model's name."
+            msg = (
+                f"{entry}: {len(models)} models would be written to {target}; write * for the "
+                "model's name."
+            )
             raise ConfigError(msg)
         for found in models:
             job = make(found, str(target).replace("*", found.stem) if target else None, config)
@@ -111,7 +140,10 @@ def _entries(
 
 def _models(entry: Entry, pattern: Path | None) -> list[Path]:
     if pattern is None:
-        msg = f"{entry}: no model is named; write model = model.onnx under [job], or fill the column model."
+        msg = (
+            f"{entry}: no model is named; write model = model.onnx under [job], or fill the "
+            "column model."
+        )
         raise ConfigError(msg)
     found = [pattern] if pattern.exists() else [Path(name) for name in sorted(glob(str(pattern)))]  # noqa: PTH207
     if not found:

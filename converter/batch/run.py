@@ -1,7 +1,9 @@
-"""Runs a batch: what is up to date is left, what can share a calibration waits for it, and the rest goes to a pool.
+"""Runs a batch: what is up to date is left, what can share a calibration waits for it, and the rest
+goes to a pool.
 
-A pool is any `concurrent.futures.Executor`. The local one has a thread a job, which starts a process for it and waits:
-where a process is killed, a pool of processes loses all of its jobs, and this one the job. Dask's client is the other.
+A pool is any `concurrent.futures.Executor`. The local one has a thread a job, which starts a
+process for it and waits: where a process is killed, a pool of processes loses all of its jobs, and
+this one the job. Dask's client is the other.
 """
 
 from __future__ import annotations
@@ -31,7 +33,9 @@ Order = dict[Hashable, set[Hashable]]
 
 @dataclass(frozen=True)
 class Options:
-    """How a batch runs: its folder, local jobs at once (None on a cluster), seconds a job may take."""
+    """How a batch runs: its folder, local jobs at once (None on a cluster), seconds a job may
+    take.
+    """
 
     folder: Path
     workers: int | None
@@ -44,7 +48,9 @@ class Options:
 
 @dataclass(frozen=True)
 class Record:
-    """What became of an entry: `status` is converted, up to date, missed (a gate), failed or skipped."""
+    """What became of an entry: `status` is converted, up to date, missed (a gate), failed or
+    skipped.
+    """
 
     entry: Entry
     status: str
@@ -54,7 +60,9 @@ class Record:
 
 @contextmanager
 def open_pool(scheduler: str | None, workers: int) -> Iterator[Executor]:
-    """The Dask cluster at that address or, without one, `workers` local jobs at once; raises UsageError."""
+    """The Dask cluster at that address or, without one, `workers` local jobs at once; raises
+    UsageError.
+    """
     if scheduler is None:
         with ThreadPoolExecutor(workers) as pool:
             yield pool
@@ -67,20 +75,29 @@ def open_pool(scheduler: str | None, workers: int) -> Iterator[Executor]:
         msg = "--scheduler needs Dask; install it with pip install 'qconvert[cluster]'."
         raise UsageError(msg) from error
     except (OSError, ValueError) as error:
-        msg = f"--scheduler {scheduler}: no Dask scheduler answers; write its address, for example tcp://host:8786."
+        msg = (
+            f"--scheduler {scheduler}: no Dask scheduler answers; write its address, for example "
+            "tcp://host:8786."
+        )
         raise UsageError(msg) from error
     with client:
         yield client.get_executor(pure=False)
 
 
-def run_batch(entries: Sequence[Entry], pool: Executor, options: Options, done: Callable[[Record], None]) -> None:
+def run_batch(
+    entries: Sequence[Entry], pool: Executor, options: Options, done: Callable[[Record], None]
+) -> None:
     """Runs all entries and hands each record to `done` as soon as it is known."""
     known = {number: _known(entry, options) for number, entry in enumerate(entries)}
     todo = {number: task for number, task in known.items() if isinstance(task, Task)}
     left = dict(enumerate(entries))
     with closing(_results(*_arranged(todo, options), pool, options.timeout)) as results:
         early = ((number, found) for number, found in known.items() if isinstance(found, Record))
-        late = ((key, _record(entries[key], found, options.gates)) for key, found in results if isinstance(key, int))
+        late = (
+            (key, _record(entries[key], found, options.gates))
+            for key, found in results
+            if isinstance(key, int)
+        )
         for number, record in chain(early, late):
             del left[number]
             done(record)
@@ -108,7 +125,9 @@ def _record(entry: Entry, result: Result, gates: Gates, status: str = "converted
 
 
 def _arranged(todo: Mapping[int, Task], options: Options) -> tuple[dict[Hashable, Task], Order]:
-    """Tasks that share the processors and, where they calibrate alike, a cache that the first of them makes."""
+    """Tasks that share the processors and, where they calibrate alike, a cache that the first of
+    them makes.
+    """
     threads = max(1, processors() // min(options.workers, len(todo) or 1)) if options.workers else 1
     caches = {key: _cache(task, options.folder) for key, task in todo.items()}
     tasks: dict[Hashable, Task] = {}
@@ -126,12 +145,16 @@ def _arranged(todo: Mapping[int, Task], options: Options) -> tuple[dict[Hashable
     return tasks, order
 
 
-def _split(cache: Path, leader: Hashable, parts: int, tasks: dict[Hashable, Task], order: Order) -> None:
+def _split(
+    cache: Path, leader: Hashable, parts: int, tasks: dict[Hashable, Task], order: Order
+) -> None:
     """Adds the parts of a calibration, which the leader merges."""
     for old in cache.parent.glob(f"{cache.name}.part*"):
         old.unlink()
     for number in range(parts):
-        tasks[cache, number] = replace(tasks[leader], job=replace(tasks[leader].job, part=(number, parts)))
+        tasks[cache, number] = replace(
+            tasks[leader], job=replace(tasks[leader].job, part=(number, parts))
+        )
         order[leader].add((cache, number))
     tasks[leader] = replace(tasks[leader], parts=parts)
 
@@ -142,11 +165,18 @@ def _with(task: Task, **common: Any) -> Task:
 
 
 def _cache(task: Task, folder: Path) -> Path | None:
-    """The config's calibration cache or one for all jobs that calibrate the same model with the same data."""
+    """The config's calibration cache or one for all jobs that calibrate the same model with the
+    same data.
+    """
     job, config, full = task.job, task.job.config, task.job.config.full_quant
     if config.mode != "FULL_QUANT" or not config.preprocess.calibrate_path:
         return None
-    flags = job.input_shapes, job.input_format, job.input_type, full.equalize and not full.per_channel
+    flags = (
+        job.input_shapes,
+        job.input_format,
+        job.input_type,
+        full.equalize and not full.per_channel,
+    )
     name = _short(job.model.resolve(), config.preprocess, flags)
     return config.common.calibration_cache or folder / STATE / f"{name}.npz"
 
@@ -159,7 +189,9 @@ def _short(*what: object) -> str:
 def _results(
     tasks: dict[Hashable, Task], order: Order, pool: Executor, timeout: float | None
 ) -> Generator[tuple[Hashable, Result], None, None]:
-    """What comes of every task, in the order in which they end; closed early, it ends those under way."""
+    """What comes of every task, in the order in which they end; closed early, it ends those under
+    way.
+    """
     sorter, running = TopologicalSorter(order), dict[Future[Result], Hashable]()
     sorter.prepare()
     try:
@@ -180,4 +212,6 @@ def _result(future: Future[Result]) -> Result:
     try:
         return future.result()
     except Exception as error:  # of the pool: whatever happens inside a task is in its result
-        return Result(f"it could not be run ({type(error).__name__}: {error}); see the logs of the machine.")
+        return Result(
+            f"it could not be run ({type(error).__name__}: {error}); see the logs of the machine."
+        )

@@ -1,4 +1,6 @@
-"""What a batch has done: a line and a table for people, JSON and CSV for programs, JUnit XML for build servers."""
+"""What a batch has done: a line and a table for people, JSON and CSV for programs, JUnit XML for
+build servers.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ UNWRITABLE = re.compile("[^\\t\\n\\r\\x20-\\ud7ff\\ue000-\\ufffd\\U00010000-\\U0
 
 
 def row(record: Record) -> dict[str, Any]:
-    """Everything about a record and a manifest's settings, flat; it has figures where it was converted."""
+    """Everything about a record and a manifest's settings, flat; it has figures where it was
+    converted.
+    """
     entry, result = record.entry, record.result
     files = {"model": str(entry.job.model), "output": str(entry.job.output)} if entry.job else {}
     cost = {"seconds": round(result.seconds, 3), "memory_mb": round(result.megabytes, 1)}
@@ -35,7 +39,9 @@ def write(records: Sequence[Record], folder: Path, junit: Path | None) -> None:
     """Writes batch_summary.json and batch_summary.csv into the folder, and JUnit XML."""
     rows = [row(record) for record in records]
     (folder / "batch_summary.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
-    with (folder / "batch_summary.csv").open("w", encoding="utf-8", errors="backslashreplace", newline="") as file:
+    with (folder / "batch_summary.csv").open(
+        "w", encoding="utf-8", errors="backslashreplace", newline=""
+    ) as file:
         writer = csv.DictWriter(file, _names(rows))
         writer.writeheader()
         writer.writerows(rows)
@@ -57,7 +63,9 @@ def _suite(records: Sequence[Record]) -> Element:
     for record in records:
         about = {"classname": str(record.entry.config), "name": record.entry.name}
         seconds = f"{record.result.seconds:.3f}"
-        case = SubElement(suite, "testcase", {name: _xml(text) for name, text in about.items()}, time=seconds)
+        case = SubElement(
+            suite, "testcase", {name: _xml(text) for name, text in about.items()}, time=seconds
+        )
         if record.status in FAILURES:
             SubElement(case, FAILURES[record.status], message=_xml(record.message))
     return suite
@@ -72,7 +80,9 @@ def progress(record: Record, number: int, total: int) -> str:
     warnings = f", warnings: {len(record.result.warnings)}" if record.result.warnings else ""
     message = f": {record.message}" if record.message else ""
     cost = f"{record.result.seconds:.1f} s{warnings}"
-    return f"[{number:{len(str(total))}}/{total}] {record.status} {record.entry.name}, {cost}{message}"
+    return (
+        f"[{number:{len(str(total))}}/{total}] {record.status} {record.entry.name}, {cost}{message}"
+    )
 
 
 def table(records: Sequence[Record]) -> Iterator[str]:
@@ -82,7 +92,9 @@ def table(records: Sequence[Record]) -> Iterator[str]:
     lines = [[name.rpartition(".")[2] for name in names], *rows]
     widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
     for line in lines:
-        yield "  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip()
+        yield "  ".join(
+            cell.ljust(width) for cell, width in zip(line, widths, strict=True)
+        ).rstrip()
 
 
 def _cell(value: object) -> str:

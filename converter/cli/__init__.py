@@ -1,4 +1,6 @@
-"""The command line: the only package that prints or exits. This module converts; each subcommand has one of its own."""
+"""The command line: the only package that prints or exits. This module converts; each subcommand
+has one of its own.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,7 @@ from converter.cli.inspect import inspect_command
 from converter.cli.terminal import Terminal, show
 from converter.config import load_config
 from converter.config.keys import default_config
-from converter.config.rules import MODELESS_RULES, RULES
+from converter.config.rules import conversion_rules
 from converter.errors import GateError, QConvertError, UsageError
 from converter.gates import Gates
 from converter.job import Job
@@ -31,9 +33,15 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 
 @click.group(context_settings=CONTEXT, invoke_without_command=True)
-@click.option("--fmk", default="ONNX", show_default=True, help="Format of the float model; only ONNX.")
-@click.option("--modelFile", "model", type=click.Path(path_type=Path), help="Float ONNX model.  [required]")
-@click.option("--outputFile", "output", type=click.Path(), help="Default: MODEL_quant.onnx beside it.")
+@click.option(
+    "--fmk", default="ONNX", show_default=True, help="Format of the float model; only ONNX."
+)
+@click.option(
+    "--modelFile", "model", type=click.Path(path_type=Path), help="Float ONNX model.  [required]"
+)
+@click.option(
+    "--outputFile", "output", type=click.Path(), help="Default: MODEL_quant.onnx beside it."
+)
 @click.option(
     "--configFile",
     "config",
@@ -42,13 +50,23 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 )
 @job_flags
 @gate_flags
-@click.option("--dry-run", is_flag=True, help="Print the plan, every node and tensor with its reason; run nothing.")
+@click.option(
+    "--dry-run",
+    is_flag=True,
+    help="Print the plan, every node and tensor with its reason; run nothing.",
+)
 @click.option("--quiet", is_flag=True, help="Print the result line, warnings and errors only.")
 @click.option("--verbose", is_flag=True, help="Print more on the way.")
 @click.version_option(__version__, prog_name="qconvert")
 @click.pass_context
 def command(
-    context: click.Context, /, fmk: str, model: Path | None, output: str | None, config: Path | None, **flags: Any
+    context: click.Context,
+    /,
+    fmk: str,
+    model: Path | None,
+    output: str | None,
+    config: Path | None,
+    **flags: Any,
 ) -> None:
     """Turn a float ONNX model into a quantized one that ordinary runtimes execute."""
     # Our own workers use the cores; one thread in BLAS also makes sums the same on any machine.
@@ -60,11 +78,19 @@ def command(
     if context.invoked_subcommand:
         return
     if fmk != "ONNX":
-        msg = f"--fmk={fmk}: only ONNX models are read; export the model to ONNX and write --fmk=ONNX."
+        msg = (
+            f"--fmk={fmk}: only ONNX models are read; export the model to ONNX and write "
+            "--fmk=ONNX."
+        )
         raise UsageError(msg)
     half = flags["fp16"] == "on"
-    rules = MODELESS_RULES if half else RULES
-    loaded = load_config(config, rules=rules) if config else default_config() if half else None
+    loaded = (
+        load_config(config, rules=conversion_rules(half))
+        if config
+        else default_config()
+        if half
+        else None
+    )
     model = model or (loaded.job.model if loaded else None)
     if model is None or loaded is None:
         missing = "--modelFile" if model is None else "--configFile"
@@ -99,7 +125,9 @@ for subcommand in (batch_command, compare_command, init_command, inspect_command
 
 
 def main(arguments: list[str] | None = None) -> None:
-    """Entry point of the console script: exits with 0, or as the error says (see converter.errors)."""
+    """Entry point of the console script: exits with 0, or as the error says (see
+    converter.errors).
+    """
     # Whoever stops the process in order finds no litter.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
@@ -112,9 +140,15 @@ def main(arguments: list[str] | None = None) -> None:
         _fail("Interrupted; nothing was written.", 130)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
-        _fail(f"{error.filename or 'A file'}: {reason}; check the path, your rights and the space on the disk.", 1)
+        _fail(
+            f"{error.filename or 'A file'}: {reason}; check the path, your rights and the "
+            "space on the disk.",
+            1,
+        )
     except MemoryError:
-        _fail("There is not enough memory; lower calibration_memory or thread_num in the config.", 1)
+        _fail(
+            "There is not enough memory; lower calibration_memory or thread_num in the config.", 1
+        )
     except Exception as error:
         if "--verbose" in (arguments or sys.argv):
             traceback.print_exception(error)

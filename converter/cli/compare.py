@@ -23,12 +23,19 @@ PATH = click.Path(path_type=Path)
 @click.command(name="compare")
 @click.argument("reference", metavar="FLOAT", type=PATH)
 @click.argument("other", metavar="QUANT", type=PATH)
-@click.option("--configFile", "config", type=PATH, help="INI file with [data_preprocess_param]; unset: random data.")
+@click.option(
+    "--configFile",
+    "config",
+    type=PATH,
+    help="INI file with [data_preprocess_param]; unset: random data.",
+)
 @click.option("--report", type=PATH, help="Folder for the debug reports.")
 @with_flags(*INPUT_FLAGS)
 @click.option("--verbose", is_flag=True, help="Print more on the way.")
 @gate_flags
-def compare_command(reference: Path, other: Path, config: Path | None, report: Path | None, **flags: Any) -> None:
+def compare_command(
+    reference: Path, other: Path, config: Path | None, report: Path | None, **flags: Any
+) -> None:
     """Compare a quantized model, whoever made it, with the float one."""
     wanted = load_config(config, rules=DATA_RULES) if config else default_config()
     wanted = replace(wanted, common=replace(wanted.common, debug_info_save_path=report))

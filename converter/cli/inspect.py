@@ -28,7 +28,9 @@ def inspect_command(model: Path, as_json: bool) -> None:
             continue
         click.echo(f"\n{_words(title)}{'' if found else ': none'}")
         names = [list(map(_words, row)) for row in found[:1]]
-        for line in columns([*names, *([short(_text(cell)) for cell in row.values()] for row in found)]):
+        for line in columns(
+            [*names, *([short(_text(cell)) for cell in row.values()] for row in found)]
+        ):
             show(f"  {line}")
 
 
@@ -38,4 +40,10 @@ def _words(name: str) -> str:
 
 
 def _text(cell: object) -> str:
-    return f"[{', '.join(map(str, cell))}]" if isinstance(cell, list) else "-" if cell is None else str(cell)
+    return (
+        f"[{', '.join(map(str, cell))}]"
+        if isinstance(cell, list)
+        else "-"
+        if cell is None
+        else str(cell)
+    )

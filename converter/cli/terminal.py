@@ -15,7 +15,10 @@ T = TypeVar("T")
 
 def show(text: str, err: bool = False) -> None:
     """Prints one line: names from models and folders cannot break it or command the terminal."""
-    click.echo("".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text), err=err)
+    click.echo(
+        "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text),
+        err=err,
+    )
 
 
 class Terminal(Watch):
@@ -29,7 +32,9 @@ class Terminal(Watch):
         if self.quiet or not sys.stderr.isatty():
             yield from items
             return
-        with click.progressbar(items, length=total, label=label, file=sys.stderr, show_eta=True) as bar:
+        with click.progressbar(
+            items, length=total, label=label, file=sys.stderr, show_eta=True
+        ) as bar:
             yield from bar
 
     def say(self, text: str) -> None:

@@ -1,4 +1,6 @@
-"""`python -m converter.config` writes the Markdown reference of the configuration file, made from the key table."""
+"""`python -m converter.config` writes the Markdown reference of the configuration file, made from
+the key table.
+"""
 
 import sys
 from collections.abc import Iterator

@@ -1,6 +1,8 @@
-"""THE table of sections and keys: one dataclass a section, one field a key, one field of `Config` a section.
+"""THE table of sections and keys: one dataclass a section, one field a key, one field of `Config` a
+section.
 
-A new key is one row here: the reader, the messages, the warnings and the reference are made from the table.
+A new key is one row here: the reader, the messages, the warnings and the reference are made from
+the table.
 """
 
 from __future__ import annotations
@@ -15,7 +17,14 @@ from converter.config.values import InputFolders, Kind
 
 QuantType = Literal["WEIGHT_QUANT", "FULL_QUANT", "DYNAMIC_QUANT"]
 ActivationQuantMethod = Literal[
-    "MAX_MIN", "KL", "REMOVAL_OUTLIER", "PERCENTILE", "MSE", "MOVING_AVERAGE", "RANGE_ABS_MAX", "AUTO"
+    "MAX_MIN",
+    "KL",
+    "REMOVAL_OUTLIER",
+    "PERCENTILE",
+    "MSE",
+    "MOVING_AVERAGE",
+    "RANGE_ABS_MAX",
+    "AUTO",
 ]
 
 QUANT_TYPES: tuple[QuantType, ...] = get_args(QuantType)
@@ -25,7 +34,9 @@ _PIXELS = kinds.integer(1, 65535, 224)
 
 @dataclass(frozen=True)
 class Scope:
-    """Where a key has an effect: in these modes, if also `test` holds, which `condition` says in words."""
+    """Where a key has an effect: in these modes, if also `test` holds, which `condition` says in
+    words.
+    """
 
     modes: tuple[str, ...]
     condition: str = ""
@@ -43,18 +54,27 @@ _ALWAYS = Scope((*QUANT_TYPES, "FLOAT32"))
 _WEIGHT = Scope(("WEIGHT_QUANT",))
 _MIXED_BIT = Scope(_WEIGHT.modes, " with bit_num = 0", lambda config: config.common.bit_num == 0)
 _SENSITIVITY = Scope(
-    _WEIGHT.modes, " with search = SENSITIVITY", lambda config: config.mixed_bit.search == "SENSITIVITY"
+    _WEIGHT.modes,
+    " with search = SENSITIVITY",
+    lambda config: config.mixed_bit.search == "SENSITIVITY",
 )
 _FULL = Scope(("FULL_QUANT",))
 _TRAINED = Scope(("FULL_QUANT", "FLOAT32"))
-_STORED = Scope(_WEIGHT.modes, " with dequant_strategy = ON_THE_FLY", lambda config: config.weight_quant.on_the_fly)
+_STORED = Scope(
+    _WEIGHT.modes,
+    " with dequant_strategy = ON_THE_FLY",
+    lambda config: config.weight_quant.on_the_fly,
+)
 _DYNAMIC = Scope(("DYNAMIC_QUANT",))
-_IMAGES = Scope(QUANT_TYPES, " with input_type = IMAGE", lambda config: config.preprocess.input_type == "IMAGE")
+_IMAGES = Scope(
+    QUANT_TYPES, " with input_type = IMAGE", lambda config: config.preprocess.input_type == "IMAGE"
+)
 _RESIZED = Scope(
     QUANT_TYPES,
     " with input_type = IMAGE and a size to resize to",
     lambda config: (
-        _IMAGES.holds(config) and bool(config.preprocess.resize_width or config.preprocess.resize_short_side)
+        _IMAGES.holds(config)
+        and bool(config.preprocess.resize_width or config.preprocess.resize_short_side)
     ),
 )
 
@@ -78,7 +98,9 @@ class Key:
 
 @dataclass(frozen=True)
 class Section:
-    """A section: its name in the file, its dataclass, its field of `Config` and its keys by name."""
+    """A section: its name in the file, its dataclass, its field of `Config` and its keys by
+    name.
+    """
 
     name: str
     table: type[Any]
@@ -101,32 +123,46 @@ class CommonQuantParam:
     """`[common_quant_param]`: what to do, and to which operators."""
 
     quant_type: QuantType | None = _choice(
-        "WEIGHT_QUANT stores the weights in fewer bits; FULL_QUANT computes in integers; DYNAMIC_QUANT does so "
+        "WEIGHT_QUANT stores the weights in fewer bits; FULL_QUANT computes in integers; "
+        "DYNAMIC_QUANT does so "
         "with activation ranges measured at run time. Required unless export_precision_mode is set."
     )
     bit_num: int = _key(
-        replace(kinds.integer(0, 16, 8), allowed="an integer from 0 to 16 (8 for FULL_QUANT and DYNAMIC_QUANT)"),
+        replace(
+            kinds.integer(0, 16, 8),
+            allowed="an integer from 0 to 16 (8 for FULL_QUANT and DYNAMIC_QUANT)",
+        ),
         "Bits of a quantized weight; 0 chooses the bits of every layer (mixed bits).",
         8,
     )
     min_quant_weight_size: int = _key(
-        kinds.integer(0, 65535), "Only weights with more elements than this are quantized.", 0, _WEIGHT
+        kinds.integer(0, 65535),
+        "Only weights with more elements than this are quantized.",
+        0,
+        _WEIGHT,
     )
     min_quant_weight_channel: int = _key(
-        kinds.integer(0, 65535, 16), "Only weights with more channels than this are quantized.", 16, _WEIGHT
+        kinds.integer(0, 65535, 16),
+        "Only weights with more channels than this are quantized.",
+        16,
+        _WEIGHT,
     )
     skip_quant_node: tuple[str, ...] = _key(
         kinds.names("conv_1,/head/*"),
-        "Nodes to leave in float: names, or patterns with `*`, `?` and `[...]`; put a name with a comma in quotes.",
+        "Nodes to leave in float: names, or patterns with `*`, `?` and `[...]`; put a name "
+        "with a comma in quotes.",
         (),
     )
     skip_quant_type: tuple[str, ...] = _key(
         kinds.names("Gemm,MatMul"), "Operator types to leave in float, as ONNX writes them.", ()
     )
     debug_info_save_path: Path | None = _key(
-        kinds.path("debug"), "Folder for the debug reports, seen from the current folder; unset: no reports."
+        kinds.path("debug"),
+        "Folder for the debug reports, seen from the current folder; unset: no reports.",
     )
-    thread_num: int | None = _key(kinds.integer(1, 1024, 4), "Threads to compute with; unset: all cores.")
+    thread_num: int | None = _key(
+        kinds.integer(1, 1024, 4), "Threads to compute with; unset: all cores."
+    )
     providers: tuple[str, ...] = _key(
         kinds.names("CPUExecutionProvider"),
         "ONNX Runtime execution providers to calibrate with; unset: the CPU.",
@@ -134,11 +170,15 @@ class CommonQuantParam:
         _FULL,
     )
     calibration_memory: int = _key(
-        kinds.integer(16, 1 << 20, 512), "Megabytes of activations to hold at a time while calibrating.", 512, _FULL
+        kinds.integer(16, 1 << 20, 512),
+        "Megabytes of activations to hold at a time while calibrating.",
+        512,
+        _FULL,
     )
     calibration_cache: Path | None = _key(
         kinds.path("calibration.npz"),
-        "File that keeps what calibration found, so that the next conversion of the same model and data, with "
+        "File that keeps what calibration found, so that the next conversion of the same model "
+        "and data, with "
         "other range methods, targets or skips, need not calibrate; unset: none.",
         scope=_FULL,
     )
@@ -157,10 +197,13 @@ class MixedBitWeightQuantParam:
         "Search the largest init_scale whose outputs keep the cosine similarity min_cosine.", False
     )
     min_cosine: float = _key(
-        kinds.number_between(0, 1, 0.995), "Least cosine similarity of the outputs that a search accepts.", 0.995
+        kinds.number_between(0, 1, 0.995),
+        "Least cosine similarity of the outputs that a search accepts.",
+        0.995,
     )
     search: Literal["ERROR", "SENSITIVITY"] = _choice(
-        "ERROR gives every layer the bits that init_scale asks for; SENSITIVITY the bits its effect on the outputs "
+        "ERROR gives every layer the bits that init_scale asks for; SENSITIVITY the bits its "
+        "effect on the outputs "
         "is worth.",
         "ERROR",
     )
@@ -176,17 +219,22 @@ class WeightQuantParam:
     """`[weight_quant_param]`: how stored weights are rounded, and when they become floats again."""
 
     dequant_strategy: Literal["ON_LOAD", "ON_THE_FLY"] = _choice(
-        "ON_LOAD unpacks weights of any width when the model is loaded and runs at float speed; ON_THE_FLY keeps "
+        "ON_LOAD unpacks weights of any width when the model is loaded and runs at float speed; "
+        "ON_THE_FLY keeps "
         "them as integers of 2, 4, 8 or 16 bits in memory.",
         "ON_LOAD",
     )
-    per_channel: bool = _choice("One scale for every output channel of a weight; false: one for a weight.", True)
+    per_channel: bool = _choice(
+        "One scale for every output channel of a weight; false: one for a weight.", True
+    )
     bias_correction: bool = _choice(
-        "Keep the mean of every channel: of its outputs where GPTQ sees data, else mean and variance of its weights.",
+        "Keep the mean of every channel: of its outputs where GPTQ sees data, else mean and "
+        "variance of its weights.",
         True,
     )
     quant_strategy: Literal["MAX_MIN", "GPTQ"] | None = _choice(
-        "GPTQ rounds weights for least error of the outputs on calibration data, MAX_MIN for least error of the "
+        "GPTQ rounds weights for least error of the outputs on calibration data, MAX_MIN for "
+        "least error of the "
         "weights; unset: GPTQ if there is data."
     )
     block_size: int | None = _key(
@@ -206,7 +254,8 @@ class DynamicQuantParam:
     """`[dynamic_quant_param]`: what activations and weights share a scale."""
 
     quant_strategy: Literal["ALWC", "ACWL"] = _choice(
-        "ALWC: one scale for an activation, one for every output channel of a weight, which is the fastest; ACWL: one "
+        "ALWC: one scale for an activation, one for every output channel of a weight, which is "
+        "the fastest; ACWL: one "
         "for every row of an activation, one for a weight.",
         "ALWC",
     )
@@ -217,30 +266,47 @@ class FullQuantParam:
     """`[full_quant_param]`: how activations and weights become integers."""
 
     activation_quant_method: ActivationQuantMethod = _choice(
-        "How an activation's range follows from the data: MAX_MIN for data like the real one, KL or "
+        "How an activation's range follows from the data: MAX_MIN for data like the real one, KL "
+        "or "
         "REMOVAL_OUTLIER for noisy data.",
         "MAX_MIN",
     )
     outlier_ratio: float = _key(
-        kinds.number_between(0, 0.5, 0.0001), "Share of the values that REMOVAL_OUTLIER takes off at each end.", 0.0001
+        kinds.number_between(0, 0.5, 0.0001),
+        "Share of the values that REMOVAL_OUTLIER takes off at each end.",
+        0.0001,
     )
-    bias_correction: bool = _choice("Correct the shift that quantization causes in a layer's mean output.", True)
-    per_channel: bool = _choice("One scale for every output channel of a weight; false: one for a weight.", True)
+    bias_correction: bool = _choice(
+        "Correct the shift that quantization causes in a layer's mean output.", True
+    )
+    per_channel: bool = _choice(
+        "One scale for every output channel of a weight; false: one for a weight.", True
+    )
     weight_rounding: Literal["GPTQ", "NEAREST"] = _choice(
-        "GPTQ rounds weights so that errors cancel out in the layer's output, NEAREST each by itself.", "GPTQ"
+        "GPTQ rounds weights so that errors cancel out in the layer's output, NEAREST each "
+        "by itself.",
+        "GPTQ",
     )
     equalize: bool = _choice(
-        "Even out the channels of neighbouring layers before rounding, where per_channel = false.", True
+        "Even out the channels of neighbouring layers before rounding, where per_channel = false.",
+        True,
     )
     overflow_safe: bool = _choice(
-        "Keep weights small enough that no x86 processor's 8-bit kernels saturate (target CPU).", True
+        "Keep weights small enough that no x86 processor's 8-bit kernels saturate (target CPU).",
+        True,
     )
-    power_of_two_scale: bool = _choice("Make every scale a power of two, for hardware that shifts.", False)
-    require_full_integer: bool = _choice("Fail, naming the nodes, where any node would stay float.", False)
+    power_of_two_scale: bool = _choice(
+        "Make every scale a power of two, for hardware that shifts.", False
+    )
+    require_full_integer: bool = _choice(
+        "Fail, naming the nodes, where any node would stay float.", False
+    )
     max_drop: float | None = _key(
         kinds.number_between(0, 1, 0.01),
-        "Most that the output may lose over the calibration data: of its cosine similarity, or of the share of "
-        "right answers if label_file is given; the fewest nodes that achieve it stay float. Unset: no bound.",
+        "Most that the output may lose over the calibration data: of its cosine similarity, or of "
+        "the share of "
+        "right answers if label_file is given; the fewest nodes that achieve it stay float. "
+        "Unset: no bound.",
     )
     target_device: Literal["CPU", "CPU_VNNI", "ARM", "OPENVINO", "NVGPU", "DSP"] | None = _choice(
         "Hardware that sets the integer types and operators; unset: CPU."
@@ -249,30 +315,40 @@ class FullQuantParam:
 
 @dataclass(frozen=True)
 class TransformQuantParam:
-    """`[transform_quant_param]`: what becomes of a model that was trained with fake quantization."""
+    """`[transform_quant_param]`: what becomes of a model that was trained with fake
+    quantization.
+    """
 
     export_precision_mode: Literal["QUANT", "FLOAT32"] | None = _choice(
-        "QUANT makes a model that computes in integers with the ranges and weights it was trained with, FLOAT32 takes "
+        "QUANT makes a model that computes in integers with the ranges and weights it was trained "
+        "with, FLOAT32 takes "
         "its quantization away; instead of a quant_type, and no data is needed."
     )
     mean: float | None = _key(
         kinds.number_between(-0.5, 255.5, 127.5),
-        "Beside std_dev: the model takes uint8 pixels, and pixel p stands for (p - mean) / std_dev.",
+        "Beside std_dev: the model takes uint8 pixels, and pixel p stands for (p - mean) / "
+        "std_dev.",
         scope=_FULL,
     )
     std_dev: float | None = _key(
-        kinds.number_between(0, 1e6, 127.5), "Beside mean: what the training divided pixels by.", scope=_FULL
+        kinds.number_between(0, 1e6, 127.5),
+        "Beside mean: what the training divided pixels by.",
+        scope=_FULL,
     )
 
 
 @dataclass(frozen=True)
 class DataPreprocessParam:
-    """`[data_preprocess_param]`: the calibration data, and what is done to a picture before it enters the model."""
+    """`[data_preprocess_param]`: the calibration data, and what is done to a picture before it
+    enters the model.
+    """
 
     calibrate_path: InputFolders = _key(
         kinds.input_folders(),
-        "Data of every model input, required for FULL_QUANT. A relative folder is seen from the configuration "
-        "file's folder if it exists there, else from the current folder; in quotes it may hold commas and colons.",
+        "Data of every model input, required for FULL_QUANT. A relative folder is seen from the "
+        "configuration "
+        "file's folder if it exists there, else from the current folder; in quotes it may hold "
+        "commas and colons.",
         (),
     )
     calibrate_size: int | None = _key(
@@ -283,63 +359,98 @@ class DataPreprocessParam:
     )
     label_file: Path | None = _key(
         kinds.path("labels.csv"),
-        "CSV with a line `file,label` for every file that right answers are counted on, label being a class index; "
+        "CSV with a line `file,label` for every file that right answers are counted on, label "
+        "being a class index; "
         "seen from the current folder.",
     )
     image_to_format: Literal["RGB", "GRAY", "BGR"] | None = _choice(
-        "Channels of the preprocessed picture; unset: RGB, or GRAY for a model input of one channel.", scope=_IMAGES
+        "Channels of the preprocessed picture; unset: RGB, or GRAY for a model input of one "
+        "channel.",
+        scope=_IMAGES,
     )
     normalize_mean: tuple[float, ...] = _key(
-        kinds.channel_values(), "Mean of each channel: (pixel - mean) / std, with pixels from 0 to 255.", (), _IMAGES
+        kinds.channel_values(),
+        "Mean of each channel: (pixel - mean) / std, with pixels from 0 to 255.",
+        (),
+        _IMAGES,
     )
     normalize_std: tuple[float, ...] = _key(
-        kinds.channel_values(nonzero=True), "Standard deviation of each channel, beside the mean.", (), _IMAGES
+        kinds.channel_values(nonzero=True),
+        "Standard deviation of each channel, beside the mean.",
+        (),
+        _IMAGES,
     )
-    resize_width: int | None = _key(_PIXELS, "Width to resize to, beside resize_height.", scope=_IMAGES)
-    resize_height: int | None = _key(_PIXELS, "Height to resize to, beside resize_width.", scope=_IMAGES)
+    resize_width: int | None = _key(
+        _PIXELS, "Width to resize to, beside resize_height.", scope=_IMAGES
+    )
+    resize_height: int | None = _key(
+        _PIXELS, "Height to resize to, beside resize_width.", scope=_IMAGES
+    )
     resize_short_side: int | None = _key(
-        _PIXELS, "Shorter side to resize to, keeping the proportions; instead of width and height.", scope=_IMAGES
+        _PIXELS,
+        "Shorter side to resize to, keeping the proportions; instead of width and height.",
+        scope=_IMAGES,
     )
     resize_method: Literal["NEAREST", "LINEAR", "CUBIC"] = _key(
-        kinds.one_of("NEAREST", "LINEAR", "CUBIC", NEARST="NEAREST"), "Interpolation when resizing.", "LINEAR", _RESIZED
+        kinds.one_of("NEAREST", "LINEAR", "CUBIC", NEARST="NEAREST"),
+        "Interpolation when resizing.",
+        "LINEAR",
+        _RESIZED,
     )
     center_crop_width: int | None = _key(
-        _PIXELS, "Width cut from the centre after resizing, beside center_crop_height.", scope=_IMAGES
+        _PIXELS,
+        "Width cut from the centre after resizing, beside center_crop_height.",
+        scope=_IMAGES,
     )
     center_crop_height: int | None = _key(
-        _PIXELS, "Height cut from the centre after resizing, beside center_crop_width.", scope=_IMAGES
+        _PIXELS,
+        "Height cut from the centre after resizing, beside center_crop_width.",
+        scope=_IMAGES,
     )
 
 
 @dataclass(frozen=True)
 class JobParam:
-    """`[job]`: the files of one conversion, so that a configuration is a whole job of `qconvert batch`."""
+    """`[job]`: the files of one conversion, so that a configuration is a whole job of `qconvert
+    batch`.
+    """
 
     model: Path | None = _key(
         kinds.path_beside("model.onnx"),
         "Float model where no flag or manifest names one, seen from this file's folder.",
     )
     output: Path | None = _key(
-        kinds.path_beside("model_quant.onnx"), "Output likewise; unset: MODEL_quant.onnx beside the model."
+        kinds.path_beside("model_quant.onnx"),
+        "Output likewise; unset: MODEL_quant.onnx beside the model.",
     )
 
 
 def _section(table: type[Any], name: str, scope: Scope) -> Any:
-    """A field of `Config`: the section of that name, whose keys have this scope where they give none."""
+    """A field of `Config`: the section of that name, whose keys have this scope where they give
+    none.
+    """
     return field(default_factory=table, metadata={"section": name, "table": table, "scope": scope})
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    """A configuration file: its sections, where it was read from, and sentences about keys without effect."""
+    """A configuration file: its sections, where it was read from, and sentences about keys without
+    effect.
+    """
 
     common: CommonQuantParam = _section(CommonQuantParam, "common_quant_param", _ALWAYS)
-    mixed_bit: MixedBitWeightQuantParam = _section(MixedBitWeightQuantParam, "mixed_bit_weight_quant_param", _MIXED_BIT)
+    mixed_bit: MixedBitWeightQuantParam = _section(
+        MixedBitWeightQuantParam, "mixed_bit_weight_quant_param", _MIXED_BIT
+    )
     weight_quant: WeightQuantParam = _section(WeightQuantParam, "weight_quant_param", _WEIGHT)
     full_quant: FullQuantParam = _section(FullQuantParam, "full_quant_param", _FULL)
     dynamic_quant: DynamicQuantParam = _section(DynamicQuantParam, "dynamic_quant_param", _DYNAMIC)
-    transform: TransformQuantParam = _section(TransformQuantParam, "transform_quant_param", _TRAINED)
-    preprocess: DataPreprocessParam = _section(DataPreprocessParam, "data_preprocess_param", _ALWAYS)
+    transform: TransformQuantParam = _section(
+        TransformQuantParam, "transform_quant_param", _TRAINED
+    )
+    preprocess: DataPreprocessParam = _section(
+        DataPreprocessParam, "data_preprocess_param", _ALWAYS
+    )
     job: JobParam = _section(JobParam, "job", _ALWAYS)
     path: Path
     warnings: tuple[str, ...] = ()
@@ -347,14 +458,20 @@ class Config:
 
     @property
     def mode(self) -> str | None:
-        """What is done to the model: the quant_type or, without one, FULL_QUANT or FLOAT32 for a model's own one."""
+        """What is done to the model: the quant_type or, without one, FULL_QUANT or FLOAT32 for a
+        model's own one.
+        """
         precision = self.transform.export_precision_mode
         return self.common.quant_type or ("FULL_QUANT" if precision == "QUANT" else precision)
 
     def at(self, section: str, key: str) -> str:
-        """Where a message about a key points: `file:line: [section] key`, without the line of a key that is not set."""
+        """Where a message about a key points: `file:line: [section] key`, without the line of a key
+        that is not set.
+        """
         line = self.lines.get((section, key))
-        return f"{self.path}:{line}: [{section}] {key}" if line else f"{self.path}: [{section}] {key}"
+        return (
+            f"{self.path}:{line}: [{section}] {key}" if line else f"{self.path}: [{section}] {key}"
+        )
 
 
 def _implied(hint: Any) -> Kind:

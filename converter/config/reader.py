@@ -1,4 +1,6 @@
-"""An INI file → `Config`: every section and key is known, every value allowed, and the rules between keys hold."""
+"""An INI file → `Config`: every section and key is known, every value allowed, and the rules
+between keys hold.
+"""
 
 from __future__ import annotations
 
@@ -23,9 +25,9 @@ def load_config(
 ) -> Config:
     """Read and check a configuration file.
 
-    `overrides` maps names, written `section.key`, to texts that replace what the file says or add to it; they stand on
-    `line` of the file `source`. Raises ConfigError if the file cannot be read, something is wrong or one of `rules`
-    broken: the sentence names file, line, section and key.
+    `overrides` maps names, written `section.key`, to texts that replace what the file says or add
+    to it; they stand on `line` of the file `source`. Raises ConfigError if the file cannot be read,
+    something is wrong or one of `rules` broken: the sentence names file, line, section and key.
     """
     document = read_document(path)
     for place in (override(source, line, name, text) for name, text in (overrides or {}).items()):
@@ -37,7 +39,9 @@ def load_config(
     config = Config(path=path, **{row.attribute: _fill(row, values) for row in SECTIONS.values()})
     for complaint in (complaint for rule in rules for complaint in rule(config)):
         document.place(complaint.section, complaint.key).reject(complaint.problem, complaint.advice)
-    lines = {name: document.places[name].line for name in keys if document.places[name].file == path}
+    lines = {
+        name: document.places[name].line for name in keys if document.places[name].file == path
+    }
     return replace(config, warnings=tuple(_idle(config, keys, document)), lines=lines)
 
 
@@ -51,19 +55,27 @@ def _nearest(name: str, known: Iterable[str]) -> str | None:
 def _check_section(place: Place) -> None:
     if place.section not in SECTIONS:
         near = _nearest(place.section, SECTIONS)
-        advice = f"write [{near}]" if near else f"write one of {', '.join(f'[{name}]' for name in SECTIONS)}"
+        advice = (
+            f"write [{near}]"
+            if near
+            else f"write one of {', '.join(f'[{name}]' for name in SECTIONS)}"
+        )
         place.reject("is not a section", advice)
 
 
 def _key_at(place: Place) -> Key:
     keys = SECTIONS[place.section].keys
     if place.key not in keys:
-        place.reject(f"is not a key of [{place.section}]", _advice_for_unknown(place.key, place.section))
+        place.reject(
+            f"is not a key of [{place.section}]", _advice_for_unknown(place.key, place.section)
+        )
     return keys[place.key]
 
 
 def _advice_for_unknown(name: str, section: str) -> str:
-    """Look for the key of that very name in other sections, then for the nearest one in its own, then anywhere."""
+    """Look for the key of that very name in other sections, then for the nearest one in its own,
+    then anywhere.
+    """
     own = SECTIONS[section].keys
     homes = {key: home for home, other in SECTIONS.items() for key in other.keys}
     near = name if name in homes else _nearest(name, own) or _nearest(name, homes)
@@ -86,10 +98,14 @@ def _value(key: Key, place: Place) -> Any:
 
 def _fill(section: Section, values: dict[tuple[str, str], Any]) -> Any:
     """Return the section's dataclass with the file's values and the table's defaults."""
-    return section.table(**{key: value for (name, key), value in values.items() if name == section.name})
+    return section.table(
+        **{key: value for (name, key), value in values.items() if name == section.name}
+    )
 
 
 def _idle(config: Config, keys: dict[tuple[str, str], Key], document: Document) -> Iterator[str]:
     for name, key in keys.items():
         if not key.scope.holds(config):
-            yield document.places[name].says(f"has no effect, as it is for {key.scope}", "remove the line")
+            yield document.places[name].says(
+                f"has no effect, as it is for {key.scope}", "remove the line"
+            )

@@ -24,7 +24,12 @@ class Complaint:
 
 def _missing(key: str, reason: str, section: str = _DATA) -> Complaint:
     """Complain about a key, of the data section by default, that is not set."""
-    return Complaint(section, key, f"is missing {reason}", f"write {key} = {SECTIONS[section].keys[key].kind.example}")
+    return Complaint(
+        section,
+        key,
+        f"is missing {reason}",
+        f"write {key} = {SECTIONS[section].keys[key].kind.example}",
+    )
 
 
 def _mode_is_given(config: Config) -> Iterator[Complaint]:
@@ -47,7 +52,8 @@ def _bits_fit_the_mode(config: Config) -> Iterator[Complaint]:
 
 def _data_is_whole(config: Config) -> Iterator[Complaint]:
     reasons = {
-        "for FULL_QUANT": config.mode == "FULL_QUANT" and not config.transform.export_precision_mode,
+        "for FULL_QUANT": config.mode == "FULL_QUANT"
+        and not config.transform.export_precision_mode,
         "for quant_strategy = GPTQ": config.weight_quant.quant_strategy == "GPTQ",
         "beside calibrate_path": bool(config.preprocess.calibrate_path),
     }
@@ -67,7 +73,10 @@ def _pairs_are_whole(config: Config) -> Iterator[Complaint]:
 
 
 def _pixels_are_whole(config: Config) -> Iterator[Complaint]:
-    given = {"mean": config.transform.mean is not None, "std_dev": config.transform.std_dev is not None}
+    given = {
+        "mean": config.transform.mean is not None,
+        "std_dev": config.transform.std_dev is not None,
+    }
     for key, other in (("mean", "std_dev"), ("std_dev", "mean")):
         if given[other] and not given[key]:
             yield _missing(key, f"beside {other}", _TRANSFORM)
@@ -77,7 +86,12 @@ def _channels_agree(config: Config) -> Iterator[Complaint]:
     data = config.preprocess
     mean, std = len(data.normalize_mean), len(data.normalize_std)
     if mean != std:
-        yield Complaint(_DATA, "normalize_std", f"must have as many numbers as normalize_mean, {mean}", "write as many")
+        yield Complaint(
+            _DATA,
+            "normalize_std",
+            f"must have as many numbers as normalize_mean, {mean}",
+            "write as many",
+        )
     channels = {"GRAY": 1, "RGB": 3, "BGR": 3}.get(data.image_to_format or "", mean)
     if mean and mean != channels:
         problem = f"must have the {channels} channels of image_to_format = {data.image_to_format}"
@@ -88,23 +102,43 @@ def _resize_is_clear(config: Config) -> Iterator[Complaint]:
     data = config.preprocess
     if data.resize_short_side and data.resize_width:
         problem = "does not go with resize_width and resize_height"
-        yield Complaint(_DATA, "resize_short_side", problem, "keep either the short side or width and height")
+        yield Complaint(
+            _DATA, "resize_short_side", problem, "keep either the short side or width and height"
+        )
 
 
 def _crop_fits(config: Config) -> Iterator[Complaint]:
     data = config.preprocess
     crop = (data.center_crop_width or 0, data.center_crop_height or 0)
-    for side, size, limit in zip(("width", "height"), crop, (data.resize_width, data.resize_height), strict=True):
+    for side, size, limit in zip(
+        ("width", "height"), crop, (data.resize_width, data.resize_height), strict=True
+    ):
         if limit and size > limit:
             problem = f"is larger than resize_{side} = {limit}"
             yield Complaint(_DATA, f"center_crop_{side}", problem, f"write {limit} or less")
     if data.resize_short_side and min(crop) > data.resize_short_side:
-        problem = f"is larger than resize_short_side = {data.resize_short_side}, as is the other crop side"
-        yield Complaint(_DATA, "center_crop_width", problem, f"write {data.resize_short_side} or less")
+        problem = (
+            f"is larger than resize_short_side = {data.resize_short_side}, as is the other crop "
+            "side"
+        )
+        yield Complaint(
+            _DATA, "center_crop_width", problem, f"write {data.resize_short_side} or less"
+        )
 
 
 Rule = Callable[[Config], Iterator[Complaint]]
-DATA_RULES: tuple[Rule, ...] = (_data_is_whole, _pairs_are_whole, _channels_agree, _resize_is_clear, _crop_fits)
+DATA_RULES: tuple[Rule, ...] = (
+    _data_is_whole,
+    _pairs_are_whole,
+    _channels_agree,
+    _resize_is_clear,
+    _crop_fits,
+)
 # Without a mode a model is left as it is, but for what flags change.
 MODELESS_RULES: tuple[Rule, ...] = (_mode_is_clear, _pixels_are_whole, *DATA_RULES)
 RULES: tuple[Rule, ...] = (_mode_is_given, _bits_fit_the_mode, *MODELESS_RULES)
+
+
+def conversion_rules(fp16: bool) -> tuple[Rule, ...]:
+    """The rules for a conversion: with float16 constants there may be no mode."""
+    return MODELESS_RULES if fp16 else RULES

@@ -1,4 +1,6 @@
-"""The kinds of values a key can have: what is allowed, in words, and how the text becomes a Python value."""
+"""The kinds of values a key can have: what is allowed, in words, and how the text becomes a Python
+value.
+"""
 
 from __future__ import annotations
 
@@ -24,9 +26,10 @@ _BEFORE_DRIVE = re.compile(r":\s*[A-Za-z]:[\\/]")
 class Kind:
     """A kind of value.
 
-    `allowed` completes the sentence "must be …"; `example` is a text that is allowed; `parse` turns a text into a
-    value, or raises ValueError or KeyError; `holds` says whether the value is allowed; `locate` resolves its relative
-    paths against the configuration file's folder; `choices` are the names to look for a near miss in.
+    `allowed` completes the sentence "must be …"; `example` is a text that is allowed; `parse` turns
+    a text into a value, or raises ValueError or KeyError; `holds` says whether the value is
+    allowed; `locate` resolves its relative paths against the configuration file's folder; `choices`
+    are the names to look for a near miss in.
     """
 
     allowed: str
@@ -38,10 +41,19 @@ class Kind:
 
 
 def one_of(*names: str, **aliases: str) -> Kind:
-    """One of a few names, whatever the case and with or without underscores; an alias stands for a name."""
-    known = {_folded(name): name for name in names} | {_folded(alias): name for alias, name in aliases.items()}
+    """One of a few names, whatever the case and with or without underscores; an alias stands for a
+    name.
+    """
+    known = {_folded(name): name for name in names} | {
+        _folded(alias): name for alias, name in aliases.items()
+    }
     *others, last = names
-    return Kind(f"{', '.join(others)} or {last}", names[0], lambda text: known[_folded(unquote(text))], choices=names)
+    return Kind(
+        f"{', '.join(others)} or {last}",
+        names[0],
+        lambda text: known[_folded(unquote(text))],
+        choices=names,
+    )
 
 
 def _folded(name: str) -> str:
@@ -57,13 +69,23 @@ def boolean() -> Kind:
 def integer(low: int, high: int, example: int | None = None) -> Kind:
     """A decimal integer from `low` to `high`, both included."""
     example = low if example is None else example
-    return Kind(f"an integer from {low} to {high}", str(example), _integer, lambda value: low <= value <= high)
+    return Kind(
+        f"an integer from {low} to {high}",
+        str(example),
+        _integer,
+        lambda value: low <= value <= high,
+    )
 
 
 def power_of_two(low: int, high: int, example: int) -> Kind:
     """A power of two from `low` to `high`, both included."""
     allowed = f"a power of two from {low} to {high}"
-    return Kind(allowed, str(example), _integer, lambda value: low <= value <= high and value.bit_count() == 1)
+    return Kind(
+        allowed,
+        str(example),
+        _integer,
+        lambda value: low <= value <= high and value.bit_count() == 1,
+    )
 
 
 def _integer(text: str) -> int:
@@ -75,7 +97,12 @@ def _integer(text: str) -> int:
 
 def number_between(low: float, high: float, example: float) -> Kind:
     """A number above `low` and below `high`, neither included."""
-    return Kind(f"a number above {low:g} and below {high:g}", f"{example:g}", _finite, lambda value: low < value < high)
+    return Kind(
+        f"a number above {low:g} and below {high:g}",
+        f"{example:g}",
+        _finite,
+        lambda value: low < value < high,
+    )
 
 
 def _finite(text: str) -> float:
@@ -86,7 +113,9 @@ def _finite(text: str) -> float:
 
 
 def channel_values(nonzero: bool = False) -> Kind:
-    """One number a channel, 1 or 3 channels: `[127.5]`, `[104, 117, 123]`; the brackets may be left out."""
+    """One number a channel, 1 or 3 channels: `[127.5]`, `[104, 117, 123]`; the brackets may be left
+    out.
+    """
 
     def parse(text: str) -> tuple[float, ...]:
         text = unquote(text)
@@ -103,11 +132,17 @@ def channel_values(nonzero: bool = False) -> Kind:
 
 def names(example: str) -> Kind:
     """A comma list of names, each trimmed; a name in quotes may hold commas."""
-    return Kind("names separated by commas", example, lambda text: tuple(unquote(item) for item in _items(text)))
+    return Kind(
+        "names separated by commas",
+        example,
+        lambda text: tuple(unquote(item) for item in _items(text)),
+    )
 
 
 def _items(text: str) -> list[str]:
-    """Split at the commas outside quotes; ValueError if an item, which keeps its quotes, is empty."""
+    """Split at the commas outside quotes; ValueError if an item, which keeps its quotes, is
+    empty.
+    """
     cuts = [-1, *(i for i, char in enumerate(mask(text)) if char == ","), len(text)]
     items = [text[start + 1 : end].strip() for start, end in pairwise(cuts)]
     if not all(unquote(item) for item in items):
@@ -128,8 +163,9 @@ def path_beside(example: str) -> Kind:
 def input_folders() -> Kind:
     r"""A comma list of `input_name:folder`, each input once.
 
-    The last `:` outside quotes separates, so that `input:0:/data` names the input `input:0`; a single letter between
-    that `:` and a slash is a drive, as in `image:C:\data`. A folder in quotes may hold commas, colons and blanks.
+    The last `:` outside quotes separates, so that `input:0:/data` names the input `input:0`; a
+    single letter between that `:` and a slash is a drive, as in `image:C:\data`. A folder in quotes
+    may hold commas, colons and blanks.
     """
 
     def parse(text: str) -> InputFolders:
@@ -156,5 +192,9 @@ def _input_folder(item: str) -> tuple[str, Path]:
 
 def _located(pairs: InputFolders, folder: Path) -> InputFolders:
     """See each path from `folder` if it exists there, else as it is, from the current folder."""
-    # Path.exists raises where a name is too long for the file system; os.path.exists says no.
-    return tuple((name, folder / path if os.path.exists(folder / path) else path) for name, path in pairs)  # noqa: PTH110
+
+    def located(path: Path) -> Path:
+        # Path.exists raises where a name is too long for the file system.
+        return folder / path if os.path.exists(folder / path) else path  # noqa: PTH110
+
+    return tuple((name, located(path)) for name, path in pairs)

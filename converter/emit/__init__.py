@@ -1,1 +1,3 @@
-"""From plan and float model to the quantized model: the second and last place where graphs change."""
+"""From plan and float model to the quantized model: the second and last place where graphs
+change.
+"""

@@ -1,7 +1,7 @@
 """Weights that stay integers in memory, behind a DequantizeLinear.
 
-ONNX Runtime turns the one before a MatMul into MatMulNBits, which is faster than float for few rows; elsewhere it is
-computed anew at every run.
+ONNX Runtime turns the one before a MatMul into MatMulNBits, which is faster than float for few
+rows; elsewhere it is computed anew at every run.
 """
 
 from __future__ import annotations
@@ -37,14 +37,20 @@ class DequantizeWriter:
         self.names = Names(model)
 
     def __call__(self, graph: ir.Graph, name: str, weight: QuantizedWeight) -> ir.Value:
-        """The value of the weight `name` as floats, restored from its codes by a node at the start of `graph`."""
+        """The value of the weight `name` as floats, restored from its codes by a node at the start
+        of `graph`.
+        """
         q, (kind, _) = weight.qparams, type_of(weight)
         arrays = (weight.codes, q.scale, q.zero_point.astype(weight.codes.dtype))
         inputs = [
-            add_constant(graph, self.names.fresh(f"{name}_{what}"), array, None if what == "scale" else kind)
+            add_constant(
+                graph, self.names.fresh(f"{name}_{what}"), array, None if what == "scale" else kind
+            )
             for what, array in zip(("codes", "scale", "zero"), arrays, strict=True)
         ]
-        node = self.names.node("DequantizeLinear", inputs, name, "restored", _attributes(weight.codes, q))
+        node = self.names.node(
+            "DequantizeLinear", inputs, name, "restored", _attributes(weight.codes, q)
+        )
         graph.insert_before(graph[0], node)
         return node.outputs[0]
 

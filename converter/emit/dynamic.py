@@ -1,9 +1,12 @@
-"""Writes integer products whose activations are quantized when the model runs, as runtimes fuse them.
+"""Writes integer products whose activations are quantized when the model runs, as runtimes fuse
+them.
 
-    x -> DynamicQuantizeLinear -> MatMulInteger -> Cast -> Mul(scale of x * scales of the weight) [-> Add(bias)]
+    x -> DynamicQuantizeLinear -> MatMulInteger -> Cast -> Mul(scale of x * scales of the weight)
+    [-> Add(bias)]
 
-All products that read x share its DynamicQuantizeLinear. Large tables are looked up as integers; what a lookup finds
-becomes floats. Every other weight of the plan is restored when the model is loaded.
+All products that read x share its DynamicQuantizeLinear. Large tables are looked up as integers;
+what a lookup finds becomes floats. Every other weight of the plan is restored when the model is
+loaded.
 """
 
 from __future__ import annotations
@@ -25,7 +28,9 @@ AXES_AS_INPUT = 18
 
 
 def emit_dynamic(model: ir.Model, plan: QuantPlan, by_row: bool) -> None:
-    """Changes `model` into the quantized one; with `by_row` every row of an activation gets a scale of its own."""
+    """Changes `model` into the quantized one; with `by_row` every row of an activation gets a scale
+    of its own.
+    """
     emitter = _Emitter(model, plan, by_row)
     for node, unit in list(planned(model, plan)):
         if unit.name in plan.weights:
@@ -43,12 +48,20 @@ class _Emitter:
         self.at, weight = node, self.plan.weights[unit.name]
         if unit.name in self.plan.biases:
             write_bias(node, unit, self.plan, self.names)
-        codes, w_scale = self._of_weight(1, "codes", weight.codes), self._of_weight(1, "scale", weight.qparams.scale)
-        # Stored as it was: a lookup may read the same codes. Runtimes transpose when they load the model.
+        codes, w_scale = (
+            self._of_weight(1, "codes", weight.codes),
+            self._of_weight(1, "scale", weight.qparams.scale),
+        )
+        # Stored as it was: a lookup may read the same codes. Runtimes transpose when they load the
+        # model.
         codes = self._node("Transpose", codes) if node.attributes.get_int("transB", 0) else codes
         x, x_scale, zero = self._activation(node)
-        products = self._node("Cast", self._node("MatMulInteger", x, codes, zero), to=ir.DataType.FLOAT)
-        if self.by_row:  # one by one: ONNX Runtime takes the scale in the product of scales for one of the whole tensor
+        products = self._node(
+            "Cast", self._node("MatMulInteger", x, codes, zero), to=ir.DataType.FLOAT
+        )
+        if self.by_row:
+            # One by one: ONNX Runtime takes the scale in the product of scales for one of the
+            # whole tensor.
             y = self._node("Mul", self._node("Mul", products, x_scale), w_scale)
         else:
             y = self._node("Mul", products, self._node("Mul", x_scale, w_scale))
@@ -78,11 +91,17 @@ class _Emitter:
         """x / scale + 128 in uint8, with scale = max |x| / 127 over a row."""
         middle, magnitude = 1 << (UINT8.bits - 1), self._node("Abs", x)
         if self.model.graph.opset_imports[""] >= AXES_AS_INPUT:
-            largest = self._node("ReduceMax", magnitude, self.names.constant("last_axis", np.array([-1])))
+            largest = self._node(
+                "ReduceMax", magnitude, self.names.constant("last_axis", np.array([-1]))
+            )
         else:
             largest = self._node("ReduceMax", magnitude, axes=[-1])
-        scale = self._node("Mul", largest, self.names.constant("per_code", np.float32(1 / INT8_NARROW.qmax)))
-        scale = self._node("Max", scale, self.names.constant("least_scale", np.float32(SMALLEST_SCALE)))
+        scale = self._node(
+            "Mul", largest, self.names.constant("per_code", np.float32(1 / INT8_NARROW.qmax))
+        )
+        scale = self._node(
+            "Max", scale, self.names.constant("least_scale", np.float32(SMALLEST_SCALE))
+        )
         steps = self._node("Round", self._node("Div", x, scale))
         codes = self._node("Add", steps, self.names.constant("middle", np.float32(middle)))
         codes = self._node("Cast", codes, to=ir.DataType.UINT8)

@@ -1,4 +1,6 @@
-"""Stores what is left of float32 constants as float16, behind a Cast that runtimes fold when they load the model."""
+"""Stores what is left of float32 constants as float16, behind a Cast that runtimes fold when they
+load the model.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +14,9 @@ LEAST_SIZE = 64
 
 
 def store_constants_as_half(model: ir.Model) -> None:
-    """Changes the model in place; constants that float16 cannot hold (beyond 65504) stay float32."""
+    """Changes the model in place; constants that float16 cannot hold (beyond 65504) stay
+    float32.
+    """
     names = Names(model)
     for graph in model.graphs():
         for value in list(graph.initializers.values()):
@@ -22,10 +26,18 @@ def store_constants_as_half(model: ir.Model) -> None:
 
 def _worthwhile(value: ir.Value) -> bool:
     array = constant(value)
-    if array is None or array.dtype != np.float32 or array.size < LEAST_SIZE or value.is_graph_output():
+    if (
+        array is None
+        or array.dtype != np.float32
+        or array.size < LEAST_SIZE
+        or value.is_graph_output()
+    ):
         return False
     # A scale must stay a constant for runtimes to recognise the operator around it.
-    scales = any(use.node.op_type in {"QuantizeLinear", "DequantizeLinear"} and use.idx == 1 for use in value.uses())
+    scales = any(
+        use.node.op_type in {"QuantizeLinear", "DequantizeLinear"} and use.idx == 1
+        for use in value.uses()
+    )
     return not scales and bool(np.abs(array).max() <= np.finfo(np.float16).max)
 
 

@@ -8,8 +8,8 @@ import onnx_ir as ir
 def forget_inferred(model: ir.Model) -> None:
     """Drops the types and shapes of what standard operators compute, but for the outputs of graphs.
 
-    They are a tenth of a small file. And where shapes are declared, ONNX Runtime merges Add and LayerNormalization into
-    a kernel that is slower than the two.
+    They are a tenth of a small file. And where shapes are declared, ONNX Runtime merges Add and
+    LayerNormalization into a kernel that is slower than the two.
     """
     for node in (node for graph in model.graphs() for node in graph if not node.domain):
         for value in (value for value in node.outputs if not value.is_graph_output()):

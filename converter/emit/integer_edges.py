@@ -22,7 +22,9 @@ def feed_integers(graph: ir.Graph, name: str) -> None:
 
 
 def hand_out_integers(graph: ir.Graph, name: str) -> None:
-    """Graph output `name`, restored by an emitted pair, becomes an output of the pair's integers."""
+    """Graph output `name`, restored by an emitted pair, becomes an output of the pair's
+    integers.
+    """
     old = next(value for value in graph.outputs if value.name == name)
     restore = known(old.producer())
     codes = known(restore.inputs[0])
@@ -35,10 +37,14 @@ def hand_out_integers(graph: ir.Graph, name: str) -> None:
 
 def _restoring(codes: ir.Value) -> ir.Node:
     """The DequantizeLinear behind `codes`, or behind the Clip to their bounds."""
-    reader = next(use.node for use in codes.uses() if use.node.op_type in {"DequantizeLinear", "Clip"})
+    reader = next(
+        use.node for use in codes.uses() if use.node.op_type in {"DequantizeLinear", "Clip"}
+    )
     return reader if reader.op_type == "DequantizeLinear" else _restoring(reader.outputs[0])
 
 
 def _integers_of(conversion: ir.Node) -> ir.TensorType:
-    """The type of the integers on one side of a QuantizeLinear or DequantizeLinear: that of its zero point."""
+    """The type of the integers on one side of a QuantizeLinear or DequantizeLinear: that of its
+    zero point.
+    """
     return ir.TensorType(known(known(conversion.inputs[2]).dtype))

@@ -1,17 +1,21 @@
-"""Weights of any width in standard ONNX: exactly `bits` bits each on disk, floats as soon as a runtime has loaded them.
+"""Weights of any width in standard ONNX: exactly `bits` bits each on disk, floats as soon as a
+runtime has loaded them.
 
-Bit p of eight consecutive codes makes a byte of plane p. Runtimes fold what follows when they load the model, as it
-depends on constants only, so that the operator runs on a plain float weight:
+Bit p of eight consecutive codes makes a byte of plane p. Runtimes fold what follows when they load
+the model, as it depends on constants only, so that the operator runs on a plain float weight:
 
-    planes (bytes, bits, 1) uint8 -> Cast -> Mul(2^-k) -> Floor -> MatMul -> Reshape -> Sub(zero) -> Mul(scale)
+    planes (bytes, bits, 1) uint8 -> Cast -> Mul(2^-k) -> Floor -> MatMul -> Reshape -> Sub(zero) ->
+    Mul(scale)
 
-With F_k = floor(byte / 2^k), bit k is F_k - 2 F_{k+1}; the MatMul takes this difference and sums the planes, times 2^p,
-in one go. All its partial sums are integers below 2^24, exact in float32. BitShift and Mod on uint8, the obvious way,
-are wrong in OpenVINO. Codes of 8 and 16 bits are stored as they are.
+With F_k = floor(byte / 2^k), bit k is F_k - 2 F_{k+1}; the MatMul takes this difference and sums
+the planes, times 2^p, in one go. All its partial sums are integers below 2^24, exact in float32.
+BitShift and Mod on uint8, the obvious way, are wrong in OpenVINO. Codes of 8 and 16 bits are stored
+as they are.
 
-Where it makes the file smaller, codes are thinned out first. A weight of many zeros is a mask of one bit a weight and
-the other codes alone, put back by a Gather; codes of few distinct values are indices into a table. Both fold as well.
-Codes of a trellis stand with the channels last; the MatMul makes windows of them, whose levels a Gather looks up.
+Where it makes the file smaller, codes are thinned out first. A weight of many zeros is a mask of
+one bit a weight and the other codes alone, put back by a Gather; codes of few distinct values are
+indices into a table. Both fold as well. Codes of a trellis stand with the channels last; the MatMul
+makes windows of them, whose levels a Gather looks up.
 """
 
 from __future__ import annotations
@@ -33,7 +37,8 @@ from converter.plan import QuantizedWeight
 PLAIN_BITS = (8, 16)
 # Codes of up to this many bits are worth scales and zeros of float16.
 HALF_BITS = 8
-# Bytes the file grows by for the nodes of one weight, about, and for those of a mask and of a table.
+# Bytes the file grows by for the nodes of one weight, about, and for those of a mask and of a
+# table.
 OVERHEAD, MASK_OVERHEAD, TABLE_OVERHEAD = 1100, 2400, 300
 # Bytes of a mask that count their positions from one stored number.
 GROUP = 32
@@ -47,7 +52,9 @@ def to_planes(codes: Array, bits: int) -> Array:
 
 
 def stored_bytes(size: int, channels: int, bits: int) -> int:
-    """Bytes that `size` weights with a scale and a zero point for each of `channels` take in the file."""
+    """Bytes that `size` weights with a scale and a zero point for each of `channels` take in the
+    file.
+    """
     return -(-size * bits // 8) + channels * (4 if bits <= HALF_BITS else 8) + OVERHEAD
 
 
@@ -64,12 +71,19 @@ class PlaneWriter:
     def __init__(self, model: ir.Model) -> None:
         self.model, self.names = model, Names(model)
         self._nodes, self._numbers = list[ir.Node](), count()
-        # Codes that the model holds already serve here too: those of a table that a product multiplies with.
-        held = [v for v in model.graph.initializers.values() if v.dtype in {ir.DataType.INT8, ir.DataType.UINT8}]
+        # Codes that the model holds already serve here too: those of a table that a product
+        # multiplies with.
+        held = [
+            v
+            for v in model.graph.initializers.values()
+            if v.dtype in {ir.DataType.INT8, ir.DataType.UINT8}
+        ]
         self._stored = {_content(array): v for v in held if (array := constant(v)) is not None}
 
     def __call__(self, graph: ir.Graph, name: str, weight: QuantizedWeight) -> ir.Value:
-        """The value of the weight `name` as floats, unpacked from its codes by nodes at the start of `graph`."""
+        """The value of the weight `name` as floats, unpacked from its codes by nodes at the start
+        of `graph`.
+        """
         self._nodes = []
         restore = self._levels if weight.qparams.format.trellis else self._restored
         value = restore(name, weight.codes, weight.qparams)
@@ -103,7 +117,9 @@ class PlaneWriter:
         order = [*range(axis), last, *range(axis, last)]
         return value if axis == last else self._node("Transpose", [value], perm=order)
 
-    def _scaled(self, name: str, value: ir.Value, q: QParams, axis: int | None, shape: tuple[int, ...]) -> ir.Value:
+    def _scaled(
+        self, name: str, value: ir.Value, q: QParams, axis: int | None, shape: tuple[int, ...]
+    ) -> ir.Value:
         for op_type, what, numbers in (("Sub", "zero", q.zero_point), ("Mul", "scale", q.scale)):
             operand = half_if_exact(along(numbers, axis, shape))
             value = self._node(op_type, [value, self._cast(f"{name}_{what}", operand)])
@@ -127,11 +143,14 @@ class PlaneWriter:
         return self._chain(value, (*_unpacking(bits), *_shaping(codes.size, 8, codes.shape)))
 
     def _mask(self, name: str, mask: Array) -> tuple[ir.Value, ir.Value]:
-        """The mask as ones and zeros, and for every one which of the kept codes is its, both in the weight's shape."""
+        """The mask as ones and zeros, and for every one which of the kept codes is its, both in the
+        weight's shape.
+        """
         padded = np.zeros(-(-mask.size // (8 * GROUP)) * 8 * GROUP, np.uint8)
         padded[: mask.size] = mask.reshape(-1)
         counted = padded.reshape(-1, GROUP * 8).sum(axis=1, dtype=np.int32)
-        # Positions start at 0, so one less than the ones up to here; before the first one Gather takes the last code.
+        # Positions start at 0, so one less than the ones up to here; before the first one Gather
+        # takes the last code.
         start = (np.cumsum(counted) - counted - 1).astype(np.int32).reshape(-1, 1, 1)
         bits = self._cast(f"{name}_mask", to_planes(padded, 1))
         bits = self._chain(bits, (*_unpacking(1), ("Reshape", np.array([-1, GROUP, 8]))))
@@ -149,16 +168,24 @@ class PlaneWriter:
     def _chain(self, value: ir.Value, steps: Iterable[tuple[Any, ...]]) -> ir.Value:
         """Operators with their constant operands, one behind the other."""
         for op_type, *operands in steps:
-            value = self._node(op_type, [value, *(self._store(f"{op_type}_by", x) for x in operands)])
+            value = self._node(
+                op_type, [value, *(self._store(f"{op_type}_by", x) for x in operands)]
+            )
         return value
 
     def _cast(self, name: str, array: Array) -> ir.Value:
         """The constant `array` as float32, stored in its own type."""
         value = self._store(name, array)
-        return value if array.dtype == np.float32 else self._node("Cast", [value], to=ir.DataType.FLOAT)
+        return (
+            value
+            if array.dtype == np.float32
+            else self._node("Cast", [value], to=ir.DataType.FLOAT)
+        )
 
     def _store(self, name: str, array: Array) -> ir.Value:
-        """A constant of the main graph; equal ones, as in the branches of an If, are stored once."""
+        """A constant of the main graph; equal ones, as in the branches of an If, are stored
+        once.
+        """
         key = _content(array)
         if key not in self._stored:
             self._stored[key] = add_constant(self.model.graph, self.names.fresh(name), array)
@@ -167,7 +194,9 @@ class PlaneWriter:
     def _node(self, op_type: str, inputs: list[ir.Value], **attributes: Any) -> ir.Value:
         # Short names: a file of few bits is small, and they stand in it three times.
         name = self.names.fresh(f"unpack{next(self._numbers)}")
-        self._nodes.append(ir.node(op_type, inputs, attributes, name=name, outputs=[ir.Value(name=name)]))
+        self._nodes.append(
+            ir.node(op_type, inputs, attributes, name=name, outputs=[ir.Value(name=name)])
+        )
         return self._nodes[-1].outputs[0]
 
 
@@ -183,7 +212,9 @@ def _content(array: Array) -> tuple[str, tuple[int, ...], bytes]:
 
 
 def _unpacking(bits: int, before: Array | float = 0.0) -> Iterator[tuple[Any, ...]]:
-    """Operators with their constant operands, from planes to codes, eight a row; plus `before` times lowest bits."""
+    """Operators with their constant operands, from planes to codes, eight a row; plus `before`
+    times lowest bits.
+    """
     difference = np.eye(8) - 2 * np.eye(8, k=-1)
     yield "Mul", 0.5 ** np.arange(8, dtype=np.float32)
     yield ("Floor",)

@@ -1,4 +1,6 @@
-"""Writes a plan into a graph as QuantizeLinear/DequantizeLinear pairs with integer weights and int32 biases."""
+"""Writes a plan into a graph as QuantizeLinear/DequantizeLinear pairs with integer weights and
+int32 biases.
+"""
 
 from __future__ import annotations
 
@@ -21,7 +23,9 @@ def emit(model: ir.Model, plan: QuantPlan) -> dict[str, str]:
     Returns under which name each planned tensor's dequantized values stand now.
     """
     kept = {name: unit for name, unit in plan.nodes.items() if (name, 0) in plan.stored}
-    restored = _Emitter(model, replace(plan, nodes={n: u for n, u in plan.nodes.items() if n not in kept})).run()
+    restored = _Emitter(
+        model, replace(plan, nodes={n: u for n, u in plan.nodes.items() if n not in kept})
+    ).run()
     emit_stored(model, replace(plan, nodes=kept, biases={}), PlaneWriter(model))
     return restored
 
@@ -42,19 +46,26 @@ class _Emitter:
         computed = {name for unit in units for name in unit.outputs}
         for name in self.plan.tensors:
             readers = [self.nodes[unit.name] for unit in units if name in unit.inputs]
-            self._write_activation(self.values[name], self.plan.params(name), None if name in computed else readers)
+            self._write_activation(
+                self.values[name], self.plan.params(name), None if name in computed else readers
+            )
         for unit in units:
             if unit.bare:
                 self._bare(self.nodes[unit.name])
         return {name: known(value.name) for name, value in self.restored.items()}
 
-    # --- activations -------------------------------------------------------------------------------------------------
+    # --- activations
+    # ------------------------------------------------------------------------------------------
 
     def _write_activation(self, value: ir.Value, q: QParams, readers: list[ir.Node] | None) -> None:
         """Sends `readers`, or where None everything that reads `value`, through a Q/DQ pair."""
         uses = [use for use in value.uses() if readers is None or use.node in readers]
         array, name = constant(value), known(value.name)
-        restored = self._pair(value, q) if array is None else self._dequantized(name, quantize(array, q), q)
+        restored = (
+            self._pair(value, q)
+            if array is None
+            else self._dequantized(name, quantize(array, q), q)
+        )
         self.restored[name] = restored
         for use in uses:
             use.node.replace_input_with(use.idx, restored)
@@ -65,28 +76,42 @@ class _Emitter:
             self.graph.outputs[list(self.graph.outputs).index(value)] = restored
 
     def _drop_implied_bound(self, unit: NodePlan) -> None:
-        """Takes the upper bound off a Clip that codes imply, though not the whole type's range: runtimes keep it."""
+        """Takes the upper bound off a Clip that codes imply, though not the whole type's range:
+        runtimes keep it.
+        """
         clip = self.nodes[unit.absorbed[-1]] if unit.absorbed else None
         high = operand(clip, 2) if clip and clip.op_type == "Clip" else None
         if clip is None or high is None or unit.outputs[0] not in self.plan.tensors:
             return
         q = self.plan.params(unit.outputs[0])
-        beyond = (float(np.iinfo(q.format.dtype).max) - float(q.zero_point)) * float(q.scale) > float(high.item())
+        beyond = (float(np.iinfo(q.format.dtype).max) - float(q.zero_point)) * float(
+            q.scale
+        ) > float(high.item())
         if beyond and quantize(high, q) == q.format.qmax:
             clip.replace_input_with(2, None)
 
     def _pair(self, value: ir.Value, q: QParams) -> ir.Value:
         name, producer = known(value.name), value.producer()
-        if producer is not None and producer.op_type == "DequantizeLinear" and _restores(producer, q):
+        if (
+            producer is not None
+            and producer.op_type == "DequantizeLinear"
+            and _restores(producer, q)
+        ):
             return value
         parameters, kind = self._parameters(name, q), np.iinfo(q.format.dtype)
         nodes = [self.names.node("QuantizeLinear", [value, *parameters], name, "quantized")]
         if (q.format.qmin, q.format.qmax) != (kind.min, kind.max):
             bounds = [np.array(bound, q.format.dtype) for bound in (q.format.qmin, q.format.qmax)]
-            limits = [self.names.constant(f"bound_{bound.dtype}_{bound}", bound) for bound in bounds]
+            limits = [
+                self.names.constant(f"bound_{bound.dtype}_{bound}", bound) for bound in bounds
+            ]
             nodes.append(self.names.node("Clip", [nodes[0].outputs[0], *limits], name, "clipped"))
         codes = nodes[-1].outputs[0]
-        nodes.append(self.names.node("DequantizeLinear", [codes, *parameters], name, "dequantized", like=value))
+        nodes.append(
+            self.names.node(
+                "DequantizeLinear", [codes, *parameters], name, "dequantized", like=value
+            )
+        )
         if producer is not None:
             self.graph.insert_after(producer, nodes)
         else:
@@ -96,7 +121,9 @@ class _Emitter:
     def _bare(self, node: ir.Node) -> None:
         """Lets a node between two conversions of the same parameters run on the integers."""
         restore = known(known(node.inputs[0]).producer())
-        quantize_again = next(use.node for use in node.outputs[0].uses() if use.node.op_type == "QuantizeLinear")
+        quantize_again = next(
+            use.node for use in node.outputs[0].uses() if use.node.op_type == "QuantizeLinear"
+        )
         zero_point = known(restore.inputs[2])
         node.replace_input_with(0, restore.inputs[0])
         if node.op_type == "Pad":
@@ -108,14 +135,21 @@ class _Emitter:
         self._drop_unread(restore)
 
     def _drop_unread(self, restore: ir.Node) -> None:
-        """Removes a conversion that nothing reads; floats read beside it may yet have to come from its integers."""
+        """Removes a conversion that nothing reads; floats read beside it may yet have to come from
+        its integers.
+        """
         value, source = restore.outputs[0], known(restore.inputs[0]).producer()
-        beside = source is not None and source.inputs[0] is not None and len(source.inputs[0].uses()) > 1
+        beside = (
+            source is not None and source.inputs[0] is not None and len(source.inputs[0].uses()) > 1
+        )
         if not (beside or value.uses() or value.is_graph_output()):
             self.graph.remove(restore, safe=True)
-            self.restored = {name: kept for name, kept in self.restored.items() if kept is not value}
+            self.restored = {
+                name: kept for name, kept in self.restored.items() if kept is not value
+            }
 
-    # --- weights and biases ------------------------------------------------------------------------------------------
+    # --- weights and biases
+    # ------------------------------------------------------------------------------------------
 
     def _write_weight(self, unit: NodePlan) -> None:
         if unit.weight is not None:
@@ -130,7 +164,9 @@ class _Emitter:
         node, name = self.nodes[unit.name], unit.bias or f"{unit.name}.bias"
         owner, index = bias_place(node, unit)
         if unit.integer_bias and owner is node and unit.inputs[0] in self.plan.tensors:
-            q = bias_qparams(self.plan.params(unit.inputs[0]), self.plan.weights[unit.name], bias.size)
+            q = bias_qparams(
+                self.plan.params(unit.inputs[0]), self.plan.weights[unit.name], bias.size
+            )
             written = self._dequantized(name, quantize(bias, q), q)
         else:
             written = self.names.constant(f"{name}_corrected", bias.astype(np.float32))
@@ -150,8 +186,13 @@ class _Emitter:
         if q.format == INT32:
             return [scale]  # runtimes look for the absence of a bias's zero point
         zero_point = q.zero_point.astype(q.format.dtype)
-        # ONNX Runtime's exact int8 mode rewrites the zero points of signed weights in place: each needs its own.
-        name = f"{name}_zero_point" if q.format.signed else f"zero_point_{zero_point.dtype}_{zero_point}"
+        # ONNX Runtime's exact int8 mode rewrites the zero points of signed weights in place: each
+        # needs its own.
+        name = (
+            f"{name}_zero_point"
+            if q.format.signed
+            else f"zero_point_{zero_point.dtype}_{zero_point}"
+        )
         return [scale, self.names.constant(name, zero_point)]
 
 
@@ -159,7 +200,11 @@ def _restores(node: ir.Node, q: QParams) -> bool:
     """Whether a DequantizeLinear makes floats of codes with just these parameters."""
     scale, zero_point = operand(node, 1), operand(node, 2)
     same_type = zero_point is not None and zero_point.dtype == q.format.dtype
-    return same_type and scale is not None and bool(np.all(scale == q.scale) and np.all(zero_point == q.zero_point))
+    return (
+        same_type
+        and scale is not None
+        and bool(np.all(scale == q.scale) and np.all(zero_point == q.zero_point))
+    )
 
 
 def bias_qparams(data: QParams, weight: QuantizedWeight, size: int) -> QParams:

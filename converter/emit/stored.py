@@ -1,4 +1,6 @@
-"""Writes the weights of a plan that are stored as codes and are floats again before use, and its float biases."""
+"""Writes the weights of a plan that are stored as codes and are floats again before use, and its
+float biases.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +10,15 @@ import numpy as np
 import onnx_ir as ir
 
 from calib.affine import Array, dequantize
-from converter.model import Names, add_constant, drop_unread, graph_of, known, operand, replace_constant
+from converter.model import (
+    Names,
+    add_constant,
+    drop_unread,
+    graph_of,
+    known,
+    operand,
+    replace_constant,
+)
 from converter.plan import NodePlan, QuantizedWeight, QuantPlan
 
 # (graph, name, weight) -> the value of the restored floats
@@ -16,13 +26,17 @@ Writer = Callable[[ir.Graph, str, QuantizedWeight], ir.Value]
 
 
 def emit_stored(model: ir.Model, plan: QuantPlan, write: Writer) -> None:
-    """Lets the planned nodes of `model` read what `write` makes of their weights; a shared weight is written once."""
+    """Lets the planned nodes of `model` read what `write` makes of their weights; a shared weight
+    is written once.
+    """
     names, written = Names(model), dict[ir.Value, ir.Value]()
     for node, unit in planned(model, plan):
         for weight in unit.weights:
             old = known(node.inputs[weight.index])
             if old not in written:
-                written[old] = write(graph_of(old), weight.name, plan.stored[unit.name, weight.index])
+                written[old] = write(
+                    graph_of(old), weight.name, plan.stored[unit.name, weight.index]
+                )
                 written[old].shape, written[old].type = old.shape, old.type
             node.replace_input_with(weight.index, written[old])
         if unit.name in plan.biases:
@@ -59,5 +73,9 @@ def write_bias(node: ir.Node, unit: NodePlan, plan: QuantPlan, names: Names) -> 
 def bias_place(node: ir.Node, unit: NodePlan) -> tuple[ir.Node, int]:
     """The node that adds the bias, and at which input."""
     product = node.outputs[0]
-    readers = [use.node for use in product.uses() if use.node.op_type == "Add" and use.node.name in unit.absorbed]
+    readers = [
+        use.node
+        for use in product.uses()
+        if use.node.op_type == "Add" and use.node.name in unit.absorbed
+    ]
     return (readers[0], int(readers[0].inputs[0] is product)) if readers else (node, 2)

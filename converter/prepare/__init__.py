@@ -1,4 +1,6 @@
-"""Graph passes that turn any exporter's float model into one normal form; the graph is read-only afterwards."""
+"""Graph passes that turn any exporter's float model into one normal form; the graph is read-only
+afterwards.
+"""
 
 from __future__ import annotations
 
@@ -17,7 +19,9 @@ from converter.prepare.widen import widen
 
 
 def make_plain(model: ir.Model) -> None:
-    """Names every node and makes every constant an initializer, in place; what is computed stays."""
+    """Names every node and makes every constant an initializer, in place; what is computed
+    stays.
+    """
     name_nodes(model)  # first: later passes and the user's config refer to nodes by name
     common.InlinePass()(model)  # functions become plain nodes
     common.RemoveInitializersFromInputsPass()(model)  # old exporters list weights as inputs
@@ -30,7 +34,9 @@ def prepare(model: ir.Model) -> ir.Model:
     widen(model)
     common.ShapeInferencePass()(model)  # helps what follows, never required
     share_shapes(model)
-    common.DeduplicateInitializersPass(size_limit=1)(model)  # indices and axes, so that the next pass finds more
+    common.DeduplicateInitializersPass(size_limit=1)(
+        model
+    )  # indices and axes, so that the next pass finds more
     common.CommonSubexpressionEliminationPass()(model)
     fold_constants(model)  # shapes computed from static inputs, scaled weights
     _lift_constants(model)  # what was folded

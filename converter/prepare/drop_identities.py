@@ -10,8 +10,8 @@ from converter.model import graph_of, known, operand
 def drop_identities(model: ir.Model) -> bool:
     """Lets readers of y = Identity(x) read x, in place; returns whether there was any.
 
-    A node stays where its output is a graph output (the name must survive), where it copies a value of an outer graph,
-    or where the mask of a Dropout is read.
+    A node stays where its output is a graph output (the name must survive), where it copies a value
+    of an outer graph, or where the mask of a Dropout is read.
     """
     removable = [node for graph in model.graphs() for node in graph if _removable(node)]
     for node in removable:
@@ -25,7 +25,12 @@ def _removable(node: ir.Node) -> bool:
         return False
     source = node.inputs[0]
     unread = not any(value.uses() or value.is_graph_output() for value in node.outputs[1:])
-    return source is not None and source.graph is node.graph and unread and not node.outputs[0].is_graph_output()
+    return (
+        source is not None
+        and source.graph is node.graph
+        and unread
+        and not node.outputs[0].is_graph_output()
+    )
 
 
 def _training(node: ir.Node) -> bool:

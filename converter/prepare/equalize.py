@@ -1,10 +1,12 @@
-"""Cross-layer equalization: evens out the ranges of a weight's channels where one scale must serve them all.
+"""Cross-layer equalization: evens out the ranges of a weight's channels where one scale must serve
+them all.
 
-Between two convolutions with nothing or a Relu between them, channel i may be divided by s_i in the first and
-multiplied by s_i in the second: relu(x / s) s = relu(x) for s > 0. With s_i = sqrt(r1_i / r2_i), r1 and r2 being the
-largest magnitudes of the channel in the two weights, both become sqrt(r1_i r2_i). Nagel et al., "Data-Free Quantization
-Through Weight Equalization and Bias Correction" (2019), section 4.1; chains converge over a few rounds. A Clip with an
-upper bound does not commute with s, so pairs around one are left alone.
+Between two convolutions with nothing or a Relu between them, channel i may be divided by s_i in the
+first and multiplied by s_i in the second: relu(x / s) s = relu(x) for s > 0. With s_i = sqrt(r1_i /
+r2_i), r1 and r2 being the largest magnitudes of the channel in the two weights, both become
+sqrt(r1_i r2_i). Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias
+Correction" (2019), section 4.1; chains converge over a few rounds. A Clip with an upper bound does
+not commute with s, so pairs around one are left alone.
 """
 
 from __future__ import annotations
@@ -22,7 +24,9 @@ ROUNDS = 10
 
 
 def equalize(model: ir.Model) -> bool:
-    """Equalizes every pair of convolutions of the main graph, in place; returns whether there is any."""
+    """Equalizes every pair of convolutions of the main graph, in place; returns whether there is
+    any.
+    """
     names, pairs = Names(model), list(_pairs(model.graph))
     for _ in range(ROUNDS):
         for first, second in pairs:
@@ -35,7 +39,12 @@ def _pairs(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Node]]:
         follower = only_consumer(node.outputs[0])
         if follower and follower.op_type == "Relu":
             follower = only_consumer(follower.outputs[0])
-        if _is_convolution(node) and follower and _is_convolution(follower) and _reads_channels(follower):
+        if (
+            _is_convolution(node)
+            and follower
+            and _is_convolution(follower)
+            and _reads_channels(follower)
+        ):
             yield node, follower
 
 
@@ -44,14 +53,22 @@ def _is_convolution(node: ir.Node) -> bool:
 
 
 def _reads_channels(node: ir.Node) -> bool:
-    """Whether an input channel meets the weight in one place: no groups, or one for every channel."""
+    """Whether an input channel meets the weight in one place: no groups, or one for every
+    channel.
+    """
     return node.attributes.get_int("group", 1) == 1 or known(operand(node, 1)).shape[1] == 1
 
 
 def _equalize(first: ir.Node, second: ir.Node, names: Names) -> None:
-    left, right, bias = known(operand(first, 1)), known(operand(second, 1)).copy(), operand(first, 2)
+    left, right, bias = (
+        known(operand(first, 1)),
+        known(operand(second, 1)).copy(),
+        operand(first, 2),
+    )
     by_input = _by_input(second, right)
-    out_range, in_range = (np.abs(w).reshape(len(w), -1).max(axis=1).astype(np.float64) for w in (left, by_input))
+    out_range, in_range = (
+        np.abs(w).reshape(len(w), -1).max(axis=1).astype(np.float64) for w in (left, by_input)
+    )
     usable = (out_range > 0) & (in_range > 0)
     scale = np.sqrt(np.divide(out_range, in_range, out=np.ones_like(out_range), where=usable))
     by_input *= along(scale, 0, by_input.shape)
@@ -62,6 +79,8 @@ def _equalize(first: ir.Node, second: ir.Node, names: Names) -> None:
 
 
 def _by_input(node: ir.Node, weight: Array) -> Array:
-    """A view of the weight with its input channels first: a depthwise one holds them along its outputs."""
+    """A view of the weight with its input channels first: a depthwise one holds them along its
+    outputs.
+    """
     groups = node.attributes.get_int("group", 1)
     return weight.swapaxes(0, 1) if groups == 1 else weight.reshape(groups, -1, *weight.shape[2:])

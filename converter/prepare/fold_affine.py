@@ -1,12 +1,12 @@
 """Folds a per-channel scale and shift into the Conv, ConvTranspose or Gemm before it.
 
-Foldable, where the operator's output is read by nothing else:
-1. BatchNormalization in inference mode with constant parameters: scale = gamma / sqrt(var + epsilon),
+Foldable, where the operator's output is read by nothing else: 1. BatchNormalization in inference
+mode with constant parameters: scale = gamma / sqrt(var + epsilon),
    shift = beta - mean * scale.
 2. Add, Sub, Mul or Div by a constant that is one value a channel or one value for all.
 
-For y = W x + b the result is W' = scale W along the channel axis, b' = scale b + shift, computed in float64. Operators
-that share a weight each get a copy of their own.
+For y = W x + b the result is W' = scale W along the channel axis, b' = scale b + shift, computed in
+float64. Operators that share a weight each get a copy of their own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,15 @@ import numpy as np
 import onnx_ir as ir
 
 from calib.affine import Array
-from converter.model import Names, constant, graph_of, known, only_consumer, operand, replace_constant
+from converter.model import (
+    Names,
+    constant,
+    graph_of,
+    known,
+    only_consumer,
+    operand,
+    replace_constant,
+)
 from converter.ops import OPS
 
 Affine = tuple[Array, Array]
@@ -27,7 +35,9 @@ Affine = tuple[Array, Array]
 def fold_affine(model: ir.Model) -> bool:
     """Folds into the nodes of every graph, in place; returns whether there was anything to fold."""
     names = Names(model)
-    folded = [_fold(node, names) for graph in model.graphs() for node in list(graph) if _foldable(node)]
+    folded = [
+        _fold(node, names) for graph in model.graphs() for node in list(graph) if _foldable(node)
+    ]
     return any(folded)
 
 
@@ -41,11 +51,17 @@ def _foldable(node: ir.Node) -> bool:
 def _fold(node: ir.Node, names: Names) -> bool:
     """Folds all foldable followers of `node` into it; returns whether there was one."""
     folded = False
-    while (follower := only_consumer(node.outputs[0])) and (affine := _affine_of(follower, node)) and _usable(affine):
+    while (
+        (follower := only_consumer(node.outputs[0]))
+        and (affine := _affine_of(follower, node))
+        and _usable(affine)
+    ):
         _rescale(node, *affine, names)
         # The surviving tensor bears the last name, which graph outputs and users know.
         graph, outputs = graph_of(follower), follower.outputs
-        ir.convenience.replace_nodes_and_values(graph, follower, [follower], [], outputs, node.outputs)
+        ir.convenience.replace_nodes_and_values(
+            graph, follower, [follower], [], outputs, node.outputs
+        )
         folded = True
     return folded
 
@@ -55,7 +71,9 @@ def _usable(affine: Affine) -> bool:
 
 
 def _affine_of(node: ir.Node, producer: ir.Node) -> Affine | None:
-    """Scale and shift a channel that `node` applies to the output of `producer`, None if it does not."""
+    """Scale and shift a channel that `node` applies to the output of `producer`, None if it does
+    not.
+    """
     if node.domain:
         return None
     if node.op_type == "BatchNormalization" and node.inputs[0] is producer.outputs[0]:
@@ -86,7 +104,11 @@ def _arithmetic(node: ir.Node, producer: ir.Node, channels: int) -> Affine | Non
     index = 1 if node.inputs[0] is producer.outputs[0] else 0
     value = constant(node.inputs[index])
     # The constant must stand on the right of - and /.
-    if value is None or value.dtype != np.float32 or (index == 0 and node.op_type in {"Sub", "Div"}):
+    if (
+        value is None
+        or value.dtype != np.float32
+        or (index == 0 and node.op_type in {"Sub", "Div"})
+    ):
         return None
     per_channel = _per_channel(value, producer, channels)
     if per_channel is None or (node.op_type == "Div" and not per_channel.all()):
@@ -95,7 +117,9 @@ def _arithmetic(node: ir.Node, producer: ir.Node, channels: int) -> Affine | Non
 
 
 def _per_channel(value: Array, producer: ir.Node, channels: int) -> Array | None:
-    """`value` as one float64 a channel; None if it varies along another axis or would widen the output's shape."""
+    """`value` as one float64 a channel; None if it varies along another axis or would widen the
+    output's shape.
+    """
     rank = known(operand(producer, 1)).ndim
     shape = (1,) * (rank - value.ndim) + value.shape
     channel_shape = tuple(channels if axis == 1 else 1 for axis in range(rank))
@@ -113,7 +137,9 @@ def _rescale(node: ir.Node, scale: Array, shift: Array, names: Names) -> None:
     scaled = weight.astype(np.float64, order="C")
     by_channel = _by_channel(node, scaled)
     by_channel *= scale.reshape(*by_channel.shape[:2], *(1,) * (by_channel.ndim - 2))
-    new_bias = ((0.0 if bias is None else bias.astype(np.float64)) * scale + shift).astype(weight.dtype)
+    new_bias = ((0.0 if bias is None else bias.astype(np.float64)) * scale + shift).astype(
+        weight.dtype
+    )
     replace_constant(node, 1, scaled.astype(weight.dtype), names)
     replace_constant(node, 2, new_bias, names)
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnxscript.optimizer._constant_folding import FoldConstantsPass
 
-# Scales and reshapes of weights are folded whatever their size; generated tables (a position grid) up to 4 MB.
+# Scales and reshapes of weights are folded whatever their size; generated tables (a position grid)
+# up to 4 MB.
 INPUT_LIMIT = 1 << 30
 OUTPUT_LIMIT = 1 << 20
 CONVERSIONS = {"DequantizeLinear", "QuantizeLinear"}
@@ -14,11 +15,19 @@ CONVERSIONS = {"DequantizeLinear", "QuantizeLinear"}
 def fold_constants(model: ir.Model) -> None:
     """Computes in place; quantization nodes are never folded."""
     FoldConstantsPass(
-        shape_inference=True, input_size_limit=INPUT_LIMIT, output_size_limit=OUTPUT_LIMIT, should_fold=_worth_folding
+        shape_inference=True,
+        input_size_limit=INPUT_LIMIT,
+        output_size_limit=OUTPUT_LIMIT,
+        should_fold=_worth_folding,
     )(model)
 
 
 def _worth_folding(node: ir.Node) -> bool | None:
-    # A weight stored as integers must stay as small as it is; its scales and zero points may be cast.
-    parameter = all(use.idx > 0 and use.node.op_type in CONVERSIONS for use in node.outputs[0].uses())
-    return False if node.op_type in CONVERSIONS or (node.op_type == "Cast" and not parameter) else None
+    # A weight stored as integers must stay as small as it is; its scales and zero points may be
+    # cast.
+    parameter = all(
+        use.idx > 0 and use.node.op_type in CONVERSIONS for use in node.outputs[0].uses()
+    )
+    return (
+        False if node.op_type in CONVERSIONS or (node.op_type == "Cast" and not parameter) else None
+    )

@@ -11,7 +11,9 @@ from converter.errors import ModelError, UsageError
 
 
 def set_input_shapes(model: ir.Model, shapes: Mapping[str, tuple[int | None, ...]]) -> None:
-    """Replaces dynamic dimensions in place; raises UsageError for an unknown input or a contradiction."""
+    """Replaces dynamic dimensions in place; raises UsageError for an unknown input or a
+    contradiction.
+    """
     inputs = {v.name or "": v for v in model.graph.inputs if v.name not in model.graph.initializers}
     for name, shape in shapes.items():
         if name not in inputs:
@@ -22,14 +24,19 @@ def set_input_shapes(model: ir.Model, shapes: Mapping[str, tuple[int | None, ...
 
 
 def check_shapes(model: ir.Model) -> None:
-    """Raises ModelError for an input or output of unknown shape, which a valid model must declare."""
+    """Raises ModelError for an input or output of unknown shape, which a valid model must
+    declare.
+    """
     for what, values, remedy in (
         ("input", model.graph.inputs, "give --inputShape"),
         ("output", model.graph.outputs, "export it again with the shapes of its outputs"),
     ):
         for value in values:
             if value.shape is None:
-                msg = f"The model's {what} '{value.name}' has no known number of dimensions; {remedy}."
+                msg = (
+                    f"The model's {what} '{value.name}' has no known number of dimensions; "
+                    f"{remedy}."
+                )
                 raise ModelError(msg)
 
 
@@ -37,11 +44,19 @@ def _set_shape(value: ir.Value, shape: tuple[int | None, ...]) -> None:
     old = value.shape
     fits = old is None or (
         len(old) == len(shape)
-        and all(not isinstance(was, int) or now in (was, None) for was, now in zip(old, shape, strict=True))
+        and all(
+            not isinstance(was, int) or now in (was, None)
+            for was, now in zip(old, shape, strict=True)
+        )
     )
     if not fits:
         known = ", ".join(str(d) if isinstance(d, int) else "?" for d in old or ())
         given = ", ".join("?" if d is None else str(d) for d in shape)
-        msg = f"--inputShape: input '{value.name}' has the shape [{known}], which [{given}] contradicts."
+        msg = (
+            f"--inputShape: input '{value.name}' has the shape [{known}], which [{given}] "
+            "contradicts."
+        )
         raise UsageError(msg)
-    value.shape = ir.Shape([was if now is None else now for was, now in zip(old or shape, shape, strict=True)])
+    value.shape = ir.Shape(
+        [was if now is None else now for was, now in zip(old or shape, shape, strict=True)]
+    )

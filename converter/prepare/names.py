@@ -8,7 +8,8 @@ import onnx_ir as ir
 
 
 def name_nodes(model: ir.Model) -> bool:
-    """Names unnamed nodes after their first output and numbers repeated names, in place; given names stay.
+    """Names unnamed nodes after their first output and numbers repeated names, in place; given
+    names stay.
 
     Returns whether there was anything to name.
     """

@@ -1,8 +1,11 @@
-"""One form for a matrix product with bias: Gemm(x, W, b) with alpha = beta = 1 and one bias a column.
+"""One form for a matrix product with bias: Gemm(x, W, b) with alpha = beta = 1 and one bias a
+column.
 
-1. MatMul of a matrix x and a constant matrix W, followed by Add of one constant a column, becomes a Gemm under the
+1. MatMul of a matrix x and a constant matrix W, followed by Add of one constant a column, becomes a
+Gemm under the
    MatMul's name: integer kernels know the product with its bias only in that form.
-2. alpha and beta of a Gemm with constant operands are multiplied into them, and a bias that broadcasts along the
+2. alpha and beta of a Gemm with constant operands are multiplied into them, and a bias that
+broadcasts along the
    columns is written out.
 """
 
@@ -15,10 +18,16 @@ from converter.model import Names, bias_add, graph_of, known, operand, replace_c
 
 
 def normal_gemm(model: ir.Model) -> bool:
-    """Does both rewrites over the nodes of every graph, in place; returns whether anything changed."""
+    """Does both rewrites over the nodes of every graph, in place; returns whether anything
+    changed.
+    """
     names = Names(model)
-    joined = [_join(node) for graph in model.graphs() for node in list(graph) if _is("MatMul", node)]
-    scaled = [_scale(node, names) for graph in model.graphs() for node in graph if _is("Gemm", node)]
+    joined = [
+        _join(node) for graph in model.graphs() for node in list(graph) if _is("MatMul", node)
+    ]
+    scaled = [
+        _scale(node, names) for graph in model.graphs() for node in graph if _is("Gemm", node)
+    ]
     return any(joined) or any(scaled)
 
 
@@ -33,7 +42,9 @@ def _join(matmul: ir.Node) -> bool:
     bias = next(value for value in add.inputs if value is not matmul.outputs[0])
     gemm = ir.node("Gemm", [*matmul.inputs, bias], name=matmul.name, outputs=[ir.Value()])
     graph = graph_of(matmul)
-    ir.convenience.replace_nodes_and_values(graph, add, [matmul, add], [gemm], add.outputs, gemm.outputs)
+    ir.convenience.replace_nodes_and_values(
+        graph, add, [matmul, add], [gemm], add.outputs, gemm.outputs
+    )
     return True
 
 

@@ -9,15 +9,17 @@ import onnx_ir as ir
 
 from converter.model import Names, graph_of, known
 
-# Smaller constants are not worth the search, and equal biases belong to operators that may want different ones later.
+# Smaller constants are not worth the search, and equal biases belong to operators that may want
+# different ones later.
 LEAST_SIZE = 1 << 12
 
 
 def share_shapes(model: ir.Model) -> bool:
-    """Lets a Shape read what an earlier one of its graph reads, where all dimensions have the same size or name.
+    """Lets a Shape read what an earlier one of its graph reads, where all dimensions have the same
+    size or name.
 
-    As ONNX has it, equal names are equal sizes. What is computed from equal shapes are common subexpressions then.
-    Works in place; returns whether there was any.
+    As ONNX has it, equal names are equal sizes. What is computed from equal shapes are common
+    subexpressions then. Works in place; returns whether there was any.
     """
     modified = False
     for graph in model.graphs():
@@ -32,7 +34,8 @@ def share_shapes(model: ir.Model) -> bool:
 
 
 def share_constants(model: ir.Model) -> None:
-    """Lets all readers of equal large constants read one; in the main graph, where they stand in different graphs.
+    """Lets all readers of equal large constants read one; in the main graph, where they stand in
+    different graphs.
 
     Exporters write tied weights, and folding what branches share, several times.
     """
@@ -44,7 +47,9 @@ def share_constants(model: ir.Model) -> None:
             found[tensor.dtype, tuple(tensor.shape), content].append(value)
     names = Names(model)
     for first, *others in found.values():
-        if first.graph is not model.graph and any(value.graph is not first.graph for value in others):
+        if first.graph is not model.graph and any(
+            value.graph is not first.graph for value in others
+        ):
             others.append(first)
             first = names.constant(known(first.name), known(first.const_value).numpy())
         for value in others:

@@ -1,4 +1,6 @@
-"""Divides the channels of tensors by factors and multiplies the weights behind them: x W = (x / s) (s W)."""
+"""Divides the channels of tensors by factors and multiplies the weights behind them: x W = (x / s)
+(s W).
+"""
 
 from __future__ import annotations
 
@@ -10,18 +12,24 @@ import onnx_ir as ir
 from calib.affine import Array
 from converter.model import Names, graph_of, known, only_consumer, operand, replace_constant
 
-# Operators whose output is linear in the constants behind their first input, channel by channel of the last axis.
+# Operators whose output is linear in the constants behind their first input, channel by channel of
+# the last axis.
 _LINEAR = {"LayerNormalization", "MatMul", "Gemm"}
-# From where the heads are joined back to where they are parted: the operators, and by which input each is reached.
+# From where the heads are joined back to where they are parted: the operators, and by which input
+# each is reached.
 _ATTENTION = (("Transpose", 0), ("MatMul", 0), ("Transpose", 1), ("Reshape", 0))
 
 Place = tuple[ir.Node, int]
 
 
-def divide_channels(model: ir.Model, factors: Mapping[str, Array], products: Mapping[str, Sequence[ir.Node]]) -> None:
-    """Divides each tensor of `factors` for the `products` that read it, and for nothing else that does, in place.
+def divide_channels(
+    model: ir.Model, factors: Mapping[str, Array], products: Mapping[str, Sequence[ir.Node]]
+) -> None:
+    """Divides each tensor of `factors` for the `products` that read it, and for nothing else that
+    does, in place.
 
-    The constants that the tensor is linear in take the division in, where there are such; elsewhere it is a Mul.
+    The constants that the tensor is linear in take the division in, where there are such; elsewhere
+    it is a Mul.
     """
     names = Names(model)
     for tensor, by in factors.items():
@@ -45,9 +53,11 @@ def _divide(nodes: Sequence[ir.Node], factors: Array, names: Names) -> None:
 
 
 def linear_in(readers: Sequence[ir.Node]) -> list[Place]:
-    """The constants, by node and input, that the tensor `readers` multiply is linear in, channel by channel; or none.
+    """The constants, by node and input, that the tensor `readers` multiply is linear in, channel by
+    channel; or none.
 
-    Those of a LayerNormalization or a product and its bias, also where attention weighs the rows of the product.
+    Those of a LayerNormalization or a product and its bias, also where attention weighs the rows of
+    the product.
     """
     size = known(operand(readers[0], 1)).shape[int(_transposed(readers[0]))]
     return _constants_of(readers[0].inputs[0], set(readers), size)
@@ -55,7 +65,13 @@ def linear_in(readers: Sequence[ir.Node]) -> list[Place]:
 
 def _constants_of(x: ir.Value | None, readers: set[ir.Node], size: int) -> list[Place]:
     node = x.producer() if x is not None else None
-    if x is None or node is None or node.domain or x.is_graph_output() or {use.node for use in x.uses()} != readers:
+    if (
+        x is None
+        or node is None
+        or node.domain
+        or x.is_graph_output()
+        or {use.node for use in x.uses()} != readers
+    ):
         return []
     operands = [index for index, value in enumerate(node.inputs) if value is not None]
     found = [(node, index) for index in operands if operand(node, index) is not None]
@@ -69,7 +85,9 @@ def _constants_of(x: ir.Value | None, readers: set[ir.Node], size: int) -> list[
 
 
 def _parting(join: ir.Node, size: int) -> ir.Node | None:
-    """The Reshape that parts `size` channels into the heads of an attention, which weighs rows; `join` undoes it."""
+    """The Reshape that parts `size` channels into the heads of an attention, which weighs rows;
+    `join` undoes it.
+    """
     chain = [join]
     for op_type, index in _ATTENTION:
         value = chain[-1].inputs[index]
@@ -78,7 +96,9 @@ def _parting(join: ir.Node, size: int) -> ir.Node | None:
             return None
         chain.append(node)
     back, there, part = chain[1], chain[3], chain[4]
-    turned = all(list(node.attributes.get_ints("perm", ())) == [0, 2, 1, 3] for node in (back, there))
+    turned = all(
+        list(node.attributes.get_ints("perm", ())) == [0, 2, 1, 3] for node in (back, there)
+    )
     whole, parts = part.inputs[0].shape if part.inputs[0] else None, part.outputs[0].shape
     if not turned or whole is None or parts is None or whole.has_unknown_dim():
         return None
@@ -91,4 +111,6 @@ def _transposed(node: ir.Node) -> bool:
 
 def _multiply(node: ir.Node, index: int, factors: Array, by_row: bool, names: Names) -> None:
     old = known(operand(node, index))
-    replace_constant(node, index, (old * (factors[:, None] if by_row else factors)).astype(np.float32), names)
+    replace_constant(
+        node, index, (old * (factors[:, None] if by_row else factors)).astype(np.float32), names
+    )

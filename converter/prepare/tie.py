@@ -1,7 +1,9 @@
-"""Tied embeddings: one table that tokens are looked up in and that, transposed, a product multiplies with.
+"""Tied embeddings: one table that tokens are looked up in and that, transposed, a product
+multiplies with.
 
-Exporters write the product as MatMul(x, Transpose(table)), or store the table a second time, transposed. As a Gemm the
-product reads the table itself, so that it is stored once whatever becomes of it.
+Exporters write the product as MatMul(x, Transpose(table)), or store the table a second time,
+transposed. As a Gemm the product reads the table itself, so that it is stored once whatever becomes
+of it.
 """
 
 from __future__ import annotations
@@ -16,13 +18,16 @@ from converter.model import Names, constant, graph_of
 
 
 def tie(model: ir.Model) -> bool:
-    """Turns products with the transposed of a table, in the graph that holds it, into Gemm nodes that read it.
+    """Turns products with the transposed of a table, in the graph that holds it, into Gemm nodes
+    that read it.
 
     Rewrites in place; returns whether there was any.
     """
     names, nodes = Names(model), [node for node in model.graph if not node.domain]
     tables = [node.inputs[0] for node in nodes if node.op_type == "Gather"]
-    arrays = {v: a for v in tables if v is not None and (a := constant(v)) is not None and a.ndim == 2}
+    arrays = {
+        v: a for v in tables if v is not None and (a := constant(v)) is not None and a.ndim == 2
+    }
     products = [node for node in nodes if node.op_type == "MatMul"]
     tied = [(node, table) for node in products if (table := _tied(node, arrays)) is not None]
     for node, table in tied:
@@ -34,9 +39,16 @@ def _tied(product: ir.Node, tables: Mapping[ir.Value, Array]) -> ir.Value | None
     """The table whose transposed is the product's right operand."""
     weight = product.inputs[1]
     maker, array = weight.producer() if weight else None, constant(weight)
-    if maker and maker.op_type == "Transpose" and list(maker.attributes.get_ints("perm", (1, 0))) == [1, 0]:
+    if (
+        maker
+        and maker.op_type == "Transpose"
+        and list(maker.attributes.get_ints("perm", (1, 0))) == [1, 0]
+    ):
         return maker.inputs[0] if maker.inputs[0] in tables else None
-    return next((v for v, table in tables.items() if array is not None and np.array_equal(array.T, table)), None)
+    return next(
+        (v for v, table in tables.items() if array is not None and np.array_equal(array.T, table)),
+        None,
+    )
 
 
 def _read(table: ir.Value, sizes: tuple[int, ...], product: ir.Node, names: Names) -> None:
@@ -54,4 +66,6 @@ def _read(table: ir.Value, sizes: tuple[int, ...], product: ir.Node, names: Name
     leading = tape.op("Slice", [tape.op("Shape", [x]), ints("first", 0), ints("last", -1)])
     shape = tape.op("Concat", [leading, ints("columns", sizes[0])], {"axis": 0})
     y = tape.op("Reshape", [y, shape])
-    ir.convenience.replace_nodes_and_values(graph, product, [product], tape.nodes, product.outputs, [y])
+    ir.convenience.replace_nodes_and_values(
+        graph, product, [product], tape.nodes, product.outputs, [y]
+    )

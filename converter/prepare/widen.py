@@ -1,4 +1,6 @@
-"""float16 and bfloat16 models become float32 ones, so that everything behind has one float type to know."""
+"""float16 and bfloat16 models become float32 ones, so that everything behind has one float type to
+know.
+"""
 
 from __future__ import annotations
 
@@ -13,13 +15,19 @@ TYPE_ATTRIBUTES = ("to", "dtype")
 
 
 def widen(model: ir.Model) -> bool:
-    """Computes in float32, in place, between Casts at inputs and outputs; returns whether there was anything narrow."""
-    values = [v for g in model.graphs() for v in (*g.inputs, *g.initializers.values(), *_computed(g))]
+    """Computes in float32, in place, between Casts at inputs and outputs; returns whether there was
+    anything narrow.
+    """
+    values = [
+        v for g in model.graphs() for v in (*g.inputs, *g.initializers.values(), *_computed(g))
+    ]
     narrow = {v: v.dtype for v in values if v.dtype in NARROW and isinstance(v.type, ir.TensorType)}
     edges = {v: narrow[v] for v in (*model.graph.inputs, *model.graph.outputs) if v in narrow}
     for value in narrow:
         if value.const_value is not None:
-            value.const_value = ir.tensor(value.const_value.numpy().astype(np.float32), name=value.name)
+            value.const_value = ir.tensor(
+                value.const_value.numpy().astype(np.float32), name=value.name
+            )
         value.type = ir.TensorType(ir.DataType.FLOAT)
     for node in (node for graph in model.graphs() for node in graph):
         for name in TYPE_ATTRIBUTES:

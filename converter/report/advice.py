@@ -9,10 +9,11 @@ from converter.findings import NodeFinding, Verification
 from converter.pairs import Place
 from converter.report.rounds import Figures
 
-# Operators whose inputs share the codes of one range, and how many times as large as others some may be.
+# Operators whose inputs share the codes of one range, and how many times as large as others some
+# may be.
 MERGES, MIXED_RANGES = {"Add", "Sub", "Concat", "Max", "Min"}, 4.0
-# Shares of values cut off, of the range cut off, and of the outputs' error that deserve a word, as do a node's own
-# noise and its noise at the outputs, in dB.
+# Shares of values cut off, of the range cut off, and of the outputs' error that deserve a word, as
+# do a node's own noise and its noise at the outputs, in dB.
 CLIPPED, SHORTENED, COSTLY, NOISY_DB, HEARD_DB = 0.01, 0.02, 0.1, 15.0, 40.0
 
 
@@ -21,21 +22,39 @@ def advice_for(node: NodeFinding, tensors: Sequence[tuple[Place, Figures]], satu
     return " ".join(_advice(node, tensors, saturates)) if node.quantized else ""
 
 
-def _advice(node: NodeFinding, tensors: Sequence[tuple[Place, Figures]], saturates: bool) -> Iterator[str]:
+def _advice(
+    node: NodeFinding, tensors: Sequence[tuple[Place, Figures]], saturates: bool
+) -> Iterator[str]:
     if saturates:
         yield "Its products can saturate in 16 bits: set overflow_safe = true."
     ratio = _ratio([figures for place, figures in tensors if not place.output])
     if node.op_type in MERGES and ratio > MIXED_RANGES:
-        yield f"Its inputs differ {ratio:.1f} times in size (mixed ranges): leave it float with skip_quant_node."
-    ranged = [(place.name, figures) for place, figures in tensors if place.qparams and place.weight is None]
+        yield (
+            f"Its inputs differ {ratio:.1f} times in size (mixed ranges): leave it float with "
+            "skip_quant_node."
+        )
+    ranged = [
+        (place.name, figures)
+        for place, figures in tensors
+        if place.qparams and place.weight is None
+    ]
     clip, name = max(((f.clip, name) for name, f in ranged if _is_shortened(f)), default=(0.0, ""))
     if clip > CLIPPED and _is_heard(node):
-        yield f"{clip:.1%} of {name} is cut off: try activation_quant_method = MAX_MIN or skip_quant_node."
+        yield (
+            f"{clip:.1%} of {name} is cut off: try activation_quant_method = MAX_MIN or "
+            "skip_quant_node."
+        )
     if _is_costly(node):
-        yield f"It alone makes {node.share:.0%} of the error: leave it float (skip_quant_node) or give it more bits."
+        yield (
+            f"It alone makes {node.share:.0%} of the error: leave it float (skip_quant_node) or "
+            "give it more bits."
+        )
     elif node.own is not None and node.own.sqnr_db < NOISY_DB:
         more = "try another activation_quant_method" if ranged else "give it more bits (bit_num)"
-        yield f"Its output is noisy ({node.own.sqnr_db:.1f} dB): {more}, or leave it float with skip_quant_node."
+        yield (
+            f"Its output is noisy ({node.own.sqnr_db:.1f} dB): {more}, or leave it float with "
+            "skip_quant_node."
+        )
 
 
 def _is_costly(node: NodeFinding) -> bool:
@@ -48,7 +67,9 @@ def _is_heard(node: NodeFinding) -> bool:
 
 
 def _is_shortened(figures: Figures) -> bool:
-    """Whether the quantized range is much shorter: the outermost half code is cut off everywhere."""
+    """Whether the quantized range is much shorter: the outermost half code is cut off
+    everywhere.
+    """
     dequant, span = figures.dequant, figures.origin[4] - figures.origin[0]
     return dequant is not None and span - (dequant[4] - dequant[0]) > SHORTENED * span
 
@@ -64,21 +85,41 @@ def overall_advice(nodes: Sequence[NodeFinding], found: Verification | None) -> 
     """Sentences on the whole, the gravest first."""
     if found and found.saturated:
         yield (
-            f"Saturation: the weights of {listed(found.saturated)} let kernels that add two products in 16 bits, those "
-            "of x86 processors without VNNI, cut sums off; convert with overflow_safe = true (in other tools: 7-bit "
+            f"Saturation: the weights of {listed(found.saturated)} let kernels that add two "
+            "products in 16 bits, those "
+            "of x86 processors without VNNI, cut sums off; convert with overflow_safe = true (in "
+            "other tools: 7-bit "
             "weights, reduce_range)."
         )
     for word, sentence in (
-        ("mixed ranges", "Mixed ranges: the inputs of {} differ much, small ones get few codes; try skip_quant_node."),
-        ("cut off", "Much is cut off at {}: a wider range (activation_quant_method = MAX_MIN) may be better."),
+        (
+            "mixed ranges",
+            (
+                "Mixed ranges: the inputs of {} differ much, small ones get few codes; try "
+                "skip_quant_node."
+            ),
+        ),
+        (
+            "cut off",
+            (
+                "Much is cut off at {}: a wider range (activation_quant_method = MAX_MIN) may be "
+                "better."
+            ),
+        ),
     ):
         if named := [node.name for node in nodes if word in node.advice]:
             yield sentence.format(listed(named))
     costly = sorted(filter(_is_costly, nodes), key=lambda n: -(n.share or 0))
     if costly:
-        yield f"Most of the outputs' error comes from {listed([n.name for n in costly])}: skip_quant_node, or max_drop."
+        yield (
+            f"Most of the outputs' error comes from {listed([n.name for n in costly])}: "
+            "skip_quant_node, or max_drop."
+        )
     if found and found.speedup is not None and found.speedup < 1:
-        yield "It is not faster here than the float model: few operators have integer kernels; WEIGHT_QUANT may do."
+        yield (
+            "It is not faster here than the float model: few operators have integer kernels; "
+            "WEIGHT_QUANT may do."
+        )
 
 
 def listed(names: Sequence[str], most: int = 5) -> str:

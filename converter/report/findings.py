@@ -1,4 +1,6 @@
-"""What is known of a quantized model: every tensor measured, every node judged, and what to do next."""
+"""What is known of a quantized model: every tensor measured, every node judged, and what to do
+next.
+"""
 
 from __future__ import annotations
 
@@ -27,7 +29,14 @@ from converter.quantized import Quantized
 from converter.report.advice import advice_for, overall_advice
 from converter.report.page import page
 from converter.report.rounds import Figures, Key, Summary, key_of, rounds
-from converter.report.tables import OUTPUTS, output_rows, parameter_rows, round_rows, sensitivity_rows, write_table
+from converter.report.tables import (
+    OUTPUTS,
+    output_rows,
+    parameter_rows,
+    round_rows,
+    sensitivity_rows,
+    write_table,
+)
 from converter.sensitivity import RANKED_ON, Alone, alone
 from converter.verify import TIMED_BYTES
 
@@ -40,8 +49,12 @@ MOST_DB = 300.0
 
 
 def check_folder(folder: Path, where: str) -> None:
-    """Raises ConfigError where no folder of reports can be; `where` names the line that asks for it."""
-    if (stands := next((p for p in (folder, *folder.absolute().parents) if p.exists()), folder)).is_file():
+    """Raises ConfigError where no folder of reports can be; `where` names the line that asks for
+    it.
+    """
+    if (
+        stands := next((p for p in (folder, *folder.absolute().parents) if p.exists()), folder)
+    ).is_file():
         msg = f"{where}: {stands} is a file; give the path of a folder."
         raise ConfigError(msg)
 
@@ -49,7 +62,8 @@ def check_folder(folder: Path, where: str) -> None:
 def write_reports(
     folder: Path, title: str, result: Quantized, given: Findings, resources: Resources, watch: Watch
 ) -> Findings:
-    """The tables, summary.json and report.html in `folder`, in place of those of an earlier run; what they tell.
+    """The tables, summary.json and report.html in `folder`, in place of those of an earlier run;
+    what they tell.
 
     All of the folder's reports are new, or none of them is touched.
     """
@@ -82,19 +96,25 @@ def _summary(found: Findings) -> str:
 
 
 def findings(
-    result: Quantized, given: Findings, resources: Resources, watch: Watch, tables: Path | None = None
+    result: Quantized,
+    given: Findings,
+    resources: Resources,
+    watch: Watch,
+    tables: Path | None = None,
 ) -> Findings:
     """What is `given` of a pair of models, with all that a look inside tells.
 
-    `result.plan` may be empty, as for what another tool made. Without data there is one random sample. The tables of
-    all samples are written into the folder `tables`.
+    `result.plan` may be empty, as for what another tool made. Without data there is one random
+    sample. The tables of all samples are written into the folder `tables`.
     """
     pairing = pair(result.compared or result.reference, result.model, result.plan)
     data = result.data if len(result.data) else synthetic_data(result.reference, 1)
     count = len(data) if tables else min(len(data), SHOWN_SAMPLES)
     totals: dict[Key, Figures] = {}
     outputs = [OUTPUTS]
-    for index, found in enumerate(watch.track(rounds(pairing, data, count, resources), "Measuring tensors", count)):
+    for index, found in enumerate(
+        watch.track(rounds(pairing, data, count, resources), "Measuring tensors", count)
+    ):
         totals = {key: _both(totals.get(key), figures) for key, figures in found.items()}
         if tables:
             write_table(tables / f"round_{index}.csv", round_rows(pairing.places, found))
@@ -102,8 +122,16 @@ def findings(
     totals = {key: replace(figures, clip=figures.clip / count) for key, figures in totals.items()}
     big = weight_bytes(result.reference) > TIMED_BYTES
     by_itself = {} if big else alone(pairing, data, RANKED_ON, resources)
-    nodes, tensors = _nodes(pairing, result, totals, by_itself, given.verification), _tensors(pairing, data, resources)
-    told = replace(given, nodes=nodes, tensors=tuple(tensors), advice=tuple(overall_advice(nodes, given.verification)))
+    nodes, tensors = (
+        _nodes(pairing, result, totals, by_itself, given.verification),
+        _tensors(pairing, data, resources),
+    )
+    told = replace(
+        given,
+        nodes=nodes,
+        tensors=tuple(tensors),
+        advice=tuple(overall_advice(nodes, given.verification)),
+    )
     if tables:
         write_table(tables / "output_summary.csv", outputs)
         write_table(tables / "quant_param.csv", parameter_rows(pairing.places, totals))
@@ -119,7 +147,9 @@ def _both(first: Figures | None, second: Figures) -> Figures:
     return replace(
         second,
         origin=_extremes(first.origin, second.origin),
-        dequant=_extremes(first.dequant, second.dequant) if first.dequant and second.dequant else None,
+        dequant=_extremes(first.dequant, second.dequant)
+        if first.dequant and second.dequant
+        else None,
         clip=first.clip + second.clip,
         products=(xx, yy, xy, noise),
     )
@@ -141,10 +171,14 @@ def _nodes(
     places: dict[str, list[Place]] = {}
     for place in pairing.places:
         places.setdefault(place.node, []).append(place)
-    noise = {name: 10 ** (-max(found.output.sqnr_db, -MOST_DB) / 10) for name, found in by_itself.items()}
+    noise = {
+        name: 10 ** (-max(found.output.sqnr_db, -MOST_DB) / 10) for name, found in by_itself.items()
+    }
     whole = sum(noise.values()) or 1.0
     # Some tools name an operator on integers like the float one, with this word behind it.
-    saturated = {name.removesuffix("_quant") for name in verification.saturated} if verification else set()
+    saturated = (
+        {name.removesuffix("_quant") for name in verification.saturated} if verification else set()
+    )
     nodes = []
     for name, own_places in places.items():
         found, unit = by_itself.get(name), result.plan.nodes.get(name)
@@ -156,10 +190,14 @@ def _nodes(
     return tuple(nodes)
 
 
-def _node(name: str, places: list[Place], unit: NodePlan | None, totals: Mapping[Key, Figures]) -> NodeFinding:
+def _node(
+    name: str, places: list[Place], unit: NodePlan | None, totals: Mapping[Key, Figures]
+) -> NodeFinding:
     read = [place for place in places if not place.output]
     weights = [place for place in read if place.weight is not None]
-    bits = [place.bits for place in weights if place.bits] or [place.bits for place in read if place.bits]
+    bits = [place.bits for place in weights if place.bits] or [
+        place.bits for place in read if place.bits
+    ]
     quantized = unit.quantized if unit else bool(bits)
     written = (totals.get(key_of(place)) for place in places if place.output)
     error = next((error_of(name, f.products) for f in written if f and f.dequant), None)
@@ -178,7 +216,11 @@ def _node(name: str, places: list[Place], unit: NodePlan | None, totals: Mapping
 def _bytes_after(place: Place) -> int:
     """Bytes of a constant with its parameters, as codes if it has any."""
     weight, q = known(place.weight), place.qparams
-    return -(-weight.size * q.format.bits // 8) + q.scale.nbytes + q.zero_point.nbytes if q else weight.nbytes
+    return (
+        -(-weight.size * q.format.bits // 8) + q.scale.nbytes + q.zero_point.nbytes
+        if q
+        else weight.nbytes
+    )
 
 
 def _tensors(pairing: Pairing, data: Dataset, resources: Resources) -> Iterator[TensorFinding]:
@@ -199,7 +241,10 @@ def _tensors(pairing: Pairing, data: Dataset, resources: Resources) -> Iterator[
 def _tensor(place: Place, q: QParams, statistics: TensorStats) -> TensorFinding:
     histogram = statistics.histogram()
     edges, zero = histogram.edges, q.zero_point.astype(np.float64)
-    low, high = float(((q.format.qmin - zero) * q.scale).min()), float(((q.format.qmax - zero) * q.scale).max())
+    low, high = (
+        float(((q.format.qmin - zero) * q.scale).min()),
+        float(((q.format.qmax - zero) * q.scale).max()),
+    )
     if q.format.trellis and place.restored is not None:
         low, high = float(place.restored.min()), float(place.restored.max())
     near = float(q.scale.max()) / 2  # rounding alone moves values so far

@@ -24,7 +24,11 @@ def page(findings: Findings, title: str) -> str:
     """The page as HTML; whatever `findings` hold is text in it, never markup."""
     folder = FileSystemLoader(Path(__file__).parent)
     environment = Environment(
-        loader=folder, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True
+        loader=folder,
+        autoescape=True,
+        undefined=StrictUndefined,
+        trim_blocks=True,
+        lstrip_blocks=True,
     )
     first = {tensor.node: index for index, tensor in reversed(list(enumerate(findings.tensors)))}
     return environment.get_template("page.html").render(
@@ -55,12 +59,18 @@ def _drawn(findings: Findings) -> dict[str, Any]:
 
 
 def _sensitivity(nodes: tuple[NodeFinding, ...]) -> tuple[str, list[tuple[str, float, str]]]:
-    """Name, length and label of the bars: what nodes cost the outputs or, where that is not known, lose themselves."""
+    """Name, length and label of the bars: what nodes cost the outputs or, where that is not known,
+    lose themselves.
+    """
     shares = [(node.name, node.share) for node in nodes if node.share and math.isfinite(node.share)]
     rows = [(name, share, f"{share:.1%}") for name, share in shares]
     note = "Share of the outputs' squared error that a node causes by itself, the largest first."
     if not rows:
-        errors = [(node.name, node.own.sqnr_db) for node in nodes if node.own and math.isfinite(node.own.sqnr_db)]
+        errors = [
+            (node.name, node.own.sqnr_db)
+            for node in nodes
+            if node.own and math.isfinite(node.own.sqnr_db)
+        ]
         rows = [(name, 10 ** (-decibels / 20), f"{decibels:.1f} dB") for name, decibels in errors]
         note = "Noise of a node's output relative to its signal, the largest first."
     return note, sorted(rows, key=lambda row: -row[1])[:MOST_BARS]
@@ -69,8 +79,15 @@ def _sensitivity(nodes: tuple[NodeFinding, ...]) -> tuple[str, list[tuple[str, f
 def _tensor(tensor: TensorFinding) -> dict[str, Any]:
     """The tensor with no more than MOST_BINS bins, neighbours added together."""
     together = -(-tensor.counts.size // MOST_BINS)
-    counts = np.pad(tensor.counts, (0, -tensor.counts.size % together)).reshape(-1, together).sum(axis=1)
+    counts = (
+        np.pad(tensor.counts, (0, -tensor.counts.size % together)).reshape(-1, together).sum(axis=1)
+    )
     width = (tensor.high - tensor.low) / tensor.counts.size * together
     numbers = {"low": float(tensor.low), "width": float(width), "clipped": float(tensor.clipped)}
     words = {"name": tensor.name, "node": tensor.node, "bits": tensor.bits}
-    return {**words, **numbers, "range": [float(end) for end in tensor.range], "counts": counts.tolist()}
+    return {
+        **words,
+        **numbers,
+        "range": [float(end) for end in tensor.range],
+        "counts": counts.tolist(),
+    }

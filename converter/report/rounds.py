@@ -1,4 +1,6 @@
-"""Every tensor of both models, sample by sample: distributions, what is cut off, and how alike they are."""
+"""Every tensor of both models, sample by sample: distributions, what is cut off, and how alike they
+are.
+"""
 
 from __future__ import annotations
 
@@ -23,8 +25,10 @@ Key = tuple[str, str | int | None]
 
 @dataclass(frozen=True)
 class Figures:
-    """One tensor in one sample, or in several: `origin` and `dequant` (None where the quantized model lacks it) as
-    `summary` has them, the share of float values outside of what the quantized tensor holds, and inner products."""
+    """One tensor in one sample, or in several: `origin` and `dequant` (None where the quantized
+    model lacks it) as `summary` has them, the share of float values outside of what the quantized
+    tensor holds, and inner products.
+    """
 
     origin: Summary
     dequant: Summary | None
@@ -39,11 +43,13 @@ class Figures:
 
 
 def summary(x: Array) -> Summary:
-    """Least, first quartile, median, third quartile, greatest, mean, variance and share of zeros, in float64.
+    """Least, first quartile, median, third quartile, greatest, mean, variance and share of zeros,
+    in float64.
 
     Quartile k is the value of rank floor(k n / 4); the variance is the population's.
     """
-    # Vectorised sorting is up to five times as fast as selection, which many equal values (a Relu's) slow down.
+    # Vectorised sorting is up to five times as fast as selection, which many equal values (a
+    # Relu's) slow down.
     flat = np.sort(x, axis=None)
     ranks = [0, *(k * flat.size // 4 for k in (1, 2, 3)), -1]
     mean = flat.mean(dtype=np.float64)
@@ -63,15 +69,31 @@ def figures_of(x: Array, y: Array | None) -> Figures:
 
 
 def key_of(place: Place) -> Key:
-    """What places of the same figures share: a tensor and its counterpart, or a constant of one node."""
+    """What places of the same figures share: a tensor and its counterpart, or a constant of one
+    node.
+    """
     return (place.name, place.counterpart) if place.restored is None else (place.node, place.index)
 
 
-def rounds(pairing: Pairing, data: Dataset, count: int, resources: Resources) -> Iterator[Mapping[Key, Figures]]:
-    """The figures of every place in each of the first samples; in memory are tensors that fit the budget only."""
-    fixed = [(place, place.weight) for place in pairing.places if not place.counterpart and place.weight is not None]
-    constants = {key_of(place): figures_of(weight, place.restored) for place, weight in fixed if weight.size}
-    tapped = {key_of(place): place for place in pairing.places if place.counterpart or place.weight is None}
+def rounds(
+    pairing: Pairing, data: Dataset, count: int, resources: Resources
+) -> Iterator[Mapping[Key, Figures]]:
+    """The figures of every place in each of the first samples; in memory are tensors that fit the
+    budget only.
+    """
+    fixed = [
+        (place, place.weight)
+        for place in pairing.places
+        if not place.counterpart and place.weight is not None
+    ]
+    constants = {
+        key_of(place): figures_of(weight, place.restored) for place, weight in fixed if weight.size
+    }
+    tapped = {
+        key_of(place): place
+        for place in pairing.places
+        if place.counterpart or place.weight is None
+    }
     names = list(dict.fromkeys(place.name for place in tapped.values() if place.weight is None))
     sizes = tensor_bytes(pairing.reference, names, data.sample(0), resources)
     # Beside a tensor there are its counterpart and temporary float64 arrays.
@@ -86,8 +108,14 @@ def rounds(pairing: Pairing, data: Dataset, count: int, resources: Resources) ->
         def step(index: int) -> Mapping[Key, Figures]:
             found, sample = dict(constants), data.sample(index)
             for places in parts:
-                x = _fetch(sessions[0], [place.name for place in places if place.weight is None], sample)
-                y = _fetch(sessions[1], [place.counterpart for place in places if place.counterpart], sample)
+                x = _fetch(
+                    sessions[0], [place.name for place in places if place.weight is None], sample
+                )
+                y = _fetch(
+                    sessions[1],
+                    [place.counterpart for place in places if place.counterpart],
+                    sample,
+                )
                 for place in places:
                     array = x[place.name] if place.weight is None else place.weight
                     if array.size and array.dtype.kind in "fiub":

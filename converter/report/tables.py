@@ -1,4 +1,6 @@
-"""The debug reports as tables, a header first, with the columns and names of the reference converter's document."""
+"""The debug reports as tables, a header first, with the columns and names of the reference
+converter's document.
+"""
 
 from __future__ import annotations
 
@@ -15,8 +17,27 @@ from converter.report.rounds import Figures, Key, key_of
 
 Row = Sequence[object]
 OUTPUTS: Row = ("Round", "TensorName", "CosineSimilarity")
-STATISTICS = ("Min", "Q1", "Median", "Q3", "MAX", "Mean", "Var", "Sparsity", "Clip", "CosineSimilarity")
-ROUND = ("NodeName", "NodeType", "TensorName", "InOutFlag", "DataTypeFlag", "TensorTypeFlag", *STATISTICS)
+STATISTICS = (
+    "Min",
+    "Q1",
+    "Median",
+    "Q3",
+    "MAX",
+    "Mean",
+    "Var",
+    "Sparsity",
+    "Clip",
+    "CosineSimilarity",
+)
+ROUND = (
+    "NodeName",
+    "NodeType",
+    "TensorName",
+    "InOutFlag",
+    "DataTypeFlag",
+    "TensorTypeFlag",
+    *STATISTICS,
+)
 PARAMETERS = (
     *("NodeName", "NodeType", "TensorName", "ElementsNum", "Dims"),
     *("Scale", "ZeroPoint", "Bits", "CorrectionVar", "CorrectionMean"),
@@ -28,7 +49,9 @@ SENSITIVITY = (
 
 
 def write_table(path: Path, rows: Iterable[Row]) -> None:
-    """A CSV file; numbers in 9 significant digits, an empty cell for None, an apostrophe before a formula."""
+    """A CSV file; numbers in 9 significant digits, an empty cell for None, an apostrophe before a
+    formula.
+    """
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([_cell(x) for x in row] for row in rows)
 
@@ -41,13 +64,18 @@ def _cell(content: object) -> object:
 
 
 def round_rows(places: Sequence[Place], found: Mapping[Key, Figures]) -> Iterator[Row]:
-    """For every place the float tensor's row and, if the quantized model has the tensor, that of its floats there."""
+    """For every place the float tensor's row and, if the quantized model has the tensor, that of
+    its floats there.
+    """
     yield ROUND
     for place in places:
         figures = found.get(key_of(place))
         if figures is None:
             continue
-        flag, kind = "Output" if place.output else "Input", "Activation" if place.weight is None else "Weight"
+        flag, kind = (
+            "Output" if place.output else "Input",
+            "Activation" if place.weight is None else "Weight",
+        )
         head = (place.node, place.op_type, place.name, flag)
         yield (*head, "Origin", kind, *figures.origin, 0.0, 1.0)
         if figures.dequant is not None:
@@ -71,13 +99,28 @@ def parameter_rows(places: Sequence[Place], found: Mapping[Key, Figures]) -> Ite
             continue
         elements, dims = math.prod(figures.shape), " ".join(map(str, figures.shape))
         scales, zero_points = np.broadcast_arrays(q.scale, q.zero_point)
-        for scale, zero_point in zip(scales.ravel().tolist(), zero_points.ravel().tolist(), strict=True):
-            yield (place.node, place.op_type, place.name, elements, dims, scale, zero_point, q.format.bits, 1.0, 0.0)
+        for scale, zero_point in zip(
+            scales.ravel().tolist(), zero_points.ravel().tolist(), strict=True
+        ):
+            yield (
+                place.node,
+                place.op_type,
+                place.name,
+                elements,
+                dims,
+                scale,
+                zero_point,
+                q.format.bits,
+                1.0,
+                0.0,
+            )
 
 
 def sensitivity_rows(ranked: Iterable[NodeFinding]) -> Iterator[Row]:
     """What each node costs."""
     yield SENSITIVITY
     for node in ranked:
-        own, output = ((e.cosine, e.sqnr_db) if e else (None, None) for e in (node.own, node.output))
+        own, output = (
+            (e.cosine, e.sqnr_db) if e else (None, None) for e in (node.own, node.output)
+        )
         yield (node.name, node.op_type, node.bits, *own, *output, node.share, node.advice)

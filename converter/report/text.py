@@ -1,4 +1,6 @@
-"""The terminal's words: the plan for --dry-run, and the summary a person wants after a conversion."""
+"""The terminal's words: the plan for --dry-run, and the summary a person wants after a
+conversion.
+"""
 
 from __future__ import annotations
 
@@ -42,7 +44,8 @@ def summary_lines(outcome: Outcome, output: Path) -> Iterator[str]:
     if outcome.errors:
         yield "Tensors that changed most (cosine similarity, signal to quantization noise):"
         yield from columns(
-            (f"  {short(e.name)}", f"{e.cosine:.5f}", f"{e.sqnr_db:.1f} dB") for e in outcome.errors[:WORST]
+            (f"  {short(e.name)}", f"{e.cosine:.5f}", f"{e.sqnr_db:.1f} dB")
+            for e in outcome.errors[:WORST]
         )
     yield from verification_lines(outcome.verification) if outcome.verification else ()
     yield f"Written to {output}"
@@ -50,13 +53,19 @@ def summary_lines(outcome: Outcome, output: Path) -> Iterator[str]:
 
 def verification_lines(found: Verification) -> Iterator[str]:
     """What running both models told."""
-    worst = min(found.outputs, key=lambda error: error.cosine, default=None)
-    parts = [f"cosine {worst.cosine:.5f}, {worst.sqnr_db:.1f} dB"] if worst else []
+    parts = (
+        [f"cosine {found.worst.cosine:.5f}, {found.worst.sqnr_db:.1f} dB"] if found.worst else []
+    )
     parts += [] if found.agreement is None else [f"same answer on {found.agreement:.1%}"]
-    parts += [] if found.top1 is None else [f"right answers {found.top1[0]:.1%} -> {found.top1[1]:.1%}"]
+    parts += (
+        [] if found.top1 is None else [f"right answers {found.top1[0]:.1%} -> {found.top1[1]:.1%}"]
+    )
     yield f"Verified on {found.where}: {', '.join(parts)}."
     if found.speedup is not None:
-        yield f"Speed {found.speedup:.2f} times the float model's, in ONNX Runtime on one thread of this machine."
+        yield (
+            f"Speed {found.speedup:.2f} times the float model's, in ONNX Runtime on one thread "
+            "of this machine."
+        )
     if found.kernels:
         common = Counter(found.kernels).most_common()
         more = f" and {len(common) - SHOWN} other kinds" if len(common) > SHOWN else ""
@@ -71,11 +80,15 @@ def comparison_lines(found: Findings) -> Iterator[str]:
     changed = [(node, node.own) for node in found.nodes if node.own]
     if costly:
         yield "Nodes that cost the outputs most, each by itself (share of the error, bits):"
-        yield from columns((f"  {short(n.name)}", f"{n.share:.1%}", f"{n.bits} bits") for n in costly[:WORST])
+        yield from columns(
+            (f"  {short(n.name)}", f"{n.share:.1%}", f"{n.bits} bits") for n in costly[:WORST]
+        )
     elif changed:
         yield "Nodes that changed most (signal to quantization noise, bits):"
         worst = sorted(changed, key=lambda pair: pair[1].sqnr_db)[:WORST]
-        yield from columns((f"  {short(n.name)}", f"{own.sqnr_db:.1f} dB", f"{n.bits} bits") for n, own in worst)
+        yield from columns(
+            (f"  {short(n.name)}", f"{own.sqnr_db:.1f} dB", f"{n.bits} bits") for n, own in worst
+        )
     yield from (f"- {sentence}" for sentence in found.advice)
 
 
@@ -85,7 +98,10 @@ def short(name: str) -> str:
 
 
 def _size_line(before: int, after: int) -> str:
-    return f"Size {before / 1e6:.2f} MB -> {after / 1e6:.2f} MB ({after / before:.0%} of the float model)."
+    return (
+        f"Size {before / 1e6:.2f} MB -> {after / 1e6:.2f} MB ({after / before:.0%} of the float "
+        "model)."
+    )
 
 
 def _becomes(node: NodePlan) -> str:
@@ -98,7 +114,9 @@ def _tensor_rows(plan: QuantPlan) -> Iterator[tuple[str, str, str]]:
         yield tensor.name, str(tensor.format), tensor.reason + shared
     for unit in plan.units():
         for weight in unit.weights:
-            granularity = "one scale" if weight.axis is None else f"a scale a channel of axis {weight.axis}"
+            granularity = (
+                "one scale" if weight.axis is None else f"a scale a channel of axis {weight.axis}"
+            )
             yield weight.name, str(weight.format), f"weight of {unit.name}, {granularity}"
         if unit.bias:
             yield unit.bias, "int32", f"bias of {unit.name}"

@@ -1,7 +1,9 @@
-"""Recognises fake quantization written out as arithmetic around a rounding: (clip(round(x / s + z), l, h) - z) * s.
+"""Recognises fake quantization written out as arithmetic around a rounding: (clip(round(x / s + z),
+l, h) - z) * s.
 
-Zero points may be added before or behind the rounding or not at all, bounds stand before or behind it, and scales are
-multiplied with or divided by. Where the codes themselves are multiplied with weights, the last product is missing.
+Zero points may be added before or behind the rounding or not at all, bounds stand before or behind
+it, and scales are multiplied with or divided by. Where the codes themselves are multiplied with
+weights, the last product is missing.
 """
 
 from __future__ import annotations
@@ -61,17 +63,27 @@ _Stages = list[tuple[ir.Value, _Line]]
 
 
 def chain_from(node: ir.Node) -> Chain | None:
-    """The fake quantization around `node`, a Round, or a Floor behind + 0.5; None for anything else."""
+    """The fake quantization around `node`, a Round, or a Floor behind + 0.5; None for anything
+    else.
+    """
     if node.op_type not in {"Round", "Floor"} or node.domain:
         return None
     before, behind = _before(node), _behind(node)
     for (source, first), (output, last) in product(before, behind):
-        restores = abs(first.factor * last.factor - 1) < CLOSE and abs(first.shift + last.shift / last.factor) < CLOSE
+        restores = (
+            abs(first.factor * last.factor - 1) < CLOSE
+            and abs(first.shift + last.shift / last.factor) < CLOSE
+        )
         if restores and (first.factor != 1 or len(before) == 1) and (q := _grid(first, last)):
             return Chain(source, output, q, codes=False)
-    (source, first), (output, last) = before[0], next(stage for stage in behind if stage[1].factor == 1)
+    (source, first), (output, last) = (
+        before[0],
+        next(stage for stage in behind if stage[1].factor == 1),
+    )
     q = _grid(first, last) if abs(first.shift) < CLOSE and last.shift == 0 else None
-    return Chain(source, output, q, codes=True) if q and q.format.narrow and not q.zero_point else None
+    return (
+        Chain(source, output, q, codes=True) if q and q.format.narrow and not q.zero_point else None
+    )
 
 
 def format_of(low: int, high: int) -> IntFormat | None:
@@ -82,7 +94,9 @@ def format_of(low: int, high: int) -> IntFormat | None:
 
 
 def _grid(first: _Line, last: _Line) -> QParams | None:
-    """The parameters of `first`, a rounding and `last`; None where the codes are not those of a format."""
+    """The parameters of `first`, a rounding and `last`; None where the codes are not those of a
+    format.
+    """
     low = max(first.low, (last.low - last.shift) / last.factor)
     high = min(first.high, (last.high - last.shift) / last.factor)
     if not np.isfinite([low, high]).all():
@@ -112,7 +126,11 @@ def _before(node: ir.Node) -> _Stages:
 def _behind(node: ir.Node) -> _Stages:
     """The stages from the rounding downwards, farthest first."""
     stages: _Stages = [(node.outputs[0], _Line())]
-    while (reader := only_consumer(stages[0][0])) and (step := _step(reader)) and step[0] is stages[0][0]:
+    while (
+        (reader := only_consumer(stages[0][0]))
+        and (step := _step(reader))
+        and step[0] is stages[0][0]
+    ):
         stages.insert(0, (reader.outputs[0], stages[0][1].then(step[1])))
     return stages
 
@@ -124,9 +142,13 @@ def _step(node: ir.Node) -> tuple[ir.Value, _Line] | None:
     value, *others = node.inputs
     if node.op_type in {"Add", "Mul", "Max", "Min"} and constant(value) is not None:
         value, others = others[0], [value]
-    bounds = zip(("low", "high"), others, strict=False) if node.op_type == "Clip" else [("c", others[0])]
+    bounds = (
+        zip(("low", "high"), others, strict=False) if node.op_type == "Clip" else [("c", others[0])]
+    )
     numbers = {name: constant(other) for name, other in bounds if other is not None}
     if value is None or any(number is None or number.size != 1 for number in numbers.values()):
         return None
-    line = _LINES[node.op_type](**{name: float(n.reshape(())) for name, n in numbers.items() if n is not None})
+    line = _LINES[node.op_type](
+        **{name: float(n.reshape(())) for name, n in numbers.items() if n is not None}
+    )
     return (value, line) if line.factor > 0 else None

@@ -1,7 +1,9 @@
-"""Takes the quantization out of a model that was trained with it: what is left is float, what was learnt is kept.
+"""Takes the quantization out of a model that was trained with it: what is left is float, what was
+learnt is kept.
 
-Known are QuantizeLinear and DequantizeLinear with constant parameters, in pairs around floats or on integer weights,
-with a Clip for fewer bits and operators that only move values in between; and the same written out as arithmetic.
+Known are QuantizeLinear and DequantizeLinear with constant parameters, in pairs around floats or on
+integer weights, with a Clip for fewer bits and operators that only move values in between; and the
+same written out as arithmetic.
 """
 
 from __future__ import annotations
@@ -16,6 +18,7 @@ import onnx_ir.passes.common as common
 from calib.affine import Array, IntFormat, QParams, dequantize, quantize
 from converter.model import Names, add_constant, constant, known, operand, replace_constant
 from converter.ops import OPS
+from converter.pairs import qparams_of
 from converter.plan import QuantizedWeight
 from converter.prepare import prepare
 from converter.trained.arithmetic import Chain, chain_from, format_of
@@ -24,7 +27,9 @@ from converter.trained.ranges import same, spread
 
 @dataclass(frozen=True)
 class Trained:
-    """What training found: parameters of activations by tensor, weights by the node that multiplies with them."""
+    """What training found: parameters of activations by tensor, weights by the node that multiplies
+    with them.
+    """
 
     tensors: Mapping[str, QParams] = field(default_factory=dict)
     weights: Mapping[str, QuantizedWeight] = field(default_factory=dict)
@@ -33,12 +38,15 @@ class Trained:
         return bool(self.tensors or self.weights)
 
 
-def take_trained(model: ir.Model, float_inputs: bool = False, float_outputs: bool = False) -> Trained:
-    """What a prepared model knows of its quantization, which is taken out of it in place; empty if it has none.
+def take_trained(
+    model: ir.Model, float_inputs: bool = False, float_outputs: bool = False
+) -> Trained:
+    """What a prepared model knows of its quantization, which is taken out of it in place; empty if
+    it has none.
 
-    Weights keep the values that training saw, those of their codes; activations are rounded no more. A
-    DequantizeLinear stays where it makes floats of the model's integer inputs, unless these shall be floats, and a
-    QuantizeLinear before its outputs.
+    Weights keep the values that training saw, those of their codes; activations are rounded no
+    more. A DequantizeLinear stays where it makes floats of the model's integer inputs, unless these
+    shall be floats, and a QuantizeLinear before its outputs.
     """
     trained = _Taker(model).run(float_inputs, float_outputs)
     if not trained:
@@ -60,7 +68,12 @@ class _Taker:
             self._float_input(value)
         for value in list(self.graph.outputs) if float_outputs else ():
             node = value.producer()
-            if node and node.op_type == "QuantizeLinear" and (q := _qparams(node)) and _may_hand_over(node.inputs[0]):
+            if (
+                node
+                and node.op_type == "QuantizeLinear"
+                and (q := _qparams(node))
+                and _may_hand_over(node.inputs[0])
+            ):
                 _join(value, node.inputs[0])
                 self.tensors[value.name or ""] = q
         for node in nodes:
@@ -74,7 +87,9 @@ class _Taker:
         return Trained(self.tensors, self.weights)
 
     def _pairs(self, node: ir.Node, q: QParams) -> None:
-        """Takes out a QuantizeLinear, every DequantizeLinear that reads its codes and what stands between."""
+        """Takes out a QuantizeLinear, every DequantizeLinear that reads its codes and what stands
+        between.
+        """
         source, found = known(node.inputs[0]), _reach(node.outputs[0])
         array = constant(source)
         if found is None or not found.ends:
@@ -82,16 +97,24 @@ class _Taker:
                 self.tensors.setdefault(source.name or "", q)
             return
         fmt, earlier = format_of(*found.narrowed(q.format)), self.tensors.get(source.name or "")
-        if fmt is None or (array is None and q.axis is not None) or (array is not None and found.moved):
+        if (
+            fmt is None
+            or (array is None and q.axis is not None)
+            or (array is not None and found.moved)
+        ):
             return
         q = replace(q, format=fmt)
-        if not all(same(_qparams(end), q) for end in found.ends) or (earlier and not same(earlier, q)):
+        if not all(same(_qparams(end), q) for end in found.ends) or (
+            earlier and not same(earlier, q)
+        ):
             return
         if array is not None:
             for end in found.ends:
                 self._constant(end.outputs[0], quantize(array, q), q)
             return
-        if _may_hand_over(source) or not any(end.outputs[0].is_graph_output() for end in found.ends):
+        if _may_hand_over(source) or not any(
+            end.outputs[0].is_graph_output() for end in found.ends
+        ):
             found.release(source)
             _join(node.outputs[0], source)
         self.tensors.setdefault(source.name or "", q)
@@ -108,11 +131,17 @@ class _Taker:
         readers, array = [use.node for use in chain.output.uses()], constant(chain.source)
         if array is not None and not chain.codes:
             self._constant(chain.output, quantize(array, chain.qparams), chain.qparams)
-        if array is not None or chain.output.is_graph_output() or (chain.codes and not all(map(_multiplies, readers))):
+        if (
+            array is not None
+            or chain.output.is_graph_output()
+            or (chain.codes and not all(map(_multiplies, readers)))
+        ):
             return
         for node in readers if chain.codes else ():
             index = OPS[node.op_type].weight or 0
-            replace_constant(node, index, known(operand(node, index)) / chain.qparams.scale, self.names)
+            replace_constant(
+                node, index, known(operand(node, index)) / chain.qparams.scale, self.names
+            )
         chain.output.replace_all_uses_with(chain.source)
         self.tensors.setdefault(chain.source.name or "", chain.qparams)
 
@@ -148,24 +177,25 @@ class _Taker:
 
 
 def _qparams(node: ir.Node) -> QParams | None:
-    """The constant parameters of a QuantizeLinear or DequantizeLinear; None for computed ones and other types."""
-    scale, zero = operand(node, 1), operand(node, 2)
-    codes = node.inputs[2] if zero is not None else node.outputs[0] if node.op_type[0] == "Q" else node.inputs[0]
-    kind = codes.dtype if codes else None
-    if scale is None or scale.dtype != np.float32 or kind is None or not kind.is_integer():
+    """The constant parameters of a QuantizeLinear or DequantizeLinear; None for computed ones and
+    other types.
+    """
+    codes = node.outputs[0] if node.op_type == "QuantizeLinear" else known(node.inputs[0])
+    scale, zero_point = known(node.inputs[1]), node.inputs[2] if len(node.inputs) > 2 else None
+    kind = (codes if zero_point is None else zero_point).dtype
+    if node.domain or scale.dtype != ir.DataType.FLOAT or kind is None or not kind.is_integer():
         return None
-    if node.domain or (zero is None and len(node.inputs) > 2):
+    if len(node.inputs) > 2 and constant(zero_point) is None:
         return None
-    fmt = IntFormat(round(kind.itemsize * 8), signed=not kind.name.startswith("U"))
-    zero = np.zeros(scale.shape) if zero is None else zero
-    if scale.size == 1:
-        return QParams(scale.reshape(()), zero.astype(np.int64).reshape(()), fmt)
-    return QParams(scale, zero.astype(np.int64), fmt, node.attributes.get_int("axis", 1))
+    q = qparams_of(codes, scale, zero_point, node.attributes.get_int("axis", 1))
+    return q and replace(q, zero_point=q.zero_point.astype(np.int64))
 
 
 @dataclass(frozen=True)
 class _Reach:
-    """Where codes go: the DequantizeLinear nodes at the `ends`, the `clips` and the values `moved` on the way."""
+    """Where codes go: the DequantizeLinear nodes at the `ends`, the `clips` and the values `moved`
+    on the way.
+    """
 
     ends: list[ir.Node]
     clips: list[ir.Node]
@@ -173,7 +203,9 @@ class _Reach:
 
     def narrowed(self, fmt: IntFormat) -> tuple[int, int]:
         """The least and the largest code that the clips leave of those of `fmt`."""
-        lows, highs = ([constant(v) for clip in self.clips for v in clip.inputs[i : i + 1]] for i in (1, 2))
+        lows, highs = (
+            [constant(v) for clip in self.clips for v in clip.inputs[i : i + 1]] for i in (1, 2)
+        )
         low = max([fmt.qmin, *(int(bound) for bound in lows if bound is not None)])
         return low, min([fmt.qmax, *(int(bound) for bound in highs if bound is not None)])
 
@@ -186,7 +218,9 @@ class _Reach:
 
 
 def _reach(codes: ir.Value) -> _Reach | None:
-    """Everything that reads `codes`; None if something else than moves, clips and DequantizeLinear does."""
+    """Everything that reads `codes`; None if something else than moves, clips and DequantizeLinear
+    does.
+    """
     found, values = _Reach([], [], []), [codes]
     while values:
         value = values.pop()
@@ -196,7 +230,9 @@ def _reach(codes: ir.Value) -> _Reach | None:
             node = use.node
             if node.op_type == "DequantizeLinear" and use.idx == 0 and _qparams(node):
                 found.ends.append(node)
-            elif node.op_type == "Clip" and all(v is None or constant(v) is not None for v in node.inputs[1:]):
+            elif node.op_type == "Clip" and all(
+                v is None or constant(v) is not None for v in node.inputs[1:]
+            ):
                 found.clips.append(node)
                 values += node.outputs
             elif node.op_type in OPS and OPS[node.op_type].moves and use.idx == 0:

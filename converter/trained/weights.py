@@ -1,4 +1,6 @@
-"""Trained weights in a plan: their own codes where the target's kernels take them, else the nearest that they do."""
+"""Trained weights in a plan: their own codes where the target's kernels take them, else the nearest
+that they do.
+"""
 
 from __future__ import annotations
 
@@ -11,15 +13,16 @@ import onnx_ir as ir
 
 from calib.affine import Array, QParams, along
 from converter.algorithms.matrices import plain_matrix, plain_weight, view_of
-from converter.algorithms.rounding import Grid, nearest, search_scales
-from converter.algorithms.weights import BIAS_LIMIT, packed
+from converter.algorithms.rounding import Grid, breaks_bound, nearest, search_scales
+from converter.algorithms.weights import least_scales, packed
 from converter.emit.stored import bias_of, planned
 from converter.job import Watch
 from converter.model import known, operand
 from converter.plan import QuantizedWeight, QuantPlan, WeightPlan
 from converter.trained.taking import Trained
 
-# A weight is a code times a scale where it is to within this of a code: float32 rounding, folded operators included.
+# A weight is a code times a scale where it is to within this of a code: float32 rounding, folded
+# operators included.
 CLOSE = 1e-3
 # Two scales are the same to within float32 rounding.
 SAME = 1e-6
@@ -31,7 +34,9 @@ PROBED = 32
 
 @dataclass(frozen=True)
 class Kept:
-    """How much of a weight was kept: channels in all, those rounded `anew`, and the error of these relative to them."""
+    """How much of a weight was kept: channels in all, those rounded `anew`, and the error of these
+    relative to them.
+    """
 
     channels: int
     anew: int
@@ -55,7 +60,11 @@ def with_trained_weights(
         bias = bias_of(node, unit)
         bias = None if bias is None else bias.reshape(-1).astype(np.float64)
         tensor = plan.tensors.get(unit.inputs[0])
-        data = plan.params(tensor.name) if bias is not None and tensor and tensor.group in plan.qparams else None
+        data = (
+            plan.params(tensor.name)
+            if bias is not None and tensor and tensor.group in plan.qparams
+            else None
+        )
         found, how_much = rows.decided(unit.weight, bias, data)
         kept.update({unit.name: how_much} if rows.scale.any() else {})
         plan = plan.with_weights({unit.name: found}, {} if bias is None else {unit.name: bias})
@@ -64,20 +73,27 @@ def with_trained_weights(
 
 def tell_kept(kept: Mapping[str, Kept], watch: Watch) -> None:
     """Says how many weights are what training made them, and what the others lost."""
-    channels, anew = sum(found.channels for found in kept.values()), sum(found.anew for found in kept.values())
+    channels, anew = (
+        sum(found.channels for found in kept.values()),
+        sum(found.anew for found in kept.values()),
+    )
     if kept:
-        watch.tell(f"Trained weights of {channels - anew} of {channels} channels are kept bit for bit.")
+        watch.tell(
+            f"Trained weights of {channels - anew} of {channels} channels are kept bit for bit."
+        )
     if anew:
         worst = max(kept, key=lambda name: kept[name].error)
         watch.tell(
-            f"The other {anew} are rounded anew, as the target's kernels would not compute exactly with their codes; "
+            f"The other {anew} are rounded anew, as the target's kernels would not compute "
+            "exactly with their codes; "
             f"they change most in {worst}, by {kept[worst].error:.2%}."
         )
 
 
 @dataclass(frozen=True)
 class _Rows:
-    """A weight as rows (groups, rows, columns) with its `codes`; `scale` (groups, rows) is 0 where they are unknown.
+    """A weight as rows (groups, rows, columns) with its `codes`; `scale` (groups, rows) is 0 where
+    they are unknown.
 
     `weight_of` brings rows back into the weight's shape.
     """
@@ -112,17 +128,19 @@ class _Rows:
             scale[:] = 0  # one scale must serve them all
         return cls(weight_of, matrix, codes, scale)
 
-    def decided(self, wanted: WeightPlan, bias: Array | None, data: QParams | None) -> tuple[QuantizedWeight, Kept]:
-        """The weight as the kernel takes it, beside a `bias` (channels,) where `data` are the parameters of its input.
+    def decided(
+        self, wanted: WeightPlan, bias: Array | None, data: QParams | None
+    ) -> tuple[QuantizedWeight, Kept]:
+        """The weight as the kernel takes it, beside a `bias` (channels,) where `data` are the
+        parameters of its input.
 
-        An int32 bias counts products of two steps: these must neither be so small that it overflows nor, with few
-        codes, so large that it is coarse.
+        An int32 bias counts products of two steps: these must neither be so small that it overflows
+        nor, with few codes, so large that it is coarse.
         """
         grid, whole = Grid(wanted.format, wanted.pair_limit), wanted.axis is None
         scale, codes, floor = self.scale.copy(), self.codes.copy(), np.zeros_like(self.scale)
         if bias is not None and data is not None:
-            least = np.abs(bias) / (float(data.scale) * BIAS_LIMIT)
-            floor[:] = least.max() if whole else least.reshape(scale.shape)
+            floor = least_scales(bias, data, scale.shape, not whole)
             factor = _refinement(codes, data.format.qmax - data.format.qmin, grid)
             factor = np.full_like(scale, factor.min()) if whole else factor
             scale, codes = scale / factor, codes * factor[..., None]
@@ -130,7 +148,9 @@ class _Rows:
         if anew.any():
             if whole:
                 anew[:] = True
-            codes[anew], scale[anew] = _rounded(self.matrix[anew], scale[anew], floor[anew], grid, not whole)
+            codes[anew], scale[anew] = _rounded(
+                self.matrix[anew], scale[anew], floor[anew], grid, not whole
+            )
         error = np.square(self.matrix - codes * scale[..., None])[anew].sum()
         power = np.square(self.matrix)[anew].sum()
         kept = Kept(anew.size, int(anew.sum()), float(np.sqrt(error / power)) if power else 0.0)
@@ -138,12 +158,16 @@ class _Rows:
 
 
 def _as_taught(matrix: Array, codes: Array, trained: Array) -> tuple[Array, Array]:
-    """Scales and codes where `matrix` is the trained codes times one factor a row, which folding may have changed."""
+    """Scales and codes where `matrix` is the trained codes times one factor a row, which folding
+    may have changed.
+    """
     power, scale = np.square(codes).sum(axis=2), trained[..., 0]
     ratio = np.divide((matrix * codes).sum(axis=2), power, out=scale.copy(), where=power > 0)
     right = np.abs(matrix - ratio[..., None] * codes).max(axis=2) <= CLOSE * np.abs(ratio)
     found = np.where(np.abs(np.abs(ratio) - scale) <= SAME * scale, scale, np.abs(ratio))
-    return np.where(right, found, 0.0).astype(np.float32).astype(np.float64), codes * np.sign(ratio)[..., None]
+    return np.where(right, found, 0.0).astype(np.float32).astype(np.float64), codes * np.sign(
+        ratio
+    )[..., None]
 
 
 def _recovered(row: Array) -> float:
@@ -156,14 +180,20 @@ def _recovered(row: Array) -> float:
     for part in (row[:PROBED], row):
         codes = np.outer(peaks / largest, part)
         peaks = peaks[np.abs(codes - np.rint(codes)).max(axis=1) <= CLOSE]
-    return _stored(row, np.rint(row * (peaks[0] / largest)), largest / peaks[0]) if peaks.size else 0.0
+    return (
+        _stored(row, np.rint(row * (peaks[0] / largest)), largest / peaks[0]) if peaks.size else 0.0
+    )
 
 
 def _stored(row: Array, codes: Array, scale: float) -> float:
     """The float32 next to `scale` that gives the weights bit for bit, if there is one."""
     near = np.float32(scale)
     tried = (near, np.nextafter(near, np.float32(0)), np.nextafter(near, np.float32(np.inf)))
-    exact = (s for s in tried if np.array_equal((codes * np.float64(s)).astype(np.float32), row.astype(np.float32)))
+    exact = (
+        s
+        for s in tried
+        if np.array_equal((codes * np.float64(s)).astype(np.float32), row.astype(np.float32))
+    )
     return float(next(exact, near))
 
 
@@ -171,25 +201,36 @@ def _taken(codes: Array, grid: Grid) -> Array:
     """Whether kernels compute exactly with the codes of a row."""
     taken = (codes.min(axis=2) >= -128) & (codes.max(axis=2) <= grid.format.qmax)
     if grid.pair_limit is not None:
-        even, odd = codes[..., : codes.shape[2] - 1 : 2], codes[..., 1::2]
-        taken &= ~((even * odd > 0) & (np.abs(even + odd) > grid.pair_limit)).any(axis=2)
+        taken &= ~breaks_bound(codes, grid.pair_limit)
     return np.asarray(taken)
 
 
 def _refinement(codes: Array, levels: int, grid: Grid) -> Array:
-    """The power of two that each row's codes may be multiplied by, and should be for the bias's sake."""
+    """The power of two that each row's codes may be multiplied by, and should be for the bias's
+    sake.
+    """
     peak = np.maximum(np.abs(codes).max(axis=2), 1)
     wanted = np.ceil(np.log2(BIAS_STEPS / (peak * levels)))
     factor = np.exp2(np.clip(wanted, 0, np.floor(np.log2(grid.format.qmax / peak)).clip(0)))
     return np.where(_taken(codes * factor[..., None], grid), factor, 1.0)
 
 
-def _rounded(matrix: Array, scale: Array, floor: Array, grid: Grid, per_channel: bool) -> tuple[Array, Array]:
-    """Codes and scales of rows (n, columns): at the scale they have, or at the best there is if that errs less."""
+def _rounded(
+    matrix: Array, scale: Array, floor: Array, grid: Grid, per_channel: bool
+) -> tuple[Array, Array]:
+    """Codes and scales of rows (n, columns): at the scale they have, or at the best there is if
+    that errs less.
+    """
     found = search_scales(matrix[None], np.ones((1, matrix.shape[1])), grid, per_channel)[0]
     starts = np.where(scale > 0, scale, found), found
     tried = [np.maximum(start, floor).astype(np.float32).astype(np.float64) for start in starts]
     codes = [nearest(matrix / s[:, None], grid) for s in tried]
-    errors = [np.square(matrix - c * s[:, None]).sum(axis=1) for c, s in zip(codes, tried, strict=True)]
-    first = errors[0] <= errors[1] if per_channel else np.broadcast_to(errors[0].sum() <= errors[1].sum(), scale.shape)
+    errors = [
+        np.square(matrix - c * s[:, None]).sum(axis=1) for c, s in zip(codes, tried, strict=True)
+    ]
+    first = (
+        errors[0] <= errors[1]
+        if per_channel
+        else np.broadcast_to(errors[0].sum() <= errors[1].sum(), scale.shape)
+    )
     return np.where(first[:, None], codes[0], codes[1]), np.where(first, tried[0], tried[1])

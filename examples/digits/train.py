@@ -1,4 +1,5 @@
-"""Trains the example network on scikit-learn's handwritten digits; writes the model, the pictures and their labels.
+"""Trains the example network on scikit-learn's handwritten digits; writes the model, the pictures
+and their labels.
 
 Run it in an environment of its own (it is not needed to use the example):
 
@@ -43,9 +44,13 @@ Labels = NDArray[np.int64]
 class ConvUnit(nn.Module):
     """Convolution without bias, BatchNorm and an activation."""
 
-    def __init__(self, inputs: int, outputs: int, size: int, act: nn.Module, stride: int = 1, groups: int = 1):
+    def __init__(
+        self, inputs: int, outputs: int, size: int, act: nn.Module, stride: int = 1, groups: int = 1
+    ):
         super().__init__()
-        self.conv = nn.Conv2d(inputs, outputs, size, stride, padding=size // 2, groups=groups, bias=False)
+        self.conv = nn.Conv2d(
+            inputs, outputs, size, stride, padding=size // 2, groups=groups, bias=False
+        )
         self.bn = nn.BatchNorm2d(outputs)
         self.act = act
 
@@ -99,10 +104,14 @@ class DigitsCnn(nn.Module):
 
 
 def load_pictures() -> tuple[Pixels, Labels]:
-    """All 1797 digits, 8x8 with values 0..16, upscaled to (1797, 28, 28) uint8 by bicubic interpolation."""
+    """All 1797 digits, 8x8 with values 0..16, upscaled to (1797, 28, 28) uint8 by bicubic
+    interpolation.
+    """
     digits = load_digits()
     small = np.rint(digits.images * (255 / 16)).astype(np.uint8)
-    big = [np.asarray(Image.fromarray(p).resize((SIDE, SIDE), Image.Resampling.BICUBIC)) for p in small]
+    big = [
+        np.asarray(Image.fromarray(p).resize((SIDE, SIDE), Image.Resampling.BICUBIC)) for p in small
+    ]
     return np.stack(big), digits.target.astype(np.int64)
 
 
@@ -142,7 +151,8 @@ def train(pixels: Pixels, labels: Labels) -> DigitsCnn:
 def export(net: DigitsCnn) -> None:
     """Writes the model with its BatchNormalization nodes left unfolded, and checks it."""
     with warnings.catch_warnings():
-        # This exporter is deprecated, but it leaves BatchNorm unfolded and names nodes after their modules.
+        # This exporter is deprecated, but it leaves BatchNorm unfolded and names nodes after their
+        # modules.
         warnings.simplefilter("ignore")
         torch.onnx.export(
             net,
@@ -160,7 +170,9 @@ def export(net: DigitsCnn) -> None:
 
 
 def write_pictures(part: str, indices: Labels, pixels: Pixels, labels: Labels) -> None:
-    """Writes `part`/digit_<index>.png and `part`.csv; the index is the row in scikit-learn's data set."""
+    """Writes `part`/digit_<index>.png and `part`.csv; the index is the row in scikit-learn's data
+    set.
+    """
     folder = HERE / part
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
@@ -184,14 +196,24 @@ def main() -> None:
     """Splits the data, trains, exports, writes the pictures and prints the accuracy."""
     pixels, labels = load_pictures()
     everything = np.arange(len(labels))
-    training, held_out = train_test_split(everything, test_size=HELD_OUT, stratify=labels, random_state=SEED)
+    training, held_out = train_test_split(
+        everything, test_size=HELD_OUT, stratify=labels, random_state=SEED
+    )
     export(train(pixels[training], labels[training]))
     parts = {"calib": (training, CALIB_SIZE), "dev": (held_out, DEV_SIZE)}
     for part, (pool, size) in parts.items():
-        chosen, _ = train_test_split(pool, train_size=size, stratify=labels[pool], random_state=SEED)
+        chosen, _ = train_test_split(
+            pool, train_size=size, stratify=labels[pool], random_state=SEED
+        )
         write_pictures(part, chosen, pixels, labels)
-        print(f"{part}: {len(chosen)} pictures, accuracy {accuracy(pixels[chosen], labels[chosen]):.4f}")
-    print(f"held out: {HELD_OUT} pictures, accuracy {accuracy(pixels[held_out], labels[held_out]):.4f}")
+        print(
+            f"{part}: {len(chosen)} pictures, accuracy "
+            f"{accuracy(pixels[chosen], labels[chosen]):.4f}"
+        )
+    print(
+        f"held out: {HELD_OUT} pictures, accuracy "
+        f"{accuracy(pixels[held_out], labels[held_out]):.4f}"
+    )
 
 
 if __name__ == "__main__":

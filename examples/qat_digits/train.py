@@ -1,12 +1,14 @@
-"""Trains a small network on scikit-learn's handwritten digits, with and without fake quantization of 1 to 8 bits.
+"""Trains a small network on scikit-learn's handwritten digits, with and without fake quantization
+of 1 to 8 bits.
 
 Run it in an environment of its own (it is not needed to use the example):
 
     pip install torch scikit-learn onnx onnxruntime
     python examples/qat_digits/train.py
 
-Everything lands next to this file: `float.onnx`, `qat_1.onnx` … `qat_8.onnx`, `calib/images.npy`, `held_out.npz` and
-`post_training.csv`, the accuracy of the float network after plain rounding of weights and activations.
+Everything lands next to this file: `float.onnx`, `qat_1.onnx` … `qat_8.onnx`, `calib/images.npy`,
+`held_out.npz` and `post_training.csv`, the accuracy of the float network after plain rounding of
+weights and activations.
 """
 
 from __future__ import annotations
@@ -34,7 +36,9 @@ BITS = range(1, 9)
 
 
 class Grid(nn.Module):
-    """Fake quantization of one tensor to `bits`, unsigned with a zero point; 0 bits leave it alone."""
+    """Fake quantization of one tensor to `bits`, unsigned with a zero point; 0 bits leave it
+    alone.
+    """
 
     def __init__(self) -> None:
         super().__init__()
@@ -65,7 +69,9 @@ class Grid(nn.Module):
 
 
 class Weighted(nn.Module):
-    """A convolution or a linear layer on a grid, BatchNorm and Relu where wanted, and a grid for the output."""
+    """A convolution or a linear layer on a grid, BatchNorm and Relu where wanted, and a grid for
+    the output.
+    """
 
     def __init__(self, layer: nn.Conv2d | nn.Linear, last: bool = False):
         super().__init__()
@@ -161,7 +167,9 @@ def main() -> None:
     torch.use_deterministic_algorithms(True)
     pictures, digits = load_digits(return_X_y=True)
     images = (pictures.reshape(-1, 1, 8, 8) / 16).astype(np.float32)
-    parts = train_test_split(images, digits.astype(np.int64), test_size=HELD_OUT, stratify=digits, random_state=SEED)
+    parts = train_test_split(
+        images, digits.astype(np.int64), test_size=HELD_OUT, stratify=digits, random_state=SEED
+    )
     x, x_test, y, y_test = (torch.from_numpy(part) for part in parts)
     (HERE / "calib").mkdir(exist_ok=True)
     np.save(HERE / "calib" / "images.npy", x[:CALIBRATION].numpy())
@@ -183,7 +191,10 @@ def main() -> None:
             tuned = copy.deepcopy(network).quantize(bits, watching=True)
             train(tuned, x, y, TUNING_EPOCHS, TUNING_RATE)
             export(tuned, x, HERE / f"qat_{bits}.onnx")
-            print(f"{bits} bits: rounded {plain:.4f}, trained {accuracy(tuned, x_test, y_test):.4f}", flush=True)
+            print(
+                f"{bits} bits: rounded {plain:.4f}, trained {accuracy(tuned, x_test, y_test):.4f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
