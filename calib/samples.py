@@ -40,9 +40,14 @@ class Dataset:
     """
 
     def __init__(
-        self, sources: Sequence[Source], chosen: Sequence[Choice], warnings: Sequence[str]
+        self,
+        sources: Sequence[Source],
+        chosen: Sequence[Choice],
+        warnings: Sequence[str],
+        fixed: Sample | None = None,
     ) -> None:
         self._sources = sources
+        self._fixed = fixed or {}
         self._chosen = chosen
         self.warnings = tuple(warnings)
 
@@ -55,7 +60,7 @@ class Dataset:
         Raises CalibError if a file has become unreadable since the dataset was opened.
         """
         candidate, cached = self._chosen[index]
-        return cached or _load(self._sources, candidate)
+        return {**self._fixed, **(cached or _load(self._sources, candidate))}
 
     def files(self, index: int) -> tuple[Path, ...]:
         """The files that sample `index` is made of, input by input."""
@@ -65,14 +70,14 @@ class Dataset:
 
     def part(self, start: int, end: int) -> Dataset:
         """Samples number `start` to `end`."""
-        return Dataset(self._sources, self._chosen[start:end], ())
+        return Dataset(self._sources, self._chosen[start:end], (), self._fixed)
 
     def further(self, size: int) -> Dataset:
         """The next usable samples behind these, at most `size` of them; may be none."""
         end = min((len(source.files) for source in self._sources), default=0)
         start = self._chosen[-1][0] + 1 if self._chosen else 0
         chosen, _ = _select(self._sources, range(start, end), size, None)
-        return Dataset(self._sources, chosen, ())
+        return Dataset(self._sources, chosen, (), self._fixed)
 
     def fingerprint(self) -> str:
         """SHA-256 over all samples as the model sees them: it follows the files' contents and the
@@ -95,10 +100,12 @@ def open_dataset(
     kind: str,
     image: ImageOptions,
     workers: int | None = None,
+    fixed: Sample | None = None,
 ) -> Dataset:
     """The first `size` usable samples for a model's inputs; `kind` is IMAGE, BIN or NPY (a key of
     `KINDS`).
 
+    `fixed` holds what every sample has beside the data: inputs that need not be fed.
     `folders` says where the data of each input lies; for NPY it may be one file whose rows are the
     samples. Every candidate is loaded once, by `workers` threads (None: as many as the machine
     suggests); the outcome does not depend on their number. A sample of an input with fixed batch N
@@ -124,7 +131,7 @@ def open_dataset(
         )
     if len(chosen) < size:
         warnings.append(f"calibrate_size is {size} but only {len(chosen)} sample(s) are usable.")
-    return Dataset(sources, chosen, warnings)
+    return Dataset(sources, chosen, warnings, fixed)
 
 
 def _select(

@@ -5,7 +5,7 @@ were.
 from __future__ import annotations
 
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -19,17 +19,27 @@ from converter.data import synthetic_data
 from converter.model import saved
 
 TIMED_SECONDS, LEAST_SECONDS = 0.1, 1e-3
-# Inner products of two tensors x and y: xx, yy, xy and that of the difference with itself.
-Products = tuple[float, float, float, float]
+# What two tensors x and y have in common, numbers that sum up over samples: the inner products
+# xx, yy, xy and that of the difference with itself, how many values they are of, how many are left
+# out as x is not finite there, and 1 where the two cannot be compared.
+Tally = tuple[float, ...]
+SAME, APART = (0.0,) * 7, (0.0,) * 6 + (1.0,)
 
 
 @dataclass(frozen=True)
 class TensorError:
-    """How a quantized tensor differs from the float one over all samples compared."""
+    """How a quantized tensor differs from the float one over all samples compared.
+
+    `compared` is the number of values, `left_out` that of values that are not finite in the float
+    model, `apart` that of samples in which the two have other shapes, or other texts.
+    """
 
     name: str
     cosine: float
     sqnr_db: float
+    compared: int = 1
+    left_out: int = 0
+    apart: int = 0
 
 
 def compare(
@@ -51,7 +61,7 @@ def compare(
         left = run(sessions[0], list(tensors), sample)
         right = run(sessions[1], list(tensors.values()), sample)
         return np.array(
-            [products(left[name], right[counterpart]) for name, counterpart in tensors.items()]
+            [tally(left[name], right[counterpart]) for name, counterpart in tensors.items()]
         )
 
     sums = sum(over_samples(min(count, len(data)), step, threads))
@@ -66,24 +76,63 @@ def output_errors(
     return compare(model, quantized, outputs, data, len(data), threads)
 
 
-def products(x: Array, y: Array) -> Products:
-    """The inner products that cosine and signal-to-noise ratio follow from."""
-    x, y = x.ravel(), y.ravel()
+def tally(x: object, y: object) -> Tally:
+    """What two tensors, or outputs of other kinds (texts, sequences, maps), have in common."""
+    if not (_is_numeric(x) and _is_numeric(y)):
+        return SAME if _same(x, y) else APART
+    left, right = np.asarray(x), np.asarray(y)
+    return APART if left.shape != right.shape else _tally_of_values(left.ravel(), right.ravel())
+
+
+def _tally_of_values(x: Array, y: Array) -> Tally:
+    finite = np.isfinite(x)
+    left_out = x.size - int(np.count_nonzero(finite))
+    if left_out:
+        x, y = x[finite], y[finite]
+    if not np.isfinite(y).all():
+        # Noise without bounds, which no other sample makes up for.
+        return (
+            float(np.square(x, dtype=np.float64).sum()),
+            np.inf,
+            0.0,
+            np.inf,
+            x.size,
+            left_out,
+            0.0,
+        )
     difference = np.subtract(x, y, dtype=np.float64)
-    xx, yy, xy = (
-        float(np.einsum("i,i->", *both, dtype=np.float64)) for both in ((x, x), (y, y), (x, y))
-    )
-    return xx, yy, xy, float(difference @ difference)
+    pairs = (x, x), (y, y), (x, y)
+    xx, yy, xy = (float(np.einsum("i,i->", *both, dtype=np.float64)) for both in pairs)
+    return xx, yy, xy, float(difference @ difference), x.size, left_out, 0.0
 
 
-def error_of(name: str, total: Sequence[float]) -> TensorError:
-    """The error that inner products, summed over samples, tell of."""
-    xx, yy, xy, noise = total
-    norms = np.sqrt(xx * yy)
+def _is_numeric(x: object) -> bool:
+    return isinstance(x, np.ndarray | np.generic) and x.dtype.kind in "fiub"
+
+
+def _same(x: object, y: object) -> bool:
+    """Whether two outputs that are no numbers hold the same."""
+    if isinstance(x, list) and isinstance(y, list):
+        return len(x) == len(y) and all(map(_same, x, y))
+    if isinstance(x, np.ndarray) and isinstance(y, np.ndarray):
+        return np.array_equal(x, y)
+    return bool(x == y)
+
+
+def error_of(name: str, total: Iterable[float]) -> TensorError:
+    """The error that a tally, summed over samples, tells of."""
+    xx, yy, xy, noise, *counts = map(float, total)
+    norms = np.sqrt(xx * yy) if xx else 0.0
     cosine = xy / norms if norms > 0 else float(xx == yy)
-    # Noise where there should be nothing, or that is no number, is the worst there is.
-    sqnr = np.inf if noise == 0 else 10 * np.log10(xx / noise) if xx > 0 and noise > 0 else -np.inf
-    return TensorError(name, float(cosine), float(sqnr))
+    # Noise where there should be nothing is the worst there is.
+    ratio = xx / noise if noise else np.inf
+    sqnr = 10 * np.log10(ratio) if ratio > 0 else -np.inf
+    return TensorError(name, float(cosine), float(sqnr), *map(int, counts))
+
+
+def worst_of(errors: Iterable[TensorError]) -> TensorError | None:
+    """The one with the least cosine similarity of those that could be compared."""
+    return min((e for e in errors if e.compared), key=lambda error: error.cosine, default=None)
 
 
 def speedup(reference: Path, other: Path, sample: Sample) -> float | None:
@@ -116,14 +165,25 @@ def largest_difference(model: ir.Model, other: ir.Model) -> float:
     with saved(model) as left, saved(other) as right:
         sessions = [open_session(path, optimize=False) for path in (left, right)]
     names = [value.name or "" for value in model.graph.outputs]
-    results = [run(session, names, synthetic_data(model, 1).sample(0)) for session in sessions]
-    extents = [extent(results[0][name], results[1][name]) for name in names]
-    return max(difference / (largest or 1) for largest, difference in extents)
+    sample = synthetic_data(model, 1).sample(0)
+    before, after = (run(session, names, sample) for session in sessions)
+    extents = [extent(before[name], after[name]) for name in names]
+    return max((difference / (largest or 1) for largest, difference in extents), default=0.0)
 
 
-def extent(x: Array, y: Array) -> tuple[float, float]:
-    """The largest magnitude in `x`, and of the difference of the two; 0 if they are empty."""
-    difference = np.subtract(x, y, dtype=np.float64)
-    return float(np.abs(x.astype(np.float64)).max(initial=0)), float(
-        np.abs(difference).max(initial=0)
-    )
+def extent(x: object, y: object) -> tuple[float, float]:
+    """The largest finite magnitude in `x`, and of the difference of the two; 0 if they are empty.
+
+    The difference is infinite where they have other shapes, other texts or other values that are
+    not finite.
+    """
+    if not (_is_numeric(x) and _is_numeric(y)):
+        return 0.0, 0.0 if _same(x, y) else np.inf
+    left, right = (np.asarray(each, np.float64) for each in (x, y))
+    if left.shape != right.shape:
+        return 0.0, np.inf
+    finite = np.isfinite(left) & np.isfinite(right)
+    if not np.array_equal(left[~finite], right[~finite], equal_nan=True):
+        return 0.0, np.inf
+    left, right = left[finite], right[finite]
+    return float(np.abs(left).max(initial=0)), float(np.abs(left - right).max(initial=0))

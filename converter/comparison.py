@@ -50,7 +50,8 @@ def compare(job: Job, watch: Watch) -> Findings:
 
 def _opened(job: Job, watch: Watch) -> Quantized:
     reference, other = (models.load(path) for path in (job.model, job.output))
-    _check_same("inputs", job, reference.graph.inputs, other.graph.inputs)
+    fed = [[v for v in m.graph.inputs if not v.is_initializer()] for m in (reference, other)]
+    _check_same("inputs", job, *fed)
     _check_same("outputs", job, reference.graph.outputs, other.graph.outputs)
     for model in (reference, other):
         set_input_shapes(model, job.input_shapes)
@@ -60,9 +61,7 @@ def _opened(job: Job, watch: Watch) -> Quantized:
 
 
 def _check_same(what: str, job: Job, before: Sequence[ir.Value], after: Sequence[ir.Value]) -> None:
-    left, right = (
-        {_described(v) for v in values if not v.is_initializer()} for values in (before, after)
-    )
+    left, right = ({_described(v) for v in values} for values in (before, after))
     if left != right:
         ours, theirs = (", ".join(sorted(names)) for names in (left, right))
         msg = (

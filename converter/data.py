@@ -16,7 +16,7 @@ from calib.session import CPU_PROVIDERS
 from converter.config import DataPreprocessParam
 from converter.errors import ConfigError, DataError, ModelError
 from converter.job import Job, Resources, Watch, processors
-from converter.model import constant
+from converter.model import constant, default_inputs
 
 
 def open_data(
@@ -33,10 +33,18 @@ def open_data(
         **{option.name: getattr(wanted, option.name) for option in fields(ImageOptions)}
     )
     folders, threads = dict(wanted.calibrate_path), resources_of(job).threads
-    specs = [spec_of(value, job.input_format) for value in model.graph.inputs]
+    fixed = default_inputs(model)
+    fed = [value for value in model.graph.inputs if value.name not in fixed]
+    specs = [spec_of(value, job.input_format) for value in fed]
     try:
         data = open_dataset(
-            specs, folders, wanted.calibrate_size or 1, wanted.input_type or "", image, threads
+            specs,
+            folders,
+            wanted.calibrate_size or 1,
+            wanted.input_type or "",
+            image,
+            threads,
+            fixed,
         )
     except CalibError as error:
         msg = f"{job.config.path}: [data_preprocess_param] {error}"
@@ -70,15 +78,15 @@ def synthetic_data(model: ir.Model, count: int = 8, length: int = 1) -> Dataset:
 
     A dynamic dimension becomes `length`, the first one 1.
     """
-    rng = np.random.default_rng(0)
+    rng, fixed = np.random.default_rng(0), default_inputs(model)
     specs = [
         (spec_of(value), _rows_indexed(value) or 2)
         for value in model.graph.inputs
-        if not value.is_initializer()
+        if not value.is_initializer() and value.name not in fixed
     ]
 
     def sample() -> dict[str, Array]:
-        found = {}
+        found = dict(fixed)
         for spec, rows in specs:
             shape = [size or (length if axis else 1) for axis, size in enumerate(spec.shape)]
             numbers = (

@@ -4,11 +4,11 @@ from.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from calib.affine import Array
-from converter.compare import TensorError
+from converter.compare import TensorError, worst_of
 
 
 @dataclass(frozen=True)
@@ -39,7 +39,19 @@ class Verification:
     @property
     def worst(self) -> TensorError | None:
         """The output that is least like the float model's."""
-        return min(self.outputs, key=lambda error: error.cosine, default=None)
+        return worst_of(self.outputs)
+
+    @property
+    def left_out(self) -> Iterator[str]:
+        """What could not be compared, in words."""
+        for error in self.outputs:
+            if error.apart:
+                yield (
+                    f"output '{error.name}' has another shape or text in {error.apart} of "
+                    f"{self.samples} samples"
+                )
+            if error.left_out:
+                yield f"{error.left_out} values of output '{error.name}' are not finite"
 
     @property
     def where(self) -> str:

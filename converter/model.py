@@ -7,9 +7,10 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import itertools
+import os
 import re
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,7 +19,9 @@ import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
+from calib import CalibError
 from calib.affine import Array
+from calib.session import open_session
 from converter.errors import ModelError, QConvertError, UsageError
 
 T = TypeVar("T")
@@ -26,6 +29,13 @@ T = TypeVar("T")
 # A protobuf message ends at 2 GiB; above this many bytes of weights the tensors go to a file beside
 # the model.
 EXTERNAL_DATA_ABOVE = 1_500_000_000
+# The version of the standard operators in a model that imports none of them.
+DEFAULT_OPSET = 13
+# Where a model keeps the types of outputs that onnx_ir cannot hold, serialized, and the default
+# values of inputs, both by name, and what the ONNX checker has against a model that runs.
+MAPS, DEFAULTS, UNCHECKED = "types of maps", "defaults of inputs", "what the checker says"
+# What it says of operators that only the runtime knows, in the version that the model imports.
+ONLY_RUNTIME = re.compile("No Op registered for|is deprecated in domain_version")
 
 
 def load(path: Path, output: Path | None = None) -> ir.Model:
@@ -40,8 +50,7 @@ def load(path: Path, output: Path | None = None) -> ir.Model:
     if output is not None:
         _protect(path, output)
     try:
-        # External data must lie in the model's folder, which a relative path would leave open.
-        model = ir.load(path.absolute())
+        model = _parsed(path)
         # An empty or foreign file can parse as a message without a graph.
         if not model.graph.outputs:
             msg = f"{path}: this is not an ONNX model (it has no graph outputs)."
@@ -62,6 +71,67 @@ def load(path: Path, output: Path | None = None) -> ir.Model:
     except Exception as error:
         msg = f"{path}: this is not a readable ONNX model ({first_line(error)})."
         raise ModelError(msg) from error
+
+
+def _parsed(path: Path) -> ir.Model:
+    """The model as it stands in the file, but that negative dimensions are unknown ones.
+
+    onnx_ir knows no maps, as a ZipMap makes of probabilities: outputs of such types have none here,
+    and get theirs back when the model is written. So do inputs with their default values, which
+    are plain inputs here.
+    """
+    proto = onnx.load(path, load_external_data=False)
+    graph = proto.graph
+    maps = {value.name: value.type.SerializeToString() for value in _maps_in(graph.output)}
+    for value in (*_maps_in(graph.output), *_maps_in(graph.value_info)):
+        value.ClearField("type")
+    for value in (*graph.input, *graph.output, *graph.value_info):
+        for dim in value.type.tensor_type.shape.dim:
+            if dim.dim_value < 0:
+                dim.Clear()
+    model: ir.Model = ir.from_proto(proto)
+    for node in model.graph.all_nodes():
+        # A domain that is not imported, as some exporters forget: its first version is meant.
+        model.graph.opset_imports.setdefault(node.domain, 1)
+    model.graph.opset_imports.setdefault("", DEFAULT_OPSET)
+    model.graph.meta[MAPS], model.graph.meta[DEFAULTS] = maps, _taken_defaults(model)
+    return model
+
+
+def _taken_defaults(model: ir.Model) -> dict[str, ir.TensorProtocol]:
+    """The values that inputs have where nothing is fed, taken out of the model.
+
+    Until version 4 of the format every initializer was an input as well, and some exporters still
+    write it so: where all are, and there is a weight among them, none is meant to be fed.
+    """
+    listed = [value for value in model.graph.inputs if value.is_initializer()]
+    weights = any(value.shape is not None and value.shape.rank() > 1 for value in listed)
+    all_are = len(listed) == len(model.graph.initializers)
+    if model.ir_version < 4 or (all_are and weights):
+        return {}
+    found: dict[str, ir.TensorProtocol] = {}
+    for value in listed:
+        name = value.name or ""
+        found[name] = known(value.const_value)
+        del model.graph.initializers[name]
+        value.const_value = None
+    return found
+
+
+def default_inputs(model: ir.Model) -> dict[str, Array]:
+    """The values of inputs that need not be fed, by name."""
+    return {name: tensor.numpy() for name, tensor in model.graph.meta.get(DEFAULTS, {}).items()}
+
+
+def _maps_in(values: Iterable[onnx.ValueInfoProto]) -> list[onnx.ValueInfoProto]:
+    """The values that are maps, or sequences of them."""
+
+    def is_map(kind: onnx.TypeProto) -> bool:
+        inner = kind.sequence_type if kind.HasField("sequence_type") else kind.optional_type
+        nested = kind.HasField("sequence_type") or kind.HasField("optional_type")
+        return kind.HasField("map_type") or (nested and is_map(inner.elem_type))
+
+    return [value for value in values if is_map(value.type)]
 
 
 def _protect(source: Path, output: Path) -> None:
@@ -92,24 +162,40 @@ def _external_tensors(model: ir.Model, path: Path) -> list[ir.ExternalTensor]:
     external = [tensor for tensor in tensors if isinstance(tensor, ir.ExternalTensor)]
     for tensor in external:
         tensor.base_dir = path.absolute().parent
-        if problem := _problem(tensor):
+        if problem := _problem(tensor, path.resolve().parent):
             msg = (
                 f"{path}: the weight '{tensor.name}' is kept in '{tensor.location}', which "
                 f"{problem}."
             )
             raise ModelError(msg)
+    for graph in graphs:
+        for value in graph.initializers.values():
+            if isinstance(value.const_value, ir.ExternalTensor):
+                value.const_value = _behind_link(value.const_value)
     return external
 
 
-def _problem(tensor: ir.ExternalTensor) -> str | None:
+def _behind_link(tensor: ir.ExternalTensor) -> ir.ExternalTensor:
+    """The tensor in its real file, as onnx_ir follows no link out of the model's folder."""
+    file = Path(tensor.path)
+    if not file.is_symlink():
+        return tensor
+    real, shape = file.resolve(), ir.Shape(list(tensor.shape))
+    name, dtype = tensor.name, tensor.dtype
+    return ir.ExternalTensor(
+        real.name, tensor.offset, tensor.length, dtype, shape=shape, name=name, base_dir=real.parent
+    )
+
+
+def _problem(tensor: ir.ExternalTensor, real_home: Path) -> str | None:
     """What is wrong with the file of an external tensor; a pipe or a device must not even be
     opened.
     """
     folder, file, start = Path(tensor.base_dir), Path(tensor.path), tensor.offset or 0
-    inside = not Path(tensor.location).is_absolute() and file.resolve().is_relative_to(
-        folder.resolve()
-    )
-    if not inside:
+    # Caches of model hubs link to the real files, which lie side by side elsewhere.
+    named_inside = not Path(os.path.normpath(tensor.location)).is_relative_to("..")
+    inside = any(file.resolve().is_relative_to(home) for home in (folder.resolve(), real_home))
+    if Path(tensor.location).is_absolute() or not (named_inside and inside):
         return (
             "is outside of the model's folder, where nothing is read; put the file beside the model"
         )
@@ -139,13 +225,29 @@ def _check_or_repair(model: ir.Model, path: Path) -> None:
                 value.shape = value.shape or ir.Shape(())
             with saved(complete) as file:
                 check(file)
+            _complete_outputs(model, path)
             return
-        raise error
+        if not ONLY_RUNTIME.search(str(error)) or not loads(path):
+            raise error
+        model.graph.meta[UNCHECKED] = str(error)
 
 
-def save(model: ir.Model, path: Path) -> None:
+def _complete_outputs(model: ir.Model, path: Path) -> None:
+    """Gives outputs without a shape the one that ONNX Runtime infers; a valid model has some."""
+    outputs = {
+        output.name: output.shape for output in open_session(path, optimize=False).get_outputs()
+    }
+    for value in model.graph.outputs:
+        if value.shape is None and value.dtype is not None:
+            sizes = [size if isinstance(size, int) else None for size in outputs[value.name]]
+            value.shape = ir.Shape(sizes)
+
+
+def save(
+    model: ir.Model, path: Path, accept: Callable[[Path], None] = lambda written: None
+) -> None:
     """Writes `model` beside `path` under a temporary name, then renames: the old file or the whole
-    new one.
+    new one. `accept` may look at the new file before, and raise an error for one not to be kept.
 
     Weights in a file of their own have their fingerprint in its name: until the model file is
     replaced, the old one finds its own.
@@ -154,7 +256,9 @@ def save(model: ir.Model, path: Path) -> None:
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
         data = f"{path.name}.{_fingerprint(model)}.data" if _is_large(model) else None
         _write(model, Path(folder) / path.name, data)
-        check(Path(folder) / path.name)
+        if UNCHECKED not in model.graph.meta:
+            check(Path(folder) / path.name)
+        accept(Path(folder) / path.name)
         # The weights first: a model file never stands without them.
         parts = sorted(Path(folder).iterdir(), reverse=True)
         for part in parts:
@@ -187,6 +291,21 @@ def _write(model: ir.Model, path: Path, data: str | None = None) -> None:
     else:
         # What is still in the float model's data file would be written as a reference to it.
         ir.save(ir.external_data.load_to_model(model), path)
+    if model.graph.meta.get(MAPS) or model.graph.meta.get(DEFAULTS):
+        _complete(path, model)
+
+
+def _complete(path: Path, model: ir.Model) -> None:
+    """Gives a written file what the model in memory keeps aside: types of maps and defaults."""
+    proto = onnx.load(path, load_external_data=False)
+    for output in proto.graph.output:
+        if kind := model.graph.meta.get(MAPS, {}).get(output.name):
+            output.type.ParseFromString(kind)
+    inputs = {value.name for value in proto.graph.input}
+    for name, array in default_inputs(model).items():
+        if name in inputs:
+            proto.graph.initializer.append(onnx.numpy_helper.from_array(array, name))
+    onnx.save(proto, path)
 
 
 def check(path: Path, name: str = "The converted model") -> None:
@@ -198,6 +317,15 @@ def check(path: Path, name: str = "The converted model") -> None:
     except onnx.checker.ValidationError as error:
         msg = f"{name} is not valid ONNX: {' '.join(str(error).split()).rstrip('. ')}."
         raise ModelError(msg) from error
+
+
+def loads(path: Path) -> bool:
+    """Whether ONNX Runtime takes the file, unoptimized."""
+    try:
+        open_session(path, optimize=False)
+    except CalibError:
+        return False
+    return True
 
 
 @contextlib.contextmanager
@@ -257,8 +385,16 @@ def values_read(node: ir.Node) -> list[ir.Value]:
 def file_bytes(path: Path) -> int:
     """Bytes of a model file and of its tensors in other files."""
     return path.stat().st_size + sum(
-        tensor.nbytes for tensor in _external_tensors(ir.load(path), path)
+        tensor.nbytes for tensor in _external_tensors(_parsed(path), path)
     )
+
+
+def nodes_in(path: Path) -> list[tuple[str, str]]:
+    """Name and operator type of the main graph's nodes in a file that is read as it stands,
+    unchecked and without its weights.
+    """
+    graph = onnx.load(path, load_external_data=False).graph
+    return [(node.name, node.op_type) for node in graph.node]
 
 
 def external_files(path: Path) -> list[Path]:
@@ -266,7 +402,7 @@ def external_files(path: Path) -> list[Path]:
     `load` will say.
     """
     with contextlib.suppress(Exception):
-        return sorted({Path(tensor.path) for tensor in _external_tensors(ir.load(path), path)})
+        return sorted({Path(tensor.path) for tensor in _external_tensors(_parsed(path), path)})
     return []
 
 

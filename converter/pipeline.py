@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
+from pathlib import Path
 
 import onnx_ir as ir
 
 from calib import CalibError
+from calib.session import open_session
 from converter import dynamic_quant, full_quant, half_precision, transform, weight_quant
 from converter import model as models
 from converter.compare import TensorError, largest_difference
@@ -16,7 +21,8 @@ from converter.emit.inferred import forget_inferred
 from converter.errors import ModelError, QConvertError
 from converter.findings import Findings, Verification
 from converter.gates import Figures
-from converter.job import Job, Resources, Watch
+from converter.job import Job, Watch
+from converter.model import first_line
 from converter.ops import computes_on_integers
 from converter.placement import check_skips
 from converter.plan import QuantPlan
@@ -58,54 +64,78 @@ class Outcome:
 
 
 def convert(job: Job, watch: Watch | None = None) -> Outcome:
-    """Runs one job; raises QConvertError for anything that is the input's fault."""
+    """Runs one job; raises QConvertError for anything that is the input's fault.
+
+    What comes behind the finished file, measuring and reporting, never loses it.
+    """
     watch = watch or Watch()
     model = read(job, watch)
     try:
         result = MODES[job.mode].quantize(model, job, watch)
         forget_inferred(result.model)
-        resources = resources_of(job)
-        errors = tensor_errors(result, resources) if job.verify else ()
-        labels = job.config.preprocess.label_file
-        verification = verify(result, labels, resources, watch) if job.verify else None
-        _tell_of_integers(result, watch)
-        unfinished = replace(result, model=result.model.clone())
-        result.finish()
         if job.fp16:
             store_constants_as_half(result.model)
+        unfinished = replace(result, model=result.model.clone())
+        result.finish()
         result.model.metadata_props.update(provenance(job, result.data))
-        models.save(result.model, job.output)
-        sizes = models.file_bytes(job.model), models.file_bytes(job.output)
-        outcome = Outcome(result.plan, *sizes, errors, verification)
-        _report(job, unfinished, outcome, resources, watch)
+        models.save(result.model, job.output, partial(_check_loads, job.model, watch))
     except CalibError as error:
         raise QConvertError(str(error)) from error
+    _tell_of_integers(result, watch)
+    return _measured(job, unfinished, watch)
+
+
+def _check_loads(float_model: Path, watch: Watch, path: Path) -> None:
+    """Raises ModelError where ONNX Runtime refuses the file at `path` but not the float model."""
+    if (refusal := _refusal(path)) is None:
+        return
+    if _refusal(float_model) is None:
+        msg = f"The converted model is not written, as it would not load: {refusal}"
+        raise ModelError(msg)
+    watch.warn(f"Neither the float model nor the converted one can be tried: {refusal}")
+
+
+def _refusal(path: Path) -> str | None:
+    """Why ONNX Runtime does not load a model, None if it does."""
+    try:
+        open_session(path)
+    except CalibError as error:
+        return str(error)
+    return None
+
+
+def _measured(job: Job, result: Quantized, watch: Watch) -> Outcome:
+    """What is found out about a conversion whose file is written."""
+    resources = resources_of(job)
+    labels = job.config.preprocess.label_file
+    errors: tuple[TensorError, ...] = ()
+    verification = None
+    if job.verify:
+        with _after_all("The result is not verified", result, watch):
+            errors = tensor_errors(result, resources)
+            verification = verify(result, labels, resources, watch)
+    sizes = models.file_bytes(job.model), models.file_bytes(job.output)
+    outcome = Outcome(result.plan, *sizes, errors, verification)
+    if folder := job.config.common.debug_info_save_path:
+        facts = {**_facts(job, result), **provenance(job, result.data)}
+        known = Findings(facts, sizes, verification)
+        with _after_all("There are no reports", result, watch):
+            write_reports(folder, job.output.name, result, known, resources, watch)
     return outcome
 
 
-def _report(
-    job: Job, result: Quantized, outcome: Outcome, resources: Resources, watch: Watch
-) -> None:
-    """Writes the reports where they are asked for; warns where there is no data and random samples
-    do not do.
-    """
-    folder, sizes = (
-        job.config.common.debug_info_save_path,
-        (outcome.size_before, outcome.size_after),
-    )
-    if folder is None:
-        return
-    known = Findings(
-        {**_facts(job, result), **provenance(job, result.data)}, sizes, outcome.verification
-    )
+@contextmanager
+def _after_all(what: str, result: Quantized, watch: Watch) -> Iterator[None]:
+    """A step behind the written file: its failure becomes a warning that says `what` is missing."""
     try:
-        write_reports(folder, job.output.name, result, known, resources, watch)
-    except CalibError as error:
-        if len(result.data):
-            raise
-        watch.warn(
-            f"There are no reports, as the model does not run on random samples; give data. {error}"
+        yield
+    except Exception as error:
+        expected = isinstance(error, CalibError | QConvertError | OSError)
+        reason = str(error) if expected else f"{type(error).__name__}: {first_line(error)}"
+        hint = (
+            "" if len(result.data) else ", as the model does not run on random samples; give data"
         )
+        watch.warn(f"{what}{hint}: {reason}")
 
 
 def _facts(job: Job, result: Quantized) -> dict[str, str]:

@@ -22,7 +22,7 @@ import onnx_ir as ir
 from calib.affine import Array, QParams, dequantize, quantize
 from calib.samples import Dataset
 from calib.session import open_session, over_samples, run
-from converter.compare import TensorError, error_of, output_errors, products
+from converter.compare import TensorError, error_of, output_errors, tally, worst_of
 from converter.errors import DataError
 from converter.job import Resources
 from converter.model import Names, constant, known, only_consumer, saved, values_by_name
@@ -62,9 +62,7 @@ def alone(pairing: Pairing, data: Dataset, count: int, resources: Resources) -> 
         outputs = [output.name for output in third.get_outputs()]
 
         def step(index: int) -> Array:
-            """Inner products (units, 1 + outputs, 4): of the unit's own output, and of the
-            graph's.
-            """
+            """Tallies (units, 1 + outputs, …): of the unit's own output, and of the graph's."""
             sample = data.sample(index)
             floats = run(first, tapped, sample)
             found = run(
@@ -80,10 +78,10 @@ def alone(pairing: Pairing, data: Dataset, count: int, resources: Resources) -> 
                 after = run(
                     third,
                     outputs,
-                    {**still, **{deltas[x]: np.asarray(there[x] - floats[x]) for x in leaves}},
+                    {**still, **{deltas[x]: _delta(floats[x], there[x]) for x in leaves}},
                 )
-                own = np.sum([products(floats[x], there[x]) for x in leaves], axis=0)
-                rows.append([own, *(products(before[name], after[name]) for name in outputs)])
+                own = np.sum([tally(floats[x], there[x]) for x in leaves], axis=0)
+                rows.append([own, *(tally(before[name], after[name]) for name in outputs)])
             return np.array(rows)
 
         sums = sum(over_samples(min(count, len(data)), step, resources.threads))
@@ -93,9 +91,17 @@ def alone(pairing: Pairing, data: Dataset, count: int, resources: Resources) -> 
         for unit, rows in zip(units, np.asarray(sums), strict=True)
     }
     return {
-        unit: Alone(own, min(rest, key=lambda error: error.sqnr_db))
+        unit: Alone(own, min(compared, key=lambda error: error.sqnr_db))
         for unit, (own, *rest) in errors.items()
+        if (compared := [error for error in rest if error.compared])
     }
+
+
+def _delta(x: Array, y: Array) -> Array:
+    """What is added to `x` to make it `y`; nothing where `x` is not finite or of another shape."""
+    if x.shape != y.shape:
+        return np.zeros((), np.float32)
+    return np.subtract(y, x, out=np.zeros_like(x), where=np.isfinite(x))
 
 
 def _float_tensors(model: ir.Model) -> set[str]:
@@ -222,9 +228,14 @@ def output_drop(
     1 - cosine.
     """
     if labels is None:
-        return 1 - min(
-            error.cosine for error in output_errors(model, quantized, data, resources.threads)
-        )
+        worst = worst_of(output_errors(model, quantized, data, resources.threads))
+        if worst is None:
+            msg = (
+                "No output of the model can be compared, as none holds numbers of the same shape "
+                "in both models; give label_file, or leave max_drop and min_cosine out."
+            )
+            raise DataError(msg)
+        return 1 - worst.cosine
     with saved(model) as reference, saved(quantized) as other:
         return top1(reference, data, labels, resources) - top1(other, data, labels, resources)
 

@@ -9,19 +9,17 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
-import onnx_ir as ir
 
-from calib import CalibError
 from calib.affine import Array
 from calib.samples import Dataset
 from calib.session import open_session, over_samples, run
 from converter.checks import saturating
-from converter.compare import TensorError, compare, error_of, extent, products, speedup
+from converter.compare import TensorError, compare, error_of, extent, speedup, tally
 from converter.data import synthetic_data
-from converter.errors import DataError, ModelError
+from converter.errors import DataError
 from converter.findings import Verification
 from converter.job import Resources, Watch
-from converter.model import load, saved, weight_bytes
+from converter.model import nodes_in, saved, weight_bytes
 from converter.quantized import Quantized
 from converter.sensitivity import read_labels
 
@@ -40,24 +38,14 @@ Outputs = Sequence[Sequence[Array]]
 
 def verify(
     result: Quantized, label_file: Path | None, resources: Resources, watch: Watch
-) -> Verification | None:
+) -> Verification:
     """What running both models tells, on samples that calibration has not seen, where there are
     any.
 
-    Warns of what the user should know. None where the model does not run on random samples and
-    there are no others.
+    Warns of what the user should know. Raises CalibError or ModelError where a model does not run.
     """
-    try:
-        data, held_back = _samples(result, watch)
-        return _verified(result, data, held_back, label_file, resources, watch)
-    except (CalibError, ModelError) as error:
-        if len(result.data):
-            raise
-        watch.warn(
-            "The result is not verified, as the model does not run on random samples; give "
-            f"data. {error}"
-        )
-        return None
+    data, held_back = _samples(result, watch)
+    return _verified(result, data, held_back, label_file, resources, watch)
 
 
 def _samples(result: Quantized, watch: Watch) -> tuple[Dataset, bool]:
@@ -99,9 +87,9 @@ def _verified(
         speedup=ratio,
         top1=_top1(answers, data, labels, watch) if labels and answers is not None else None,
         agreement=None if answers is None else float(np.mean(answers[:, 0] == answers[:, 1])),
-        kernels=dict(Counter(node.op_type for node in executed)),
+        kernels=dict(Counter(op_type for _, op_type in executed)),
         conversions=tuple(
-            n.name or "" for n in executed if n.op_type in {"QuantizeLinear", "DequantizeLinear"}
+            name for name, op_type in executed if op_type in {"QuantizeLinear", "DequantizeLinear"}
         ),
         saturated=tuple(saturating(result.model)),
         random=not len(result.data),
@@ -114,20 +102,18 @@ def _verified(
 def _outputs(
     path: Path, data: Dataset, most: int, resources: Resources, optimize: bool = True
 ) -> tuple[list[str], Outputs]:
-    """Names of the numeric outputs, and what they are for at most so many samples, as many as fit
-    the memory.
+    """Names of the outputs, and what they are for at most so many samples, as many as fit the
+    memory.
     """
     session = open_session(path, optimize=optimize)
-    kinds = {output.name: output.type for output in session.get_outputs()}
-    names = [
-        name for name, kind in kinds.items() if kind.startswith("tensor(") and "string" not in kind
-    ]
+    names = [output.name for output in session.get_outputs()]
 
     def step(index: int) -> list[Array]:
         return list(run(session, names, data.sample(index)).values())
 
     first = [step(0)] if most else []
-    room = resources.memory // max(1, 3 * sum(x.nbytes for x in first[0])) if first else 0
+    held = sum(getattr(x, "nbytes", 0) for sample in first for x in sample)
+    room = resources.memory // max(1, 3 * held) if first else 0
     count = max(1, min(most, len(data), room))
     return names, [
         *first,
@@ -138,7 +124,7 @@ def _outputs(
 def _errors(names: Sequence[str], before: Outputs, after: Outputs) -> tuple[TensorError, ...]:
     """The error of every output over the samples of `after`."""
     found = [
-        [products(x, y) for x, y in zip(*both, strict=True)]
+        [tally(x, y) for x, y in zip(*both, strict=True)]
         for both in zip(before, after, strict=False)
     ]
     return tuple(map(error_of, names, np.sum(found, axis=0))) if found else ()
@@ -149,7 +135,8 @@ def _difference(plain: Outputs, after: Outputs) -> float:
     pairs = [
         both for sample in zip(plain, after, strict=False) for both in zip(*sample, strict=True)
     ]
-    largest, difference = np.max([(0.0, 0.0), *(extent(x, y) for x, y in pairs)], axis=0)
+    extents = [found for x, y in pairs if np.isfinite(found := extent(x, y)).all()]
+    largest, difference = np.max([(0.0, 0.0), *extents], axis=0)
     return float(difference / (largest or 1.0))
 
 
@@ -157,10 +144,16 @@ def _answers(before: Outputs, after: Outputs) -> Array | None:
     """Where both find the largest value of each sample (samples, 2); None where it is not one of a
     row of floats.
     """
-    rows = [x[0] for x in before]
-    if not all(x.dtype.kind == "f" and x.ndim == 2 and len(x) == 1 < x.size for x in rows):
+    rows = [(x[0], y[0]) for x, y in zip(before, after, strict=True) if x]
+    if not rows or not all(_is_row(x) and np.shape(y) == x.shape for x, y in rows):
         return None
-    return np.array([(x.argmax(), y[0].argmax()) for x, y in zip(rows, after, strict=True)])
+    return np.array([(x.argmax(), y.argmax()) for x, y in rows])
+
+
+def _is_row(x: object) -> bool:
+    return (
+        isinstance(x, np.ndarray) and x.dtype.kind == "f" and x.ndim == 2 and len(x) == 1 < x.size
+    )
 
 
 def _top1(
@@ -177,13 +170,14 @@ def _top1(
     return before, after
 
 
-def _executed(path: Path) -> list[ir.Node]:
-    """The nodes that ONNX Runtime is left with after its optimizations, which it writes beside the
-    file at `path`.
+def _executed(path: Path) -> list[tuple[str, str]]:
+    """Name and operator type of the nodes that ONNX Runtime is left with after its optimizations.
+
+    It writes them beside the file at `path`, in a form that the ONNX checker need not accept.
     """
     optimized = path.with_name("optimized.onnx")
     open_session(path, optimized=optimized)
-    return list(load(optimized).graph)
+    return nodes_in(optimized)
 
 
 def _warn(

@@ -668,6 +668,75 @@ def no_output_shape() -> onnx.ModelProto:
 
 
 @odd
+def undeclared_output() -> onnx.ModelProto:
+    """An output whose shape follows from the graph."""
+    model = plain()
+    model.graph.output[0].type.tensor_type.ClearField("shape")
+    return model
+
+
+@odd
+def runtime_normalization() -> onnx.ModelProto:
+    """An operator of a later opset, as files that ONNX Runtime's optimizer wrote have."""
+    nodes = [
+        node("MatMul", "x,w", "h", "first"),
+        node("LayerNormalization", "h,g,c", "n", "norm"),
+        node("MatMul", "n,v", "y", "second"),
+    ]
+    arrays = {
+        "w": normal(30, 40) / 5,
+        "g": np.ones(40, np.float32),
+        "c": np.zeros(40, np.float32),
+        "v": normal(40, 30) / 6,
+    }
+    return model_of(nodes, {"x": (4, 30)}, ["y"], arrays, output_shape=(4, 30), opset=12)
+
+
+@odd
+def negative_dimension() -> onnx.ModelProto:
+    """A dimension written as -1, as Paddle exports it."""
+    model = plain()
+    model.graph.input[0].type.tensor_type.shape.dim[0].dim_value = -1
+    model.graph.output[0].type.tensor_type.shape.dim[0].dim_value = -1
+    return model
+
+
+@odd
+def default_input() -> onnx.ModelProto:
+    """An input with a value for when nothing is fed, beside weights that are none."""
+    nodes = [
+        node("MatMul", "x,w", "h", "first"),
+        node("Mul", "h,gain", "g", "scaled"),
+        node("MatMul", "g,v", "y", "second"),
+    ]
+    arrays = {"w": normal(30, 40) / 5, "gain": np.float32(1.5), "v": normal(40, 30) / 6}
+    model = model_of(nodes, {"x": (4, 30)}, ["y"], arrays, output_shape=(4, 30))
+    model.graph.input.append(helper.make_tensor_value_info("gain", 1, []))
+    return model
+
+
+@odd
+def half_constants() -> onnx.ModelProto:
+    """float16 in the attributes of operators."""
+    kinds = onnx.TensorProto
+    filler = onnx.numpy_helper.from_array(np.array([0.5], np.float16))
+    nodes = [
+        node("MatMul", "x,w", "h", "first"),
+        node("Shape", "h", "s", "shape"),
+        helper.make_node("ConstantOfShape", ["s"], ["k"], "filled", value=filler),
+        node("Add", "h,k", "a", "sum"),
+        helper.make_node("RandomUniformLike", ["a"], ["r"], "noise", dtype=10, low=0.0, high=0.0),
+        node("Add", "a,r", "b", "noisy"),
+        node("MatMul", "b,v", "y", "second"),
+    ]
+    arrays = {"w": (normal(30, 40) / 5).astype("f2"), "v": (normal(40, 30) / 6).astype("f2")}
+    model = model_of(nodes, {"x": (4, 30)}, ["y"], arrays, output_shape=(4, 30))
+    for value in (*model.graph.input, *model.graph.output):
+        value.type.tensor_type.elem_type = kinds.FLOAT16
+    return model
+
+
+@odd
 def custom_operator() -> onnx.ModelProto:
     """An operator that only ONNX Runtime has, between two products."""
     nodes = [

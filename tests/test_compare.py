@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from running import InMemory
 
-from converter.compare import TensorError, compare, speedup
+from converter.compare import TensorError, compare, error_of, extent, speedup, tally, worst_of
 
 FLOAT = frozen(build("g (float[N,4] x) => (float[N,4] y) { h = Abs (x)  y = Neg (x) }"))
 
@@ -85,7 +85,7 @@ def test_tensors_go_by_their_names_in_each_model():
     left = build("g (float[N] x) => (float[N] a, float[N] b) { a = Neg (x)  b = Abs (x) }")
     right = build("g (float[N] x) => (float[N] b, float[N] c) { b = Neg (x)  c = Abs (x) }")
     found = compared(left, right, samples([-1, 2]), {"a": "b", "b": "c"})
-    assert found == [TensorError("a", 1.0, math.inf), TensorError("b", 1.0, math.inf)]
+    assert found == [TensorError("a", 1.0, math.inf, 2), TensorError("b", 1.0, math.inf, 2)]
 
 
 def test_workers_do_not_change_a_bit():
@@ -123,3 +123,35 @@ def test_speed_is_the_ratio_of_medians(tmp_path, monkeypatch, each, expected):
     monkeypatch.setattr("converter.compare.run", tick)
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
     assert speedup(*paths, {}) == (expected and pytest.approx(expected))
+
+
+def test_values_that_are_not_finite_are_counted_and_left_out():
+    x, y = np.array([1, -np.inf, np.nan, 2]), np.array([1, -np.inf, 7, 4])
+    error = error_of("y", tally(x, y))
+    assert (error.compared, error.left_out, error.apart) == (2, 2, 0)
+    assert error.cosine == pytest.approx(9 / math.sqrt(5 * 17))
+    assert error.sqnr_db == pytest.approx(10 * math.log10(5 / 4))
+
+
+@pytest.mark.parametrize(
+    ("x", "y", "apart"),
+    [
+        (np.zeros((3, 2)), np.zeros((2, 2)), 1),
+        (np.array(["a", "b"], object), np.array(["a", "b"], object), 0),
+        (np.array(["a", "b"], object), np.array(["a", "c"], object), 1),
+        ([{0: 0.5}], [{0: 0.5}], 0),
+        ([np.zeros(2)], [np.zeros(2), np.zeros(2)], 1),
+        (None, None, 0),
+    ],
+)
+def test_what_is_no_number_or_of_another_shape_is_only_counted(x, y, apart):
+    error = error_of("y", tally(x, y))
+    assert (error.compared, error.apart) == (0, apart)
+    assert worst_of([error]) is None
+
+
+def test_extents_know_infinities_that_agree():
+    assert extent(np.array([np.inf, 2.0]), np.array([np.inf, 1.0])) == (2, 1)
+    assert extent(np.array([np.nan, 2.0]), np.array([np.nan, 2.0])) == (2, 0)
+    assert extent(np.array([np.inf, 2.0]), np.array([-np.inf, 2.0])) == (0, np.inf)
+    assert extent(np.zeros(2), np.zeros(3)) == (0, np.inf)

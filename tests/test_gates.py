@@ -90,14 +90,10 @@ def test_what_is_no_size(text: str) -> None:
 
 
 def test_figures_take_the_worst_output() -> None:
-    outputs = (
-        SimpleNamespace(cosine=0.999),
-        SimpleNamespace(cosine=0.9),
-        SimpleNamespace(cosine=0.99),
-    )
-    found = SimpleNamespace(outputs=outputs, agreement=0.75, speedup=None)
+    found = SimpleNamespace(worst=SimpleNamespace(cosine=0.9), agreement=0.75, speedup=None)
     assert Figures.of(8, 2, found) == Figures(8, 2, 0.9, 0.75, None)
-    assert Figures.of(8, 2, None) == Figures(8, 2)
+    found.worst = None  # nothing could be compared
+    assert Figures.of(8, 2, found) == Figures(8, 2, None, 0.75, None)
 
 
 def test_convert_exits_with_3_and_still_writes(qconvert: Command, tmp_path: Path) -> None:

@@ -30,14 +30,13 @@ LEAST_DB = 25.0
 # Cases that a mode refuses, with words of the sentence; all others must convert.
 REFUSED = {
     ("bfloat16", FULL): "bfloat16",
-    ("double", FULL): "implementation for Conv",
     ("unknown_domain", FULL): "acme:Secret",
     ("zero_batch", FULL): "the sample is empty",
     ("string_input", FULL): "calibrate_path",
     ("no_inputs", FULL): "calibrate_path",
+    **{("no_output_shape", mode): "Field 'shape' of 'type' is required" for mode in MODES},
     **{("no_shapes", mode): "input 'x' has no known number of dimensions" for mode in MODES},
     **{("sparse_weight", mode): "tensor 'b' is read but nothing defines it" for mode in MODES},
-    **{("no_output_shape", mode): "output 'y' has no known number of dimensions" for mode in MODES},
 }
 # The float model itself gives no numbers that could be compared.
 NOT_COMPARED = {
@@ -51,6 +50,8 @@ NOT_COMPARED = {
         "one_huge_weight",
     ),
 }
+# The ONNX checker does not accept the float model either, which runs nevertheless.
+UNCHECKED = {"runtime_normalization"}
 # Broken files whose mistake only shows when the model runs, which WEIGHT_QUANT does not need to.
 LATE = ("weights_of_strings", "group_zero", "shape_mismatch", "opset_6")
 
@@ -165,7 +166,8 @@ def test_odd_models_compute_the_same(
     assert result.lines[-1] == SUCCESS
     assert all(line.startswith("WARNING: ") for line in result.err.splitlines())
     assert [file.name for file in output.parent.iterdir()] == ["q.onnx"]
-    onnx.checker.check_model(output)
+    if name not in UNCHECKED:
+        onnx.checker.check_model(output)
     if name not in NOT_COMPARED:
         sample = {name: np.asarray(samples[0]) for name, samples in data.items()}
         wanted = run(path, sample, optimized=False)

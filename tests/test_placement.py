@@ -313,7 +313,7 @@ def test_a_product_of_two_activations_is_integer_without_a_weight():
 def test_the_bias_of_a_product_is_absorbed(add):
     plan = plan_of(
         f"g (float[2,3,4] x) => (float[] y) {{ [n] m = MatMul (x, k)  [add] a = {add}  "
-        "[relu] y = Relu (a) }}"
+        "[relu] y = Relu (a) }"
     )
     (unit,) = plan.units()
     assert (unit.absorbed, unit.bias, unit.outputs) == (("add", "relu"), "b", ("y",))

@@ -43,7 +43,7 @@ def test_unnamed_nodes_are_named_after_their_first_output():
 def test_repeated_names_are_numbered():
     model = build(
         f"{X} => (float[2,4] y) {{ [n] a = Abs (x)  [n] b = Neg (a)  [n_2] c = Abs (b)  [n] "
-        "y = Relu (c) }}"
+        "y = Relu (c) }"
     )
     assert name_nodes(model)
     assert names_of(model) == ["n", "n_3", "n_2", "n_4"]

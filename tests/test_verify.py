@@ -83,22 +83,6 @@ def test_without_data_random_samples_are_taken():
     assert ear.said == ["There is no data: the outputs are compared on random samples."]
 
 
-def test_a_model_that_random_samples_do_not_suit():
-    # The index is out of bounds.
-    graph = (
-        "g (float[1,3] x) => (float[] y) { i = Cast <to = 7> (x)  j = Add (i, seven)  y = Gather "
-        "(k, j) }"
-    )
-    twice = [build(graph, seven=np.int64(7), k=np.zeros(2, np.float32)) for _ in range(2)]
-    found = verify(
-        Quantized(*twice, QuantPlan({}, {}), Dataset((), (), ())), None, resources(), ear := Ear()
-    )
-    assert found is None
-    assert ear.warned[0].startswith(
-        "The result is not verified, as the model does not run on random samples; give data"
-    )
-
-
 def test_right_answers(tmp_path):
     (tmp_path / "labels.csv").write_text("file,label\na.png,0\nb.png,1\nc.png,2\nd.png,1\n")
     data = Split(SCORES, [], ["a.png", "b.png", "c.png", "d.png"])

@@ -72,7 +72,7 @@ LAYERS = {
     "matmul and add": (
         (
             f"{TABLE} {{ p = MatMul (x, m)  a = Add (p, b)  r = Relu (a)  q = MatMul (r, t)  y = "
-            "Add (b, q) }}"
+            "Add (b, q) }"
         ),
         TABLES,
         {"a": -1, "y": -1},
@@ -80,7 +80,7 @@ LAYERS = {
     "shared weight and bias": (
         (
             f"{IMAGE} {{ f = Conv (x, w, b)  a = Conv (f, v, b)  r = Relu (a)  c = Conv (r, v, "
-            "b)  y = Conv (c, v) }}"
+            "b)  y = Conv (c, v) }"
         ),
         IMAGES,
         {"f": 1, "a": 1, "c": 1},
@@ -88,7 +88,7 @@ LAYERS = {
     "residual": (
         (
             f"{IMAGE} {{ f = Conv (x, w, b)  a = Conv (f, v, b)  s = Add (f, a)  c = Conv (s, v) "
-            " y = Conv (c, v) }}"
+            " y = Conv (c, v) }"
         ),
         IMAGES,
         {"f": 1, "a": 1, "c": 1},

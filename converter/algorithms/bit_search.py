@@ -73,19 +73,28 @@ def allocation(steps: Iterable[Step], sizes: Mapping[str, int], most: float) -> 
 
 def divergence(reference: Sequence[Array], other: Sequence[Array]) -> float:
     """How far outputs are from the reference: KL divergence of probabilities, else squared error
-    over square.
+    over square, 1 for outputs of another shape.
     """
-    return max(
-        _divergence(x.astype(np.float64), y.astype(np.float64))
-        for x, y in zip(reference, other, strict=True)
-    )
+    pairs = zip(reference, other, strict=True)
+    return max((_divergence(x, y) for x, y in pairs if x.dtype.kind in "fiub"), default=0.0)
 
 
 def _divergence(x: Array, y: Array) -> float:
-    if x.ndim and x.min(initial=0) >= 0 and np.allclose(x.sum(axis=-1), 1, atol=1e-3):
-        x, y = np.maximum(x, 1e-9), np.maximum(y, 1e-9)
+    if x.shape != y.shape:
+        return 1.0
+    finite = np.isfinite(x)
+    if np.isfinite(y).all() and _are_probabilities(x):
+        x, y = (np.maximum(each.astype(np.float64), 1e-9) for each in (x, y))
         return float((x * np.log(x / y)).sum(axis=-1).mean())
-    return float(np.square(x - y).sum() / max(np.square(x).sum(), SMALLEST_SCALE))
+    x, y = (each[finite].astype(np.float64) for each in (x, y))
+    error = float(np.square(x - y).sum() / max(np.square(x).sum(), SMALLEST_SCALE))
+    return error if np.isfinite(error) else 1.0
+
+
+def _are_probabilities(x: Array) -> bool:
+    if not x.ndim or x.min(initial=0) < 0:
+        return False
+    return np.allclose(x.sum(axis=-1, dtype=np.float64), 1, atol=1e-3)
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,8 @@ from converter.prepare.share import share_constants, share_shapes
 from converter.prepare.tie import tie
 from converter.prepare.widen import widen
 
+MAKERS_OF_MAPS = {"ZipMap", "CastMap"}
+
 
 def make_plain(model: ir.Model) -> None:
     """Names every node and makes every constant an initializer, in place; what is computed
@@ -32,7 +34,7 @@ def prepare(model: ir.Model) -> ir.Model:
     """Runs all passes over `model` in place and returns it; it computes the same function."""
     make_plain(model)
     widen(model)
-    common.ShapeInferencePass()(model)  # helps what follows, never required
+    _infer_shapes(model)  # helps what follows, never required
     share_shapes(model)
     common.DeduplicateInitializersPass(size_limit=1)(
         model
@@ -50,6 +52,17 @@ def prepare(model: ir.Model) -> ir.Model:
     name_nodes(model)  # what was inlined or folded
     common.TopologicalSortPass()(model)
     return model
+
+
+def _infer_shapes(model: ir.Model) -> None:
+    """Types and shapes as ONNX infers them, but for what makes maps, which onnx_ir cannot hold."""
+    hidden = [node for node in model.graph.all_nodes() if node.op_type in MAKERS_OF_MAPS]
+    domains = [node.domain for node in hidden]
+    for node in hidden:
+        node.domain = "hidden"
+    common.ShapeInferencePass()(model)
+    for node, domain in zip(hidden, domains, strict=True):
+        node.domain = domain
 
 
 def _lift_constants(model: ir.Model) -> None:

@@ -2,17 +2,27 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
+import numpy as np
 import onnx
 import onnx_ir as ir
 
 from converter.errors import ModelError
-from converter.model import first_line
+from converter.model import Names, add_constant, constant, first_line, graph_of
 
 # Per-channel QuantizeLinear/DequantizeLinear, the youngest operators that are written, came with
 # opset 13.
 LEAST_OPSET = 13
 # The file formats that go with opsets; from version 4 on, initializers need not be inputs.
 IR_VERSIONS = {LEAST_OPSET: 7, 21: 10, 25: 13}
+
+# The domain of nodes that the converter shall pass on as they are.
+HIDDEN = "kept.as.it.is"
+# The converter loses how these find their samples; Resize has its present form since this opset.
+SCALERS, RESIZE_OPSET = {"Upsample", "Resize"}, 11
+# The converter reads smaller constants (scales, axes, bounds).
+SEEN_SIZE = 1024
 
 
 def opset_of(model: ir.Model) -> int:
@@ -36,11 +46,7 @@ def raise_opset(model: ir.Model, least: int = LEAST_OPSET) -> ir.Model:
     if opset_of(model) >= least:
         return model
     try:
-        raised: ir.Model = ir.from_proto(
-            onnx.version_converter.convert_version(ir.to_proto(model), least)
-        )
-        raised.ir_version = max(raised.ir_version, model.ir_version)
-        return raised
+        return _converted(model, least)
     except Exception as error:
         msg = (
             f"The model's opset {opset_of(model)} cannot be converted to {least} "
@@ -48,3 +54,84 @@ def raise_opset(model: ir.Model, least: int = LEAST_OPSET) -> ir.Model:
             f"export it again with opset {least} or newer."
         )
         raise ModelError(msg) from error
+
+
+def _converted(model: ir.Model, least: int) -> ir.Model:
+    """A copy by ONNX's own converter, which sees no weights, and of operators that it changes
+    wrongly or does not know only names.
+    """
+    copy = model.clone()
+    if opset_of(model) < RESIZE_OPSET:
+        names = Names(copy)
+        for node in [n for n in copy.graph.all_nodes() if not n.domain and n.op_type in SCALERS]:
+            _as_resize(node, names)
+    hidden = [node for node in copy.graph.all_nodes() if not node.domain and _is_foreign(node)]
+    for node in hidden:
+        node.domain = HIDDEN
+    copy.graph.opset_imports[HIDDEN] = 1
+    tensors = _without_weights(copy)
+    proto = onnx.version_converter.convert_version(ir.to_proto(copy), least)
+    raised: ir.Model = ir.from_proto(proto)
+    _with_weights(raised, tensors)
+    for node in raised.graph.all_nodes():
+        node.domain = "" if node.domain == HIDDEN else node.domain
+    del raised.graph.opset_imports[HIDDEN]
+    raised.ir_version = max(raised.ir_version, model.ir_version)
+    raised.graph.meta.update(model.graph.meta)
+    return raised
+
+
+def _is_foreign(node: ir.Node) -> bool:
+    """Whether ONNX knows no such operator, or the node is in its newest form already."""
+    return node.op_type in SCALERS or not onnx.defs.has(node.op_type)
+
+
+def _as_resize(node: ir.Node, names: Names) -> None:
+    """An Upsample, or a Resize of opset 10, in the words of opset 11.
+
+    Both take sample i of the output from i / scale, rounded down or, where they shrink, up.
+    """
+    scales = node.inputs[1] if len(node.inputs) > 1 else None
+    if scales is None:
+        numbers = np.array(node.attributes.pop("scales").as_floats(), np.float32)
+        scales = add_constant(graph_of(node), names.fresh(f"{node.name}_scales"), numbers)
+    array = constant(scales)
+    shrinks = array is not None and bool((array < 1).any())
+    node.resize_inputs(3)
+    node.replace_input_with(1, None)
+    node.replace_input_with(2, scales)
+    node.op_type = "Resize"
+    for name, value in (
+        ("coordinate_transformation_mode", "asymmetric"),
+        ("nearest_mode", "ceil" if shrinks else "floor"),
+    ):
+        node.attributes[name] = ir.AttrString(name, value)
+
+
+def _without_weights(model: ir.Model) -> list[ir.TensorProtocol]:
+    """Puts the numbers of references in the place of large tensors; returns these."""
+    tensors = list[ir.TensorProtocol]()
+
+    def reference(tensor: ir.TensorProtocol) -> ir.ExternalTensor:
+        tensors.append(tensor)
+        size = tensor.nbytes
+        number = f"{HIDDEN}{len(tensors) - 1}"
+        shape = ir.Shape(tensor.numpy().shape)
+        return ir.ExternalTensor(
+            number, 0, size, tensor.dtype, shape=shape, name=tensor.name or "", base_dir=""
+        )
+
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            if value.const_value is not None and value.const_value.size > SEEN_SIZE:
+                value.const_value = reference(value.const_value)
+    return tensors
+
+
+def _with_weights(model: ir.Model, tensors: Sequence[ir.TensorProtocol]) -> None:
+    """Puts the tensors back that references stand for."""
+    for graph in model.graphs():
+        for value in graph.initializers.values():
+            found = value.const_value
+            if isinstance(found, ir.ExternalTensor) and str(found.location).startswith(HIDDEN):
+                value.const_value = tensors[int(str(found.location).removeprefix(HIDDEN))]

@@ -140,10 +140,9 @@ def findings(
 
 
 def _both(first: Figures | None, second: Figures) -> Figures:
-    """Figures of several samples: extremes, inner products and the sum of the shares."""
+    """Figures of several samples: extremes, tally and the sum of the shares."""
     if first is None:
         return second
-    xx, yy, xy, noise = np.add(first.products, second.products).tolist()
     return replace(
         second,
         origin=_extremes(first.origin, second.origin),
@@ -151,7 +150,7 @@ def _both(first: Figures | None, second: Figures) -> Figures:
         if first.dequant and second.dequant
         else None,
         clip=first.clip + second.clip,
-        products=(xx, yy, xy, noise),
+        tally=tuple(np.add(first.tally, second.tally).tolist()),
     )
 
 
@@ -200,7 +199,7 @@ def _node(
     ]
     quantized = unit.quantized if unit else bool(bits)
     written = (totals.get(key_of(place)) for place in places if place.output)
-    error = next((error_of(name, f.products) for f in written if f and f.dequant), None)
+    error = next((error_of(name, f.tally) for f in written if f and f.dequant), None)
     return NodeFinding(
         name,
         places[0].op_type,

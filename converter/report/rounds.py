@@ -14,7 +14,7 @@ from calib.affine import Array
 from calib.samples import Dataset
 from calib.session import Sample, open_session, over_samples, run
 from converter.calibrate import groups_within, tensor_bytes
-from converter.compare import Products, error_of, products
+from converter.compare import Tally, error_of, tally
 from converter.job import Resources
 from converter.model import saved
 from converter.pairs import Pairing, Place
@@ -27,19 +27,19 @@ Key = tuple[str, str | int | None]
 class Figures:
     """One tensor in one sample, or in several: `origin` and `dequant` (None where the quantized
     model lacks it) as `summary` has them, the share of float values outside of what the quantized
-    tensor holds, and inner products.
+    tensor holds, and a tally.
     """
 
     origin: Summary
     dequant: Summary | None
     clip: float
-    products: Products
+    tally: Tally
     shape: tuple[int, ...] = ()
 
     @property
     def cosine(self) -> float:
         """Cosine similarity of the two."""
-        return error_of("", self.products).cosine
+        return error_of("", self.tally).cosine
 
 
 def summary(x: Array) -> Summary:
@@ -62,10 +62,10 @@ def figures_of(x: Array, y: Array | None) -> Figures:
     """The figures of a tensor and what became of it."""
     origin = summary(x)
     if y is None or y.shape != x.shape:
-        return Figures(origin, None, 0.0, products(x, x), x.shape)
+        return Figures(origin, None, 0.0, tally(x, x), x.shape)
     dequant = summary(y)
     outside = np.count_nonzero(x < dequant[0]) + np.count_nonzero(x > dequant[4])
-    return Figures(origin, dequant, outside / x.size, products(x, y), x.shape)
+    return Figures(origin, dequant, outside / x.size, tally(x, y), x.shape)
 
 
 def key_of(place: Place) -> Key:

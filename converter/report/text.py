@@ -61,6 +61,8 @@ def verification_lines(found: Verification) -> Iterator[str]:
         [] if found.top1 is None else [f"right answers {found.top1[0]:.1%} -> {found.top1[1]:.1%}"]
     )
     yield f"Verified on {found.where}: {', '.join(parts)}."
+    if left_out := "; ".join(found.left_out):
+        yield f"Not compared: {left_out}."
     if found.speedup is not None:
         yield (
             f"Speed {found.speedup:.2f} times the float model's, in ONNX Runtime on one thread "
