@@ -7,7 +7,6 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from converter.data import open_data
-from converter.emit.half import store_constants_as_half
 from converter.job import Job, Watch
 from converter.plan import QuantPlan
 from converter.quantized import Quantized
@@ -20,7 +19,5 @@ def make_plan(model: ir.Model, job: Job) -> QuantPlan:
 
 
 def quantize(model: ir.Model, job: Job, watch: Watch) -> Quantized:
-    """The model beside itself with float16 constants."""
-    half = model.clone()
-    store_constants_as_half(half)
-    return Quantized(model, half, make_plan(model, job), open_data(model, job, watch))
+    """The model beside a copy, whose constants the pipeline stores as float16."""
+    return Quantized(model, model.clone(), make_plan(model, job), open_data(model, job, watch))

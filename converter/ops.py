@@ -135,6 +135,11 @@ def _pad_mode(node: ir.Node) -> str | None:
     return "it pads with something else than zero" if other else None
 
 
+def _dilations(node: ir.Node) -> str | None:
+    wide = any(size != 1 for size in node.attributes.get_ints("dilations", ()))
+    return "no integer kernel knows its dilations" if wide else None
+
+
 _CHECKED = _all_of(_weight_unusable, _bias_unusable)
 
 OPS: dict[str, OpRule] = {
@@ -157,7 +162,6 @@ OPS: dict[str, OpRule] = {
     **dict.fromkeys(
         (
             *(
-                "AveragePool",
                 "GlobalAveragePool",
                 "ReduceMax",
                 "ReduceMean",
@@ -198,6 +202,7 @@ OPS: dict[str, OpRule] = {
         ),
         OpRule(moves=True),
     ),
+    "AveragePool": OpRule(obstacle=_dilations),
     "Pad": OpRule(moves=True, obstacle=_pad_mode),
     "Resize": OpRule(moves=True, obstacle=_resize_mode),
 }

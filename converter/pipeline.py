@@ -74,7 +74,7 @@ def convert(job: Job, watch: Watch | None = None) -> Outcome:
         result = MODES[job.mode].quantize(model, job, watch)
         forget_inferred(result.model)
         if job.fp16:
-            store_constants_as_half(result.model)
+            _store_as_half(result.model, watch)
         unfinished = replace(result, model=result.model.clone())
         result.finish()
         result.model.metadata_props.update(provenance(job, result.data))
@@ -83,6 +83,14 @@ def convert(job: Job, watch: Watch | None = None) -> Outcome:
         raise QConvertError(str(error)) from error
     _tell_of_integers(result, watch)
     return _measured(job, unfinished, watch)
+
+
+def _store_as_half(model: ir.Model, watch: Watch) -> None:
+    if kept := store_constants_as_half(model):
+        watch.warn(
+            f"{len(kept)} constant(s) stay float32, the first '{kept[0]}': float16 would lose "
+            "numbers that large or small."
+        )
 
 
 def _check_loads(float_model: Path, watch: Watch, path: Path) -> None:

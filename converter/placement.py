@@ -72,7 +72,8 @@ class _Unit:
 
 def build_plan(graph: ir.Graph, target: Target, wishes: Wishes) -> QuantPlan:
     """The plan of a prepared float graph, without numbers."""
-    wishes = replace(wishes, kept_float={**_moved_into_bodies(graph), **wishes.kept_float})
+    kept = {**_moved_into_bodies(graph), **_behind_dilated_pools(graph), **wishes.kept_float}
+    wishes = replace(wishes, kept_float=kept)
     units, reasons = _candidates(graph, target, wishes)
     if not target.all_pays:
         _drop(
@@ -138,6 +139,22 @@ def _moved_into_bodies(graph: ir.Graph) -> dict[str, str]:
                     for each in chain
                     if each
                 )
+    return kept
+
+
+def _behind_dilated_pools(graph: ir.Graph) -> dict[str, str]:
+    """Readers, with the reason, of a pool that has to stay float.
+
+    ONNX Runtime takes a pair of conversions around it for its integer kernel, and then refuses
+    the model.
+    """
+    pools = (node for node in graph if node.op_type == "AveragePool" and not node.domain)
+    obstacle = OPS["AveragePool"].obstacle
+    kept: dict[str, str] = {}
+    for pool in pools:
+        if obstacle(pool):
+            readers = (use.node for use in pool.outputs[0].uses())
+            kept.update((node.name or "", f"it reads the dilated {pool.name}") for node in readers)
     return kept
 
 

@@ -207,7 +207,7 @@ def _warn(
                 f"{error.sqnr_db:.1f} dB, and {plain.sqnr_db:.1f} dB without optimizations."
             )
     worst = found.worst
-    if worst is not None and worst.cosine < LOST_COSINE and len(result.data):
+    if worst is not None and worst.cosine < LOST_COSINE:
         watch.warn(
             f"Output '{worst.name}' is only {worst.cosine:.4f} like the float model's (cosine "
             "similarity): set "

@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from graphs import assert_same, build, frozen, normal, run, types
+from graphs import assert_same, build, frozen, normal, positive, run, types
 
 from converter.cli import main
 from converter.emit.half import store_constants_as_half
@@ -125,3 +125,18 @@ def test_alone_a_config_need_not_name_a_quant_type(tmp_path, capsys, half):
         with pytest.raises(SystemExit):
             main([*flags])
         assert "quant_type: is missing" in capsys.readouterr().err
+
+
+def test_numbers_too_small_for_float16_stay_float32():
+    fine, tiny = positive(128), positive(128, seed=1) * np.float32(1e-9)
+    weights = normal(64, 64) * np.float32(0.01)
+    quiet = weights.copy()
+    quiet[7] *= 1e-6  # a channel whose numbers float16 holds in a few steps, or not at all
+    model = build(
+        "g (float[N,64] x) => (float[N,64] y) { a = MatMul (x, w)  y = MatMul (a, q) }",
+        w=weights,
+        q=quiet,
+        d=tiny,
+        f=fine,
+    )
+    assert sorted(store_constants_as_half(model)) == ["d", "q"]

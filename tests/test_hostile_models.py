@@ -73,7 +73,7 @@ def feeds_of(model: onnx.ModelProto) -> dict[str, np.ndarray]:
         if value.name in weights or kind.elem_type not in TYPES:
             continue
         dims = [
-            d.dim_value if d.HasField("dim_value") else 8 if axis else 1
+            d.dim_value if d.HasField("dim_value") and d.dim_value >= 0 else 8 if axis else 1
             for axis, d in enumerate(kind.shape.dim)
         ]
         dtype = np.dtype(TYPES[kind.elem_type])

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import numpy as np
+import onnx
 import onnx_ir as ir
 import pytest
 from graphs import assert_same, build, frozen, node, normal, positive, types
 
 from converter.errors import ModelError, UsageError
-from converter.model import constant
+from converter.model import constant, load
 from converter.prepare import prepare
 from converter.prepare.drop_identities import drop_identities
 from converter.prepare.fold_constants import fold_constants
@@ -17,6 +20,7 @@ from converter.prepare.names import name_nodes
 from converter.prepare.opset import opset_of, raise_opset
 
 X = "g (float[2,4] x)"
+W = normal(64, 64)
 
 
 def apply(step, model, feeds=None):
@@ -207,6 +211,58 @@ def test_old_opsets_are_raised(opset):
     assert_same(before, model, feeds)
     assert {"conv", "second"} <= {n.name for n in model.graph}
     assert_same(before, prepare(model), feeds)
+
+
+@pytest.mark.parametrize(
+    ("opset", "text", "scales"),
+    [
+        (8, 'Upsample <mode = "linear", scales = [1.0, 1.0, 2.0, 3.0]> (x)', None),
+        (9, 'Upsample <mode = "linear"> (x, s)', [1, 1, 2, 3]),
+        (9, 'Upsample <mode = "nearest"> (x, s)', [1, 1, 2.6, 1.5]),
+        (10, 'Resize <mode = "linear"> (x, s)', [1, 1, 2, 0.5]),
+        (10, 'Resize <mode = "nearest"> (x, s)', [1, 1, 2.3, 1.7]),
+        (10, 'Resize <mode = "nearest"> (x, s)', [1, 1, 0.6, 0.4]),
+    ],
+)
+def test_old_resizes_find_the_same_samples(opset, text, scales):
+    graph = f"g (float[1,2,5,7] x) => (float[1,2,H,W] y) {{ y = {text} }}"
+    constants = {} if scales is None else {"s": np.array(scales, np.float32)}
+    old = build(graph, opset, **constants)
+    before, feeds = frozen(old), {"x": normal(1, 2, 5, 7)}
+    model = raise_opset(old)
+    assert opset_of(model) == 13
+    assert_same(before, model, feeds)
+
+
+def test_what_only_the_runtime_knows_is_passed_on():
+    graph = """g (float[2,8] x) => (float[2,8] y) { a = LayerNormalization (x, s, b)
+        [up] y = Relu (a) }"""
+    old = build(graph, 11, s=positive(8), b=normal(8))
+    before = frozen(old)
+    assert_same(before, raise_opset(old), {"x": normal(2, 8)})
+
+
+def test_weights_in_other_files_stay_where_they_are(tmp_path, monkeypatch):
+    """Also where a file of the same name lies in the current folder."""
+    proto = ir.to_proto(
+        build("g (float[1,64] x) => (float[1,64] y) { y = MatMul (x, w) }", 11, w=W)
+    )
+    (tmp_path / "sub").mkdir()
+    onnx.save(
+        proto,
+        tmp_path / "sub" / "m.onnx",
+        save_as_external_data=True,
+        location="m.data",
+        size_threshold=0,
+    )
+    (tmp_path / "m.data").write_bytes(bytes(W.nbytes))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("converter.model.EXTERNAL_DATA_ABOVE", 0)
+    model = load(Path("sub/m.onnx"))
+    raised = raise_opset(model)
+    tensor = raised.graph.initializers["w"].const_value
+    assert isinstance(tensor, ir.ExternalTensor)
+    np.testing.assert_array_equal(tensor.numpy(), W)
 
 
 def test_new_opsets_are_left_as_they_are():

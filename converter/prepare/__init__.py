@@ -11,6 +11,7 @@ from converter.model import drop_unread
 from converter.prepare.drop_identities import drop_identities
 from converter.prepare.fold_affine import fold_affine
 from converter.prepare.fold_constants import fold_constants
+from converter.prepare.full_axes import full_axes
 from converter.prepare.names import name_nodes
 from converter.prepare.normal_gemm import normal_gemm
 from converter.prepare.share import share_constants, share_shapes
@@ -43,6 +44,7 @@ def prepare(model: ir.Model) -> ir.Model:
     fold_constants(model)  # shapes computed from static inputs, scaled weights
     _lift_constants(model)  # what was folded
     drop_identities(model)
+    full_axes(model)
     share_constants(model)
     tie(model)  # a table is stored once
     normal_gemm(model)
