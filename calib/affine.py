@@ -139,11 +139,17 @@ def along(values: Array, axis: int | None, shape: tuple[int, ...]) -> Array:
 
 
 def quantize(x: Array, q: QParams) -> Array:
-    """Integer codes of `x`: rint(x / scale) + zero_point, clipped; same shape as `x`."""
+    """Integer codes of `x`: rint(x / scale) + zero_point, clipped; same shape as `x`.
+
+    What is no number becomes 0.
+    """
     scale = along(q.scale, q.axis, x.shape)
     zero_point = along(q.zero_point, q.axis, x.shape).astype(np.float64)
     codes = np.rint(np.asarray(x, np.float64) / scale) + zero_point
-    return np.clip(codes, q.format.qmin, q.format.qmax).astype(q.format.dtype)
+    codes = np.clip(codes, q.format.qmin, q.format.qmax)
+    if codes.size and np.isnan(codes.max()):
+        codes = np.where(np.isnan(codes), zero_point, codes)
+    return codes.astype(q.format.dtype)
 
 
 def dequantize(codes: Array, q: QParams) -> Array:

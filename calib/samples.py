@@ -115,7 +115,11 @@ def open_dataset(
     _check_names(specs, folders)
     sources = [KINDS[kind](spec, folders[spec.name], image) for spec in specs]
     counts = {source.spec.name: len(source.files) for source in sources}
-    chosen, skipped = _select(sources, range(min(counts.values())), size, workers)
+    candidates = range(min(counts.values()))
+    chosen, skipped = _select(sources, candidates, size, workers)
+    if not chosen:
+        # A model may take what is no number for a missing value.
+        chosen, skipped = _select(sources, candidates, size, workers, numbers_only=False)
     if not chosen:
         paths = " and ".join(map(str, folders.values()))
         msg = (
@@ -135,7 +139,11 @@ def open_dataset(
 
 
 def _select(
-    sources: Sequence[Source], candidates: range, size: int, workers: int | None
+    sources: Sequence[Source],
+    candidates: range,
+    size: int,
+    workers: int | None,
+    numbers_only: bool = True,
 ) -> tuple[list[Choice], list[str]]:
     """The first `size` of the candidates that load, and why others do not."""
     chosen: list[Choice] = []
@@ -147,6 +155,8 @@ def _select(
             for candidate, loading in [(k, pool.submit(_load, sources, k)) for k in wave]:
                 try:
                     sample = loading.result()
+                    if numbers_only:
+                        _check_numbers(sources, candidate, sample)
                 except CalibError as error:
                     skipped.append(str(error))
                     continue
@@ -165,6 +175,16 @@ def _load(sources: Sequence[Source], candidate: int) -> Sample:
     for array in sample.values():
         array.flags.writeable = False
     return sample
+
+
+def _check_numbers(sources: Sequence[Source], candidate: int, sample: Sample) -> None:
+    """Raises CalibError where an array holds NaN, which would spoil every mean it enters."""
+    for source in sources:
+        array = sample[source.spec.name]
+        if array.dtype.kind == "f" and array.size and np.isnan(array.max()):
+            files = ", ".join(map(str, source.files[candidate]))
+            msg = f"{files}: {np.isnan(array).sum()} values are NaN; the sample is left out."
+            raise CalibError(msg)
 
 
 def _check_names(specs: Sequence[InputSpec], folders: Collection[str]) -> None:

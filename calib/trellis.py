@@ -142,7 +142,7 @@ def nearest(aims: Array, weights: Array, bits: int) -> Array:
     """
     rows = aims.reshape(-1, aims.shape[-1])
     parts, relative = (
-        np.array_split(rows, -(-rows.size // CHUNK) or 1),
+        np.array_split(rows, min(len(rows), -(-rows.size // CHUNK)) or 1),
         (weights / weights.max()).astype(np.float32),
     )
     return np.concatenate([_nearest(part, relative, bits) for part in parts]).reshape(aims.shape)

@@ -218,10 +218,21 @@ def warn_of_oddities(statistics: Mapping[str, TensorStats], watch: Watch) -> Non
 
 
 def channel_mean(x: Array, axis: int) -> Array:
-    """Mean over all axes but `axis`: float64 of shape (channels,)."""
+    """Mean over all axes but `axis`, of the finite values: float64 of shape (channels,).
+
+    NaN where a channel has none.
+    """
     moved = np.moveaxis(x, axis, 1 if x.ndim > 1 else 0)
-    inner = moved.mean(axis=tuple(range(2, x.ndim)))  # float32, pairwise along contiguous memory
-    return np.asarray(inner.mean(axis=0, dtype=np.float64) if x.ndim > 1 else inner, np.float64)
+    with np.errstate(over="ignore", invalid="ignore"):
+        # float32, pairwise along contiguous memory.
+        inner = moved.mean(axis=tuple(range(2, x.ndim)))
+        mean = np.asarray(inner.mean(axis=0, dtype=np.float64) if x.ndim > 1 else inner, np.float64)
+    if np.isfinite(mean).all():
+        return mean
+    rows = moved.swapaxes(0, 1).reshape(moved.shape[1], -1) if x.ndim > 1 else moved[:, None]
+    finite = np.isfinite(rows)
+    total, count = rows.sum(axis=1, where=finite, dtype=np.float64), finite.sum(axis=1)
+    return np.asarray(np.divide(total, count, out=np.full(len(rows), np.nan), where=count > 0))
 
 
 def activation_qparams(
@@ -249,22 +260,32 @@ def _qparams(
     return spec.qparams(range_of(method, stats, spec))
 
 
-def probability_qparams(graph: ir.Graph, plan: QuantPlan, spec: RangeSpec) -> dict[str, QParams]:
-    """Parameters of the groups that hold what a Softmax makes of integers: they cover all of 0 to
-    1.
+def probability_qparams(
+    graph: ir.Graph, plan: QuantPlan, statistics: Mapping[str, TensorStats], spec: RangeSpec
+) -> dict[str, QParams]:
+    """Parameters of the groups that hold what a Softmax makes of integers: from 0 to at least twice
+    the largest probability seen.
 
     Between two conversions ONNX Runtime computes it on integers, and there values beyond the range
     wrap around.
     """
-    values, span, found = values_by_name(graph), Range(np.array(0.0), np.array(1.0)), {}
+    values, found = values_by_name(graph), {}
     for name, group in plan.groups().items():
         softmax = _behind(values[name], ("Relu", "Clip")).producer()
         source = softmax.inputs[0] if softmax and softmax.op_type == "Softmax" else None
         if source and _behind(source).name in plan.tensors:
-            found[name] = replace(spec, format=group.format, symmetric=group.symmetric).qparams(
-                span
-            )
+            largest = statistics[name].hi if name in statistics else 1.0
+            span = Range(np.array(0.0), np.array(_probability_above(largest)))
+            own = replace(spec, format=group.format, symmetric=group.symmetric)
+            found[name] = own.qparams(span)
     return found
+
+
+def _probability_above(largest: float) -> float:
+    """The least power of two that is at least twice `largest`, at most 1."""
+    if not 0 < largest < 0.5:
+        return 1.0
+    return float(np.exp2(np.ceil(np.log2(2 * largest))))
 
 
 def _behind(value: ir.Value, bounds: tuple[str, ...] = ()) -> ir.Value:

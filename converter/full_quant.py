@@ -61,8 +61,6 @@ def quantize(model: ir.Model, job: Job, watch: Watch) -> Quantized:
     quantized, plan, restored = work.within_drop()
     check(quantized, plan, _target(job.config))
     _require_full_integer(plan, job.config)
-    if not plan.units():
-        watch.warn("No node could be quantized: the output is the float model in another form.")
     # What was trained is compared with what training saw, unless flags gave it other types.
     reference = given if work.trained and _edges(given) == _edges(model) else model
     known = values_by_name(reference.graph)
@@ -266,7 +264,7 @@ class _Work:
         spec = RangeSpec(UINT8, False, self.full.power_of_two_scale, self.full.outlier_ratio)
         statistics, threads = self.evidence.statistics, self.resources.threads
         plan = plan.with_qparams(activation_qparams(plan, statistics, self.method, spec, threads))
-        plan = plan.with_qparams(probability_qparams(self.model.graph, plan, spec))
+        plan = plan.with_qparams(probability_qparams(self.model.graph, plan, statistics, spec))
         if self.pixels is None or _target(self.config).activation != UINT8:
             return plan
         inputs = {value.name for value in self.model.graph.inputs}

@@ -202,7 +202,7 @@ class Walk:
                 )
             )
             return product_of_mean(
-                view, weight, (np.mean(means, axis=0) - float(q.zero_point)) * float(q.scale)
+                view, weight, (_mean(means) - float(q.zero_point)) * float(q.scale)
             )
         model = self._product(unit, weight, plan)
         output = model.graph.outputs[0].name or ""
@@ -213,7 +213,7 @@ class Walk:
                 run(session, [output], {name: self._store[index][name]})[output], axis
             )
 
-        return np.asarray(np.mean(list(over_samples(self.count, work, self.threads)), axis=0))
+        return _mean(list(over_samples(self.count, work, self.threads)))
 
     def _product(self, unit: NodePlan, weight: Array, plan: QuantPlan) -> ir.Model:
         """The unit's weighted node alone, without bias, on another weight and its quantized
@@ -265,6 +265,22 @@ class Walk:
         for name in sorted(self._codes.intersection(step.writes)):
             hand_out_integers(model.graph, name)
         return model
+
+
+def _mean(means: Sequence[Array]) -> Array:
+    """The mean a channel over the samples that have one; NaN where none has."""
+    rows = np.stack(means)
+    known = np.isfinite(rows)
+    total, count = rows.sum(axis=0, where=known), known.sum(axis=0)
+    return np.asarray(np.divide(total, count, out=np.full(count.shape, np.nan), where=count > 0))
+
+
+def usable(drawn: Array) -> Array:
+    """Which of the inputs (groups, drawn, columns) have finite squares, as a mask (drawn,)."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        energy = np.einsum("gdk,gdk->d", drawn, drawn) * np.float32(drawn.shape[1])
+    finite: Array = np.isfinite(energy)
+    return finite
 
 
 def second_moments(drawn: Array, threads: int) -> Array:

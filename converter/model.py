@@ -441,8 +441,8 @@ def graph_of(part: ir.Node | ir.Value) -> ir.Graph:
 
 
 def is_float(value: ir.Value | None) -> bool:
-    """Whether the value holds float32 (an unknown type counts: exporters often leave it out)."""
-    return value is not None and value.dtype in (None, ir.DataType.FLOAT)
+    """Whether the value holds float32."""
+    return value is not None and value.dtype == ir.DataType.FLOAT
 
 
 def only_consumer(value: ir.Value) -> ir.Node | None:

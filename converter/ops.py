@@ -208,6 +208,33 @@ OPS: dict[str, OpRule] = {
 }
 
 
+# What divides by the size of what it reads, so that even small values count.
+NORMALIZES = {
+    "Div",
+    "GroupNormalization",
+    "InstanceNormalization",
+    "LayerNormalization",
+    "LpNormalization",
+    "MeanVarianceNormalization",
+    "RMSNormalization",
+    "ReduceL2",
+    "ReduceMean",
+    "ReduceSumSquare",
+    "SimplifiedLayerNormalization",
+}
+
+
+def is_normalized(value: ir.Value) -> bool:
+    """Whether a normalisation reads `value`, also behind sums and moves."""
+    for node in (use.node for use in value.uses()):
+        if node.op_type in NORMALIZES:
+            return True
+        passes_on = node.op_type == "Add" or (node.op_type in OPS and OPS[node.op_type].moves)
+        if passes_on and any(is_normalized(output) for output in node.outputs):
+            return True
+    return False
+
+
 def computes_on_integers(node: ir.Node) -> bool:
     """Whether `node` is part of a model that is quantized already."""
     return re.fullmatch(r"QLinear\w+|\w*[Qq]uantizeLinear|\w+Integer", node.op_type) is not None

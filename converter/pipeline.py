@@ -8,6 +8,7 @@ from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import onnx_ir as ir
 
 from calib import CalibError
@@ -22,7 +23,7 @@ from converter.errors import ModelError, QConvertError
 from converter.findings import Findings, Verification
 from converter.gates import Figures
 from converter.job import Job, Watch
-from converter.model import first_line
+from converter.model import constant, first_line
 from converter.ops import computes_on_integers
 from converter.placement import check_skips
 from converter.plan import QuantPlan
@@ -41,6 +42,7 @@ MODES = {
     "FLOAT32": transform,
     "FLOAT16": half_precision,
 }
+QUANTIZING = {"FULL_QUANT", "WEIGHT_QUANT", "DYNAMIC_QUANT"}
 # Float32 outputs may differ in their last bits after an opset conversion.
 RAISED_TOLERANCE = 1e-4
 
@@ -78,10 +80,12 @@ def convert(job: Job, watch: Watch | None = None) -> Outcome:
         unfinished = replace(result, model=result.model.clone())
         result.finish()
         result.model.metadata_props.update(provenance(job, result.data))
+        _check_numbers(model, result.model)
         models.save(result.model, job.output, partial(_check_loads, job.model, watch))
     except CalibError as error:
         raise QConvertError(str(error)) from error
     _tell_of_integers(result, watch)
+    _tell_of_nothing(job, result, watch)
     return _measured(job, unfinished, watch)
 
 
@@ -91,6 +95,25 @@ def _store_as_half(model: ir.Model, watch: Watch) -> None:
             f"{len(kept)} constant(s) stay float32, the first '{kept[0]}': float16 would lose "
             "numbers that large or small."
         )
+
+
+def _check_numbers(before: ir.Model, after: ir.Model) -> None:
+    """Raises ModelError for a constant that is no finite number where the float model has none."""
+    spoilt = list(_not_finite(after))
+    if spoilt and not list(_not_finite(before)):
+        msg = (
+            f"The converted model is not written: its constant '{spoilt[0]}' holds NaN or infinite "
+            "values; look for such values in the calibration data."
+        )
+        raise ModelError(msg)
+
+
+def _not_finite(model: ir.Model) -> Iterator[str]:
+    for graph in model.graphs():
+        for name, value in graph.initializers.items():
+            array = constant(value)
+            if array is not None and array.dtype.kind == "f" and not np.isfinite(array).all():
+                yield name
 
 
 def _check_loads(float_model: Path, watch: Watch, path: Path) -> None:
@@ -170,6 +193,21 @@ def _tell_of_integers(result: Quantized, watch: Watch) -> None:
             f"The model is quantized already: {len(integer)} node(s) such as '{integer[0].name}' "
             f"({integer[0].op_type}) stay as they are; start from the float model for the least "
             "loss."
+        )
+
+
+def _tell_of_nothing(job: Job, result: Quantized, watch: Watch) -> None:
+    """Warns of a conversion that changes nothing, or makes the file no smaller."""
+    if job.mode not in QUANTIZING:
+        return
+    if not any(node.quantized for node in result.plan.nodes.values()):
+        watch.warn("No node could be quantized: the output is the float model in another form.")
+        return
+    before, after = models.file_bytes(job.model), models.file_bytes(job.output)
+    if after >= before:
+        watch.warn(
+            f"The result is no smaller than the float model ({after} bytes, {before} before): its "
+            "weights are few, and every quantized tensor takes a scale and a name."
         )
 
 

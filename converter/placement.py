@@ -158,9 +158,14 @@ def _behind_dilated_pools(graph: ir.Graph) -> dict[str, str]:
     return kept
 
 
+def is_named(name: str, pattern: str) -> bool:
+    """Whether a name is what the user wrote, literally (brackets and all) or as a glob pattern."""
+    return name == pattern or fnmatch.fnmatchcase(name, pattern)
+
+
 def skipped(node: ir.Node, wishes: Wishes) -> str | None:
     """Why the user wants `node` left float; None if that was not asked."""
-    if any(fnmatch.fnmatchcase(node.name or "", pattern) for pattern in wishes.skip_nodes):
+    if any(is_named(node.name or "", pattern) for pattern in wishes.skip_nodes):
         return "named in skip_quant_node"
     if node.op_type in wishes.skip_types:
         return "named in skip_quant_type"
@@ -173,7 +178,7 @@ def check_skips(config: Config, nodes: Collection[tuple[str, str]]) -> None:
     """
     names, types = sorted({name for name, _ in nodes}), sorted({op_type for _, op_type in nodes})
     for pattern in config.common.skip_quant_node:
-        if not any(fnmatch.fnmatchcase(name, pattern) for name in names):
+        if not any(is_named(name, pattern) for name in names):
             raise _unknown(
                 config, "skip_quant_node", f"no node is named '{pattern}'", pattern, names
             )

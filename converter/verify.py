@@ -216,8 +216,8 @@ def _warn(
     if found.saturated:
         watch.warn(
             f"The weights of {len(found.saturated)} nodes, first {found.saturated[0]}, can "
-            "overflow 16-bit sums on x86 "
-            "processors without VNNI, which then compute something else: set overflow_safe = true."
+            "overflow 16-bit sums on x86 processors without VNNI, which then compute something "
+            "else: target_device = CPU with overflow_safe = true keeps them exact."
         )
 
 

@@ -134,6 +134,25 @@ def nearest(scaled: Array, grid: Grid) -> Array:
     return codes
 
 
+def helps_everywhere(x: Array, weight: Array, rounded: Array, bias: Array, shift: Array) -> bool:
+    """Whether adding `shift` to a product makes its rows better in the mean, each by its own size.
+
+    `x` are inputs (groups, drawn, columns), `weight` and `rounded` (groups, rows, columns), `bias`
+    and `shift` (groups * rows,). What helps the mean of all may spoil quiet rows, which a
+    normalisation behind makes as large as the others.
+    """
+    groups, rows, _ = weight.shape
+    drawn, w = x.astype(np.float64), weight.swapaxes(1, 2)
+    outputs = np.matmul(drawn, w) + bias.reshape(groups, 1, rows)
+    errors = np.matmul(drawn, rounded.swapaxes(1, 2) - w)
+    energy = np.maximum(np.square(outputs).sum(axis=(0, 2)), SMALLEST_SCALE)
+
+    def badness(error: Array) -> float:
+        return float(np.minimum(np.square(error).sum(axis=(0, 2)) / energy, 1.0).mean())
+
+    return badness(errors + shift.reshape(groups, 1, rows)) <= badness(errors)
+
+
 def breaks_bound(codes: Array, limit: int) -> Array:
     """Whether two codes of a row (..., columns) that kernels multiply and add in one go sum up to
     more than `limit`.

@@ -106,10 +106,13 @@ def observe_channels(
 
 def _channels(x: Array) -> Channels:
     rows = x.reshape(-1, x.shape[-1])
+    rows = rows[np.isfinite(rows).all(axis=1)]
+    if not len(rows):
+        rows = np.zeros((1, x.shape[-1]), x.dtype)
     return Channels(
         rows.min(axis=0),
         rows.max(axis=0),
-        np.asarray(np.mean(np.square(rows), axis=0, dtype=np.float64)),
+        np.asarray(np.mean(np.square(rows, dtype=np.float64), axis=0)),
     )
 
 

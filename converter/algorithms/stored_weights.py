@@ -18,13 +18,13 @@ import onnx_ir as ir
 from calib.affine import Array, QParams, dequantize
 from calib.samples import Dataset
 from converter.algorithms.matrices import View, plain_matrix, plain_weight, view_of
-from converter.algorithms.rounding import kept_weights
+from converter.algorithms.rounding import helps_everywhere, kept_weights
 from converter.algorithms.row_fit import Grids, Rows, fit, with_variance
 from converter.emit.stored import as_floats, bias_of, emit_stored, planned
 from converter.job import Resources, Watch
-from converter.layerwise import Emit, Walk, second_moments
+from converter.layerwise import Emit, Walk, second_moments, usable
 from converter.model import constant
-from converter.ops import OPS
+from converter.ops import OPS, is_normalized
 from converter.plan import NodePlan, QuantizedWeight, QuantPlan, WeightPlan
 from converter.sensitivity import fewest
 
@@ -220,9 +220,32 @@ class _Layers:
         weight, bias = plan.stored[unit.name, wanted.index], bias_of(node, unit)
         reached = self.walk.mean_product(unit, dequantize(weight.codes, weight.qparams), plan)
         shift = self.float_walk.mean_product(unit, array, plan) - reached
+        shift = np.where(np.isfinite(shift), shift, 0.0)
+        if not self._keeps(unit, view, array, weight, bias, shift, plan):
+            return plan
         return plan.with_weights(
             {}, {unit.name: shift if bias is None else bias.reshape(-1) + shift}
         )
+
+    def _keeps(
+        self,
+        unit: NodePlan,
+        view: View,
+        array: Array,
+        weight: QuantizedWeight,
+        bias: Array | None,
+        shift: Array,
+        plan: QuantPlan,
+    ) -> bool:
+        """Whether a correction is to be trusted: before a normalisation quiet rows count, too."""
+        if not is_normalized(self.nodes[unit.name].outputs[0]):
+            return True
+        x, _ = self.walk.draw(unit, view, LEAST_COLUMNS, plan)
+        x = x[:, usable(x)]
+        rounded = dequantize(weight.codes, weight.qparams)
+        before, after = (view.matrix(each.astype(np.float64)) for each in (array, rounded))
+        own = np.zeros(shift.shape) if bias is None else bias.reshape(-1)
+        return not x.size or helps_everywhere(x, before, after, own, shift)
 
     def _seen(self, unit: NodePlan) -> ir.Value | None:
         """The weight of a unit whose inputs tell how it is best rounded."""
@@ -238,6 +261,10 @@ class _Layers:
         x, reference = (
             walk.draw(unit, view, count, plan)[0] for walk in (self.walk, self.float_walk)
         )
+        both = usable(x) & usable(reference)
+        x, reference = x[:, both], reference[:, both]
+        if not x.shape[1]:
+            x = reference = np.ones((len(x), 1, x.shape[2]), np.float32)  # nothing is known
         moments, cross = _joint(x, reference, self._corrects(unit), self.walk.threads)
         extra = _shrinkage(moments, x.shape[1])
         target = _target(matrix, moments + extra, cross + extra)

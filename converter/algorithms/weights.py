@@ -12,12 +12,19 @@ import onnx_ir as ir
 
 from calib.affine import Array, QParams, dequantize
 from converter.algorithms.matrices import View, plain_matrix, plain_weight, view_of
-from converter.algorithms.rounding import Grid, compensated, kept_weights, nearest, search_scales
+from converter.algorithms.rounding import (
+    Grid,
+    compensated,
+    helps_everywhere,
+    kept_weights,
+    nearest,
+    search_scales,
+)
 from converter.calibrate import Mean
 from converter.job import Watch
-from converter.layerwise import Walk, product_of_mean, second_moments
+from converter.layerwise import Walk, product_of_mean, second_moments, usable
 from converter.model import constant, values_by_name
-from converter.ops import OPS
+from converter.ops import OPS, is_normalized
 from converter.plan import NodePlan, QuantizedWeight, QuantPlan, WeightPlan
 
 # |bias| / scale stays below this, half of int32, leaving room for what the products add.
@@ -128,6 +135,9 @@ def _rounded(layer: _Layer, plan: QuantPlan, walk: Walk, options: Options) -> Qu
     matrix = view.matrix(layer.weight.astype(np.float64))
     columns = matrix.shape[2]
     drawn, unit_scale = walk.draw(layer.unit, view, _columns_to_draw(columns), plan)
+    drawn = drawn[:, usable(drawn)]
+    if not drawn.shape[1]:
+        drawn = np.ones((len(drawn), 1, columns), np.float32)  # nothing is known of its inputs
     importance = np.square(drawn).mean(axis=1, dtype=np.float64) * unit_scale**2
     scale = _scales(layer, plan, matrix, importance, grid, options)
     if options.compensate and columns <= MOST_COMPENSATED:
@@ -199,4 +209,26 @@ def _corrected(
             else 0.0
         )
     shift = target - walk.mean_product(layer.unit, dequantize(weight.codes, weight.qparams), plan)
+    shift = np.where(np.isfinite(shift), shift, 0.0)
+    if view and not _is_trusted(layer, view, weight, shift, plan, walk):
+        shift = np.zeros_like(shift)
     return np.asarray(shift if layer.bias is None else layer.bias + shift)
+
+
+def _is_trusted(
+    layer: _Layer,
+    view: View,
+    weight: QuantizedWeight,
+    shift: Array,
+    plan: QuantPlan,
+    walk: Walk,
+) -> bool:
+    """Whether a correction may be applied: before a normalisation quiet rows count as well."""
+    if not is_normalized(layer.node.outputs[0]):
+        return True
+    drawn, unit_scale = walk.draw(layer.unit, view, LEAST_COLUMNS, plan)
+    x = drawn[:, usable(drawn)] * np.float32(unit_scale)
+    rounded = dequantize(weight.codes, weight.qparams)
+    before, after = (view.matrix(each.astype(np.float64)) for each in (layer.weight, rounded))
+    own = np.zeros(shift.shape) if layer.bias is None else layer.bias
+    return not x.size or helps_everywhere(x, before, after, own, shift)

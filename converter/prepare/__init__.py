@@ -4,6 +4,9 @@ afterwards.
 
 from __future__ import annotations
 
+from collections.abc import Collection, Iterator
+from contextlib import contextmanager
+
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
@@ -16,9 +19,19 @@ from converter.prepare.names import name_nodes
 from converter.prepare.normal_gemm import normal_gemm
 from converter.prepare.share import share_constants, share_shapes
 from converter.prepare.tie import tie
+from converter.prepare.types import complete_types
 from converter.prepare.widen import widen
 
+# What onnx_ir cannot hold the output of, and what gives other numbers every time.
 MAKERS_OF_MAPS = {"ZipMap", "CastMap"}
+RANDOM = {
+    "Bernoulli",
+    "Multinomial",
+    "RandomNormal",
+    "RandomNormalLike",
+    "RandomUniform",
+    "RandomUniformLike",
+}
 
 
 def make_plain(model: ir.Model) -> None:
@@ -35,13 +48,15 @@ def prepare(model: ir.Model) -> ir.Model:
     """Runs all passes over `model` in place and returns it; it computes the same function."""
     make_plain(model)
     widen(model)
-    _infer_shapes(model)  # helps what follows, never required
-    share_shapes(model)
-    common.DeduplicateInitializersPass(size_limit=1)(
-        model
-    )  # indices and axes, so that the next pass finds more
-    common.CommonSubexpressionEliminationPass()(model)
-    fold_constants(model)  # shapes computed from static inputs, scaled weights
+    with _dimensions_of_their_own(model):
+        with _hidden(model, MAKERS_OF_MAPS):
+            common.ShapeInferencePass()(model)  # helps what follows, never required
+        share_shapes(model)
+        # Indices and axes, so that the next pass finds more.
+        common.DeduplicateInitializersPass(size_limit=1)(model)
+        with _hidden(model, RANDOM):
+            common.CommonSubexpressionEliminationPass()(model)
+            fold_constants(model)  # shapes computed from static inputs, scaled weights
     _lift_constants(model)  # what was folded
     drop_identities(model)
     full_axes(model)
@@ -53,18 +68,36 @@ def prepare(model: ir.Model) -> ir.Model:
     drop_unread(model)
     name_nodes(model)  # what was inlined or folded
     common.TopologicalSortPass()(model)
+    complete_types(model)
     return model
 
 
-def _infer_shapes(model: ir.Model) -> None:
-    """Types and shapes as ONNX infers them, but for what makes maps, which onnx_ir cannot hold."""
-    hidden = [node for node in model.graph.all_nodes() if node.op_type in MAKERS_OF_MAPS]
-    domains = [node.domain for node in hidden]
-    for node in hidden:
-        node.domain = "hidden"
-    common.ShapeInferencePass()(model)
-    for node, domain in zip(hidden, domains, strict=True):
+@contextmanager
+def _hidden(model: ir.Model, op_types: Collection[str]) -> Iterator[None]:
+    """While it lasts, no pass knows the operators."""
+    nodes = [node for node in model.graph.all_nodes() if node.op_type in op_types]
+    domains = [node.domain for node in nodes]
+    for number, node in enumerate(nodes):
+        node.domain = f"hidden.{number}"
+    yield
+    for node, domain in zip(nodes, domains, strict=True):
         node.domain = domain
+
+
+@contextmanager
+def _dimensions_of_their_own(model: ir.Model) -> Iterator[None]:
+    """While it lasts, no two inputs have a dimension of one name.
+
+    A name stands for one size, but exporters write N on inputs that differ in fact.
+    """
+    shapes = {value: value.shape for value in model.graph.inputs if value.shape is not None}
+    for number, (value, shape) in enumerate(shapes.items()):
+        value.shape = ir.Shape(
+            [d if isinstance(d, int) or d.value is None else f"{d.value}@{number}" for d in shape]
+        )
+    yield
+    for value, shape in shapes.items():
+        value.shape = shape
 
 
 def _lift_constants(model: ir.Model) -> None:

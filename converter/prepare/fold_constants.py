@@ -5,6 +5,8 @@ from __future__ import annotations
 import onnx_ir as ir
 from onnxscript.optimizer._constant_folding import FoldConstantsPass
 
+from converter.model import operand
+
 # Scales and reshapes of weights are folded whatever their size; generated tables (a position grid)
 # up to 4 MB.
 INPUT_LIMIT = 1 << 30
@@ -23,6 +25,8 @@ def fold_constants(model: ir.Model) -> None:
 
 
 def _worth_folding(node: ir.Node) -> bool | None:
+    if _is_float_cast(node):
+        return None
     # A weight stored as integers must stay as small as it is; its scales and zero points may be
     # cast.
     parameter = all(
@@ -31,3 +35,10 @@ def _worth_folding(node: ir.Node) -> bool | None:
     return (
         False if node.op_type in CONVERSIONS or (node.op_type == "Cast" and not parameter) else None
     )
+
+
+def _is_float_cast(node: ir.Node) -> bool:
+    """Whether a Cast makes float32 of a constant in another float type, as a weight in float64."""
+    array = operand(node, 0) if node.op_type == "Cast" else None
+    to_float = node.attributes.get_int("to", 0) == ir.DataType.FLOAT
+    return array is not None and to_float and array.dtype.kind == "f"

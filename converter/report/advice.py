@@ -26,7 +26,7 @@ def _advice(
     node: NodeFinding, tensors: Sequence[tuple[Place, Figures]], saturates: bool
 ) -> Iterator[str]:
     if saturates:
-        yield "Its products can saturate in 16 bits: set overflow_safe = true."
+        yield "Its products can saturate in 16 bits: see the advice on the whole."
     ratio = _ratio([figures for place, figures in tensors if not place.output])
     if node.op_type in MERGES and ratio > MIXED_RANGES:
         yield (
@@ -86,10 +86,9 @@ def overall_advice(nodes: Sequence[NodeFinding], found: Verification | None) -> 
     if found and found.saturated:
         yield (
             f"Saturation: the weights of {listed(found.saturated)} let kernels that add two "
-            "products in 16 bits, those "
-            "of x86 processors without VNNI, cut sums off; convert with overflow_safe = true (in "
-            "other tools: 7-bit "
-            "weights, reduce_range)."
+            "products in 16 bits, those of x86 processors without VNNI, cut sums off; convert with "
+            "target_device = CPU and overflow_safe = true (in other tools: 7-bit weights, "
+            "reduce_range)."
         )
     for word, sentence in (
         (
