@@ -18,7 +18,7 @@ from calib.samples import Dataset
 from calib.session import Sample, open_session, over_samples, run
 from calib.stats import TensorStats
 from converter.job import Resources, Watch
-from converter.model import constant, saved, values_by_name
+from converter.model import constant, known, saved, values_by_name
 from converter.ops import OPS
 from converter.plan import QuantPlan, TensorPlan
 
@@ -26,6 +26,8 @@ Statistics = dict[str, TensorStats]
 # A tensor and its axis of channels: two operators may see channels along different axes of one
 # tensor.
 Mean = tuple[str, int]
+# Lower numbers before a Softmax are masks, and so far below the largest one exp is 1e-14 of it.
+MASKED, NOTHING_LEFT = -1e4, 32.0
 # Tensors tapped at once while their sizes are found out.
 PROBED = 16
 
@@ -278,6 +280,36 @@ def probability_qparams(
             span = Range(np.array(0.0), np.array(_probability_above(largest)))
             own = replace(spec, format=group.format, symmetric=group.symmetric)
             found[name] = own.qparams(span)
+    return found
+
+
+def masked_qparams(
+    graph: ir.Graph, plan: QuantPlan, statistics: Mapping[str, TensorStats], spec: RangeSpec
+) -> dict[str, QParams]:
+    """Parameters of the groups with masks before a Softmax: a mask need not reach lower than where
+    nothing is left of a probability.
+    """
+    groups, found = plan.groups(), dict[str, QParams]()
+
+    def cut_off(name: str, depth: float) -> None:
+        group = plan.tensors[name].group if name in plan.tensors else ""
+        stats = statistics.get(group)
+        if stats is not None and stats.lo < MASKED:
+            span = Range(np.array(stats.hi - depth), np.array(stats.hi))
+            tensor = groups[group]
+            own = replace(spec, format=tensor.format, symmetric=tensor.symmetric)
+            found[group] = own.qparams(span)
+
+    for softmax in (node for node in graph if node.op_type == "Softmax"):
+        source = _behind(known(softmax.inputs[0]))
+        cut_off(source.name or "", NOTHING_LEFT)
+        adder = source.producer()
+        if adder is None or adder.op_type != "Add":
+            continue
+        names = [value.name or "" for value in adder.inputs if value is not None]
+        spans = [statistics[n].hi - statistics[n].lo for n in names if n in statistics]
+        for name in names:
+            cut_off(name, NOTHING_LEFT + min(spans, default=0.0))
     return found
 
 

@@ -21,6 +21,7 @@ from converter.calibrate import (
     Evidence,
     Wanted,
     activation_qparams,
+    masked_qparams,
     of_constants,
     probability_qparams,
 )
@@ -264,7 +265,9 @@ class _Work:
         spec = RangeSpec(UINT8, False, self.full.power_of_two_scale, self.full.outlier_ratio)
         statistics, threads = self.evidence.statistics, self.resources.threads
         plan = plan.with_qparams(activation_qparams(plan, statistics, self.method, spec, threads))
-        plan = plan.with_qparams(probability_qparams(self.model.graph, plan, statistics, spec))
+        graph = self.model.graph
+        plan = plan.with_qparams(probability_qparams(graph, plan, statistics, spec))
+        plan = plan.with_qparams(masked_qparams(graph, plan, statistics, spec))
         if self.pixels is None or _target(self.config).activation != UINT8:
             return plan
         inputs = {value.name for value in self.model.graph.inputs}

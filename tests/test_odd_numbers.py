@@ -281,3 +281,38 @@ def test_what_is_not_finite_is_never_written(
     assert result.code == 1
     assert "holds NaN or infinite values" in result.err
     assert not Path("q.onnx").exists()
+
+
+@pytest.mark.parametrize("lowest", [-1e5, -1e9, float(np.finfo(np.float32).min)])
+@pytest.mark.parametrize("form", ["Add (s, k)", "Where (m, s, low)"])
+def test_masks_set_no_range(qconvert: Command, lowest: float, form: str) -> None:
+    graph = f"""g (float[4,8] x) => (float[4,5] y) {{ [one] s = MatMul (x, w)  t = {form}
+        p = Softmax (t)  [two] y = MatMul (p, v) }}"""
+    masked = np.tril(np.ones((4, 6), bool), 2)
+    constants = {
+        "w": normal(8, 6),
+        "v": normal(6, 5),
+        "k": np.where(masked, 0, lowest).astype(np.float32),
+        "m": masked,
+        "low": np.float32(lowest),
+    }
+    used = {
+        n: a
+        for n, a in constants.items()
+        if n in "wv" or n in form.replace("(", " ").replace(",", " ").replace(")", " ").split()
+    }
+    Path("m.onnx").write_bytes(frozen(build(graph, **used)))
+    samples = [normal(4, 8, seed=i) for i in range(8)]
+    config = write_config(
+        Path("c.cfg"),
+        common_quant={"quant_type": "FULL_QUANT"},
+        full_quant={"target_device": "DSP"},
+        data_preprocess=write_data(samples),
+    )
+    result = qconvert.convert(config, Path("q.onnx"), Path("m.onnx"))
+    assert result.code == 0, result.err
+    before, after = (
+        run(Path(p).read_bytes(), {"x": samples[0]})["y"].astype(np.float64)
+        for p in ("m.onnx", "q.onnx")
+    )
+    assert 10 * np.log10(np.sum(before**2) / np.sum((before - after) ** 2)) > 20
