@@ -41,6 +41,15 @@ def positive(*shape: int, seed: int = 0) -> Array:
     return (np.random.default_rng([seed, *shape]).random(shape) + 0.5).astype(np.float32)
 
 
+def uneven(*shape, axis=0, seed=0):
+    """A weight whose channels along `axis` differ a thousandfold in size."""
+    sizes = np.geomspace(0.03, 30, shape[axis])
+    np.random.default_rng(seed).shuffle(sizes)
+    return (
+        normal(*shape, seed=seed) * np.moveaxis(sizes.reshape(-1, *[1] * (len(shape) - 1)), 0, axis)
+    ).astype(np.float32)
+
+
 def frozen(model: ir.Model) -> bytes:
     """What the model is now, whatever happens to it afterwards."""
     return bytes(ir.to_proto(model).SerializeToString())

@@ -14,6 +14,7 @@ from graphs import frozen
 from calib.affine import Array
 from calib.samples import Dataset, Sample
 from calib.session import CPU_PROVIDERS
+from converter import pipeline
 from converter.config import load_config
 from converter.job import Job, Resources, Watch
 
@@ -94,3 +95,39 @@ def job(
         },
     )
     return Job(folder / "model.onnx", folder / "quantized.onnx", load_config(config))
+
+
+def weights_converted(
+    folder: Path,
+    model: ir.Model,
+    data: Array | None = None,
+    common: Keys | None = None,
+    weight: Keys | None = None,
+    mixed: Keys | None = None,
+    watch: Watch | None = None,
+) -> tuple[pipeline.Outcome, bytes]:
+    """What becomes of `model` under WEIGHT_QUANT, with samples of its input x where `data` is
+    given, and the file `out.onnx` in `folder`.
+    """
+    (folder / "model.onnx").write_bytes(frozen(model))
+    sections = {
+        "common_quant": {
+            "quant_type": "WEIGHT_QUANT",
+            "min_quant_weight_channel": 0,
+            "thread_num": 1,
+            **(common or {}),
+        },
+        "weight_quant": weight or {},
+        "mixed_bit_weight_quant": mixed or {},
+    }
+    if data is not None:
+        np.save(folder / "x.npy", data)
+        sections["data_preprocess"] = {
+            "calibrate_path": f"x:{folder / 'x.npy'}",
+            "calibrate_size": len(data),
+            "input_type": "NPY",
+        }
+    config = load_config(write_config(folder / "c.cfg", **sections))
+    output = folder / "out.onnx"
+    outcome = pipeline.convert(Job(folder / "model.onnx", output, config), watch)
+    return outcome, output.read_bytes()

@@ -236,3 +236,14 @@ def noise_to_signal(
         )
 
     return max(ratio(name) for name in wanted[0])
+
+
+def pairs_of(codes):
+    """The sums of what a kernel multiplies and adds together: kernel positions first, then
+    channels.
+    """
+    if codes.ndim == 2:
+        rows = codes.astype(np.int64)
+    else:
+        rows = np.moveaxis(codes.astype(np.int64), 1, -1).reshape(len(codes), -1)
+    return rows[:, : rows.shape[1] - 1 : 2] + rows[:, 1::2]

@@ -158,6 +158,12 @@ def test_what_help_needs_is_light():
             ), module
 
 
+def test_no_test_file_imports_another():
+    for path in (ROOT / "tests").glob("*.py"):
+        lenders = [name for name in imports_of(path) if name.startswith("test_")]
+        assert not lenders, f"{path.name}: move what {lenders} lend to a module that is no test"
+
+
 def test_only_model_reads_and_writes_model_files():
     names = (
         "ir.save",

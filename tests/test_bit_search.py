@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 from graphs import build, normal
 from running import Ear
-from test_weight_quant import converted
+from running import weights_converted as converted
 
 from converter.algorithms.bit_search import WIDTHS, allocation, divergence, path
 from converter.journal import Journal

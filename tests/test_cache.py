@@ -11,9 +11,9 @@ from zipfile import ZipFile
 import numpy as np
 import onnx_ir as ir
 import pytest
+from evidence import CONSTANTS, EVERYTHING, GRAPH, SAMPLES, assert_equal
 from graphs import normal, prepared
 from running import Ear, InMemory, job, resources
-from test_calibrate import CONSTANTS, EVERYTHING, GRAPH, SAMPLES, assert_equal
 
 from calib.affine import UINT8
 from calib.ranges import RANGE_METHODS, RangeSpec, range_of

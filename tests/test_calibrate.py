@@ -10,6 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from command_line import MODEL, digits
+from evidence import CONSTANTS, EVERYTHING, GRAPH, SAMPLES, assert_equal
 from graphs import build, normal, prepared, run
 from hypothesis import given
 from hypothesis import strategies as st
@@ -25,13 +26,6 @@ from converter.model import load
 from converter.placement import Wishes, build_plan
 from converter.prepare import prepare
 from converter.targets import TARGETS
-
-GRAPH = """g (float[N,4] x) => (float[N,6] y) {
-    [one] m = MatMul (x, w)  [two] r = Relu (m)  [three] s = Add (r, b)  [four] y = Sigmoid (s)
-}"""
-CONSTANTS = {"w": normal(4, 6), "b": normal(6)}
-SAMPLES = [{"x": normal(3, 4, seed=i)} for i in range(7)]
-EVERYTHING = Wanted(("x", "m", "r", "b", "y"), (("m", 1), ("s", -1)), histogram=True, samples=True)
 
 
 def seen(wanted=EVERYTHING, samples=SAMPLES, threads=1, memory=64 << 20):
@@ -49,19 +43,6 @@ def truth():
     r = np.maximum(m, 0)
     s = r + CONSTANTS["b"]
     return {"x": x, "m": m, "r": r, "s": s, "y": 1 / (1 + np.exp(-s)), "b": CONSTANTS["b"]}
-
-
-def assert_equal(left, right):
-    """The same evidence to the bit, in any order."""
-    assert left.statistics.keys() == right.statistics.keys()
-    assert left.means.keys() == right.means.keys()
-    for name, stats in left.statistics.items():
-        found, wanted = stats.to_arrays(), right.statistics[name].to_arrays()
-        assert found.keys() == wanted.keys()
-        for key, array in found.items():
-            np.testing.assert_array_equal(array, wanted[key], err_msg=f"{name} {key}")
-    for name, mean in left.means.items():
-        np.testing.assert_array_equal(mean, right.means[name], err_msg=name)
 
 
 def test_statistics_are_those_of_the_tensors():

@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 import pytest
-from test_weights import IMAGES, decided
+from calibrated import IMAGES, decided
 
 from converter.checks import check
 from converter.emit.qdq import emit
@@ -20,17 +20,6 @@ from converter.targets import TARGETS
 GRAPH = """g (float[1,4,7,7] x) => (float[] y) {
     [one] a = Conv (x, w, b)  r = Relu (a)  [deep] c = Conv <group=6> (r, d)  [two] y = Conv (c, v)
 }"""
-
-
-def pairs_of(codes):
-    """The sums of what a kernel multiplies and adds together: kernel positions first, then
-    channels.
-    """
-    if codes.ndim == 2:
-        rows = codes.astype(np.int64)
-    else:
-        rows = np.moveaxis(codes.astype(np.int64), 1, -1).reshape(len(codes), -1)
-    return rows[:, : rows.shape[1] - 1 : 2] + rows[:, 1::2]
 
 
 def quantized(target, **constants):

@@ -32,15 +32,6 @@ from converter.starter import starter_config
 PIXELS = spec(1, 3, 224, 320)
 
 
-@pytest.fixture
-def qconvert(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Command:
-    """The command in an empty folder."""
-    monkeypatch.chdir(tmp_path)
-    return Command(capsys)
-
-
 @pytest.fixture(scope="module")
 def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The example, quantized."""

@@ -6,24 +6,13 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from graphs import assert_same, frozen, node, normal, positive, prepared, types
+from graphs import assert_same, frozen, node, normal, positive, prepared, types, uneven
 
 from converter.model import constant
 from converter.prepare.equalize import equalize
 
 HEAD = "g (float[1,4,8,8] x) => (float[] y)"
 X = {"x": normal(1, 4, 8, 8)}
-
-
-def uneven(*shape, axis=0, seed=0):
-    """A weight whose channels along `axis` differ a thousandfold in size."""
-    sizes = np.geomspace(0.03, 30, shape[axis])
-    np.random.default_rng(seed).shuffle(sizes)
-    return (
-        normal(*shape, seed=seed) * np.moveaxis(sizes.reshape(-1, *[1] * (len(shape) - 1)), 0, axis)
-    ).astype(np.float32)
-
-
 WEIGHTS = {
     "w": uneven(6, 4, 3, 3),
     "b": normal(6),

@@ -9,10 +9,9 @@ import numpy as np
 import onnx_ir as ir
 import pytest
 from command_line import MODEL, digits
-from graphs import build, frozen, normal, run, types
+from graphs import build, frozen, normal, run, types, uneven
 from running import Ear, job, resources
-from test_checks import pairs_of
-from test_equalize import uneven
+from simulation import pairs_of
 
 from converter import full_quant
 from converter.config import load_config

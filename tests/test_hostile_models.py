@@ -56,14 +56,6 @@ UNCHECKED = {"runtime_normalization"}
 LATE = ("weights_of_strings", "group_zero", "shape_mismatch", "opset_6")
 
 
-@pytest.fixture
-def qconvert(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Command:
-    monkeypatch.chdir(tmp_path)
-    return Command(capsys)
-
-
 def feeds_of(model: onnx.ModelProto) -> dict[str, np.ndarray]:
     """Random data for every input that can take some: SAMPLES samples along a new first axis."""
     rng, weights = np.random.default_rng(0), {weight.name for weight in model.graph.initializer}

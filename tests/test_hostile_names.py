@@ -25,14 +25,6 @@ NAMES = [
 ]
 
 
-@pytest.fixture
-def qconvert(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Command:
-    monkeypatch.chdir(tmp_path)
-    return Command(capsys)
-
-
 def _named() -> onnx.ModelProto:
     """The plain model with NAMES for its nodes and for the tensors that they compute."""
     model = hostile_models.plain()

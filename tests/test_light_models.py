@@ -27,14 +27,6 @@ EACH = [
 MODES = ("FULL_QUANT", "WEIGHT_QUANT", "DYNAMIC_QUANT")
 
 
-@pytest.fixture
-def qconvert(
-    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> Command:
-    monkeypatch.chdir(tmp_path)
-    return Command(capsys)
-
-
 def _runs(path: Path, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4

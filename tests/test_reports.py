@@ -15,13 +15,13 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
+from calibrated import IMAGES, decided
 from graphs import build, frozen, normal, positive, run
 from hypothesis import given
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as arrays
 from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
 from running import Ear, InMemory, job, resources, write_config
-from test_weights import IMAGES, decided
 
 from calib.affine import Array
 from converter.checks import saturating

@@ -9,11 +9,11 @@ import math
 import numpy as np
 import onnx_ir as ir
 import pytest
+from calibrated import BATCHES, IMAGES, decided
 from graphs import build, normal, types
 from hypothesis import given
 from hypothesis import strategies as st
 from running import InMemory, resources
-from test_weights import BATCHES, IMAGES, decided
 
 from calib.samples import Sample
 from converter.compare import output_errors

@@ -12,12 +12,10 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from graphs import build, frozen, normal, run
-from running import Ear, write_config
+from running import Ear
+from running import weights_converted as converted
 
 from calib.affine import dequantize
-from converter import pipeline
-from converter.config import load_config
-from converter.job import Job
 
 CONV = """g (float[2,8,9,9] x) => (float[2,10] y) {
     a = Conv <pads=[1,1,1,1]> (x, w1, b1)  r = Relu (a)
@@ -25,35 +23,6 @@ CONV = """g (float[2,8,9,9] x) => (float[2,10] y) {
     f = Flatten (p)  m = MatMul (f, w3)  y = Add (m, b3) }"""
 SHAPES = {"w1": (24, 8, 3, 3), "b1": (24,), "w2": (24, 1, 3, 3), "w3": (24, 10), "b3": (10,)}
 WEIGHTS = {name: normal(*shape) for name, shape in SHAPES.items()}
-FIXED = {"quant_type": "WEIGHT_QUANT", "min_quant_weight_channel": 0, "thread_num": 1}
-
-
-def job(folder, model, data=None, common=None, weight=None, mixed=None):
-    (folder / "model.onnx").write_bytes(frozen(model))
-    sections = {
-        "common_quant": {**FIXED, **(common or {})},
-        "weight_quant": weight or {},
-        "mixed_bit_weight_quant": mixed or {},
-    }
-    if data is not None:
-        np.save(folder / "x.npy", data)
-        keys = {
-            "calibrate_path": f"x:{folder / 'x.npy'}",
-            "calibrate_size": len(data),
-            "input_type": "NPY",
-        }
-        sections["data_preprocess"] = keys
-    return Job(
-        folder / "model.onnx",
-        folder / "out.onnx",
-        load_config(write_config(folder / "c.cfg", **sections)),
-    )
-
-
-def converted(*arguments, watch=None, **options):
-    wanted = job(*arguments, **options)
-    outcome = pipeline.convert(wanted, watch)
-    return outcome, wanted.output.read_bytes()
 
 
 def relative_error(model, quantized, feeds):
