@@ -6,13 +6,9 @@ from __future__ import annotations
 
 import errno
 import os
-import resource
 import shutil
 import signal
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -20,21 +16,14 @@ import onnx
 import onnx_ir as ir
 import onnxruntime
 import pytest
-from command_line import MODEL, ROOT, Command
+from command_line import MODEL, Command
 from hostile_models import external, plain
 from running import write_config
+from stoppable import Ended, Stop, convert
 
 from converter import model as models
 
 # Weights go to a file of their own above so many bytes.
-START = """
-import sys
-from converter import model
-from converter.cli import main
-model.EXTERNAL_DATA_ABOVE = int(sys.argv.pop(1))
-print("ready", flush=True)
-main()
-"""
 ONE_FILE, TWO_FILES = 1 << 40, 1000
 ORDERLY = (signal.SIGINT, signal.SIGTERM)
 
@@ -47,38 +36,16 @@ class Place:
         self.out.mkdir()
         self.temp.mkdir()
         self.output = self.out / "q.onnx"
-        self.config = write_config(
-            folder / "c.cfg", common_quant={"quant_type": "WEIGHT_QUANT", "thread_num": 1}
-        )
+        self.configs = folder
 
-    def start(self, bits: int, limit: Callable[[], None] | None = None) -> subprocess.Popen[str]:
-        config = self.config.with_name(f"{bits}.cfg")
-        config.write_text(self.config.read_text() + f"bit_num = {bits}\n")
+    def convert(self, bits: int, stop: Stop | None = None, file_size: int | None = None) -> Ended:
+        """A conversion to so many bits, which may be stopped or find no space for its files."""
+        config = write_config(
+            self.configs / f"{bits}.cfg",
+            common_quant={"quant_type": "WEIGHT_QUANT", "thread_num": 1, "bit_num": bits},
+        )
         flags = [f"--modelFile={MODEL}", f"--configFile={config}", f"--outputFile={self.output}"]
-        environment = {**os.environ, "TMPDIR": str(self.temp), "PYTHONPATH": str(ROOT)}
-        return subprocess.Popen(
-            [sys.executable, "-c", START, str(self.above), *flags],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            preexec_fn=limit,
-        )
-
-    def convert(self, bits: int) -> dict[str, bytes]:
-        """What a conversion that nothing stops leaves in the output's folder."""
-        running = self.start(bits)
-        _, said = running.communicate(timeout=60)
-        assert (running.returncode, said) == (0, "")
-        return self.files()
-
-    def seconds(self, bits: int) -> float:
-        """How long a conversion takes that nothing stops."""
-        running = self.start(bits)
-        _wait_until_ready(running)
-        start = time.perf_counter()
-        running.communicate(timeout=60)
-        return time.perf_counter() - start
+        return convert(flags, self.temp, self.above, stop, file_size)
 
     def files(self) -> dict[str, bytes]:
         return {
@@ -87,13 +54,16 @@ class Place:
             if not path.name.startswith(".")
         }
 
+    def put(self, files: dict[str, bytes]) -> None:
+        """Makes the folders what they were after a conversion that left these files."""
+        for folder in (self.out, self.temp):
+            shutil.rmtree(folder)
+            folder.mkdir()
+        for name, content in files.items():
+            (self.out / name).write_bytes(content)
+
     def litter(self) -> list[Path]:
         return [*self.temp.rglob("*"), *self.out.glob(".*")]
-
-
-def _wait_until_ready(running: subprocess.Popen[str]) -> None:
-    assert running.stdout
-    assert running.stdout.readline() == "ready\n"
 
 
 def _is_whole(place: Place, *wholes: dict[str, bytes]) -> bool:
@@ -105,48 +75,49 @@ def _is_whole(place: Place, *wholes: dict[str, bytes]) -> bool:
 @pytest.mark.parametrize("above", [ONE_FILE, TWO_FILES], ids=["one file", "two files"])
 def test_signals_at_any_moment(tmp_path: Path, above: int) -> None:
     place = Place(tmp_path, above)
-    new = place.convert(3)
-    old, seconds = place.convert(8), place.seconds(8)
+    undisturbed = place.convert(3)
+    assert (undisturbed.code, undisturbed.said) == (0, "")
+    new, saved = place.files(), undisturbed.saved
+    assert saved
+    assert place.convert(8).code == 0
+    old = place.files()
     assert len(old) == len(new) == (1 if above == ONE_FILE else 2)
     stopped = 0
-    for number, share in enumerate((0.5, 0.95, 0.8, 0.9)):
-        how = (*ORDERLY, signal.SIGKILL, signal.SIGTERM)[number]
-        running = place.start(3)
-        _wait_until_ready(running)
-        time.sleep(max(0.2, share * seconds))
-        running.send_signal(how)
-        _, said = running.communicate(timeout=60)
-        assert _is_whole(place, old, new), how
+    for stop in (
+        Stop(signal.SIGINT, int(0.7 * saved)),
+        Stop(signal.SIGTERM, saved - 500),  # what is to be put in place is there
+        Stop(signal.SIGKILL, saved - 500),
+        Stop(signal.SIGKILL, saved + 50),  # of two files, one is in place
+        Stop(signal.SIGTERM, saved + 50),
+        Stop(signal.SIGINT, saved + 2000),
+    ):
+        place.put(old)
+        ended = place.convert(3, stop)
+        assert _is_whole(place, old, new), stop
         onnxruntime.InferenceSession(place.output)
-        if how in ORDERLY:
+        if stop.signal in ORDERLY:
             assert not place.litter()
-            # Behind its last line, the interpreter has no handlers any more.
-            assert running.returncode in (0, 130, -how)
-            assert "Traceback" not in said
-        stopped += running.returncode != 0
-        shutil.rmtree(place.temp)
-        place.temp.mkdir()
-        for path in place.out.glob(".*"):
-            shutil.rmtree(path)
-        for path in place.out.iterdir():
-            path.unlink()
-        for name, content in old.items():
-            (place.out / name).write_bytes(content)
-    assert stopped
+            # Python loses an interrupt that comes while it clears away an object.
+            assert ended.code in (0, 130)
+            assert "Traceback" not in ended.said
+            assert ended.code == 0 or ended.said.startswith("\nERROR: Interrupted")
+        else:
+            assert ended.code == -stop.signal
+        stopped += ended.code != 0
+    assert stopped > 4
 
 
 @pytest.mark.parametrize("kilobytes", [1, 35])
 def test_a_full_disk_is_said(tmp_path: Path, kilobytes: int) -> None:
     place = Place(tmp_path)
-    old = place.convert(8)
-    size = kilobytes << 10
+    assert place.convert(8).code == 0
+    old, size = place.files(), kilobytes << 10
     assert size < len(old["q.onnx"])
-    running = place.start(8, lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (size, size)))
-    _, said = running.communicate(timeout=60)
-    assert running.returncode == 1
-    assert said.startswith("ERROR: ")
-    assert said.count("\n") == 1
-    assert "space on the disk" in said
+    ended = place.convert(8, file_size=size)
+    assert ended.code == 1
+    assert ended.said.startswith("ERROR: ")
+    assert ended.said.count("\n") == 1
+    assert "space on the disk" in ended.said
     assert place.files() == old
     assert not place.litter()
 
