@@ -71,6 +71,7 @@ def outputs(model: Path, sample: Arrays, optimized: bool) -> list[np.ndarray]:
     """What ONNX Runtime computes, with all of its graph optimizations or none."""
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3
+    options.intra_op_num_threads = 1
     levels = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = (
         levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL

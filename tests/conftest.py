@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from pathlib import Path
+
+# The command sets it as well. It has to be there before NumPy is.
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 
 import pytest
 from command_line import Command

@@ -534,6 +534,7 @@ def test_what_shares_a_calibration_runs_though_the_first_fails(
     manifest("m.onnx,c.cfg,broken.onnx", "m.onnx,c.cfg,good.onnx")
     assert qconvert("batch", "jobs.csv", "--calibration-parts=2").code == 1
     assert statuses() == {"broken": "failed", "good": "converted"}
+    assert Path("good.onnx").read_bytes() == converted_alone(qconvert)
 
 
 def test_a_folder_that_is_not_there_is_told(tmp_path: Path) -> None:
@@ -711,7 +712,7 @@ def test_oddities_are_told_of_a_split_calibration_too(tmp_path: Path) -> None:
     assert early.warned == []
 
 
-def test_a_split_batch_equals_the_command(qconvert: Command) -> None:
+def test_a_split_batch_equals_the_command(qconvert: Command, inline: None) -> None:
     manifest("m.onnx,c.cfg,a.onnx", "m.onnx,weights.cfg,b.onnx")
     Path("weights.cfg").write_text("[common_quant_param]\nquant_type = WEIGHT_QUANT\n")
     assert qconvert("batch", "jobs.csv", "--calibration-parts=3").code == 0

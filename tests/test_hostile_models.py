@@ -50,6 +50,7 @@ NOT_COMPARED = {
         "one_huge_weight",
     ),
 }
+LONG = ("a_thousand_nodes",)
 # The ONNX checker does not accept the float model either, which runs nevertheless.
 UNCHECKED = {"runtime_normalization"}
 # Broken files whose mistake only shows when the model runs, which WEIGHT_QUANT does not need to.
@@ -97,6 +98,7 @@ def config_of(folder: Path, mode: str, data: Mapping[str, np.ndarray]) -> Path:
 def run(path: Path, feeds: Mapping[str, np.ndarray], optimized: bool) -> list[np.ndarray]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
+    options.intra_op_num_threads = 1
     levels = onnxruntime.GraphOptimizationLevel
     options.graph_optimization_level = (
         levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
@@ -143,7 +145,9 @@ def test_broken_files_are_refused(qconvert: Command, tmp_path: Path, name: str, 
 
 
 @pytest.mark.parametrize("mode", MODES)
-@pytest.mark.parametrize("name", ODD)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in LONG else ()) for name in ODD]
+)
 def test_odd_models_compute_the_same(
     qconvert: Command, tmp_path: Path, name: str, mode: str
 ) -> None:
