@@ -17,8 +17,9 @@ from calib.ranges import RangeMethod, RangeSpec, range_of
 from calib.samples import Dataset
 from calib.session import Sample, open_session, over_samples, run
 from calib.stats import TensorStats
+from converter.exact import runnable
 from converter.job import Resources, Watch
-from converter.model import constant, known, saved, values_by_name
+from converter.model import constant, known, values_by_name
 from converter.ops import OPS
 from converter.plan import QuantPlan, TensorPlan
 
@@ -112,7 +113,7 @@ def tensor_bytes(
     """Bytes of each named tensor for one sample, found by running it."""
     sizes = {name: x.nbytes for name, x in sample.items() if name in names}
     tapped = [name for name in names if name not in sizes]
-    with saved(model, tapped) as path:
+    with runnable(model, tapped) as path:
         session = open_session(path, resources.threads, providers=resources.providers)
         for start in range(0, len(tapped), PROBED):
             part = tapped[start : start + PROBED]
@@ -164,7 +165,7 @@ def _observe_group(
     idle: SimpleQueue[Statistics] = SimpleQueue()
     for _ in range(resources.threads):
         idle.put({name: wanted.new_stats() for name in watched})
-    with saved(model, taps) as path:
+    with runnable(model, taps) as path:
         # Which operators ONNX Runtime fuses depends on what is tapped; without that, groups do not
         # change a bit.
         session = open_session(path, optimize=False, providers=resources.providers)

@@ -16,6 +16,7 @@ from calib.affine import Array
 from calib.samples import Dataset
 from calib.session import Sample, open_session, over_samples, run
 from converter.data import synthetic_data
+from converter.exact import runnable
 from converter.model import saved
 
 TIMED_SECONDS, LEAST_SECONDS = 0.1, 1e-3
@@ -53,7 +54,7 @@ def compare(
     """The error of each tensor over the first `count` samples; `tensors` maps names of the one
     model to the other's.
     """
-    with saved(reference, tensors) as first, saved(other, tensors.values()) as second:
+    with runnable(reference, tensors) as first, runnable(other, tensors.values()) as second:
         sessions = open_session(first), open_session(second)
 
     def step(index: int) -> Array:

@@ -12,6 +12,16 @@ from converter.compare import TensorError, worst_of
 
 
 @dataclass(frozen=True)
+class Here:
+    """What a processor whose kernels saturate makes of a file that is exact elsewhere: the output
+    that is least like the float model's, and the share of same answers, None where there are none.
+    """
+
+    worst: TensorError
+    agreement: float | None
+
+
+@dataclass(frozen=True)
 class Verification:
     """Both models run on the same samples.
 
@@ -20,8 +30,9 @@ class Verification:
     the output's largest value; `speedup`, `top1` and `agreement` (shares from 0 to 1) are None
     where they were not measured. `kernels` counts the operators that the runtime really executes by
     name, `conversions` names the Q/DQ nodes among them that stayed on their own, and `saturated`
-    the nodes whose weights let kernels of some processors saturate. `random` says that there was no
-    data.
+    the nodes whose weights let kernels of some processors that the model is for saturate. `random`
+    says that there was no data. All figures but `kernels`, `conversions` and `speedup` are those of
+    exact kernels; `here` has this processor's, None where they are the same.
     """
 
     samples: int
@@ -35,6 +46,7 @@ class Verification:
     conversions: tuple[str, ...]
     saturated: tuple[str, ...]
     random: bool = False
+    here: Here | None = None
 
     @property
     def worst(self) -> TensorError | None:

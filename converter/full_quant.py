@@ -73,7 +73,15 @@ def quantize(model: ir.Model, job: Job, watch: Watch) -> Quantized:
         partial(work.set_edges, quantized),
     )
     return Quantized(
-        reference, quantized, plan, work.data, computed, finish, model, bool(work.trained)
+        reference,
+        quantized,
+        plan,
+        work.data,
+        computed,
+        finish,
+        compared=model,
+        trained=bool(work.trained),
+        exact=_named_target(job.config).pair_limit is None,
     )
 
 
@@ -88,8 +96,12 @@ def _edges(model: ir.Model) -> list[ir.DataType | None]:
     return [value.dtype for value in (*model.graph.inputs, *model.graph.outputs)]
 
 
+def _named_target(config: Config) -> Target:
+    return TARGETS[config.full_quant.target_device or "CPU"]
+
+
 def _target(config: Config) -> Target:
-    target = TARGETS[config.full_quant.target_device or "CPU"]
+    target = _named_target(config)
     return target if config.full_quant.overflow_safe else replace(target, pair_limit=None)
 
 

@@ -22,6 +22,7 @@ from converter.algorithms.matrices import View, view_of
 from converter.calibrate import channel_mean, tensor_bytes
 from converter.emit.integer_edges import feed_integers, hand_out_integers
 from converter.emit.qdq import emit
+from converter.exact import exact
 from converter.job import Resources
 from converter.model import constant, serialized, submodel, values_read
 from converter.ops import OPS
@@ -206,7 +207,7 @@ class Walk:
             )
         model = self._product(unit, weight, plan)
         output = model.graph.outputs[0].name or ""
-        session = open_session(serialized(model))
+        session = open_session(serialized(exact(model)))
 
         def work(index: int) -> Array:
             return channel_mean(
@@ -238,7 +239,7 @@ class Walk:
     def advance(self, position: int, plan: QuantPlan) -> None:
         """Runs step number `position` as `plan` says and forgets what no later step reads."""
         step = self.steps[position]
-        session = open_session(serialized(self._step_model(step, plan))) if step.writes else None
+        session = open_session(self._step_model(step, plan)) if step.writes else None
 
         def work(index: int) -> None:
             stored = self._store[index]
@@ -257,14 +258,14 @@ class Walk:
         for _ in over_samples(self.count, work, self.threads):
             pass
 
-    def _step_model(self, step: Step, plan: QuantPlan) -> ir.Model:
+    def _step_model(self, step: Step, plan: QuantPlan) -> bytes:
         model = submodel(self.model, step.reads, step.writes)
         self._write(model, plan.part([plan.nodes[name] for name in step.nodes], step.reads))
         for name in sorted(self._codes.intersection(step.reads)):
             feed_integers(model.graph, name)
         for name in sorted(self._codes.intersection(step.writes)):
             hand_out_integers(model.graph, name)
-        return model
+        return serialized(exact(model))
 
 
 def _mean(means: Sequence[Array]) -> Array:

@@ -38,7 +38,7 @@ class Quantized:
     `compared` is the float model whose tensors `model` has inside, where values were moved between
     them and that is not `reference` itself. `trained` says that `reference` has quantization from
     training, which was taken over or taken away. `pareto` is what a search of bits found, smallest
-    last.
+    last. `exact` says that all processors which the model is for have kernels that do not saturate.
     """
 
     reference: ir.Model
@@ -50,3 +50,4 @@ class Quantized:
     compared: ir.Model | None = None
     trained: bool = False
     pareto: tuple[Tradeoff, ...] = ()
+    exact: bool = False

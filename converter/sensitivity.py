@@ -24,8 +24,9 @@ from calib.samples import Dataset
 from calib.session import open_session, over_samples, run
 from converter.compare import TensorError, error_of, output_errors, tally, worst_of
 from converter.errors import DataError
+from converter.exact import runnable
 from converter.job import Resources
-from converter.model import Names, constant, known, only_consumer, saved, values_by_name
+from converter.model import Names, constant, known, only_consumer, values_by_name
 from converter.pairs import QUANTIZERS, Pairing, codes_behind
 from converter.plan import NodePlan, QuantPlan
 
@@ -57,7 +58,11 @@ def alone(pairing: Pairing, data: Dataset, count: int, resources: Resources) -> 
     local, fed, taps = _cut(pairing, units, computed)
     injected, deltas = _injected(pairing.reference, taps)
     tapped, watched = list(dict.fromkeys([*taps, *fed])), [name for name, _ in taps.values()]
-    with saved(pairing.reference, tapped) as a, saved(local, watched) as b, saved(injected) as c:
+    with (
+        runnable(pairing.reference, tapped) as a,
+        runnable(local, watched) as b,
+        runnable(injected) as c,
+    ):
         first, second, third = (open_session(path, optimize=path == c) for path in (a, b, c))
         outputs = [output.name for output in third.get_outputs()]
 
@@ -108,7 +113,7 @@ def _float_tensors(model: ir.Model) -> set[str]:
     """The computed tensors of the main graph that hold float32, as ONNX Runtime infers their
     types.
     """
-    with saved(
+    with runnable(
         model, [value.name for node in model.graph for value in node.outputs if value.name]
     ) as path:
         outputs = open_session(path, optimize=False).get_outputs()
@@ -236,7 +241,7 @@ def output_drop(
             )
             raise DataError(msg)
         return 1 - worst.cosine
-    with saved(model) as reference, saved(quantized) as other:
+    with runnable(model) as reference, runnable(quantized) as other:
         return top1(reference, data, labels, resources) - top1(other, data, labels, resources)
 
 

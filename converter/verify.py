@@ -13,13 +13,13 @@ import numpy as np
 from calib.affine import Array
 from calib.samples import Dataset
 from calib.session import open_session, over_samples, run
-from converter.checks import saturating
-from converter.compare import TensorError, compare, error_of, extent, speedup, tally
+from converter.compare import TensorError, compare, error_of, extent, speedup, tally, worst_of
 from converter.data import synthetic_data
 from converter.errors import DataError
-from converter.findings import Verification
+from converter.exact import both_files, saturates_here, saturating
+from converter.findings import Here, Verification
 from converter.job import Resources, Watch
-from converter.model import nodes_in, saved, weight_bytes
+from converter.model import nodes_in, weight_bytes
 from converter.quantized import Quantized
 from converter.sensitivity import read_labels
 
@@ -70,12 +70,17 @@ def _verified(
     watch: Watch,
 ) -> Verification:
     big = weight_bytes(result.reference) > TIMED_BYTES
-    with saved(result.reference) as reference, saved(result.model) as other:
-        names, before = _outputs(reference, data, 1 if big else VERIFIED_SAMPLES, resources)
-        _, after = _outputs(other, data, len(before), resources)
+    with (
+        both_files(result.reference) as (reference, exact_reference),
+        both_files(result.model) as (other, exact_other),
+    ):
+        names, before = _outputs(exact_reference, data, 1 if big else VERIFIED_SAMPLES, resources)
+        _, after = _outputs(exact_other, data, len(before), resources)
         _, plain = _outputs(
-            other, data, PLAIN_SAMPLES if len(before) > 1 else 0, resources, optimize=False
+            exact_other, data, PLAIN_SAMPLES if len(before) > 1 else 0, resources, optimize=False
         )
+        differs = exact_other != other and saturates_here()
+        here = _outputs(other, data, len(before), resources)[1] if differs else after
         ratio = None if big else speedup(reference, other, data.sample(0))
         executed = [] if big else _executed(other)
     answers = _answers(before, after)
@@ -86,13 +91,14 @@ def _verified(
         fused_difference=_difference(plain, after),
         speedup=ratio,
         top1=_top1(answers, data, labels, watch) if labels and answers is not None else None,
-        agreement=None if answers is None else float(np.mean(answers[:, 0] == answers[:, 1])),
+        agreement=_agreement(answers),
         kernels=dict(Counter(op_type for _, op_type in executed)),
         conversions=tuple(
             name for name, op_type in executed if op_type in {"QuantizeLinear", "DequantizeLinear"}
         ),
-        saturated=tuple(saturating(result.model)),
+        saturated=() if result.exact else tuple(saturating(result.model)),
         random=not len(result.data),
+        here=_here(names, before, after, here),
     )
     both = [_errors(names, before[: len(plain)], outputs) for outputs in (after, plain)]
     _warn(found, list(zip(*both, strict=True)), result, watch)
@@ -154,6 +160,19 @@ def _is_row(x: object) -> bool:
     return (
         isinstance(x, np.ndarray) and x.dtype.kind == "f" and x.ndim == 2 and len(x) == 1 < x.size
     )
+
+
+def _agreement(answers: Array | None) -> float | None:
+    return None if answers is None else float(np.mean(answers[:, 0] == answers[:, 1]))
+
+
+def _here(names: Sequence[str], before: Outputs, after: Outputs, here: Outputs) -> Here | None:
+    """What the outputs `here` tell, None where they are those of exact kernels."""
+    pairs = [both for sample in zip(after, here, strict=True) for both in zip(*sample, strict=True)]
+    worst = worst_of(_errors(names, before, here))
+    if worst is None or all(extent(x, y)[1] == 0 for x, y in pairs):
+        return None
+    return Here(worst, _agreement(_answers(before, here)))
 
 
 def _top1(

@@ -21,8 +21,11 @@ LAYERS = (
     {"model", "plan", "targets", "job"},
     {"ops"},
     {"prepare", "emit", "placement"},
-    {"data", "calibrate", "cache", "compare", "quantized", "findings", "pairs", "journal"},
-    {"algorithms", "layerwise", "sensitivity", "checks", "edges", "trained", "verify"},
+    {"data", "quantized", "pairs", "journal"},
+    {
+        *("algorithms", "exact", "calibrate", "cache", "layerwise", "compare", "findings"),
+        *("sensitivity", "checks", "edges", "trained", "verify"),
+    },
     {"full_quant", "weight_quant", "dynamic_quant", "transform", "half_precision"},
     {
         "pipeline",

@@ -24,11 +24,11 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from running import Ear, InMemory, job, resources, write_config
 
 from calib.affine import Array
-from converter.checks import saturating
 from converter.compare import output_errors
 from converter.config import load_config
 from converter.emit.qdq import emit
 from converter.errors import ConfigError
+from converter.exact import saturating
 from converter.findings import Findings, Verification
 from converter.job import Job
 from converter.model import load, saved

@@ -14,8 +14,8 @@ from running import Ear, InMemory, job, resources
 from calib.affine import Array
 from calib.images import ImageOptions
 from calib.samples import Dataset, InputSpec, open_dataset
-from converter.checks import saturating
 from converter.config import load_config
+from converter.exact import saturating
 from converter.findings import Verification
 from converter.pipeline import convert
 from converter.plan import QuantPlan

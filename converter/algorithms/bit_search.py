@@ -22,8 +22,9 @@ from converter.algorithms.stored_weights import Fitter
 from converter.config.keys import MixedBitWeightQuantParam
 from converter.emit.planes import stored_bytes
 from converter.emit.stored import as_floats, emit_stored, planned
+from converter.exact import runnable
 from converter.journal import Journal
-from converter.model import constant, saved, weight_bytes
+from converter.model import constant, weight_bytes
 from converter.plan import QuantPlan
 from converter.quantized import Tradeoff
 from converter.sensitivity import fewest, only, output_drop
@@ -236,7 +237,7 @@ class Search:
             len(self.fitter.data) - (self._judges or len(self.fitter.data)),
             _names(model),
         )
-        with saved(model) as file:
+        with runnable(model) as file:
             session = open_session(file)
 
             def outputs(i: int) -> list[Array]:

@@ -17,8 +17,9 @@ import onnx_ir as ir
 from calib.affine import INT8_NARROW, UINT8, Array
 from calib.samples import Dataset
 from calib.session import open_session, over_samples, run
+from converter.exact import runnable
 from converter.job import Watch
-from converter.model import constant, saved
+from converter.model import constant
 from converter.plan import NodePlan
 from converter.prepare.smooth import divide_channels, linear_in
 
@@ -93,7 +94,7 @@ def observe_channels(
     """The channels of the named tensors over all samples."""
     fed = {value.name for value in model.graph.inputs}
     taps = [name for name in names if name not in fed]
-    with saved(model, taps) as path:
+    with runnable(model, taps) as path:
         session = open_session(path)
 
         def step(index: int) -> dict[str, Channels]:

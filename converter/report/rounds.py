@@ -15,8 +15,8 @@ from calib.samples import Dataset
 from calib.session import Sample, open_session, over_samples, run
 from converter.calibrate import groups_within, tensor_bytes
 from converter.compare import Tally, error_of, tally
+from converter.exact import runnable
 from converter.job import Resources
-from converter.model import saved
 from converter.pairs import Pairing, Place
 
 Summary = tuple[float, ...]
@@ -102,7 +102,7 @@ def rounds(
     parts[0] += [place for place in tapped.values() if place.weight is not None]
     others = [place.counterpart for place in tapped.values() if place.counterpart]
     taps, other_taps = (_computed(wanted, data.sample(0)) for wanted in (names, others))
-    with saved(pairing.reference, taps) as left, saved(pairing.model, other_taps) as right:
+    with runnable(pairing.reference, taps) as left, runnable(pairing.model, other_taps) as right:
         sessions = [open_session(path, optimize=False) for path in (left, right)]
 
         def step(index: int) -> Mapping[Key, Figures]:

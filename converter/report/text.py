@@ -9,6 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from converter.compare import TensorError
 from converter.findings import Findings, Verification
 from converter.plan import NodePlan, QuantPlan
 from converter.report.advice import listed
@@ -53,16 +54,18 @@ def summary_lines(outcome: Outcome, output: Path) -> Iterator[str]:
 
 def verification_lines(found: Verification) -> Iterator[str]:
     """What running both models told."""
-    parts = (
-        [f"cosine {found.worst.cosine:.5f}, {found.worst.sqnr_db:.1f} dB"] if found.worst else []
-    )
-    parts += [] if found.agreement is None else [f"same answer on {found.agreement:.1%}"]
+    parts = _closeness(found.worst, found.agreement)
     parts += (
         [] if found.top1 is None else [f"right answers {found.top1[0]:.1%} -> {found.top1[1]:.1%}"]
     )
     yield f"Verified on {found.where}: {', '.join(parts)}."
     if left_out := "; ".join(found.left_out):
         yield f"Not compared: {left_out}."
+    if found.here:
+        yield (
+            "On this processor, whose 8-bit kernels saturate, its answers are others: "
+            f"{', '.join(_closeness(found.here.worst, found.here.agreement))}."
+        )
     if found.speedup is not None:
         yield (
             f"Speed {found.speedup:.2f} times the float model's, in ONNX Runtime on one thread "
@@ -72,6 +75,12 @@ def verification_lines(found: Verification) -> Iterator[str]:
         common = Counter(found.kernels).most_common()
         more = f" and {len(common) - SHOWN} other kinds" if len(common) > SHOWN else ""
         yield f"ONNX Runtime executes {_counts(Counter(dict(common[:SHOWN])))}{more}."
+
+
+def _closeness(worst: TensorError | None, agreement: float | None) -> list[str]:
+    """How much is as in the float model."""
+    parts = [f"cosine {worst.cosine:.5f}, {worst.sqnr_db:.1f} dB"] if worst else []
+    return parts + ([] if agreement is None else [f"same answer on {agreement:.1%}"])
 
 
 def comparison_lines(found: Findings) -> Iterator[str]:
