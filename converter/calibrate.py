@@ -117,7 +117,9 @@ def tensor_bytes(
         session = open_session(path, resources.threads, providers=resources.providers)
         for start in range(0, len(tapped), PROBED):
             part = tapped[start : start + PROBED]
-            sizes.update((name, x.nbytes) for name, x in run(session, part, sample).items())
+            found = run(session, part, sample)
+            # A map has no size of its own.
+            sizes.update((name, getattr(x, "nbytes", 0)) for name, x in found.items())
     return sizes
 
 

@@ -7,6 +7,7 @@ from __future__ import annotations
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -16,29 +17,33 @@ from calib.affine import Array
 from calib.samples import Dataset
 from calib.session import Sample, open_session, over_samples, run
 from converter.data import synthetic_data
+from converter.errors import ModelError
 from converter.exact import runnable
 from converter.model import saved
 
 TIMED_SECONDS, LEAST_SECONDS = 0.1, 1e-3
 # What two tensors x and y have in common, numbers that sum up over samples: the inner products
-# xx, yy, xy and that of the difference with itself, how many values they are of, how many are left
-# out as x is not finite there, and 1 where the two cannot be compared.
+# xx, yy, xy and that of the difference with itself over values that are finite in both, and the
+# counts of a TensorError.
 Tally = tuple[float, ...]
-SAME, APART = (0.0,) * 7, (0.0,) * 6 + (1.0,)
+NOTHING, APART = (0.0,) * 8, (0.0,) * 7 + (1.0,)
 
 
 @dataclass(frozen=True)
 class TensorError:
     """How a quantized tensor differs from the float one over all samples compared.
 
-    `compared` is the number of values, `left_out` that of values that are not finite in the float
-    model, `apart` that of samples in which the two have other shapes, or other texts.
+    `compared` is the number of values and `lost` that of those among them which only one of the two
+    has as a finite number, or which are other infinities. `left_out` is the number of values that
+    are NaN in the float model, or the same infinity in both, and `apart` that of samples in which
+    the two have other shapes. Texts count as numbers do, 1 for the text and 0 for all others.
     """
 
     name: str
     cosine: float
     sqnr_db: float
     compared: int = 1
+    lost: int = 0
     left_out: int = 0
     apart: int = 0
 
@@ -79,52 +84,65 @@ def output_errors(
 
 def tally(x: object, y: object) -> Tally:
     """What two tensors, or outputs of other kinds (texts, sequences, maps), have in common."""
-    if not (_is_numeric(x) and _is_numeric(y)):
-        return SAME if _same(x, y) else APART
+    if (pairs := side_by_side(x, y)) is None:
+        return APART
+    found = [_tally_of(left.ravel(), right.ravel()) for left, right in pairs]
+    return found[0] if len(found) == 1 else tuple(np.sum([NOTHING, *found], axis=0).tolist())
+
+
+def side_by_side(x: object, y: object) -> list[tuple[Array, Array]] | None:
+    """The arrays of equal shapes that two outputs of the runtime consist of; None where the two are
+    not built alike.
+
+    A tensor is one array, as are the values of a map; a sequence holds those of its elements, and
+    an optional output without a value none.
+    """
+    if isinstance(x, list) and isinstance(y, list):
+        parts = [side_by_side(*both) for both in zip(x, y, strict=False)]
+        found = [pairs for pairs in parts if pairs is not None]
+        return [*chain.from_iterable(found)] if len(found) == len(x) == len(y) else None
+    if isinstance(x, dict) and isinstance(y, dict):
+        same = x.keys() == y.keys()
+        return side_by_side(*(np.array([z[k] for k in x]) for z in (x, y))) if same else None
+    if x is None or y is None:
+        return [] if x is y else None
     left, right = np.asarray(x), np.asarray(y)
-    return APART if left.shape != right.shape else _tally_of_values(left.ravel(), right.ravel())
+    alike = left.shape == right.shape and _is_numeric(left) == _is_numeric(right)
+    return [(left, right)] if alike else None
 
 
-def _tally_of_values(x: Array, y: Array) -> Tally:
-    finite = np.isfinite(x)
-    left_out = x.size - int(np.count_nonzero(finite))
+def _tally_of(x: Array, y: Array) -> Tally:
+    if not _is_numeric(x):
+        same, size = int(np.count_nonzero(x == y)), x.size
+        return size, size, same, 2 * (size - same), size, 0, 0, 0
+    both = np.isfinite(x) & np.isfinite(y)
+    lost, left_out = 0, x.size - int(np.count_nonzero(both))
     if left_out:
-        x, y = x[finite], y[finite]
-    if not np.isfinite(y).all():
-        # Noise without bounds, which no other sample makes up for.
-        return (
-            float(np.square(x, dtype=np.float64).sum()),
-            np.inf,
-            0.0,
-            np.inf,
-            x.size,
-            left_out,
-            0.0,
-        )
+        lost = int(np.count_nonzero(~(both | np.isnan(x) | (x == y))))
+        x, y = x[both], y[both]
     difference = np.subtract(x, y, dtype=np.float64)
     pairs = (x, x), (y, y), (x, y)
-    xx, yy, xy = (float(np.einsum("i,i->", *both, dtype=np.float64)) for both in pairs)
-    return xx, yy, xy, float(difference @ difference), x.size, left_out, 0.0
+    xx, yy, xy = (float(np.einsum("i,i->", *each, dtype=np.float64)) for each in pairs)
+    counts = x.size + lost, lost, left_out - lost, 0
+    return xx, yy, xy, float(difference @ difference), *counts
 
 
-def _is_numeric(x: object) -> bool:
-    return isinstance(x, np.ndarray | np.generic) and x.dtype.kind in "fiub"
-
-
-def _same(x: object, y: object) -> bool:
-    """Whether two outputs that are no numbers hold the same."""
-    if isinstance(x, list) and isinstance(y, list):
-        return len(x) == len(y) and all(map(_same, x, y))
-    if isinstance(x, np.ndarray) and isinstance(y, np.ndarray):
-        return np.array_equal(x, y)
-    return bool(x == y)
+def _is_numeric(x: Array) -> bool:
+    return x.dtype.kind in "fiub"
 
 
 def error_of(name: str, total: Iterable[float]) -> TensorError:
-    """The error that a tally, summed over samples, tells of."""
+    """The error that a tally, summed over samples, tells of.
+
+    A value that was lost counts as one of average size in whose place there is something unrelated.
+    """
     xx, yy, xy, noise, *counts = map(float, total)
+    compared, lost = counts[:2]
     norms = np.sqrt(xx * yy) if xx else 0.0
     cosine = xy / norms if norms > 0 else float(xx == yy)
+    if lost:
+        cosine *= (compared - lost) / compared
+        noise += lost * xx / (compared - lost) if xx else np.inf
     # Noise where there should be nothing is the worst there is.
     ratio = xx / noise if noise else np.inf
     sqnr = 10 * np.log10(ratio) if ratio > 0 else -np.inf
@@ -168,7 +186,11 @@ def largest_difference(model: ir.Model, other: ir.Model) -> float:
     names = [value.name or "" for value in model.graph.outputs]
     sample = synthetic_data(model, 1).sample(0)
     before, after = (run(session, names, sample) for session in sessions)
+    errors = [error_of(name, tally(before[name], after[name])) for name in names]
     extents = [extent(before[name], after[name]) for name in names]
+    if not any(error.compared or error.apart for error in errors):
+        msg = "the outputs hold no finite value for random input."
+        raise ModelError(msg)
     return max((difference / (largest or 1) for largest, difference in extents), default=0.0)
 
 
@@ -178,11 +200,16 @@ def extent(x: object, y: object) -> tuple[float, float]:
     The difference is infinite where they have other shapes, other texts or other values that are
     not finite.
     """
-    if not (_is_numeric(x) and _is_numeric(y)):
-        return 0.0, 0.0 if _same(x, y) else np.inf
-    left, right = (np.asarray(each, np.float64) for each in (x, y))
-    if left.shape != right.shape:
+    if (pairs := side_by_side(x, y)) is None:
         return 0.0, np.inf
+    largest, difference = np.max([(0.0, 0.0), *(_extents(*both) for both in pairs)], axis=0)
+    return float(largest), float(difference)
+
+
+def _extents(x: Array, y: Array) -> tuple[float, float]:
+    if not _is_numeric(x):
+        return 0.0, 0.0 if np.array_equal(x, y) else np.inf
+    left, right = x.astype(np.float64), y.astype(np.float64)
     finite = np.isfinite(left) & np.isfinite(right)
     if not np.array_equal(left[~finite], right[~finite], equal_nan=True):
         return 0.0, np.inf

@@ -59,11 +59,16 @@ class Verification:
         for error in self.outputs:
             if error.apart:
                 yield (
-                    f"output '{error.name}' has another shape or text in {error.apart} of "
-                    f"{self.samples} samples"
+                    f"{error.apart} of {self.samples} samples of output '{error.name}' have "
+                    "another shape"
                 )
             if error.left_out:
                 yield f"{error.left_out} values of output '{error.name}' are not finite"
+            if error.lost:
+                yield (
+                    f"{error.lost} values of output '{error.name}' are finite in one of the two "
+                    "models only"
+                )
 
     @property
     def where(self) -> str:

@@ -169,11 +169,22 @@ class Walk:
             held -= {name for name in step.reads if self._last_reader[name] == position}
         return peak
 
-    def draw(self, unit: NodePlan, view: View, count: int, plan: QuantPlan) -> tuple[Array, float]:
-        """About `count` inputs of the unit's product as it reads them (groups, drawn, columns), and
-        their scale.
+    def shapes(self, name: str) -> list[tuple[int, ...]]:
+        """The shape of a tensor that the next step reads, in each sample."""
+        return [sample[name].shape for sample in self._store]
 
-        Two walks over the same data draw the same ones.
+    def draw(
+        self,
+        unit: NodePlan,
+        view: View,
+        count: int,
+        plan: QuantPlan,
+        samples: Sequence[int] = (),
+    ) -> tuple[Array, float]:
+        """About `count` inputs of the unit's product as it reads them (groups, drawn, columns), and
+        their scale; of some of the samples only, if such are given.
+
+        Two walks over the same data draw the same ones, where both have as many.
         """
         name = unit.inputs[0]
         q = plan.params(name) if name in plan.tensors else None
@@ -183,10 +194,12 @@ class Walk:
             x = self._store[index][name]
             x = x if q is None or name in self._codes else quantize(x, q)
             # Drawn by the sample's own generator: the same for any number of workers.
-            drawn = view.columns(x, -(-count // self.count), zero, np.random.default_rng(index))
+            drawn = view.columns(x, -(-count // len(chosen)), zero, np.random.default_rng(index))
             return drawn.astype(np.float32) - np.float32(zero)
 
-        return np.concatenate(list(over_samples(self.count, work, self.threads)), axis=1), scale
+        chosen = samples or range(self.count)
+        drawn = over_samples(len(chosen), lambda number: work(chosen[number]), self.threads)
+        return np.concatenate(list(drawn), axis=1), scale
 
     def mean_product(self, unit: NodePlan, weight: Array, plan: QuantPlan) -> Array:
         """Mean a channel (float64) of the unit's product with float `weight`, before bias and

@@ -441,8 +441,9 @@ def graph_of(part: ir.Node | ir.Value) -> ir.Graph:
 
 
 def is_float(value: ir.Value | None) -> bool:
-    """Whether the value holds float32."""
-    return value is not None and value.dtype == ir.DataType.FLOAT
+    """Whether the value is a tensor of float32."""
+    tensor = value is not None and isinstance(value.type, ir.TensorType)
+    return tensor and known(value).dtype == ir.DataType.FLOAT
 
 
 def only_consumer(value: ir.Value) -> ir.Node | None:

@@ -95,11 +95,13 @@ def alone(pairing: Pairing, data: Dataset, count: int, resources: Resources) -> 
         unit: list(map(error_of, [unit, *names], rows))
         for unit, rows in zip(units, np.asarray(sums), strict=True)
     }
-    return {
-        unit: Alone(own, min(compared, key=lambda error: error.sqnr_db))
-        for unit, (own, *rest) in errors.items()
-        if (compared := [error for error in rest if error.compared])
-    }
+    return {unit: Alone(own, _loudest(outputs, own)) for unit, (own, *outputs) in errors.items()}
+
+
+def _loudest(outputs: Iterable[TensorError], own: TensorError) -> TensorError:
+    """The worst of the outputs that can be compared; the unit's own error where none can."""
+    compared = [error for error in outputs if error.compared]
+    return min(compared or [own], key=lambda error: error.sqnr_db)
 
 
 def _delta(x: Array, y: Array) -> Array:
@@ -233,14 +235,16 @@ def output_drop(
     1 - cosine.
     """
     if labels is None:
-        worst = worst_of(output_errors(model, quantized, data, resources.threads))
-        if worst is None:
-            msg = (
-                "No output of the model can be compared, as none holds numbers of the same shape "
-                "in both models; give label_file, or leave max_drop and min_cosine out."
-            )
-            raise DataError(msg)
-        return 1 - worst.cosine
+        errors = output_errors(model, quantized, data, resources.threads)
+        if worst := worst_of(errors):
+            return 1 - worst.cosine
+        if any(error.apart for error in errors):
+            return 1.0  # no sample keeps its shape
+        msg = (
+            "No output of the model holds a finite value for any sample, so that nothing tells "
+            "what is lost; give other data, or leave max_drop and min_cosine out."
+        )
+        raise DataError(msg)
     with runnable(model) as reference, runnable(quantized) as other:
         return top1(reference, data, labels, resources) - top1(other, data, labels, resources)
 
@@ -254,6 +258,12 @@ def top1(path: Path, data: Dataset, labels: Mapping[str, int], resources: Resour
 
     def right(index: int) -> bool:
         scores = run(session, [output], data.sample(index))[output]
+        if not _are_scores(scores):
+            msg = (
+                f"label_file: output '{output}', the first, holds no score for each class; leave "
+                "label_file out, or put the scores first."
+            )
+            raise DataError(msg)
         if scores.ndim > 1 and len(scores) > 1:
             msg = (
                 f"label_file: output '{output}' has {len(scores)} rows a sample; give "
@@ -263,6 +273,10 @@ def top1(path: Path, data: Dataset, labels: Mapping[str, int], resources: Resour
         return int(np.argmax(scores)) == labels[data.files(index)[0].name]
 
     return float(np.mean(list(over_samples(len(data), right, resources.threads))))
+
+
+def _are_scores(x: object) -> bool:
+    return isinstance(x, np.ndarray) and x.dtype.kind in "fiu" and x.size > 1
 
 
 def read_labels(path: Path, data: Dataset) -> dict[str, int]:

@@ -134,20 +134,84 @@ def test_values_that_are_not_finite_are_counted_and_left_out():
 
 
 @pytest.mark.parametrize(
-    ("x", "y", "apart"),
+    ("x", "y"),
     [
-        (np.zeros((3, 2)), np.zeros((2, 2)), 1),
-        (np.array(["a", "b"], object), np.array(["a", "b"], object), 0),
-        (np.array(["a", "b"], object), np.array(["a", "c"], object), 1),
-        ([{0: 0.5}], [{0: 0.5}], 0),
-        ([np.zeros(2)], [np.zeros(2), np.zeros(2)], 1),
-        (None, None, 0),
+        ([4, 2, np.nan], [4, np.nan, 1]),
+        ([4, 2, np.nan], [4, -np.inf, 1]),
+        ([4, np.inf, np.nan], [4, -np.inf, np.nan]),
+        ([4, -np.inf, np.nan], [4, 2, np.nan]),
     ],
 )
-def test_what_is_no_number_or_of_another_shape_is_only_counted(x, y, apart):
+def test_a_value_that_only_one_model_has_is_an_average_one_lost(x, y):
+    error = error_of("y", tally(np.array(x), np.array(y)))
+    assert (error.compared, error.lost, error.left_out) == (2, 1, 1)
+    # The value lost is half of the signal, and all of the noise.
+    assert error.cosine == 1 / 2
+    assert error.sqnr_db == 0
+
+
+def test_all_values_lost_are_the_worst_there_is():
+    for x in ([1.0, 2.0], [0.0, 0.0]):
+        error = error_of("y", tally(np.array(x), np.full(2, np.nan)))
+        assert (error.cosine, error.sqnr_db) == (0, -math.inf)
+        assert worst_of([error]) is error
+
+
+@pytest.mark.parametrize(
+    ("x", "y"),
+    [
+        (np.zeros((3, 2)), np.zeros((2, 2))),
+        ([np.zeros(2)], [np.zeros(2), np.zeros(2)]),
+        ([np.zeros(2), np.zeros(2)], [np.zeros(2)]),
+        ([np.zeros(2), np.zeros(3)], [np.zeros(2), np.zeros(2)]),
+        ([{0: 0.5}], [{1: 0.5}]),
+        (None, np.zeros(2)),
+        (np.zeros(1), np.array(["a"], object)),
+    ],
+)
+def test_what_is_built_otherwise_is_only_counted(x, y):
     error = error_of("y", tally(x, y))
-    assert (error.compared, error.apart) == (0, apart)
+    assert (error.compared, error.apart) == (0, 1)
     assert worst_of([error]) is None
+    assert extent(x, y) == (0, np.inf)
+
+
+@pytest.mark.parametrize("empty", [np.zeros((0, 3)), [], [np.zeros(0)], None])
+def test_two_outputs_without_values_say_nothing(empty):
+    error = error_of("y", tally(empty, empty))
+    assert (error.compared, error.apart) == (0, 0)
+    assert worst_of([error]) is None
+    assert extent(empty, empty) == (0, 0)
+
+
+@pytest.mark.parametrize(
+    ("x", "y"),
+    [
+        ([np.array([3.0]), np.array([4.0])], [np.array([3.0]), np.array([9.0])]),
+        ([{"a": 3.0, "b": 4.0}], [{"a": 3.0, "b": 9.0}]),
+        ([{0: 3.0}, {0: 4.0}], [{0: 3.0}, {0: 9.0}]),
+        ({0: 3.0, 1: 4.0}, {1: 9.0, 0: 3.0}),
+    ],
+)
+def test_sequences_and_maps_are_compared_by_their_numbers(x, y):
+    error = error_of("y", tally(x, y))
+    assert (error.compared, error.apart) == (2, 0)
+    assert error.cosine == pytest.approx((9 + 36) / (5 * math.sqrt(90)))
+    assert error.sqnr_db == pytest.approx(0)
+    assert extent(x, y) == (4, 5)
+
+
+def test_texts_count_as_vectors_with_a_one_for_each():
+    x, y = (np.array(texts, object) for texts in (["a", "b", "c", "c"], ["a", "b", "c", "a"]))
+    codes = {"a": [1, 0, 0], "b": [0, 1, 0], "c": [0, 0, 1]}
+    left, right = (np.array([codes[text] for text in each]).ravel() for each in (x, y))
+    error = error_of("y", tally(x, y))
+    assert error.compared == 4
+    assert error.cosine == left @ right / np.sqrt((left @ left) * (right @ right)) == 3 / 4
+    noise = np.sum((left - right) ** 2)
+    assert error.sqnr_db == pytest.approx(10 * math.log10((left @ left) / noise))
+    assert extent(x, x) == (0, 0)
+    assert extent(x, y) == (0, np.inf)
 
 
 def test_extents_know_infinities_that_agree():

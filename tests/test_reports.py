@@ -271,7 +271,7 @@ def test_memory_does_not_change_the_figures(tmp_path):
     data = InMemory([{"x": DATA[i : i + 1]} for i in range(3)])
     whole, parts = (list(rounds(places, data, 3, resources(memory=m)))[2] for m in (1 << 30, 1))
     assert whole == parts
-    assert f"{whole['r', 'r_dequantized'].cosine:.9g}" in wanted
+    assert f"{whole.figures['r', 'r_dequantized'].cosine:.9g}" in wanted
 
 
 @given(arrays.arrays(np.float32, st.integers(1, 40), elements=st.floats(-100, 100, width=32)))
@@ -342,10 +342,11 @@ def test_models_of_other_tools_are_paired(foreign):
         place.name for place in places if place.restored is None and place.counterpart is None
     }
     assert missing <= {"a", "c"}
-    (figures,) = rounds(
+    (only_round,) = rounds(
         pair(before, after, QuantPlan({}, {})), InMemory([{"x": DATA[:1]}]), 1, resources()
     )
-    similar = {key[0]: found.cosine for key, found in figures.items() if found.dequant is not None}
+    figures = only_round.figures.items()
+    similar = {key[0]: found.cosine for key, found in figures if found.dequant is not None}
     assert {"x", "r", "z", "y"} <= similar.keys()
     assert 0.99 < min(similar.values()) <= max(similar.values()) < 1
     weight = next(place for place in places if place.name == "v")

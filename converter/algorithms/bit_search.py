@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
+from itertools import chain
 
 import numpy as np
 import onnx_ir as ir
@@ -19,6 +20,7 @@ import onnx_ir as ir
 from calib.affine import SMALLEST_SCALE, Array
 from calib.session import open_session, over_samples, run
 from converter.algorithms.stored_weights import Fitter
+from converter.compare import side_by_side
 from converter.config.keys import MixedBitWeightQuantParam
 from converter.emit.planes import stored_bytes
 from converter.emit.stored import as_floats, emit_stored, planned
@@ -72,17 +74,20 @@ def allocation(steps: Iterable[Step], sizes: Mapping[str, int], most: float) -> 
     return widths
 
 
-def divergence(reference: Sequence[Array], other: Sequence[Array]) -> float:
-    """How far outputs are from the reference: KL divergence of probabilities, else squared error
-    over square, 1 for outputs of another shape.
+def divergence(reference: Sequence[object], other: Sequence[object]) -> float:
+    """How far outputs are from the reference: KL divergence of probabilities, share of other texts,
+    else squared error over square; 1 for outputs of another shape.
     """
-    pairs = zip(reference, other, strict=True)
-    return max((_divergence(x, y) for x, y in pairs if x.dtype.kind in "fiub"), default=0.0)
+    pairs = map(side_by_side, reference, other)
+    found = [[1.0] if both is None else [_divergence(x, y) for x, y in both] for both in pairs]
+    return max(chain.from_iterable(found), default=0.0)
 
 
 def _divergence(x: Array, y: Array) -> float:
-    if x.shape != y.shape:
-        return 1.0
+    if not x.size:
+        return 0.0
+    if x.dtype.kind not in "fiub":
+        return float(np.mean(x != y))
     finite = np.isfinite(x)
     if np.isfinite(y).all() and _are_probabilities(x):
         x, y = (np.maximum(each.astype(np.float64), 1e-9) for each in (x, y))

@@ -258,9 +258,7 @@ class _Layers:
         self, unit: NodePlan, wanted: WeightPlan, view: View, matrix: Array, plan: QuantPlan
     ) -> Rows:
         count = int(np.clip(COLUMNS_PER_WEIGHT * matrix.shape[2], LEAST_COLUMNS, MOST_COLUMNS))
-        x, reference = (
-            walk.draw(unit, view, count, plan)[0] for walk in (self.walk, self.float_walk)
-        )
+        x, reference = self._drawn(unit, view, count, plan)
         both = usable(x) & usable(reference)
         x, reference = x[:, both], reference[:, both]
         if not x.shape[1]:
@@ -271,6 +269,19 @@ class _Layers:
         return _fewest_bits(
             target, moments + extra, wanted, self.fitter.options, kept_weights(matrix), moments
         )
+
+    def _drawn(
+        self, unit: NodePlan, view: View, count: int, plan: QuantPlan
+    ) -> tuple[Array, Array]:
+        """Inputs as the layers before hand them on, and the float model's, which they stand for.
+
+        Where the number of rows depends on the data, samples take part in which it is the same; if
+        there are none, the inputs stand for themselves.
+        """
+        shapes = (walk.shapes(unit.inputs[0]) for walk in (self.walk, self.float_walk))
+        alike = [i for i, (own, other) in enumerate(zip(*shapes, strict=True)) if own == other]
+        x, _ = self.walk.draw(unit, view, count, plan, alike)
+        return x, self.float_walk.draw(unit, view, count, plan, alike)[0] if alike else x
 
     def _corrects(self, unit: NodePlan) -> bool:
         return self.fitter.options.correct and (

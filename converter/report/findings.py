@@ -115,10 +115,10 @@ def findings(
     for index, found in enumerate(
         watch.track(rounds(pairing, data, count, resources), "Measuring tensors", count)
     ):
-        totals = {key: _both(totals.get(key), figures) for key, figures in found.items()}
+        totals |= {key: _both(totals.get(key), x) for key, x in found.figures.items()}
         if tables:
-            write_table(tables / f"round_{index}.csv", round_rows(pairing.places, found))
-            outputs += output_rows(index, pairing, found)
+            write_table(tables / f"round_{index}.csv", round_rows(pairing.places, found.figures))
+            outputs += output_rows(index, found.outputs)
     totals = {key: replace(figures, clip=figures.clip / count) for key, figures in totals.items()}
     big = weight_bytes(result.reference) > TIMED_BYTES
     by_itself = {} if big else alone(pairing, data, RANKED_ON, resources)
@@ -155,8 +155,9 @@ def _both(first: Figures | None, second: Figures) -> Figures:
 
 
 def _extremes(first: Summary, second: Summary) -> Summary:
-    """`second` with the least and the greatest value of both."""
-    return (min(first[0], second[0]), *second[1:4], max(first[4], second[4]), *second[5:])
+    """`second` with the least and the greatest value of both; NaN where neither has any."""
+    least, greatest = np.fmin(first[0], second[0]), np.fmax(first[4], second[4])
+    return (float(least), *second[1:4], float(greatest), *second[5:])
 
 
 def _nodes(

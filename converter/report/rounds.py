@@ -14,7 +14,7 @@ from calib.affine import Array
 from calib.samples import Dataset
 from calib.session import Sample, open_session, over_samples, run
 from converter.calibrate import groups_within, tensor_bytes
-from converter.compare import Tally, error_of, tally
+from converter.compare import APART, Tally, TensorError, error_of, tally
 from converter.exact import runnable
 from converter.job import Resources
 from converter.pairs import Pairing, Place
@@ -37,20 +37,31 @@ class Figures:
     shape: tuple[int, ...] = ()
 
     @property
-    def cosine(self) -> float:
-        """Cosine similarity of the two."""
-        return error_of("", self.tally).cosine
+    def cosine(self) -> float | None:
+        """Cosine similarity of the two, None where nothing can be compared."""
+        error = error_of("", self.tally)
+        return error.cosine if error.compared else None
+
+
+@dataclass(frozen=True)
+class Round:
+    """One sample: the figures of every place, and the error of every output of the models."""
+
+    figures: Mapping[Key, Figures]
+    outputs: tuple[TensorError, ...]
 
 
 def summary(x: Array) -> Summary:
-    """Least, first quartile, median, third quartile, greatest, mean, variance and share of zeros,
-    in float64.
+    """Least, first quartile, median, third quartile, greatest, mean, variance and share of zeros of
+    the finite values, in float64; NaN where there are none.
 
     Quartile k is the value of rank floor(k n / 4); the variance is the population's.
     """
     # Vectorised sorting is up to five times as fast as selection, which many equal values (a
     # Relu's) slow down.
-    flat = np.sort(x, axis=None)
+    flat = np.sort(x[np.isfinite(x)], axis=None)
+    if not flat.size:
+        return (np.nan,) * 8
     ranks = [0, *(k * flat.size // 4 for k in (1, 2, 3)), -1]
     mean = flat.mean(dtype=np.float64)
     variance = np.square(flat - mean).mean()
@@ -62,10 +73,10 @@ def figures_of(x: Array, y: Array | None) -> Figures:
     """The figures of a tensor and what became of it."""
     origin = summary(x)
     if y is None or y.shape != x.shape:
-        return Figures(origin, None, 0.0, tally(x, x), x.shape)
+        return Figures(origin, None, 0.0, tally(x, x) if y is None else APART, x.shape)
     dequant = summary(y)
-    outside = np.count_nonzero(x < dequant[0]) + np.count_nonzero(x > dequant[4])
-    return Figures(origin, dequant, outside / x.size, tally(x, y), x.shape)
+    outside = np.isfinite(x) & ((x < dequant[0]) | (x > dequant[4]))
+    return Figures(origin, dequant, np.count_nonzero(outside) / x.size, tally(x, y), x.shape)
 
 
 def key_of(place: Place) -> Key:
@@ -75,11 +86,9 @@ def key_of(place: Place) -> Key:
     return (place.name, place.counterpart) if place.restored is None else (place.node, place.index)
 
 
-def rounds(
-    pairing: Pairing, data: Dataset, count: int, resources: Resources
-) -> Iterator[Mapping[Key, Figures]]:
-    """The figures of every place in each of the first samples; in memory are tensors that fit the
-    budget only.
+def rounds(pairing: Pairing, data: Dataset, count: int, resources: Resources) -> Iterator[Round]:
+    """The figures of every place, and of the outputs, in each of the first samples; in memory are
+    tensors that fit the budget only.
     """
     fixed = [
         (place, place.weight)
@@ -97,32 +106,38 @@ def rounds(
     names = list(dict.fromkeys(place.name for place in tapped.values() if place.weight is None))
     sizes = tensor_bytes(pairing.reference, names, data.sample(0), resources)
     # Beside a tensor there are its counterpart and temporary float64 arrays.
-    groups = list(groups_within(sizes, resources.memory // resources.threads // 8))
+    groups = list(groups_within(sizes, resources.memory // resources.threads // 8)) or [[]]
     parts = [[place for place in tapped.values() if place.name in group] for group in groups]
     parts[0] += [place for place in tapped.values() if place.weight is not None]
+    given = [value.name or "" for value in pairing.reference.graph.outputs]
+    computed = [place.name for place in pairing.places if place.output and place.name in given]
+    outputs = list(dict.fromkeys([*computed, *given]))
     others = [place.counterpart for place in tapped.values() if place.counterpart]
     taps, other_taps = (_computed(wanted, data.sample(0)) for wanted in (names, others))
     with runnable(pairing.reference, taps) as left, runnable(pairing.model, other_taps) as right:
         sessions = [open_session(path, optimize=False) for path in (left, right)]
 
-        def step(index: int) -> Mapping[Key, Figures]:
-            found, sample = dict(constants), data.sample(index)
+        def step(index: int) -> Round:
+            found, errors, sample = dict(constants), list[TensorError](), data.sample(index)
             for places in parts:
-                x = _fetch(
-                    sessions[0], [place.name for place in places if place.weight is None], sample
-                )
-                y = _fetch(
-                    sessions[1],
-                    [place.counterpart for place in places if place.counterpart],
-                    sample,
-                )
+                wanted = outputs if places is parts[0] else []
+                read = [place.name for place in places if place.weight is None]
+                counterparts = [place.counterpart for place in places if place.counterpart]
+                x = _fetch(sessions[0], [*read, *wanted], sample)
+                y = _fetch(sessions[1], [*counterparts, *wanted], sample)
+                errors += [error_of(name, tally(x[name], y[name])) for name in wanted]
                 for place in places:
                     array = x[place.name] if place.weight is None else place.weight
-                    if array.size and array.dtype.kind in "fiub":
+                    if _has_figures(array):
                         found[key_of(place)] = figures_of(array, y.get(place.counterpart or ""))
-            return found
+            return Round(found, tuple(errors))
 
         yield from over_samples(min(count, len(data)), step, resources.threads)
+
+
+def _has_figures(x: object) -> bool:
+    """Whether it is a tensor of numbers, and no text, sequence or map."""
+    return isinstance(x, np.ndarray) and x.size > 0 and x.dtype.kind in "fiub"
 
 
 def _computed(names: Iterable[str], sample: Sample) -> list[str]:

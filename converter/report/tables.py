@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
+from converter.compare import TensorError
 from converter.findings import NodeFinding
-from converter.pairs import Pairing, Place
+from converter.pairs import Place
 from converter.report.rounds import Figures, Key, key_of
 
 Row = Sequence[object]
@@ -49,8 +50,8 @@ SENSITIVITY = (
 
 
 def write_table(path: Path, rows: Iterable[Row]) -> None:
-    """A CSV file; numbers in 9 significant digits, an empty cell for None, an apostrophe before a
-    formula.
+    """A CSV file; numbers in 9 significant digits, an empty cell for None and NaN, an
+    apostrophe before a formula.
     """
     with path.open("w", newline="", encoding="utf-8") as file:
         csv.writer(file).writerows([_cell(x) for x in row] for row in rows)
@@ -60,7 +61,9 @@ def _cell(content: object) -> object:
     # A spreadsheet would compute what a model's author wrote into a name.
     if isinstance(content, str) and content.startswith(("=", "+", "-", "@", "\t", "\r")):
         return f"'{content}"
-    return f"{content:.9g}" if isinstance(content, float) else content
+    if isinstance(content, float):
+        return None if math.isnan(content) else f"{content:.9g}"
+    return content
 
 
 def round_rows(places: Sequence[Place], found: Mapping[Key, Figures]) -> Iterator[Row]:
@@ -82,12 +85,10 @@ def round_rows(places: Sequence[Place], found: Mapping[Key, Figures]) -> Iterato
             yield (*head, "Dequant", kind, *figures.dequant, figures.clip, figures.cosine)
 
 
-def output_rows(index: int, pairing: Pairing, found: Mapping[Key, Figures]) -> Iterator[Row]:
-    """The cosine similarity of every graph output in a round."""
-    outputs = {value.name for value in pairing.reference.graph.outputs}
-    for place in pairing.places:
-        if place.output and place.name in outputs and key_of(place) in found:
-            yield index, place.name, found[key_of(place)].cosine
+def output_rows(index: int, outputs: Iterable[TensorError]) -> Iterator[Row]:
+    """The cosine similarity of every graph output in a round; none where it cannot be compared."""
+    for error in outputs:
+        yield index, error.name, error.cosine if error.compared else None
 
 
 def parameter_rows(places: Sequence[Place], found: Mapping[Key, Figures]) -> Iterator[Row]:

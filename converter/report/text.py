@@ -58,7 +58,7 @@ def verification_lines(found: Verification) -> Iterator[str]:
     parts += (
         [] if found.top1 is None else [f"right answers {found.top1[0]:.1%} -> {found.top1[1]:.1%}"]
     )
-    yield f"Verified on {found.where}: {', '.join(parts)}."
+    yield f"Verified on {found.where}: {', '.join(parts) or 'no output can be compared'}."
     if left_out := "; ".join(found.left_out):
         yield f"Not compared: {left_out}."
     if found.here:
