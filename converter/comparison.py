@@ -8,6 +8,7 @@ import onnx_ir as ir
 
 from calib import CalibError
 from converter import model as models
+from converter.behind import Behind
 from converter.data import open_data, resources_of
 from converter.errors import ModelError, QConvertError
 from converter.findings import Findings
@@ -38,12 +39,17 @@ def compare(job: Job, watch: Watch) -> Findings:
             "Quantized model": job.output.name,
             "Compared on": samples,
         }
+
+        def look() -> Findings:
+            if folder:
+                return write_reports(folder, job.output.name, result, known, resources, watch)
+            return findings(result, known, resources, watch)
+
         known = Findings(
             facts, sizes, verify(result, job.config.preprocess.label_file, resources, watch)
         )
-        if folder:
-            return write_reports(folder, job.output.name, result, known, resources, watch)
-        return findings(result, known, resources, watch)
+        behind = Behind(watch, not len(result.data))
+        return behind.attempt("There is no look inside", look) or known
     except CalibError as error:
         raise QConvertError(str(error)) from error
 

@@ -20,7 +20,8 @@ class Figures:
     """What gates look at, None where it was not measured.
 
     Bytes of both models, the least cosine similarity of an output, the share of samples with the
-    same answer, and how many times faster the quantized model is.
+    same answer, and how many times faster the quantized model is. `unmeasured` says why there is no
+    figure, where one reason holds for all.
     """
 
     size_before: int
@@ -28,12 +29,15 @@ class Figures:
     cosine: float | None = None
     agreement: float | None = None
     speedup: float | None = None
+    unmeasured: str = ""
 
     @classmethod
-    def of(cls, before: int, after: int, found: Verification | None) -> Figures:
-        """The figures of two models of so many bytes and what a verification found."""
+    def of(cls, before: int, after: int, found: Verification | None, why: str = "") -> Figures:
+        """The figures of two models of so many bytes and what a verification found; `why` there is
+        none.
+        """
         if found is None:
-            return cls(before, after)
+            return cls(before, after, unmeasured=why)
         cosine = found.worst.cosine if found.worst else None
         return cls(before, after, cosine, found.agreement, found.speedup)
 
@@ -54,10 +58,11 @@ class Gates:
         if none is.
         """
         found, bounds, words = asdict(figures), asdict(self), []
+        absent = f"was not measured{figures.unmeasured and f' ({figures.unmeasured})'}"
         for name in ("cosine", "agreement", "speedup"):
             figure, bound = found[name], bounds[f"min_{name}"]
             if bound is not None and not (figure is not None and figure >= bound):
-                value = "was not measured" if figure is None else f"{figure:.6g} is less"
+                value = absent if figure is None else f"{figure:.6g} is less"
                 words.append(f"{name} {value} (--min-{name} {bound:g})")
         before, after = figures.size_before, figures.size_after
         if self.max_size and after > size_limit(self.max_size, before):

@@ -23,6 +23,7 @@ from calib import CalibError
 from calib.affine import Array
 from calib.session import open_session
 from converter.errors import ModelError, QConvertError, UsageError
+from converter.job import Watch
 
 T = TypeVar("T")
 
@@ -34,7 +35,9 @@ DEFAULT_OPSET = 13
 # Where a model keeps the types of outputs that onnx_ir cannot hold, serialized, and the default
 # values of inputs, both by name, and what the ONNX checker has against a model that runs.
 MAPS, DEFAULTS, UNCHECKED = "types of maps", "defaults of inputs", "what the checker says"
-# What it says of operators that only the runtime knows, in the version that the model imports.
+# Operators whose outputs onnx_ir cannot hold.
+MAKERS_OF_MAPS = {"ZipMap", "CastMap"}
+# What the checker says of operators that only the runtime knows, in the version that is imported.
 ONLY_RUNTIME = re.compile("No Op registered for|is deprecated in domain_version")
 
 
@@ -227,7 +230,7 @@ def _check_or_repair(model: ir.Model, path: Path) -> None:
                 check(file)
             _complete_outputs(model, path)
             return
-        if not ONLY_RUNTIME.search(str(error)) or not loads(path):
+        if not ONLY_RUNTIME.search(str(error)) or refusal(path, optimize=False):
             raise error
         model.graph.meta[UNCHECKED] = str(error)
 
@@ -319,13 +322,29 @@ def check(path: Path, name: str = "The converted model") -> None:
         raise ModelError(msg) from error
 
 
-def loads(path: Path) -> bool:
-    """Whether ONNX Runtime takes the file, unoptimized."""
+def refusal(path: Path, optimize: bool = True) -> str | None:
+    """Why ONNX Runtime does not load a file, None if it does."""
     try:
-        open_session(path, optimize=False)
-    except CalibError:
-        return False
-    return True
+        open_session(path, optimize=optimize)
+    except CalibError as error:
+        return str(error)
+    return None
+
+
+def accepting(float_model: Path, watch: Watch) -> Callable[[Path], None]:
+    """A look at a file before it is kept: raises ModelError where ONNX Runtime refuses it but not
+    the float model, warns where it refuses both.
+    """
+
+    def look(path: Path) -> None:
+        if (reason := refusal(path)) is None:
+            return
+        if refusal(float_model) is None:
+            msg = f"The converted model is not written, as it would not load: {reason}"
+            raise ModelError(msg)
+        watch.warn(f"Neither the float model nor the converted one can be tried: {reason}")
+
+    return look
 
 
 @contextlib.contextmanager

@@ -3,18 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, replace
-from functools import partial
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
 
 from calib import CalibError
-from calib.session import open_session
 from converter import dynamic_quant, full_quant, half_precision, transform, weight_quant
 from converter import model as models
+from converter.behind import Behind
 from converter.compare import TensorError, largest_difference
 from converter.data import resources_of
 from converter.emit.half import store_constants_as_half
@@ -23,7 +20,7 @@ from converter.errors import ModelError, QConvertError
 from converter.findings import Findings, Verification
 from converter.gates import Figures
 from converter.job import Job, Watch
-from converter.model import constant, first_line
+from converter.model import accepting, constant
 from converter.ops import computes_on_integers
 from converter.placement import check_skips
 from converter.plan import QuantPlan
@@ -50,7 +47,7 @@ RAISED_TOLERANCE = 1e-4
 @dataclass(frozen=True)
 class Outcome:
     """What a conversion did: the decisions, the sizes in bytes and the tensors' errors, worst
-    first.
+    first; `unverified` says why there is no verification.
     """
 
     plan: QuantPlan
@@ -58,11 +55,12 @@ class Outcome:
     size_after: int
     errors: tuple[TensorError, ...]
     verification: Verification | None = None
+    unverified: str = ""
 
     @property
     def figures(self) -> Figures:
         """What quality gates look at."""
-        return Figures.of(self.size_before, self.size_after, self.verification)
+        return Figures.of(self.size_before, self.size_after, self.verification, self.unverified)
 
 
 def convert(job: Job, watch: Watch | None = None) -> Outcome:
@@ -72,6 +70,7 @@ def convert(job: Job, watch: Watch | None = None) -> Outcome:
     """
     watch = watch or Watch()
     model = read(job, watch)
+    before = models.file_bytes(job.model)
     try:
         result = MODES[job.mode].quantize(model, job, watch)
         forget_inferred(result.model)
@@ -81,12 +80,10 @@ def convert(job: Job, watch: Watch | None = None) -> Outcome:
         result.finish()
         result.model.metadata_props.update(provenance(job, result.data))
         _check_numbers(model, result.model)
-        models.save(result.model, job.output, partial(_check_loads, job.model, watch))
+        models.save(result.model, job.output, accepting(job.model, watch))
     except CalibError as error:
         raise QConvertError(str(error)) from error
-    _tell_of_integers(result, watch)
-    _tell_of_nothing(job, result, watch)
-    return _measured(job, unfinished, watch)
+    return _measured(job, unfinished, (before, models.file_bytes(job.output)), watch)
 
 
 def _store_as_half(model: ir.Model, watch: Watch) -> None:
@@ -116,57 +113,29 @@ def _not_finite(model: ir.Model) -> Iterator[str]:
                 yield name
 
 
-def _check_loads(float_model: Path, watch: Watch, path: Path) -> None:
-    """Raises ModelError where ONNX Runtime refuses the file at `path` but not the float model."""
-    if (refusal := _refusal(path)) is None:
-        return
-    if _refusal(float_model) is None:
-        msg = f"The converted model is not written, as it would not load: {refusal}"
-        raise ModelError(msg)
-    watch.warn(f"Neither the float model nor the converted one can be tried: {refusal}")
-
-
-def _refusal(path: Path) -> str | None:
-    """Why ONNX Runtime does not load a model, None if it does."""
-    try:
-        open_session(path)
-    except CalibError as error:
-        return str(error)
-    return None
-
-
-def _measured(job: Job, result: Quantized, watch: Watch) -> Outcome:
+def _measured(job: Job, result: Quantized, sizes: tuple[int, int], watch: Watch) -> Outcome:
     """What is found out about a conversion whose file is written."""
-    resources = resources_of(job)
-    labels = job.config.preprocess.label_file
-    errors: tuple[TensorError, ...] = ()
-    verification = None
+    kept = f"Interrupted; {job.output} is written, but what comes behind it is not done."
+    behind, resources = Behind(watch, not len(result.data), kept), resources_of(job)
+    behind.attempt("It is not said what was changed", lambda: _tell(job, result, sizes, watch))
+    labels, verification, errors = job.config.preprocess.label_file, None, None
     if job.verify:
-        with _after_all("The result is not verified", result, watch):
-            errors = tensor_errors(result, resources)
-            verification = verify(result, labels, resources, watch)
-    sizes = models.file_bytes(job.model), models.file_bytes(job.output)
-    outcome = Outcome(result.plan, *sizes, errors, verification)
+        verification = behind.attempt(
+            "The result is not verified", lambda: verify(result, labels, resources, watch)
+        )
+    why = behind.reason if job.verify else "--verify=off"
+    if verification:
+        errors = behind.attempt(
+            "The tensors inside are not compared", lambda: tensor_errors(result, resources)
+        )
     if folder := job.config.common.debug_info_save_path:
         facts = {**_facts(job, result), **provenance(job, result.data)}
         known = Findings(facts, sizes, verification)
-        with _after_all("There are no reports", result, watch):
-            write_reports(folder, job.output.name, result, known, resources, watch)
-    return outcome
-
-
-@contextmanager
-def _after_all(what: str, result: Quantized, watch: Watch) -> Iterator[None]:
-    """A step behind the written file: its failure becomes a warning that says `what` is missing."""
-    try:
-        yield
-    except Exception as error:
-        expected = isinstance(error, CalibError | QConvertError | OSError)
-        reason = str(error) if expected else f"{type(error).__name__}: {first_line(error)}"
-        hint = (
-            "" if len(result.data) else ", as the model does not run on random samples; give data"
+        behind.attempt(
+            "There are no reports",
+            lambda: write_reports(folder, job.output.name, result, known, resources, watch),
         )
-        watch.warn(f"{what}{hint}: {reason}")
+    return Outcome(result.plan, *sizes, errors or (), verification, why)
 
 
 def _facts(job: Job, result: Quantized) -> dict[str, str]:
@@ -177,6 +146,12 @@ def _facts(job: Job, result: Quantized) -> dict[str, str]:
         "Calibration": f"{len(result.data)} samples" if len(result.data) else "no data",
         "Quantized": f"{sum(node.quantized for node in nodes)} of {len(nodes)} nodes",
     }
+
+
+def _tell(job: Job, result: Quantized, sizes: tuple[int, int], watch: Watch) -> None:
+    _tell_of_integers(result, watch)
+    if job.mode in QUANTIZING:
+        _tell_of_nothing(result, sizes, watch)
 
 
 def _tell_of_integers(result: Quantized, watch: Watch) -> None:
@@ -196,14 +171,12 @@ def _tell_of_integers(result: Quantized, watch: Watch) -> None:
         )
 
 
-def _tell_of_nothing(job: Job, result: Quantized, watch: Watch) -> None:
+def _tell_of_nothing(result: Quantized, sizes: tuple[int, int], watch: Watch) -> None:
     """Warns of a conversion that changes nothing, or makes the file no smaller."""
-    if job.mode not in QUANTIZING:
-        return
+    before, after = sizes
     if not any(node.quantized for node in result.plan.nodes.values()):
         watch.warn("No node could be quantized: the output is the float model in another form.")
         return
-    before, after = models.file_bytes(job.model), models.file_bytes(job.output)
     if after >= before:
         watch.warn(
             f"The result is no smaller than the float model ({after} bytes, {before} before): its "

@@ -12,20 +12,21 @@ import onnx_ir as ir
 from calib.affine import IntFormat
 from calib.samples import Dataset
 from converter.algorithms.bit_search import Search
-from converter.algorithms.stored_weights import Fitter, Options
+from converter.algorithms.stored_weights import WIDEST, Fitter, Options
 from converter.cache import fingerprint_of
 from converter.config.keys import WeightQuantParam
 from converter.data import open_data, resources_of, synthetic_data
-from converter.emit.dequantize import DequantizeWriter, type_of
+from converter.emit.dequantize import NEWEST_OPSET, TYPES, DequantizeWriter, type_for, type_of
 from converter.emit.planes import PlaneWriter, stored_bytes
 from converter.emit.stored import emit_stored
+from converter.errors import ModelError
 from converter.job import Job, Watch
 from converter.journal import Journal
-from converter.model import bias_add, constant, save
+from converter.model import accepting, bias_add, constant, known, refusal, save, saved
 from converter.ops import unusable, weights_of
 from converter.placement import Wishes, skipped
 from converter.plan import NodePlan, QuantPlan, WeightPlan
-from converter.prepare.opset import raise_opset
+from converter.prepare.opset import opset_of, raise_opset
 from converter.quantized import Quantized, Tradeoff
 
 # The width in a plan whose widths are not found yet.
@@ -64,12 +65,13 @@ def quantize(model: ir.Model, job: Job, watch: Watch) -> Quantized:
     options = Options(
         given and wanted.quant_strategy != "MAX_MIN", wanted.bias_correction, wanted.on_the_fly
     )
+    newest = _newest_opset(model, job, watch) if wanted.on_the_fly else None
     fitter = Fitter(model, data, resources, options, watch)
     plan, pareto = make_plan(model, job), tuple[Tradeoff, ...]()
     if job.config.common.bit_num:
         plan = fitter.fitted(plan)
     else:
-        plan, pareto = _searched(fitter, plan, job)
+        plan, pareto = _searched(fitter, plan, job, newest)
     widths = Counter(weight.qparams.format.bits for weight in plan.stored.values())
     watch.tell(
         "Bits of weights: "
@@ -79,27 +81,77 @@ def quantize(model: ir.Model, job: Job, watch: Watch) -> Quantized:
         measured = "" if found.measured is None else f", {found.measured:.2g} measured"
         size = f"{found.ratio:.2f} times smaller weights, {found.bits:.2f} bits each"
         watch.tell(f"Could be had: {size}: loss of {found.expected:.2g} expected{measured}.")
-    quantized = _emitted(model, plan, wanted.on_the_fly)
+    quantized = _emitted(model, plan, newest)
     return Quantized(model, quantized, plan, data if given else Dataset((), (), ()), pareto=pareto)
 
 
-def _emitted(model: ir.Model, plan: QuantPlan, on_the_fly: bool) -> ir.Model:
+def _newest_opset(model: ir.Model, job: Job, watch: Watch) -> int:
+    """The newest opset that integers in memory may ask for: ONNX Runtime may lack an operator of
+    the model in newer ones than its own.
+
+    Raises ModelError where there is no type for the integers then.
+    """
+    bits, blocks = job.config.common.bit_num, job.config.weight_quant.block_size is not None
+    narrow, wide = bits or 1, bits or WIDEST
+    wanted = known(type_for(narrow, blocks, NEWEST_OPSET))[1]
+    newest, reason = _loadable(model, wanted)
+    if newest == wanted:
+        return newest
+    said = f"At opset {wanted} the model does not load: {reason}"
+    found = type_for(narrow, blocks, newest)
+    if found is None or type_for(wide, blocks, newest) is None:
+        where = job.config.at("weight_quant_param", "dequant_strategy")
+        msg = f"{where}: these integers need a type of a newer opset; write ON_LOAD. {said}"
+        raise ModelError(msg)
+    watch.warn(f"Weights of fewer than {found[0].bitwidth} bits are stored in as many. {said}")
+    return newest
+
+
+def _loadable(model: ir.Model, wanted: int) -> tuple[int, str]:
+    """The newest opset up to `wanted` at which ONNX Runtime loads the model, and why no newer."""
+    own, why = opset_of(model), ""
+    newer = {opset for _, _, opset in TYPES if own < opset <= wanted}
+    for opset in sorted(newer, reverse=True):
+        if (refused := _refusal_at(model, opset)) is None:
+            return opset, why
+        why = why or refused
+    # A model that the runtime never loads tells nothing.
+    return (own, why) if newer and _refusal_at(model, own) is None else (wanted, "")
+
+
+def _refusal_at(model: ir.Model, opset: int) -> str | None:
+    """Why ONNX Runtime does not load the model at an opset, None if it does."""
+    try:
+        with saved(raise_opset(model.clone(), opset)) as path:
+            return refusal(path)
+    except ModelError as error:
+        return str(error)
+
+
+def _emitted(model: ir.Model, plan: QuantPlan, newest: int | None) -> ir.Model:
+    """`newest` is the newest opset that integers in memory may ask for, None for weights that are
+    unpacked when the model is loaded.
+    """
     quantized = model.clone()
-    if on_the_fly:
-        quantized = raise_opset(
-            quantized, max((type_of(weight)[1] for weight in plan.stored.values()), default=0)
-        )
-    emit_stored(quantized, plan, (DequantizeWriter if on_the_fly else PlaneWriter)(quantized))
+    if newest is None:
+        emit_stored(quantized, plan, PlaneWriter(quantized))
+        return quantized
+    types = [type_of(weight, newest) for weight in plan.stored.values()]
+    quantized = raise_opset(quantized, max((opset for _, opset in types), default=0))
+    emit_stored(quantized, plan, DequantizeWriter(quantized, newest))
     return quantized
 
 
-def _searched(fitter: Fitter, plan: QuantPlan, job: Job) -> tuple[QuantPlan, tuple[Tradeoff, ...]]:
+def _searched(
+    fitter: Fitter, plan: QuantPlan, job: Job, newest: int | None
+) -> tuple[QuantPlan, tuple[Tradeoff, ...]]:
     """The plan with widths found; until then, the best so far is the job's output, and a journal
     lies beside it.
     """
 
     def keep(found: QuantPlan) -> None:
-        save(_emitted(fitter.model, found, job.config.weight_quant.on_the_fly), job.output)
+        best = _emitted(fitter.model, found, newest)
+        save(best, job.output, accepting(job.model, Watch()))
 
     config = job.config
     told = (

@@ -117,6 +117,8 @@ class Search:
 
     def mixed(self) -> tuple[QuantPlan, tuple[Tradeoff, ...]]:
         """The plan with the widths found, and what else could be had."""
+        if not self.plan.units():
+            return self.plan, ()
         if self.wanted.search == "SENSITIVITY":
             return self._by_sensitivity()
         if self.wanted.auto_tune:

@@ -136,8 +136,9 @@ def main(arguments: list[str] | None = None) -> None:
         _fail(str(error), error.exit_code)
     except click.ClickException as error:
         _fail(f"{error.format_message().rstrip('.')}; run qconvert --help for the flags.", 2)
-    except (click.Abort, KeyboardInterrupt):
-        _fail("Interrupted; nothing was written.", 130)
+    except (click.Abort, KeyboardInterrupt) as error:
+        # Click takes an interrupt for its own, and keeps what it says as the cause.
+        _fail(str(error.__cause__ or error) or "Interrupted; nothing was written.", 130)
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         _fail(

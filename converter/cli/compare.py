@@ -46,7 +46,7 @@ def compare_command(
     found = compare(job, Terminal(False, flags["verbose"]))
     for line in comparison_lines(found):
         show(line)
-    if report:
+    if report and found.nodes:
         click.echo(f"Reports in {report}")
     if missed := gates_of(flags).missed(Figures.of(*found.sizes, found.verification)):
         msg = f"{other} misses a quality gate: {missed}."

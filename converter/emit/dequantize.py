@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from calib.affine import Array, QParams
-from converter.model import Names, add_constant
+from converter.model import Names, add_constant, known
 from converter.plan import QuantizedWeight
 
 # Bits up to which a type serves, the type, and the opset that DequantizeLinear takes it from.
@@ -22,25 +22,35 @@ TYPES = (
 )
 # Parameters a block came with the same opset as the 4-bit types.
 BLOCK_OPSET = 21
+NEWEST_OPSET = max(opset for _, _, opset in TYPES)
 
 
-def type_of(weight: QuantizedWeight) -> tuple[ir.DataType, int]:
-    """The narrowest type that holds the codes of `weight`, and the opset it needs."""
-    found = next((kind, opset) for bits, kind, opset in TYPES if weight.qparams.format.bits <= bits)
-    return found[0], max(found[1], BLOCK_OPSET if weight.qparams.scale.ndim > 1 else 0)
+def type_for(bits: int, blocks: bool, newest: int) -> tuple[ir.DataType, int] | None:
+    """The narrowest type for codes of so many bits, and the opset it needs, `newest` at most; None
+    if there is no such type.
+    """
+    least = BLOCK_OPSET if blocks else 0
+    fitting = ((kind, max(opset, least)) for wide, kind, opset in TYPES if bits <= wide)
+    return next((found for found in fitting if found[1] <= newest), None)
+
+
+def type_of(weight: QuantizedWeight, newest: int = NEWEST_OPSET) -> tuple[ir.DataType, int]:
+    """The type for the codes of `weight` and the opset it needs, where there is one."""
+    q = weight.qparams
+    return known(type_for(q.format.bits, q.scale.ndim > 1, newest))
 
 
 class DequantizeWriter:
     """Writes weights with integer zero points into the graphs of one model."""
 
-    def __init__(self, model: ir.Model) -> None:
-        self.names = Names(model)
+    def __init__(self, model: ir.Model, newest: int = NEWEST_OPSET) -> None:
+        self.names, self.newest = Names(model), newest
 
     def __call__(self, graph: ir.Graph, name: str, weight: QuantizedWeight) -> ir.Value:
         """The value of the weight `name` as floats, restored from its codes by a node at the start
         of `graph`.
         """
-        q, (kind, _) = weight.qparams, type_of(weight)
+        q, (kind, _) = weight.qparams, type_of(weight, self.newest)
         arrays = (weight.codes, q.scale, q.zero_point.astype(weight.codes.dtype))
         inputs = [
             add_constant(

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from converter.model import drop_unread
+from converter.model import MAKERS_OF_MAPS, drop_unread
 from converter.prepare.drop_identities import drop_identities
 from converter.prepare.fold_affine import fold_affine
 from converter.prepare.fold_constants import fold_constants
@@ -22,8 +22,7 @@ from converter.prepare.tie import tie
 from converter.prepare.types import complete_types
 from converter.prepare.widen import widen
 
-# What onnx_ir cannot hold the output of, and what gives other numbers every time.
-MAKERS_OF_MAPS = {"ZipMap", "CastMap"}
+# What gives other numbers every time.
 RANDOM = {
     "Bernoulli",
     "Multinomial",

@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 
 from converter.errors import ModelError
-from converter.model import Names, add_constant, constant, first_line, graph_of
+from converter.model import MAKERS_OF_MAPS, Names, add_constant, constant, first_line, graph_of
 
 # Per-channel QuantizeLinear/DequantizeLinear, the youngest operators that are written, came with
 # opset 13.
@@ -65,24 +65,28 @@ def _converted(model: ir.Model, least: int) -> ir.Model:
         names = Names(copy)
         for node in [n for n in copy.graph.all_nodes() if not n.domain and n.op_type in SCALERS]:
             _as_resize(node, names)
-    hidden = [node for node in copy.graph.all_nodes() if not node.domain and _is_foreign(node)]
-    for node in hidden:
-        node.domain = HIDDEN
-    copy.graph.opset_imports[HIDDEN] = 1
+    for node in [node for node in copy.graph.all_nodes() if _is_foreign(node)]:
+        node.domain = f"{HIDDEN}{node.domain}"
+        copy.graph.opset_imports[node.domain] = 1
     tensors = _without_weights(copy)
     proto = onnx.version_converter.convert_version(ir.to_proto(copy), least)
     raised: ir.Model = ir.from_proto(proto)
     _with_weights(raised, tensors)
     for node in raised.graph.all_nodes():
-        node.domain = "" if node.domain == HIDDEN else node.domain
-    del raised.graph.opset_imports[HIDDEN]
+        node.domain = node.domain.removeprefix(HIDDEN)
+    for domain in [name for name in raised.graph.opset_imports if name.startswith(HIDDEN)]:
+        del raised.graph.opset_imports[domain]
     raised.ir_version = max(raised.ir_version, model.ir_version)
     raised.graph.meta.update(model.graph.meta)
     return raised
 
 
 def _is_foreign(node: ir.Node) -> bool:
-    """Whether ONNX knows no such operator, or the node is in its newest form already."""
+    """Whether ONNX knows no such standard operator, the node is in its newest form already, or
+    makes a map.
+    """
+    if node.domain:
+        return node.op_type in MAKERS_OF_MAPS
     return node.op_type in SCALERS or not onnx.defs.has(node.op_type)
 
 
