@@ -24,7 +24,7 @@ LAYERS = (
     {"data", "quantized", "pairs", "journal"},
     {
         *("algorithms", "exact", "calibrate", "cache", "layerwise", "compare", "findings"),
-        *("sensitivity", "checks", "edges", "trained", "verify"),
+        *("sensitivity", "checks", "edges", "trained", "verify", "behind"),
     },
     {"full_quant", "weight_quant", "dynamic_quant", "transform", "half_precision"},
     {
