@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import onnxruntime as ort
 
@@ -25,6 +25,9 @@ Result = TypeVar("Result")
 SLICE = 16
 # What ONNX Runtime says of itself in front of its messages.
 NOISE = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : |Load model from \S+ failed:")
+# What it says where an output cannot be handed out, and the types that this is so for.
+UNKNOWN_TO_NUMPY = "No corresponding Numpy type"
+LACKING = re.compile(r"tensor\((bfloat16|u?int[24]|float4\w*)\)")
 CPU_PROVIDERS = ("CPUExecutionProvider",)
 
 
@@ -58,15 +61,28 @@ def open_session(
 
 
 def run(session: ort.InferenceSession, outputs: Sequence[str], sample: Sample) -> dict[str, Array]:
-    """The named outputs for one sample; CalibError if the model fails on it."""
+    """The named outputs for one sample; CalibError if the model fails on it.
+
+    There is None in place of tensors of types that NumPy lacks (bfloat16, 4 bits).
+    """
     if not outputs:
         return {}  # to ONNX Runtime no names mean all
     try:
         return dict(zip(outputs, session.run(list(outputs), dict(sample)), strict=True))
     except Exception as error:
+        lacking = _lacking(session) if UNKNOWN_TO_NUMPY in str(error) else set()
+        if lacking.intersection(outputs):
+            held = [name for name in outputs if name not in lacking]
+            absent: dict[str, Any] = dict.fromkeys(outputs)
+            return absent | run(session, held, sample)
         shapes = ", ".join(f"{name} {list(x.shape)} {x.dtype}" for name, x in sample.items())
         msg = f"The model fails on a sample with {shapes}: {_first_line(error)}."
         raise CalibError(msg) from error
+
+
+def _lacking(session: ort.InferenceSession) -> set[str]:
+    """The outputs of types that NumPy lacks."""
+    return {output.name for output in session.get_outputs() if LACKING.fullmatch(output.type)}
 
 
 def over_samples(count: int, step: Callable[[int], Result], threads: int) -> Iterator[Result]:

@@ -26,7 +26,9 @@ TIMED_SECONDS, LEAST_SECONDS = 0.1, 1e-3
 # xx, yy, xy and that of the difference with itself over values that are finite in both, and the
 # counts of a TensorError.
 Tally = tuple[float, ...]
-NOTHING, APART = (0.0,) * 8, (0.0,) * 7 + (1.0,)
+NOTHING, APART = (0.0,) * 9, (0.0,) * 8 + (1.0,)
+# Of larger numbers, which float64 alone holds, there are no fourth powers: they are made smaller.
+LARGEST = 1e75
 
 
 @dataclass(frozen=True)
@@ -34,9 +36,10 @@ class TensorError:
     """How a quantized tensor differs from the float one over all samples compared.
 
     `compared` is the number of values and `lost` that of those among them which only one of the two
-    has as a finite number, or which are other infinities. `left_out` is the number of values that
-    are NaN in the float model, or the same infinity in both, and `apart` that of samples in which
-    the two have other shapes. Texts count as numbers do, 1 for the text and 0 for all others.
+    has as a finite number, or which are other infinities. `infinite` is the number of values that
+    are the same infinity in both, `undefined` that of those that are NaN in the float model, and
+    `apart` that of samples in which the two have other shapes. Texts count as numbers do, 1 for the
+    text and 0 for all others.
     """
 
     name: str
@@ -44,8 +47,14 @@ class TensorError:
     sqnr_db: float
     compared: int = 1
     lost: int = 0
-    left_out: int = 0
+    infinite: int = 0
+    undefined: int = 0
     apart: int = 0
+
+    @property
+    def left_out(self) -> int:
+        """How many values are not finite, and not lost."""
+        return self.infinite + self.undefined
 
 
 def compare(
@@ -114,16 +123,21 @@ def side_by_side(x: object, y: object) -> list[tuple[Array, Array]] | None:
 def _tally_of(x: Array, y: Array) -> Tally:
     if not _is_numeric(x):
         same, size = int(np.count_nonzero(x == y)), x.size
-        return size, size, same, 2 * (size - same), size, 0, 0, 0
+        return size, size, same, 2 * (size - same), size, 0, 0, 0, 0
     both = np.isfinite(x) & np.isfinite(y)
-    lost, left_out = 0, x.size - int(np.count_nonzero(both))
-    if left_out:
-        lost = int(np.count_nonzero(~(both | np.isnan(x) | (x == y))))
+    lost = infinite = undefined = 0
+    if not both.all():
+        undefined = int(np.count_nonzero(np.isnan(x)))
+        infinite = int(np.count_nonzero(~both & (x == y)))
+        lost = x.size - int(np.count_nonzero(both)) - undefined - infinite
         x, y = x[both], y[both]
+    if x.dtype == np.float64:
+        largest = max(np.abs(each).max(initial=0) for each in (x, y))
+        x, y = (x / largest, y / largest) if largest > LARGEST else (x, y)
     difference = np.subtract(x, y, dtype=np.float64)
     pairs = (x, x), (y, y), (x, y)
     xx, yy, xy = (float(np.einsum("i,i->", *each, dtype=np.float64)) for each in pairs)
-    counts = x.size + lost, lost, left_out - lost, 0
+    counts = x.size + lost, lost, infinite, undefined, 0
     return xx, yy, xy, float(difference @ difference), *counts
 
 
@@ -134,14 +148,15 @@ def _is_numeric(x: Array) -> bool:
 def error_of(name: str, total: Iterable[float]) -> TensorError:
     """The error that a tally, summed over samples, tells of.
 
-    A value that was lost counts as one of average size in whose place there is something unrelated.
+    A value that was lost counts as one of average size in whose place there is something unrelated,
+    and the same infinity as two equal values.
     """
     xx, yy, xy, noise, *counts = map(float, total)
-    compared, lost = counts[:2]
+    compared, lost, infinite = counts[:3]
     norms = np.sqrt(xx * yy) if xx else 0.0
     cosine = xy / norms if norms > 0 else float(xx == yy)
     if lost:
-        cosine *= (compared - lost) / compared
+        cosine *= 1 - lost / (compared + infinite)
         noise += lost * xx / (compared - lost) if xx else np.inf
     # Noise where there should be nothing is the worst there is.
     ratio = xx / noise if noise else np.inf

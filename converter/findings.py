@@ -57,6 +57,8 @@ class Verification:
     def left_out(self) -> Iterator[str]:
         """What could not be compared, in words."""
         for error in self.outputs:
+            if not (error.compared or error.apart or error.left_out):
+                yield f"output '{error.name}' holds nothing that can be compared"
             if error.apart:
                 yield (
                     f"{error.apart} of {self.samples} samples of output '{error.name}' have "

@@ -241,8 +241,8 @@ def output_drop(
         if any(error.apart for error in errors):
             return 1.0  # no sample keeps its shape
         msg = (
-            "No output of the model holds a finite value for any sample, so that nothing tells "
-            "what is lost; give other data, or leave max_drop and min_cosine out."
+            "No output of the model can be compared, as none holds a finite number or a text for "
+            "any sample; give other data, or leave max_drop and min_cosine out."
         )
         raise DataError(msg)
     with runnable(model) as reference, runnable(quantized) as other:

@@ -150,6 +150,20 @@ def test_a_value_that_only_one_model_has_is_an_average_one_lost(x, y):
     assert error.sqnr_db == 0
 
 
+def test_numbers_without_squares_are_compared():
+    x, y = np.array([3e300, 4e300]), np.array([3e300, 9e300])
+    error = error_of("y", tally(x, y))
+    assert error.cosine == pytest.approx((9 + 36) / (5 * math.sqrt(90)))
+    assert error.sqnr_db == pytest.approx(0)
+
+
+def test_the_same_infinities_are_as_good_as_equal_values():
+    x, y = np.array([np.inf, -np.inf, 3, np.inf]), np.array([np.inf, -np.inf, 3, -np.inf])
+    error = error_of("y", tally(x, y))
+    assert (error.compared, error.lost, error.infinite) == (2, 1, 2)
+    assert error.cosine == 3 / 4
+
+
 def test_all_values_lost_are_the_worst_there_is():
     for x in ([1.0, 2.0], [0.0, 0.0]):
         error = error_of("y", tally(np.array(x), np.full(2, np.nan)))

@@ -19,7 +19,7 @@ from converter.prepare.names import name_nodes
 from converter.prepare.normal_gemm import normal_gemm
 from converter.prepare.share import share_constants, share_shapes
 from converter.prepare.tie import tie
-from converter.prepare.types import complete_types
+from converter.prepare.types import complete_types, sequences_untyped
 from converter.prepare.widen import widen
 
 # What gives other numbers every time.
@@ -48,7 +48,7 @@ def prepare(model: ir.Model) -> ir.Model:
     make_plain(model)
     widen(model)
     with _dimensions_of_their_own(model):
-        with _hidden(model, MAKERS_OF_MAPS):
+        with _hidden(model, MAKERS_OF_MAPS), sequences_untyped(model):
             common.ShapeInferencePass()(model)  # helps what follows, never required
         share_shapes(model)
         # Indices and axes, so that the next pass finds more.
