@@ -14,6 +14,7 @@ from running import Ear, InMemory, job, resources
 from calib.affine import Array
 from calib.images import ImageOptions
 from calib.samples import Dataset, InputSpec, open_dataset
+from converter.compare import TensorError
 from converter.config import load_config
 from converter.exact import saturating
 from converter.findings import Verification
@@ -21,7 +22,7 @@ from converter.pipeline import convert
 from converter.plan import QuantPlan
 from converter.quantized import Quantized
 from converter.report.text import verification_lines
-from converter.verify import _difference, verify
+from converter.verify import _difference, _warn, verify
 
 ROWS = "g (float[1,3] x) => (float[1,3] y) { y = Add (x, k) }"
 
@@ -115,6 +116,19 @@ def test_a_loss_is_warned_of():
         line.startswith("Output 'y' is only 0.") and "debug_info_save_path" in line
         for line in ear.warned
     )
+
+
+@pytest.mark.parametrize(
+    ("fused", "plain", "warns"),
+    [(140, np.inf, False), (140, 150, False), (90, np.inf, True), (20, 24, True)],
+)
+def test_last_bits_are_no_disagreement(fused, plain, warns):
+    errors = [(TensorError("y", 1.0, fused), TensorError("y", 1.0, plain))]
+    same = build(ROWS, k=np.zeros((1, 3), np.float32))
+    data = Split(SCORES, [])
+    found = checked([0, 0, 0], data)
+    _warn(found, errors, Quantized(same, same, QuantPlan({}, {}), data), ear := Ear())
+    assert any("integer kernels disagree" in line for line in ear.warned) == warns
 
 
 def test_differences_of_integers_do_not_wrap():
