@@ -129,12 +129,13 @@ def _measured(job: Job, result: Quantized, sizes: tuple[int, int], watch: Watch)
             "The tensors inside are not compared", lambda: tensor_errors(result, resources)
         )
     if folder := job.config.common.debug_info_save_path:
-        facts = {**_facts(job, result), **provenance(job, result.data)}
-        known = Findings(facts, sizes, verification)
-        behind.attempt(
-            "There are no reports",
-            lambda: write_reports(folder, job.output.name, result, known, resources, watch),
-        )
+
+        def report() -> Findings:
+            facts = {**_facts(job, result), **provenance(job, result.data)}
+            known = Findings(facts, sizes, verification)
+            return write_reports(folder, job.output.name, result, known, resources, watch)
+
+        behind.attempt("There are no reports", report)
     return Outcome(result.plan, *sizes, errors or (), verification, why)
 
 
