@@ -194,19 +194,21 @@ def largest_difference(model: ir.Model, other: ir.Model) -> float:
     both unoptimized.
 
     Dynamic dimensions are 1. Raises CalibError or ModelError where a model does not run on such a
-    sample.
+    sample, or gives nothing that can be compared.
     """
     with saved(model) as left, saved(other) as right:
         sessions = [open_session(path, optimize=False) for path in (left, right)]
     names = [value.name or "" for value in model.graph.outputs]
-    sample = synthetic_data(model, 1).sample(0)
-    before, after = (run(session, names, sample) for session in sessions)
-    errors = [error_of(name, tally(before[name], after[name])) for name in names]
-    extents = [extent(before[name], after[name]) for name in names]
-    if not any(error.compared or error.apart for error in errors):
-        msg = "the outputs hold no finite value for random input."
-        raise ModelError(msg)
-    return max((difference / (largest or 1) for largest, difference in extents), default=0.0)
+    given = synthetic_data(model, 1).sample(0)
+    # Roots and logarithms may want positive numbers.
+    for sample in (given, {name: abs(x) for name, x in given.items()}):
+        before, after = (run(session, names, sample) for session in sessions)
+        errors = [error_of(name, tally(before[name], after[name])) for name in names]
+        if any(error.compared or error.apart for error in errors):
+            extents = [extent(before[name], after[name]) for name in names]
+            return max(difference / (largest or 1) for largest, difference in extents)
+    msg = "the outputs hold no finite value for random input."
+    raise ModelError(msg)
 
 
 def extent(x: object, y: object) -> tuple[float, float]:

@@ -368,3 +368,13 @@ def test_without_any_finite_number_an_opset_is_unchecked(qconvert: Command) -> N
         "Opset 11 converted to 13, unchecked: the outputs hold no finite value for random input."
         in result.err
     )
+
+
+def test_what_wants_positive_numbers_is_checked_on_some(qconvert: Command) -> None:
+    # The least of 64 numbers between -1 and 1 has no logarithm, that of their magnitudes has.
+    graph = """g (float[N,64] x) => (float[N,64] y) {
+        a = ReduceMin <axes = [1]> (x)  b = Log (a)  y = MatMul (b, w) }"""
+    model = written(graph, 11, w=normal(1, 64))
+    result = qconvert.convert(configured(data=False), Path("q.onnx"), model, "--verbose")
+    assert result.code == 0, result.err
+    assert "Opset 11 converted to 13; the outputs differ by 0.0e+00" in result.err
