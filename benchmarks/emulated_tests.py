@@ -1,27 +1,26 @@
 #!/usr/bin/env python3
 """The tests that compute, on a processor that this machine is not: they are to pass on every one.
 
-    python benchmarks/emulated_tests.py [--cpu Haswell] [--each 4] [--jobs 2] [TEST ...]
+    python benchmarks/emulated_tests.py [--cpu Haswell] [--each 3] [--jobs 2] [TEST ...]
 
 Needs `qemu-x86_64` (Debian: qemu-user), which is some 30 times slower. Of the parameters of a test
 `--each` are taken, spread evenly (0: all); named tests (a file, or tests/test_x.py::name) replace
-the files that compute. Processes that tests start are emulated as well. Prints what passed and how
-long it took, file by file, and exits with 1 if anything fails.
+the files that compute. Processes that tests start are emulated as well. Prints what fails and, file
+by file, what passed and how long it took; exits with 1 if anything fails.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
+import re
 import shutil
 import subprocess
 import sys
 import tempfile
 from collections import Counter, defaultdict
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from xml.etree import ElementTree
 
 import pytest
 
@@ -47,35 +46,76 @@ import emulated_tests
 emulated_tests.inside(int(sys.argv.pop(1)), sys.argv[1:])
 """
 EMULATED = '#!/bin/sh\nexec "{emulator}" -cpu "{cpu}" "{python}" {script} "$@"\n'
+# Hypothesis tries few examples, and pytest's own words give way to those of Summary.
+FLAGS = ("--hypothesis-profile=few", "-pno:terminal", "-pno:cacheprovider", "-oaddopts=")
 
 
-class Spread:
-    """Keeps so many of each test's parameters, the first and the last among them."""
+class Summary:
+    """Takes so many of each test's parameters, the first and the last among them, and says how
+    those of each file fared.
+    """
 
     def __init__(self, each: int) -> None:
-        self._each = each
+        self._each, self._file = each, ""
+        self._outcomes: Counter[str] = Counter()
+        self._seconds = 0.0
 
     def pytest_collection_modifyitems(self, items: list[pytest.Item]) -> None:
         """Called by pytest with all tests."""
         functions: dict[str, list[pytest.Item]] = defaultdict(list)
         for item in items:
             functions[item.nodeid.partition("[")[0]].append(item)
-        for found in functions.values():
-            last = len(found) - 1
-            steps = max(1, min(self._each, len(found)) - 1)
-            kept = {round(step * last / steps) for step in range(steps + 1)}
-            for index, item in enumerate(found):
-                if self._each and index not in kept:
-                    items.remove(item)
+        items[:] = [item for found in functions.values() for item in self._taken(found)]
+
+    def _taken(self, found: list[pytest.Item]) -> list[pytest.Item]:
+        quick = [item for item in found if not item.get_closest_marker("slow")]
+        if not self._each or len(quick) <= self._each:
+            return quick
+        step = (len(quick) - 1) / max(1, self._each - 1)
+        return [quick[round(number * step)] for number in range(self._each)]
+
+    def pytest_runtest_logreport(self, report: pytest.TestReport) -> None:
+        """Called by pytest with what came of each part of a test."""
+        file = report.nodeid.partition("::")[0]
+        if file != self._file:
+            self.pytest_sessionfinish()
+            self._file = file
+        self._seconds += report.duration
+        if report.when == "call" or report.outcome != "passed":
+            self._outcomes[report.outcome] += 1
+        if report.failed:
+            crash = getattr(report.longrepr, "reprcrash", None)
+            said = " ".join(str(crash.message if crash else report.longrepr).split())
+            print(f"FAILED {report.nodeid}: {said:.400}", flush=True)
+
+    def pytest_sessionfinish(self) -> None:
+        """Called by pytest behind the last test, and here behind each file: says how it fared."""
+        if self._outcomes:
+            fared = ", ".join(f"{count} {what}" for what, count in sorted(self._outcomes.items()))
+            print(f"{self._file}: {fared}, {self._seconds:.0f} s", flush=True)
+        self._outcomes.clear()
+        self._seconds = 0.0
 
 
 def inside(each: int, arguments: Sequence[str]) -> None:
-    """What the emulated process does."""
-    sys.exit(pytest.main(list(arguments), plugins=[Spread(each)]))
+    """What an emulated process does."""
+    sys.exit(pytest.main([*FLAGS, *arguments], plugins=[Summary(each)]))
+
+
+def named(cpu: str, emulator: str) -> str:
+    """The processor without the features that the emulator lacks, so that it does not warn."""
+    tried = subprocess.run(
+        [emulator, "-cpu", cpu, sys.executable, "-c", ""],
+        stderr=subprocess.PIPE,
+        text=True,
+        check=True,
+    )
+    lacking = re.findall(r"requested feature: \S+\.(\S+) \[bit", tried.stderr)
+    return ",".join([cpu, *(f"-{feature}" for feature in lacking)])
 
 
 def programs(folder: Path, emulator: str, cpu: str) -> Path:
-    """Python and the installed command in `folder`, emulated; Python's path."""
+    """Makes Python and the installed command in `folder`, emulated; Python's path."""
     command = Path(sys.executable).with_name("qconvert")
     for name, script in (("python", ""), ("qconvert", f'"{command}"')):
         text = EMULATED.format(emulator=emulator, cpu=cpu, python=sys.executable, script=script)
@@ -84,22 +124,11 @@ def programs(folder: Path, emulator: str, cpu: str) -> Path:
     return folder / "python"
 
 
-def run(python: Path, tests: Sequence[str], each: int, report: Path) -> ElementTree.Element:
-    """Runs tests in one emulated process; the suite of its report."""
-    flags = ["-q", "-p", "no:cacheprovider", "--hypothesis-profile=few", f"--junitxml={report}"]
-    command = [python, "-c", INSIDE, python, Path(__file__).parent, each, *flags, *tests]
-    done = subprocess.run(
-        list(map(str, command)),
-        cwd=TESTS.parent,
-        env={**os.environ, "OPENBLAS_NUM_THREADS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.STDOUT,
-        text=True,
-        check=False,
-    )
-    if not report.exists():
-        sys.exit(f"Nothing came of {' '.join(tests)}:\n{done.stdout[-3000:]}")
-    return ElementTree.parse(report).getroot()
+def start(python: Path, tests: Sequence[str], each: int) -> subprocess.Popen[bytes]:
+    """Starts an emulated process that runs tests."""
+    command = [python, "-c", INSIDE, python, Path(__file__).parent, each, *tests]
+    environment = {**os.environ, "OPENBLAS_NUM_THREADS": "1"}
+    return subprocess.Popen(list(map(str, command)), cwd=TESTS.parent, env=environment)
 
 
 def main() -> None:
@@ -109,7 +138,7 @@ def main() -> None:
     )
     parser.add_argument("tests", nargs="*")
     parser.add_argument("--cpu", default="Haswell", help="See qemu-x86_64 -cpu help.")
-    parser.add_argument("--each", type=int, default=4)
+    parser.add_argument("--each", type=int, default=3)
     parser.add_argument("--jobs", type=int, default=os.cpu_count())
     args = parser.parse_args()
     emulator = shutil.which("qemu-x86_64")
@@ -117,30 +146,12 @@ def main() -> None:
         sys.exit("qemu-x86_64 is not installed (Debian: apt-get install qemu-user).")
     files = sorted(path for path in TESTS.glob("test_*.py"))
     tests = args.tests or [str(f) for f in files if f.stem[5:] not in NO_ARITHMETIC]
-    failed = 0
-    with tempfile.TemporaryDirectory() as name, ThreadPoolExecutor(args.jobs) as pool:
-        python = programs(Path(name), emulator, args.cpu)
-        reports = [Path(name) / f"{number}.xml" for number in range(len(tests))]
-        runs = [
-            pool.submit(run, python, [test], args.each, report)
-            for test, report in zip(tests, reports, strict=True)
-        ]
-        for test, future in zip(tests, runs, strict=True):
-            cases = list(future.result().iter("testcase"))
-            kinds = Counter(child.tag for case in cases for child in case)
-            bad = [case for case in cases if {child.tag for child in case} & {"failure", "error"}]
-            failed += len(bad)
-            seconds = sum(float(case.get("time", 0)) for case in cases)
-            print(
-                f"{Path(test).name:32s} {len(cases) - sum(kinds.values()):4d} passed "
-                f"{len(bad):3d} failed {kinds['skipped']:3d} skipped {seconds:6.0f} s",
-                flush=True,
-            )
-            for case in bad:
-                said = " ".join(case[0].get("message", "").split())
-                print(f"    {case.get('name')}: {said[:300]}")
-    print(f"{args.cpu}: {f'{failed} failed' if failed else 'all passed'}.")
-    sys.exit(bool(failed))
+    with tempfile.TemporaryDirectory() as name:
+        python = programs(Path(name), emulator, named(args.cpu, emulator))
+        shares = [tests[job :: args.jobs] for job in range(min(args.jobs, len(tests)))]
+        codes = [process.wait() for process in [start(python, s, args.each) for s in shares]]
+    print(f"{args.cpu}: {'something failed' if any(codes) else 'all passed'}.")
+    sys.exit(any(codes))
 
 
 if __name__ == "__main__":
