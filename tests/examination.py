@@ -30,7 +30,6 @@ class Examination:
     where ranges come from calibration).
     """
 
-    units: int
     error: float
     simulated: float
     optimized: float
@@ -79,7 +78,6 @@ def examine(
         noise_to_signal(wanted, [run(model, sample) for sample in samples]) for model in noisy
     ]
     return Examination(
-        units=len(quantized.plan.units()),
         error=noise_to_signal(wanted, found),
         simulated=noise_to_signal(planned, found),
         optimized=noise_to_signal(found, fused),

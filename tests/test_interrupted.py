@@ -17,7 +17,7 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 from command_line import MODEL, Command
-from hostile_models import external, plain
+from hostile_models import external, plain, written
 from running import write_config
 from stoppable import Ended, Stop, convert
 
@@ -31,8 +31,9 @@ ORDERLY = (signal.SIGINT, signal.SIGTERM)
 class Place:
     """A folder with an old output, and one for temporary files."""
 
-    def __init__(self, folder: Path, above: int = ONE_FILE) -> None:
-        self.out, self.temp, self.above = folder / "out", folder / "temp", above
+    def __init__(self, folder: Path, model: Path = MODEL, above: int = ONE_FILE) -> None:
+        self.model, self.above = model, above
+        self.out, self.temp = folder / "out", folder / "temp"
         self.out.mkdir()
         self.temp.mkdir()
         self.output = self.out / "q.onnx"
@@ -44,7 +45,11 @@ class Place:
             self.configs / f"{bits}.cfg",
             common_quant={"quant_type": "WEIGHT_QUANT", "thread_num": 1, "bit_num": bits},
         )
-        flags = [f"--modelFile={MODEL}", f"--configFile={config}", f"--outputFile={self.output}"]
+        flags = [
+            f"--modelFile={self.model}",
+            f"--configFile={config}",
+            f"--outputFile={self.output}",
+        ]
         return convert(flags, self.temp, self.above, stop, file_size)
 
     def files(self) -> dict[str, bytes]:
@@ -74,7 +79,7 @@ def _is_whole(place: Place, *wholes: dict[str, bytes]) -> bool:
 
 @pytest.mark.parametrize("above", [ONE_FILE, TWO_FILES], ids=["one file", "two files"])
 def test_signals_at_any_moment(tmp_path: Path, above: int) -> None:
-    place = Place(tmp_path, above)
+    place = Place(tmp_path, written(tmp_path, plain()), above)
     undisturbed = place.convert(3)
     assert (undisturbed.code, undisturbed.said) == (0, "")
     new, saved = place.files(), undisturbed.saved

@@ -68,6 +68,12 @@ def test_ci_runs_the_commands_of_the_readme() -> None:
     assert sorted(found) == sorted([line] for line in COMMANDS)
 
 
+def test_ci_runs_the_tests_that_the_readme_leaves_out() -> None:
+    options = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["pytest"]["ini_options"]
+    assert "-m 'not slow'" in options["addopts"]
+    assert re.search(r'^run ".*pytest .* -m slow"$', (ROOT / ".ci" / "run").read_text(), re.M)
+
+
 def test_every_line_of_the_summary_is_explained(printed: list[str]) -> None:
     table = README.partition("| Line |")[2].partition("\n\n")[0]
     beginnings = re.findall(r"^\| `(.+?)` \|", table, re.MULTILINE)
