@@ -22,7 +22,7 @@ from converter.algorithms.matrices import View, view_of
 from converter.calibrate import channel_mean, tensor_bytes
 from converter.emit.integer_edges import feed_integers, hand_out_integers
 from converter.emit.qdq import emit
-from converter.exact import exact
+from converter.exact import exact_here
 from converter.job import Resources
 from converter.model import constant, serialized, submodel, values_read
 from converter.ops import OPS
@@ -207,7 +207,7 @@ class Walk:
             )
         model = self._product(unit, weight, plan)
         output = model.graph.outputs[0].name or ""
-        session = open_session(serialized(exact(model)))
+        session = open_session(serialized(exact_here(model)))
 
         def work(index: int) -> Array:
             return channel_mean(
@@ -265,7 +265,7 @@ class Walk:
             feed_integers(model.graph, name)
         for name in sorted(self._codes.intersection(step.writes)):
             hand_out_integers(model.graph, name)
-        return serialized(exact(model))
+        return serialized(exact_here(model))
 
 
 def _mean(means: Sequence[Array]) -> Array:

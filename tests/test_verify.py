@@ -156,10 +156,12 @@ def test_pairs_of_columns(codes, saturates):
     assert products(codes, "Conv") == (["product"] if saturates else [])
 
 
+def test_signed_data_saturates_as_runtimes_make_it_unsigned():
+    assert products([65, 64, 1, 1], "Conv", zero=np.int8) == ["product"]
+
+
 def test_depthwise_convolutions_and_other_types_do_not_saturate():
     assert products([127, 127, 127, 127], "Conv <group = 4>") == []
-    # Kernels make signed activations unsigned first.
-    assert products([127, 127, 127, 127], "Conv", zero=np.int8) == ["product"]
     assert products([255, 255, 255, 255], "Conv", kind=np.uint8) == []
 
 
