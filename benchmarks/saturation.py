@@ -3,14 +3,16 @@
 files and of the same conversions.
 
     python benchmarks/saturation.py run [MODEL ...] [--pictures 4]
-    python benchmarks/saturation.py convert [MODEL ...] [--targets CPU,ARM] [--cpus Haswell]
+    python benchmarks/saturation.py convert [MODEL ...] [--kinds CPU,ARM] [--cpus Haswell]
 
 Needs `qemu-x86_64` (Debian: qemu-user) and a CPU with VNNI, which is exact. `run` converts with
 overflow_safe true and false and prints the largest difference of the outputs between this CPU and
-one with AVX2 but without VNNI, relative to the largest output. `convert` converts on all of them
-and prints how many files are the same to the byte and, of those that are not, the share of weight
-codes that differ, the largest relative difference of a scale, and the signal to noise ratio of one
-file's outputs to the other's.
+one with AVX2 but without VNNI, relative to the largest output.
+
+`convert` converts for every target (other kinds are WEIGHT_QUANT and DYNAMIC_QUANT) here and on
+other processors. It prints how many files are the same to the byte and, of the others, the largest
+share of weight codes that differ, the largest relative difference of a scale, and how much above
+their difference the outputs of two files are.
 """
 
 from __future__ import annotations
@@ -46,13 +48,18 @@ CONVERT = """
 import sys, pathlib
 from converter import convert
 for config in sorted(pathlib.Path(sys.argv[1]).glob("*.cfg")):
-    model = config.with_name(config.stem.split("@")[0] + ".onnx")
-    convert(model, config, pathlib.Path(sys.argv[2]) / f"{config.stem}.onnx", verify=False)
-    print(config.stem, flush=True)
+    output = pathlib.Path(sys.argv[2]) / f"{config.stem}.onnx"
+    convert(config.with_name("model.onnx"), config, output, verify=False)
 """
 # With AVX2, without it, and one whose AVX-512 the emulator leaves out.
 CPUS = ("Haswell", "Nehalem", "Cascadelake-Server")
 DIGITS = Path(__file__).resolve().parents[1] / "examples" / "digits"
+# What is converted to: FULL_QUANT for each target, and the other modes.
+KINDS = {
+    **{x: f"quant_type=FULL_QUANT\n[full_quant_param]\ntarget_device={x}" for x in TARGETS},
+    "WEIGHT_QUANT": "quant_type=WEIGHT_QUANT\nbit_num=4\nmin_quant_weight_channel=0",
+    "DYNAMIC_QUANT": "quant_type=DYNAMIC_QUANT",
+}
 # BLAS chooses its kernels by processor; their threads only cost time here.
 SINGLE = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1"}
 
@@ -102,7 +109,7 @@ def main() -> None:
     parser.add_argument("what", choices=("run", "convert"))
     parser.add_argument("models", nargs="*")
     parser.add_argument("--pictures", type=int, default=4)
-    parser.add_argument("--targets", default=",".join(TARGETS))
+    parser.add_argument("--kinds", default=",".join(TARGETS))
     parser.add_argument("--cpus", default=",".join(CPUS))
     args = parser.parse_args()
     if shutil.which("qemu-x86_64") is None:
@@ -112,7 +119,7 @@ def main() -> None:
             run_here_and_there(Path(name), args.models or list(CLASSIFIERS), args.pictures)
         else:
             models, cpus = args.models or list(SMALL), args.cpus.split(",")
-            convert_everywhere(Path(name), models, args.targets.split(","), cpus)
+            convert_everywhere(Path(name), models, args.kinds.split(","), cpus)
 
 
 def emulated(cpu: str, code: str, *arguments: Path) -> None:
@@ -147,37 +154,36 @@ def run_here_and_there(folder: Path, models: Sequence[str], pictures: int) -> No
 
 
 def convert_everywhere(
-    folder: Path, models: Sequence[str], targets: Sequence[str], cpus: Sequence[str]
+    folder: Path, models: Sequence[str], kinds: Sequence[str], cpus: Sequence[str]
 ) -> None:
-    """Prints a row for each model and processor, over all targets."""
-    for model in models:
-        _write_jobs(folder, model, targets)
-    here = folder / "here"
-    here.mkdir()
-    measure([sys.executable, "-c", CONVERT, str(folder), str(here)], SINGLE)
+    """Prints a row for each model and processor, over all kinds."""
     print(f"{'':24s} {'':20s} same bytes   codes      scales     outputs")
-    for cpu in cpus:
-        there = folder / cpu
-        there.mkdir()
-        emulated(cpu, CONVERT, folder, there)
-        for model in models:
-            x = np.load(folder / f"{model}.npy")[:4]
-            pairs = [(here / f"{model}@{t}.onnx", there / f"{model}@{t}.onnx") for t in targets]
-            print(f"{model:24s} {cpu:20s} {_difference(pairs, SMALL[model].input, x)}", flush=True)
+    for model in models:
+        jobs, here = folder / model, folder / model / "here"
+        here.mkdir(parents=True)
+        samples = _write_jobs(jobs, SMALL[model], kinds)
+        measure([sys.executable, "-c", CONVERT, str(jobs), str(here)], SINGLE)
+        for cpu in cpus:
+            there = jobs / cpu
+            there.mkdir()
+            emulated(cpu, CONVERT, jobs, there)
+            pairs = [(here / f"{kind}.onnx", there / f"{kind}.onnx") for kind in kinds]
+            found = _difference(pairs, SMALL[model].input, samples[:4])
+            print(f"{model:24s} {cpu:20s} {found}", flush=True)
 
 
-def _write_jobs(folder: Path, model: str, targets: Sequence[str]) -> None:
-    small = SMALL[model]
+def _write_jobs(folder: Path, small: Small, kinds: Sequence[str]) -> np.ndarray:
+    """Model, data and a config for each kind; returns the samples."""
     samples = small.samples()
-    np.save(folder / f"{model}.npy", samples)
-    shutil.copy(small.path, folder / f"{model}.onnx")
-    for target in targets:
-        (folder / f"{model}@{target}.cfg").write_text(
-            "[common_quant_param]\nquant_type=FULL_QUANT\n"
-            f"[full_quant_param]\ntarget_device={target}\n"
-            f"[data_preprocess_param]\ncalibrate_path={small.input}:{model}.npy\n"
+    np.save(folder / "x.npy", samples)
+    shutil.copy(small.path, folder / "model.onnx")
+    for kind in kinds:
+        (folder / f"{kind}.cfg").write_text(
+            f"[common_quant_param]\nthread_num=1\n{KINDS[kind]}\n"
+            f"[data_preprocess_param]\ncalibrate_path={small.input}:x.npy\n"
             f"input_type=NPY\ncalibrate_size={len(samples)}\n"
         )
+    return samples
 
 
 def _difference(pairs: Sequence[tuple[Path, Path]], name: str, samples: np.ndarray) -> str:

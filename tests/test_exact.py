@@ -7,10 +7,12 @@ from collections.abc import Mapping
 import numpy as np
 import onnx_ir as ir
 import pytest
-from graphs import build, run
+from graphs import build, normal, run
+from running import job
 
 from calib.affine import Array
 from converter.exact import exact, saturates, saturates_here, saturating
+from converter.pipeline import convert
 
 RNG = np.random.default_rng(0)
 
@@ -286,3 +288,22 @@ def test_signed_operands_on_both_sides_stay_as_they_are():
     graph = "(int8[3,8] x) => (int32[3,4] y) { y = MatMulInteger (x, w) }"
     model = built(graph, {"w": W})
     assert exact(model) is model
+
+
+# --- in a conversion
+
+
+@pytest.mark.parametrize("target", ["ARM", "DSP", "NVGPU"])
+def test_conversions_are_the_same_where_kernels_saturate(tmp_path, monkeypatch, target):
+    graph = """g (float[1,4,8,8] x) => (float[1,4,8,8] y) {
+        c = Conv <pads = [1,1,1,1]> (x, w)  r = Relu (c)  y = Conv <pads = [1,1,1,1]> (r, v)
+    }"""
+    model = build(graph, w=normal(4, 4, 3, 3), v=normal(4, 4, 3, 3, seed=1))
+    task = job(tmp_path, model, {"x": normal(6, 4, 8, 8)}, target_device=target)
+    found = []
+    for saturating_here in (False, True):
+        if saturating_here:  # else as this processor is
+            monkeypatch.setattr("converter.exact.saturates_here", lambda: True)
+        verification = convert(task).verification
+        found.append((task.output.read_bytes(), verification and verification.outputs))
+    assert found[0] == found[1]
