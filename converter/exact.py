@@ -90,15 +90,20 @@ def exact(model: ir.Model) -> ir.Model:
     return copy
 
 
+def exact_here(model: ir.Model) -> ir.Model:
+    """What computes here what `model` does on exact kernels: itself, if this processor has such."""
+    return exact(model) if saturates_here() else model
+
+
 def runnable(model: ir.Model, taps: Iterable[str] = ()) -> AbstractContextManager[Path]:
-    """A temporary file that computes what `model` does, exactly on this processor too."""
-    return saved(exact(model), taps)
+    """A temporary file of `model` that is exact on this processor."""
+    return saved(exact_here(model), taps)
 
 
 @contextmanager
 def both_files(model: ir.Model) -> Iterator[tuple[Path, Path]]:
-    """Temporary files of `model` as it is and exact, one where that is the same."""
-    other = exact(model)
+    """Temporary files of `model` as it is and exact here, one where that is the same."""
+    other = exact_here(model)
     with saved(model) as file:
         if other is model:
             yield file, file

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
+from onnxruntime import InferenceSession
 
 from calib.affine import Array, quantize
 from calib.samples import Dataset
@@ -22,7 +23,7 @@ from converter.algorithms.matrices import View, view_of
 from converter.calibrate import channel_mean, tensor_bytes
 from converter.emit.integer_edges import feed_integers, hand_out_integers
 from converter.emit.qdq import emit
-from converter.exact import exact
+from converter.exact import exact_here
 from converter.job import Resources
 from converter.model import constant, serialized, submodel, values_read
 from converter.ops import OPS
@@ -220,7 +221,7 @@ class Walk:
             )
         model = self._product(unit, weight, plan)
         output = model.graph.outputs[0].name or ""
-        session = open_session(serialized(exact(model)))
+        session = open_session(serialized(exact_here(model)), optimize=False)
 
         def work(index: int) -> Array:
             return channel_mean(
@@ -252,7 +253,7 @@ class Walk:
     def advance(self, position: int, plan: QuantPlan) -> None:
         """Runs step number `position` as `plan` says and forgets what no later step reads."""
         step = self.steps[position]
-        session = open_session(self._step_model(step, plan)) if step.writes else None
+        session = self._session(step, plan) if step.writes else None
 
         def work(index: int) -> None:
             stored = self._store[index]
@@ -271,14 +272,15 @@ class Walk:
         for _ in over_samples(self.count, work, self.threads):
             pass
 
-    def _step_model(self, step: Step, plan: QuantPlan) -> bytes:
+    def _session(self, step: Step, plan: QuantPlan) -> InferenceSession:
         model = submodel(self.model, step.reads, step.writes)
         self._write(model, plan.part([plan.nodes[name] for name in step.nodes], step.reads))
         for name in sorted(self._codes.intersection(step.reads)):
             feed_integers(model.graph, name)
         for name in sorted(self._codes.intersection(step.writes)):
             hand_out_integers(model.graph, name)
-        return serialized(exact(model))
+        # Integers need the runtime's fused kernels; of floats those differ between processors.
+        return open_session(serialized(exact_here(model)), optimize=bool(self._codes))
 
 
 def _mean(means: Sequence[Array]) -> Array:
@@ -303,8 +305,13 @@ def second_moments(drawn: Array, threads: int) -> Array:
     """
     # Always the same parts, so that the sum does not depend on the number of workers.
     parts = np.array_split(drawn, PARTS, axis=1)
-    sums = over_samples(PARTS, lambda i: np.matmul(parts[i].transpose(0, 2, 1), parts[i]), threads)
-    return np.asarray(np.sum(list(sums), axis=0, dtype=np.float64) / drawn.shape[1])
+
+    def moments(index: int) -> Array:
+        # In float64 the order in which a processor sums costs no digit that decides.
+        x = parts[index].astype(np.float64)
+        return np.asarray(np.matmul(x.transpose(0, 2, 1), x))
+
+    return np.asarray(np.sum(list(over_samples(PARTS, moments, threads)), axis=0) / drawn.shape[1])
 
 
 def product_of_mean(view: View, weight: Array, mean: Array) -> Array:

@@ -16,7 +16,7 @@ from calib.session import open_session, over_samples, run
 from converter.compare import TensorError, compare, error_of, extent, speedup, tally, worst_of
 from converter.data import synthetic_data
 from converter.errors import DataError
-from converter.exact import both_files, saturates_here, saturating
+from converter.exact import both_files, saturating
 from converter.findings import Here, Verification
 from converter.job import Resources, Watch
 from converter.model import nodes_in, weight_bytes
@@ -81,7 +81,7 @@ def _verified(
         _, plain = _outputs(
             exact_other, data, PLAIN_SAMPLES if len(before) > 1 else 0, resources, optimize=False
         )
-        differs = exact_other != other and saturates_here()
+        differs = exact_other != other
         here = _outputs(other, data, len(before), resources)[1] if differs else after
         ratio = None if big else speedup(reference, other, data.sample(0))
         executed = [] if big else _executed(other)

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import onnxruntime
 import pytest
+from graphs import exactly
 from PIL import Image
 
 from converter.cli import main
@@ -76,7 +77,9 @@ def outputs(model: Path, sample: Arrays, optimized: bool) -> list[np.ndarray]:
     options.graph_optimization_level = (
         levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
     )
-    session = onnxruntime.InferenceSession(model, options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(
+        exactly(model), options, providers=["CPUExecutionProvider"]
+    )
     return list(session.run(None, dict(sample)))
 
 

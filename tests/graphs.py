@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 import numpy as np
 import onnx
@@ -11,6 +12,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from calib.affine import Array
+from converter.exact import exact, saturates_here
 from converter.prepare import prepare
 
 ort.set_default_logger_severity(4)
@@ -55,6 +57,17 @@ def frozen(model: ir.Model) -> bytes:
     return bytes(ir.to_proto(model).SerializeToString())
 
 
+def exactly(model: ir.Model | bytes | Path) -> bytes | Path:
+    """The model, or what computes the same where this processor's kernels saturate."""
+    if not saturates_here():
+        return frozen(model) if isinstance(model, ir.Model) else model
+    if isinstance(model, Path):
+        model = ir.load(model)
+    elif isinstance(model, bytes):
+        model = ir.from_proto(onnx.ModelProto.FromString(model))
+    return frozen(exact(ir.external_data.load_to_model(model)))
+
+
 def run(
     model: ir.Model | bytes, feeds: Mapping[str, Array], optimize: bool = False
 ) -> dict[str, Array]:
@@ -63,8 +76,7 @@ def run(
     levels = ort.GraphOptimizationLevel
     options.graph_optimization_level = levels.ORT_ENABLE_ALL if optimize else levels.ORT_DISABLE_ALL
     options.intra_op_num_threads = 1
-    data = model if isinstance(model, bytes) else frozen(model)
-    session = ort.InferenceSession(data, options, providers=["CPUExecutionProvider"])
+    session = ort.InferenceSession(exactly(model), options, providers=["CPUExecutionProvider"])
     names = [output.name for output in session.get_outputs()]
     return dict(zip(names, session.run(names, dict(feeds)), strict=True))
 

@@ -14,6 +14,7 @@ import onnx
 import onnxruntime
 import pytest
 from command_line import Command, Result
+from graphs import exactly
 from hostile_models import BROKEN, ODD
 from running import write_config
 
@@ -103,7 +104,7 @@ def run(path: Path, feeds: Mapping[str, np.ndarray], optimized: bool) -> list[np
     options.graph_optimization_level = (
         levels.ORT_ENABLE_ALL if optimized else levels.ORT_DISABLE_ALL
     )
-    return list(onnxruntime.InferenceSession(path, options).run(None, dict(feeds)))
+    return list(onnxruntime.InferenceSession(exactly(path), options).run(None, dict(feeds)))
 
 
 def decibels(wanted: np.ndarray, found: np.ndarray) -> float:

@@ -12,6 +12,7 @@ import onnx.backend.test
 import onnxruntime
 import pytest
 from command_line import Command
+from graphs import exactly
 from running import write_config
 
 FOLDER = Path(onnx.backend.test.__file__).parent / "data" / "light"
@@ -28,7 +29,7 @@ def _runs(path: Path, feeds: dict[str, np.ndarray]) -> list[np.ndarray]:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = 1
-    return list(onnxruntime.InferenceSession(path, options).run(None, feeds))
+    return list(onnxruntime.InferenceSession(exactly(path), options).run(None, feeds))
 
 
 def test_there_are_light_models() -> None:

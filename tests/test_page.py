@@ -22,7 +22,7 @@ from hypothesis import strategies as st
 from plotly.offline import get_plotlyjs
 
 from converter.compare import TensorError
-from converter.findings import Findings, NodeFinding, TensorFinding, Verification
+from converter.findings import Findings, Here, NodeFinding, TensorFinding, Verification
 from converter.report.page import _tensor, page
 
 HOSTILE = "</script><script>document.title='taken'</script><b onclick=\"x\">&amp;'`$${1}"
@@ -134,6 +134,13 @@ def test_what_saturates_is_named_but_not_all_of_a_hundred() -> None:
     text = read(replace(FINDINGS, verification=found)).text
     assert "conv_0, conv_1, conv_2, conv_3, conv_4, conv_5, conv_6, conv_7 and 92 more" in text
     assert "12 calibration samples" in text
+
+
+def test_what_this_processor_computes_otherwise_is_told() -> None:
+    assert "On this processor" not in read(FINDINGS).text
+    found = replace(VERIFIED, here=Here(TensorError("probs", 0.875, 12.9), 0.5))
+    told = dict(pairwise(read(replace(FINDINGS, verification=found)).text.splitlines()))
+    assert told["On this processor"] == "cosine 0.875000, 12.9 dB, as its kernels saturate"
 
 
 def test_without_verification_there_is_still_a_page() -> None:

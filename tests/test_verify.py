@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
+import onnx_ir as ir
 import pytest
 from graphs import build, normal
 from running import Ear, InMemory, job, resources
@@ -18,6 +21,7 @@ from converter.compare import TensorError
 from converter.config import load_config
 from converter.exact import saturating
 from converter.findings import Verification
+from converter.model import saved
 from converter.pipeline import convert
 from converter.plan import QuantPlan
 from converter.quantized import Quantized
@@ -170,10 +174,12 @@ def test_pairs_of_columns(codes, saturates):
     assert products(codes, "Conv") == (["product"] if saturates else [])
 
 
+def test_signed_data_saturates_as_runtimes_make_it_unsigned():
+    assert products([65, 64, 1, 1], "Conv", zero=np.int8) == ["product"]
+
+
 def test_depthwise_convolutions_and_other_types_do_not_saturate():
     assert products([127, 127, 127, 127], "Conv <group = 4>") == []
-    # Kernels make signed activations unsigned first.
-    assert products([127, 127, 127, 127], "Conv", zero=np.int8) == ["product"]
     assert products([255, 255, 255, 255], "Conv", kind=np.uint8) == []
 
 
@@ -188,6 +194,47 @@ def test_a_conversion_says_when_it_saturates(tmp_path, safe):
     assert outcome.verification is not None
     assert outcome.verification.saturated == (("conv",) if safe == "false" else ())
     assert any("overflow 16-bit sums" in line for line in ear.warned) == (safe == "false")
+
+
+@pytest.mark.parametrize("target", ["ARM", "CPU_VNNI", "DSP", "NVGPU"])
+def test_targets_with_exact_kernels_are_not_warned_of(tmp_path, target):
+    graph = "g (float[1,4,5,5] x) => (float[1,4,5,5] y) { [conv] y = Conv (x, w) }"
+    model = build(graph, w=np.abs(normal(4, 4, 1, 1)) + 3)
+    task = job(tmp_path, model, {"x": np.abs(normal(4, 4, 5, 5))}, target_device=target)
+    outcome = convert(task, ear := Ear())
+    assert outcome.verification is not None
+    assert outcome.verification.saturated == ()
+    assert not any("overflow 16-bit sums" in line for line in ear.warned)
+
+
+@contextmanager
+def saturated_files(model: ir.Model) -> Iterator[tuple[Path, Path]]:
+    """As on a processor where the middle of the row is lost."""
+    with saved(model) as exact_file, saved(build(ROWS, k=np.float32([[0, -2, 0]]))) as here:
+        yield here, exact_file
+
+
+def test_what_this_processor_makes_of_the_file_is_a_line_of_its_own(monkeypatch):
+    monkeypatch.setattr("converter.verify.both_files", saturated_files)
+    found = checked([0, 0, 0], Split(SCORES, []))
+    assert found.outputs[0].sqnr_db == np.inf
+    assert found.agreement == 1
+    assert found.here is not None
+    x = np.concatenate(SCORES).astype(np.float64)
+    assert found.here.worst.sqnr_db == pytest.approx(10 * np.log10(np.sum(x * x) / (4 * 2**2)))
+    assert found.here.agreement == np.mean(x.argmax(1) == (x - [0, 2, 0]).argmax(1)) == 3 / 4
+    first, second = list(verification_lines(found))[:2]
+    assert first.startswith("Verified on 4 calibration samples: cosine 1.00000")
+    assert second.startswith(
+        "On this processor, whose 8-bit kernels saturate, the file gives other"
+    )
+    assert second.endswith(f"{found.here.worst.sqnr_db:.1f} dB, same answer on 75.0%.")
+
+
+def test_a_processor_that_agrees_is_not_mentioned():
+    found = checked([0, 1.5, 0], Split(SCORES, []))
+    assert found.here is None
+    assert not any("this processor" in line for line in verification_lines(found))
 
 
 # --- in a conversion

@@ -63,7 +63,7 @@ def verification_lines(found: Verification) -> Iterator[str]:
         yield f"Not compared: {left_out}."
     if found.here:
         yield (
-            "On this processor, whose 8-bit kernels saturate, its answers are others: "
+            "On this processor, whose 8-bit kernels saturate, the file gives other answers: "
             f"{', '.join(_closeness(found.here.worst, found.here.agreement))}."
         )
     if found.speedup is not None:
