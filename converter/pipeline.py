@@ -15,8 +15,9 @@ from calib import CalibError
 from calib.session import open_session
 from converter import dynamic_quant, full_quant, half_precision, transform, weight_quant
 from converter import model as models
-from converter.compare import TensorError, largest_difference
+from converter.compare import TensorError, independent_names, largest_difference
 from converter.data import resources_of
+from converter.dimensions import name_apart
 from converter.emit.half import store_constants_as_half
 from converter.emit.inferred import forget_inferred
 from converter.errors import ModelError, QConvertError
@@ -27,11 +28,12 @@ from converter.model import constant, first_line
 from converter.ops import computes_on_integers
 from converter.placement import check_skips
 from converter.plan import QuantPlan
-from converter.prepare import prepare
+from converter.prepare import make_plain, prepare
 from converter.prepare.inputs import check_shapes, set_input_shapes
 from converter.prepare.opset import opset_of, raise_opset
 from converter.provenance import provenance
 from converter.quantized import Quantized
+from converter.report.advice import listed
 from converter.report.findings import check_folder, write_reports
 from converter.verify import tensor_errors, verify
 
@@ -42,6 +44,7 @@ MODES = {
     "FLOAT32": transform,
     "FLOAT16": half_precision,
 }
+INTEGER_ACTIVATIONS = {"FULL_QUANT", "DYNAMIC_QUANT"}
 QUANTIZING = {"FULL_QUANT", "WEIGHT_QUANT", "DYNAMIC_QUANT"}
 # Float32 outputs may differ in their last bits after an opset conversion.
 RAISED_TOLERANCE = 1e-4
@@ -72,6 +75,8 @@ def convert(job: Job, watch: Watch | None = None) -> Outcome:
     """
     watch = watch or Watch()
     model = read(job, watch)
+    if job.mode in INTEGER_ACTIVATIONS:
+        _name_apart(model, watch)
     try:
         result = MODES[job.mode].quantize(model, job, watch)
         forget_inferred(result.model)
@@ -87,6 +92,15 @@ def convert(job: Job, watch: Watch | None = None) -> Outcome:
     _tell_of_integers(result, watch)
     _tell_of_nothing(job, result, watch)
     return _measured(job, unfinished, watch)
+
+
+def _name_apart(model: ir.Model, watch: Watch) -> None:
+    """Lets dimensions have names of their own where the model works whether they are equal or not,
+    as the quantized one has to.
+    """
+    for name in sorted(independent_names(model)):
+        name_apart(model, [name])
+        watch.say(f"Dimension '{name}' of several inputs need not be one size: named apart.")
 
 
 def _store_as_half(model: ir.Model, watch: Watch) -> None:
@@ -233,14 +247,32 @@ def read(job: Job, watch: Watch) -> ir.Model:
         watch.warn(warning)
     model = models.load(job.model, job.output)
     set_input_shapes(model, job.input_shapes)
+    _tell_of_inputs(model, job, watch)
+    nodes = _nodes(model)
+    make_plain(model)  # first, as ONNX's converter forgets functions
     raised = raise_opset(model)
     if raised is not model:
         _check_raised(model, raised, watch)
-    nodes = _nodes(model)
     prepared = prepare(raised)
     check_shapes(prepared)
     check_skips(job.config, nodes | _nodes(prepared))
     return prepared
+
+
+def _tell_of_inputs(model: ir.Model, job: Job, watch: Watch) -> None:
+    """Says what becomes of inputs that have a value where none is fed."""
+    constants = [value for value in model.graph.inputs if value.is_initializer()]
+    if constants and model.ir_version >= models.INITIALIZERS_ALONE:
+        watch.warn(
+            f"Every initializer ({len(constants)}) is listed as an input, as old exporters do: "
+            "they are taken as constants, and are no inputs of the result."
+        )
+    unfed = models.default_inputs(model).keys() - dict(job.config.preprocess.calibrate_path).keys()
+    if unfed and job.mode == "FULL_QUANT":
+        watch.tell(
+            f"Inputs with a default value stay: {listed(sorted(unfed))}. Ranges are found with the "
+            "default; name them in calibrate_path to calibrate with other values."
+        )
 
 
 def _nodes(model: ir.Model) -> set[tuple[str, str]]:

@@ -17,7 +17,16 @@ import onnx_ir as ir
 
 from converter.config import Config
 from converter.errors import ConfigError
-from converter.model import bias_add, constant, is_float, known, only_consumer, operand, values_read
+from converter.model import (
+    DEFAULTS,
+    bias_add,
+    constant,
+    is_float,
+    known,
+    only_consumer,
+    operand,
+    values_read,
+)
 from converter.ops import OPS, OpRule
 from converter.plan import NodePlan, QuantPlan, TensorPlan, WeightPlan
 from converter.targets import Target
@@ -72,8 +81,12 @@ class _Unit:
 
 def build_plan(graph: ir.Graph, target: Target, wishes: Wishes) -> QuantPlan:
     """The plan of a prepared float graph, without numbers."""
-    kept = {**_moved_into_bodies(graph), **_behind_dilated_pools(graph), **wishes.kept_float}
-    wishes = replace(wishes, kept_float=kept)
+    moved, pooled, open_ = (
+        _moved_into_bodies(graph),
+        _behind_dilated_pools(graph),
+        _reading_defaults(graph),
+    )
+    wishes = replace(wishes, kept_float={**moved, **pooled, **open_, **wishes.kept_float})
     units, reasons = _candidates(graph, target, wishes)
     if not target.all_pays:
         _drop(
@@ -155,6 +168,22 @@ def _behind_dilated_pools(graph: ir.Graph) -> dict[str, str]:
         if obstacle(pool):
             readers = (use.node for use in pool.outputs[0].uses())
             kept.update((node.name or "", f"it reads the dilated {pool.name}") for node in readers)
+    return kept
+
+
+def _reading_defaults(graph: ir.Graph) -> dict[str, str]:
+    """Nodes, with the reason, that read floats of an input with a default value, or what follows
+    from such inputs and constants alone: no range that data shows holds for what may be fed.
+    """
+    defaults = graph.meta.get(DEFAULTS, {})
+    origin = {value: value.name for value in graph.inputs if value.name in defaults}
+    kept: dict[str, str] = {}
+    for node in graph if origin else ():
+        read = [value for value in node.inputs if value in origin]
+        if any(is_float(value) for value in read):
+            kept[node.name or ""] = f"it reads '{origin[read[0]]}', an input with a default value"
+        if read and all(v in origin or v is None or constant(v) is not None for v in node.inputs):
+            origin.update(dict.fromkeys(node.outputs, origin[read[0]]))
     return kept
 
 

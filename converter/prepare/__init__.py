@@ -4,7 +4,7 @@ afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import contextmanager
 
 import onnx_ir as ir
@@ -86,18 +86,28 @@ def _hidden(model: ir.Model, op_types: Collection[str]) -> Iterator[None]:
 
 @contextmanager
 def _dimensions_of_their_own(model: ir.Model) -> Iterator[None]:
-    """While it lasts, no two inputs have a dimension of one name.
+    """While it lasts, no two dimensions of inputs have one name, and names stand for equal sizes.
 
-    A name stands for one size, but exporters write N on inputs that differ in fact.
+    A name should do so anyway, but exporters write N on dimensions that differ in fact, inside of
+    the model too.
     """
-    shapes = {value: value.shape for value in model.graph.inputs if value.shape is not None}
-    for number, (value, shape) in enumerate(shapes.items()):
-        value.shape = ir.Shape(
-            [d if isinstance(d, int) or d.value is None else f"{d.value}@{number}" for d in shape]
-        )
+    graphs = list(model.graphs())
+    edges = {v: v.shape for graph in graphs for v in (*graph.inputs, *graph.outputs)}
+    inside = (v for graph in graphs for node in graph for v in node.outputs)
+    for value in {**edges, **dict.fromkeys(inside)}:
+        value.shape = _with_names(value.shape, lambda axis: None)
+    for number, value in enumerate(model.graph.inputs):
+        value.shape = _with_names(value.shape, f"dimension{number}_{{}}".format)
     yield
-    for value, shape in shapes.items():
-        value.shape = shape
+    for value, shape in edges.items():
+        value.shape = shape or _with_names(value.shape, lambda axis: None)
+
+
+def _with_names(shape: ir.Shape | None, name: Callable[[int], str | None]) -> ir.Shape | None:
+    """The shape with other names of its open dimensions, by axis."""
+    if shape is None:
+        return None
+    return ir.Shape([d if isinstance(d, int) else name(axis) for axis, d in enumerate(shape)])
 
 
 def _lift_constants(model: ir.Model) -> None:
