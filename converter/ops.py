@@ -235,6 +235,27 @@ def is_normalized(value: ir.Value) -> bool:
     return False
 
 
+# What draws random numbers, anew at every run.
+RANDOM = {
+    "Bernoulli",
+    "Multinomial",
+    "RandomNormal",
+    "RandomNormalLike",
+    "RandomUniform",
+    "RandomUniformLike",
+}
+
+
+def draws(node: ir.Node) -> bool:
+    """Whether `node` draws random numbers: also a Dropout whose training_mode is true, or computed
+    at run time.
+    """
+    if node.domain or node.op_type != "Dropout":
+        return not node.domain and node.op_type in RANDOM
+    mode = operand(node, 2)
+    return len(node.inputs) > 2 and node.inputs[2] is not None and (mode is None or bool(mode))
+
+
 def computes_on_integers(node: ir.Node) -> bool:
     """Whether `node` is part of a model that is quantized already."""
     return re.fullmatch(r"QLinear\w+|\w*[Qq]uantizeLinear|\w+Integer", node.op_type) is not None

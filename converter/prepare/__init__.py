@@ -4,13 +4,14 @@ afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from converter.model import drop_unread
+from converter.ops import draws
 from converter.prepare.drop_identities import drop_identities
 from converter.prepare.fold_affine import fold_affine
 from converter.prepare.fold_constants import fold_constants
@@ -22,16 +23,8 @@ from converter.prepare.tie import tie
 from converter.prepare.types import complete_types
 from converter.prepare.widen import widen
 
-# What onnx_ir cannot hold the output of, and what gives other numbers every time.
+# What onnx_ir cannot hold the output of.
 MAKERS_OF_MAPS = {"ZipMap", "CastMap"}
-RANDOM = {
-    "Bernoulli",
-    "Multinomial",
-    "RandomNormal",
-    "RandomNormalLike",
-    "RandomUniform",
-    "RandomUniformLike",
-}
 
 
 def make_plain(model: ir.Model) -> None:
@@ -49,12 +42,12 @@ def prepare(model: ir.Model) -> ir.Model:
     make_plain(model)
     widen(model)
     with _dimensions_of_their_own(model):
-        with _hidden(model, MAKERS_OF_MAPS):
+        with _hidden(model, lambda node: node.op_type in MAKERS_OF_MAPS):
             common.ShapeInferencePass()(model)  # helps what follows, never required
         share_shapes(model)
         # Indices and axes, so that the next pass finds more.
         common.DeduplicateInitializersPass(size_limit=1)(model)
-        with _hidden(model, RANDOM):
+        with _hidden(model, lambda node: bool(node.domain) or draws(node)):
             common.CommonSubexpressionEliminationPass()(model)
             fold_constants(model)  # shapes computed from static inputs, scaled weights
     _lift_constants(model)  # what was folded
@@ -73,9 +66,9 @@ def prepare(model: ir.Model) -> ir.Model:
 
 
 @contextmanager
-def _hidden(model: ir.Model, op_types: Collection[str]) -> Iterator[None]:
-    """While it lasts, no pass knows the operators."""
-    nodes = [node for node in model.graph.all_nodes() if node.op_type in op_types]
+def _hidden(model: ir.Model, is_secret: Callable[[ir.Node], bool]) -> Iterator[None]:
+    """While it lasts, no pass knows the operators of these nodes, nor takes two for the same."""
+    nodes = [node for node in model.graph.all_nodes() if is_secret(node)]
     domains = [node.domain for node in nodes]
     for number, node in enumerate(nodes):
         node.domain = f"hidden.{number}"
