@@ -270,6 +270,18 @@ _TABLES: dict[str, dict[int, Callable[[ir.Node], int | None]]] = {
 }
 
 
+def may_have_weight(op_type: str) -> bool:
+    """Whether the operator multiplies with, or picks from, what may be a constant."""
+    return op_type in _TABLES or (op_type in OPS and OPS[op_type].weight is not None)
+
+
+def takes_weight(node: ir.Node, index: int) -> bool:
+    """Whether the operator has a weight at the input, if that is a constant."""
+    rule = OPS.get(node.op_type)
+    at = rule.weight if rule else None
+    return not node.domain and (at == index or index in _TABLES.get(node.op_type, {}))
+
+
 def weights_of(node: ir.Node) -> dict[int, int | None]:
     """The constant float32 weights of `node`, whatever it computes on: input index → axis of the
     channels.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -25,7 +26,7 @@ from converter.findings import Findings, Verification
 from converter.gates import Figures
 from converter.job import Job, Watch
 from converter.model import constant, first_line
-from converter.ops import computes_on_integers, draws
+from converter.ops import computes_on_integers, draws, may_have_weight
 from converter.placement import check_skips
 from converter.plan import QuantPlan
 from converter.prepare import make_plain, prepare
@@ -212,16 +213,22 @@ def _tell_of_integers(result: Quantized, watch: Watch) -> None:
 
 def _tell_of_nothing(job: Job, result: Quantized, watch: Watch) -> None:
     """Warns of a conversion that changes nothing, or makes the file no smaller."""
-    if job.mode not in QUANTIZING:
+    if job.mode == "FLOAT32":  # whose purpose is another
         return
-    if not any(node.quantized for node in result.plan.nodes.values()):
-        watch.warn("No node could be quantized: the output is the float model in another form.")
+    nodes = [node for node in result.plan.nodes.values() if not node.inside]
+    if job.mode in QUANTIZING and not any(node.quantized for node in nodes):
+        heavy = [node for node in nodes if may_have_weight(node.op_type)] or nodes
+        reasons = Counter(node.reason for node in heavy).most_common(1)
+        why = "".join(f", as {reason} ({count} of {len(nodes)})" for reason, count in reasons)
+        watch.warn(
+            f"No node could be quantized{why}: the output is the float model in another form."
+        )
         return
     before, after = models.file_bytes(job.model), models.file_bytes(job.output)
     if after >= before:
         watch.warn(
-            f"The result is no smaller than the float model ({after} bytes, {before} before): its "
-            "weights are few, and every quantized tensor takes a scale and a name."
+            f"The result is no smaller than the float model ({after} bytes, {before} before): "
+            "weights in fewer bits save less here than their scales and names take."
         )
 
 
