@@ -15,6 +15,7 @@ from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
 
+from calib.sources import as_item
 from converter.config import Config
 from converter.errors import ConfigError
 from converter.model import (
@@ -220,9 +221,11 @@ def check_skips(config: Config, nodes: Collection[tuple[str, str]]) -> None:
 
 def _unknown(config: Config, key: str, what: str, wish: str, there: list[str]) -> ConfigError:
     nearest = difflib.get_close_matches(wish, there, 1, cutoff=0.0)[0]
-    return ConfigError(
-        f"{config.at('common_quant_param', key)}: {what} in this model; the nearest is '{nearest}'."
-    )
+    # What no list can hold is written as a pattern.
+    item = as_item(nearest) or as_item("".join(c if c.isalnum() else "?" for c in nearest))
+    written = "" if item == nearest else f", written {item}"
+    where = config.at("common_quant_param", key)
+    return ConfigError(f"{where}: {what} in this model; the nearest is '{nearest}'{written}.")
 
 
 def _obstacle(node: ir.Node, target: Target, wishes: Wishes) -> str | None:
