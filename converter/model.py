@@ -72,8 +72,8 @@ def load(path: Path, output: Path | None = None) -> ir.Model:
         for tensor in _external_tensors(model, path):
             if output is not None:
                 _protect(Path(tensor.path), output)
-        _check_or_repair(_brought_in(model), path)
-        return model
+        _check_or_repair(model, path)
+        return _brought_in(model)
     except (QConvertError, MemoryError):
         raise
     except Exception as error:
@@ -178,18 +178,22 @@ def _external_tensors(model: ir.Model, path: Path) -> list[ir.ExternalTensor]:
                     f"{problem}."
                 )
                 raise ModelError(msg)
-            put(_in_real_file(tensor))
+            # onnx_ir follows no link out of the model's folder.
+            put(_in_file(tensor, Path(tensor.path).resolve(), tensor.offset))
             found.append(tensor)
     return found
 
 
 def _tensors(model: ir.Model) -> Iterator[tuple[ir.TensorProtocol | None, Put]]:
-    """Every tensor of initializers, defaults and attributes, also in subgraphs and functions, with
-    what puts another in its place.
-    """
+    """Every tensor that the model holds, with what puts another in its place."""
     defaults = model.graph.meta[DEFAULTS]
     for name in defaults:
         yield defaults[name], partial(defaults.__setitem__, name)
+    yield from _graph_tensors(model)
+
+
+def _graph_tensors(model: ir.Model) -> Iterator[tuple[ir.TensorProtocol | None, Put]]:
+    """Those of initializers and attributes, also in subgraphs and functions."""
     functions = model.functions.values()
     inner = (graph for function in functions for graph in function.subgraphs())
     for value in (v for g in (*model.graphs(), *inner) for v in g.initializers.values()):
@@ -213,11 +217,12 @@ def _home(tensor: ir.ExternalTensor, path: Path) -> Path:
     return folder if os.path.lexists(folder / tensor.location) else real
 
 
-def _in_real_file(tensor: ir.ExternalTensor) -> ir.ExternalTensor:
-    """The tensor without links on the way to it: onnx_ir follows none out of the model's folder."""
-    file, shape = Path(tensor.path).resolve(), ir.Shape(list(tensor.shape))
-    place = (file.name, tensor.offset, tensor.length, tensor.dtype)
-    return ir.ExternalTensor(*place, shape=shape, name=tensor.name, base_dir=file.parent)
+def _in_file(tensor: ir.ExternalTensor, file: Path, offset: int | None) -> ir.ExternalTensor:
+    """The tensor at another place."""
+    place, shape = (file.name, offset, tensor.length), ir.Shape(list(tensor.shape))
+    return ir.ExternalTensor(
+        *place, tensor.dtype, shape=shape, name=tensor.name, base_dir=file.parent
+    )
 
 
 def _brought_in(model: ir.Model) -> ir.Model:
@@ -273,7 +278,9 @@ def _check_or_repair(model: ir.Model, path: Path) -> None:
         with contextlib.suppress(Exception):
             common.TopologicalSortPass()(model)
             problem = _problem_of_copy(model, str(path))
-        with saved(model) as file:
+        if problem is None and all(value.shape is not None for value in model.graph.outputs):
+            return
+        with saved(_brought_in(model)) as file:
             if problem and not (ONLY_RUNTIME.search(str(problem)) and loads(file)):
                 raise problem from None
             try:
@@ -284,11 +291,23 @@ def _check_or_repair(model: ir.Model, path: Path) -> None:
 
 
 def _problem_of_copy(model: ir.Model, name: str) -> ModelError | None:
-    """What the ONNX checker has against the model but for shapes that are not declared."""
-    complete = model.clone()
+    """What the ONNX checker has against the model but for shapes that are not declared.
+
+    It looks at no weights: a file of nothing stands for all other files.
+    """
+    complete, most = model.clone(), 0
     for value in (*complete.graph.inputs, *complete.graph.outputs):
         value.shape = value.shape or ir.Shape(())
-    with saved(complete) as file:
+    with tempfile.TemporaryDirectory(prefix="qconvert-") as folder:
+        file, weights = Path(folder) / "model.onnx", Path(folder) / "weights"
+        for tensor, put in _graph_tensors(complete):
+            if isinstance(tensor, ir.ExternalTensor):
+                put(_in_file(tensor, weights, 0))
+                most = max(most, tensor.nbytes)
+        with weights.open("wb") as stream:
+            stream.truncate(most)
+        ir.save(complete, file)
+        _complete(file, complete)
         try:
             check(file, name)
         except ModelError as error:
@@ -298,8 +317,6 @@ def _problem_of_copy(model: ir.Model, name: str) -> ModelError | None:
 
 def _complete_outputs(model: ir.Model, file: Path) -> None:
     """Gives outputs without a shape the one that ONNX Runtime infers; a valid model has some."""
-    if all(value.shape is not None for value in model.graph.outputs):
-        return
     session = open_session(file, optimize=False)
     outputs = {output.name: output.shape for output in session.get_outputs()}
     for value in model.graph.outputs:
@@ -356,12 +373,13 @@ def _write(model: ir.Model, path: Path, data: str | None = None) -> None:
     else:
         # What is still in the float model's data file would be written as a reference to it.
         ir.save(ir.external_data.load_to_model(model), path)
-    if model.graph.meta.get(MAPS) or model.graph.meta.get(DEFAULTS):
-        _complete(path, model)
+    _complete(path, model)
 
 
 def _complete(path: Path, model: ir.Model) -> None:
     """Gives a written file what the model in memory keeps aside: types of maps and defaults."""
+    if not (model.graph.meta.get(MAPS) or model.graph.meta.get(DEFAULTS)):
+        return
     proto = onnx.load(path, load_external_data=False)
     for output in proto.graph.output:
         if kind := model.graph.meta.get(MAPS, {}).get(output.name):
