@@ -278,15 +278,10 @@ def _check_or_repair(model: ir.Model, path: Path) -> None:
         with contextlib.suppress(Exception):
             common.TopologicalSortPass()(model)
             problem = _problem_of_copy(model, str(path))
-        if problem is None and all(value.shape is not None for value in model.graph.outputs):
-            return
-        with saved(_brought_in(model)) as file:
-            if problem and not (ONLY_RUNTIME.search(str(problem)) and loads(file)):
-                raise problem from None
-            try:
-                _complete_outputs(model, file)
-            except CalibError:
-                raise error from None
+        if problem and not ONLY_RUNTIME.search(str(problem)):
+            raise problem from None
+        if problem or any(value.shape is None for value in model.graph.outputs):
+            _ask_runtime(model, problem or error)
         model.graph.meta.update({UNCHECKED: str(problem)} if problem else {})
 
 
@@ -315,9 +310,15 @@ def _problem_of_copy(model: ir.Model, name: str) -> ModelError | None:
     return None
 
 
-def _complete_outputs(model: ir.Model, file: Path) -> None:
-    """Gives outputs without a shape the one that ONNX Runtime infers; a valid model has some."""
-    session = open_session(file, optimize=False)
+def _ask_runtime(model: ir.Model, problem: ModelError) -> None:
+    """Gives outputs without a shape the one that ONNX Runtime infers; raises `problem` where it
+    does not take the model either.
+    """
+    try:
+        with saved(_brought_in(model)) as file:
+            session = open_session(file, optimize=False)
+    except CalibError:
+        raise problem from None
     outputs = {output.name: output.shape for output in session.get_outputs()}
     for value in model.graph.outputs:
         if value.shape is None and value.dtype is not None:
@@ -400,15 +401,6 @@ def check(path: Path, name: str = "The converted model") -> None:
     except onnx.checker.ValidationError as error:
         msg = f"{name} is not valid ONNX: {' '.join(str(error).split()).rstrip('. ')}."
         raise ModelError(msg) from error
-
-
-def loads(path: Path) -> bool:
-    """Whether ONNX Runtime takes the file, unoptimized."""
-    try:
-        open_session(path, optimize=False)
-    except CalibError:
-        return False
-    return True
 
 
 @contextlib.contextmanager
