@@ -19,7 +19,7 @@ import numpy as np
 from calib import CalibError
 from calib.affine import Array
 from calib.images import ImageOptions
-from calib.sources import KINDS, InputSpec, Source
+from calib.sources import KINDS, InputSpec, Source, as_item
 
 __all__ = ["Dataset", "ImageOptions", "InputSpec", "Sample", "open_dataset"]
 
@@ -192,7 +192,7 @@ def _check_names(specs: Sequence[InputSpec], folders: Collection[str]) -> None:
     names = [spec.name for spec in specs]
     for name in folders:
         if name not in names:
-            near = " or ".join(difflib.get_close_matches(name, names, 1) or names)
+            near = " or ".join(map(_item, difflib.get_close_matches(name, names, 1) or names))
             known = ", ".join(map(str, specs)) or "none"
             msg = (
                 f"calibrate_path: the model has no input '{name}', its inputs are {known}; write "
@@ -203,6 +203,11 @@ def _check_names(specs: Sequence[InputSpec], folders: Collection[str]) -> None:
         if spec.name not in folders:
             msg = (
                 f"calibrate_path: no folder is given for the model's input {spec}; add "
-                f"{spec.name}:<folder>."
+                f"{_item(spec.name)}:<folder>."
             )
             raise CalibError(msg)
+
+
+def _item(name: str) -> str:
+    """The name as the configuration writes it, if it can."""
+    return as_item(name) or name

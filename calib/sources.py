@@ -316,6 +316,16 @@ def _check_numeric(spec: InputSpec) -> None:
         raise CalibError(msg)
 
 
+def as_item(name: str) -> str | None:
+    """A name as an item of a list in the configuration: in quotes where it must be; None where no
+    quotes can hold it.
+    """
+    if re.fullmatch(r"[\w./:-]+", name):
+        return name
+    quote = next((quote for quote in "\"'" if quote not in name), None)
+    return f"{quote}{name}{quote}" if quote and name.isprintable() else None
+
+
 # input_type → how the files of one input are read.
 KINDS: dict[str, Callable[[InputSpec, Path, ImageOptions], Source]] = {
     "IMAGE": image_source,

@@ -12,11 +12,14 @@ from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+from onnxruntime import InferenceSession
 
+from calib import CalibError
 from calib.affine import Array
 from calib.samples import Dataset
 from calib.session import Sample, open_session, over_samples, run
 from converter.data import synthetic_data
+from converter.dimensions import name_apart, shared_names, told_apart
 from converter.errors import ModelError
 from converter.exact import runnable
 from converter.model import saved
@@ -209,6 +212,30 @@ def largest_difference(model: ir.Model, other: ir.Model) -> float:
             return max(difference / (largest or 1) for largest, difference in extents)
     msg = "the outputs hold no finite value for random input."
     raise ModelError(msg)
+
+
+def independent_names(model: ir.Model) -> set[str]:
+    """The names that several dimensions of inputs share without need: the model runs on a random
+    sample in which they differ.
+    """
+    shared = shared_names(model)
+    if not shared:
+        return set()
+    name_apart(apart := model.clone(), shared)
+    try:
+        with saved(apart) as path:
+            session = open_session(path, optimize=False)
+    except CalibError:
+        return set()
+    return {name for name in shared if _runs(session, told_apart(model, name))}
+
+
+def _runs(session: InferenceSession, model: ir.Model) -> bool:
+    try:
+        outputs = [output.name for output in session.get_outputs()]
+        return bool(run(session, outputs, synthetic_data(model, 1).sample(0)))
+    except (CalibError, ModelError):
+        return False
 
 
 def extent(x: object, y: object) -> tuple[float, float]:

@@ -63,7 +63,8 @@ def _opened(job: Job, watch: Watch) -> Quantized:
         set_input_shapes(model, job.input_shapes)
         make_plain(model)
     data = open_data(reference, job, watch)
-    return Quantized(_like(reference, other), other, QuantPlan({}, {}), data)
+    plan = QuantPlan({}, {})
+    return Quantized(_like(reference, other), other, plan, data, settings=job.config)
 
 
 def _check_same(what: str, job: Job, before: Sequence[ir.Value], after: Sequence[ir.Value]) -> None:

@@ -14,9 +14,10 @@ from calib.images import ImageOptions
 from calib.samples import Dataset, InputSpec, open_dataset
 from calib.session import CPU_PROVIDERS
 from converter.config import DataPreprocessParam
+from converter.dimensions import contradicted, name_apart
 from converter.errors import ConfigError, DataError, ModelError
 from converter.job import Job, Resources, Watch, processors
-from converter.model import constant, default_inputs
+from converter.model import constant, default_inputs, fed_inputs
 
 
 def open_data(
@@ -33,7 +34,7 @@ def open_data(
         **{option.name: getattr(wanted, option.name) for option in fields(ImageOptions)}
     )
     folders, threads = dict(wanted.calibrate_path), resources_of(job).threads
-    fixed = default_inputs(model)
+    fixed = {name: x for name, x in default_inputs(model).items() if name not in folders}
     fed = [value for value in model.graph.inputs if value.name not in fixed]
     specs = [spec_of(value, job.input_format) for value in fed]
     try:
@@ -51,6 +52,12 @@ def open_data(
         raise DataError(msg) from error
     for warning in data.warnings:
         watch.warn(warning)
+    if names := contradicted(model, data):
+        name_apart(model, names)
+        watch.warn(
+            f"A sample has several sizes for the dimension '{min(names)}' of the model's inputs: "
+            "each of them gets a name of its own."
+        )
     return data
 
 
@@ -79,11 +86,7 @@ def synthetic_data(model: ir.Model, count: int = 8, length: int = 1) -> Dataset:
     A dynamic dimension becomes `length`, the first one 1.
     """
     rng, fixed = np.random.default_rng(0), default_inputs(model)
-    specs = [
-        (spec_of(value), _rows_indexed(value) or 2)
-        for value in model.graph.inputs
-        if not value.is_initializer() and value.name not in fixed
-    ]
+    specs = [(spec_of(value), _rows_indexed(value) or 2) for value in fed_inputs(model)]
 
     def sample() -> dict[str, Array]:
         found = dict(fixed)

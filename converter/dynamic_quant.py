@@ -136,6 +136,7 @@ def _smooth(
     """Moves the channels that stand out in the main graph's activations into the weights, in
     place.
     """
+    hint = "" if len(data) else "; give calibrate_path"
     if not len(data) and all(
         value.dtype is not None and value.dtype.is_integer() for value in model.graph.inputs
     ):
@@ -144,10 +145,7 @@ def _smooth(
     try:
         smooth(model, products if len(data) else (), data, resources.threads, watch)
     except CalibError as error:
-        watch.warn(
-            "Channels that stand out stay, as the model cannot be probed; give "
-            f"calibrate_path: {error}"
-        )
+        watch.warn(f"Channels that stand out stay, as the model cannot be probed{hint}: {error}")
 
 
 # --- weights

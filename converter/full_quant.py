@@ -33,7 +33,7 @@ from converter.emit.qdq import emit
 from converter.errors import ConfigError, ModelError, UsageError
 from converter.job import FLOATS, Job, Watch
 from converter.layerwise import Walk
-from converter.model import constant, is_float, values_by_name
+from converter.model import constant, fed_inputs, is_float, values_by_name
 from converter.ops import OPS
 from converter.pairs import pair
 from converter.placement import Wishes, build_plan
@@ -291,7 +291,7 @@ class _Work:
         """Gives the quantized model the input and output types that the flags ask for."""
         job = self.job
         kind = job.input_type if job.input_type in TYPES else "UINT8" if self.pixels else ""
-        for value in [v for v in quantized.graph.inputs if kind and is_float(v)]:
+        for value in [v for v in fed_inputs(quantized) if kind and is_float(v)]:
             take_integers(quantized, value.name or "", kind, self.pixels)
         for value in [
             v for v in quantized.graph.outputs if job.output_type in TYPES and is_float(v)

@@ -9,8 +9,10 @@ import hashlib
 import itertools
 import os
 import re
+import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -26,12 +28,18 @@ from converter.errors import ModelError, QConvertError, UsageError
 from converter.job import Watch
 
 T = TypeVar("T")
+# Puts a tensor in the place of another.
+Put = Callable[[ir.TensorProtocol], None]
 
 # A protobuf message ends at 2 GiB; above this many bytes of weights the tensors go to a file beside
 # the model.
 EXTERNAL_DATA_ABOVE = 1_500_000_000
+# Smaller tensors of such a model are in memory all the same.
+LEAST_MAPPED = 1 << 12
 # The version of the standard operators in a model that imports none of them.
 DEFAULT_OPSET = 13
+# Until this version of the file format every initializer is an input as well.
+INITIALIZERS_ALONE = 4
 # Where a model keeps the types of outputs that onnx_ir cannot hold, serialized, and the default
 # values of inputs, both by name, and what the ONNX checker has against a model that runs.
 MAPS, DEFAULTS, UNCHECKED = "types of maps", "defaults of inputs", "what the checker says"
@@ -68,7 +76,7 @@ def load(path: Path, output: Path | None = None) -> ir.Model:
             if output is not None:
                 _protect(Path(tensor.path), output)
         _check_or_repair(model, path)
-        return model if _is_large(model) else ir.external_data.load_to_model(model)
+        return _brought_in(model)
     except (QConvertError, MemoryError):
         raise
     except Exception as error:
@@ -104,13 +112,14 @@ def _parsed(path: Path) -> ir.Model:
 def _taken_defaults(model: ir.Model) -> dict[str, ir.TensorProtocol]:
     """The values that inputs have where nothing is fed, taken out of the model.
 
-    Until version 4 of the format every initializer was an input as well, and some exporters still
-    write it so: where all are, and there is a weight among them, none is meant to be fed.
+    Some exporters still list every initializer as an input, as old formats wanted it: where all
+    are, and there is a matrix among them, none is meant to be fed.
     """
     listed = [value for value in model.graph.inputs if value.is_initializer()]
-    weights = any(value.shape is not None and value.shape.rank() > 1 for value in listed)
+    shapes = [known(value.const_value).shape for value in listed]
+    weights = any(sum(size != 1 for size in shape) > 1 for shape in shapes)
     all_are = len(listed) == len(model.graph.initializers)
-    if model.ir_version < 4 or (all_are and weights):
+    if model.ir_version < INITIALIZERS_ALONE or (all_are and weights):
         return {}
     found: dict[str, ir.TensorProtocol] = {}
     for value in listed:
@@ -124,6 +133,12 @@ def _taken_defaults(model: ir.Model) -> dict[str, ir.TensorProtocol]:
 def default_inputs(model: ir.Model) -> dict[str, Array]:
     """The values of inputs that need not be fed, by name."""
     return {name: tensor.numpy() for name, tensor in model.graph.meta.get(DEFAULTS, {}).items()}
+
+
+def fed_inputs(model: ir.Model) -> list[ir.Value]:
+    """The inputs that have no value unless one is fed."""
+    defaults = model.graph.meta.get(DEFAULTS, {})
+    return [v for v in model.graph.inputs if not v.is_initializer() and v.name not in defaults]
 
 
 def _maps_in(values: Iterable[onnx.ValueInfoProto]) -> list[onnx.ValueInfoProto]:
@@ -153,57 +168,98 @@ def _undefined(model: ir.Model) -> Iterator[str]:
 def _external_tensors(model: ir.Model, path: Path) -> list[ir.ExternalTensor]:
     """The tensors in other files; raises ModelError for one that is not whole, or outside of the
     model's folder.
+
+    From here on they are known by their real files: what is made of the model lies elsewhere.
     """
-    graphs = [*model.graphs(), *(function.graph for function in model.functions.values())]
-    tensors = [value.const_value for graph in graphs for value in graph.initializers.values()]
-    attributes = [
-        a for graph in graphs for node in graph.all_nodes() for a in node.attributes.values()
-    ]
-    tensors += [
-        attribute.value for attribute in attributes if attribute.type == ir.AttributeType.TENSOR
-    ]
-    external = [tensor for tensor in tensors if isinstance(tensor, ir.ExternalTensor)]
-    for tensor in external:
-        tensor.base_dir = path.absolute().parent
-        if problem := _problem(tensor, path.resolve().parent):
-            msg = (
-                f"{path}: the weight '{tensor.name}' is kept in '{tensor.location}', which "
-                f"{problem}."
-            )
-            raise ModelError(msg)
-    for graph in graphs:
-        for value in graph.initializers.values():
-            if isinstance(value.const_value, ir.ExternalTensor):
-                value.const_value = _behind_link(value.const_value)
-    return external
+    found = list[ir.ExternalTensor]()
+    for tensor, put in _tensors(model):
+        if isinstance(tensor, ir.ExternalTensor):
+            tensor.base_dir = _home(tensor, path)
+            if problem := _problem(tensor, path):
+                msg = (
+                    f"{path}: the weight '{tensor.name}' is kept in '{tensor.location}', which "
+                    f"{problem}."
+                )
+                raise ModelError(msg)
+            # onnx_ir follows no link out of the model's folder.
+            put(_in_file(tensor, Path(tensor.path).resolve(), tensor.offset))
+            found.append(tensor)
+    return found
 
 
-def _behind_link(tensor: ir.ExternalTensor) -> ir.ExternalTensor:
-    """The tensor in its real file, as onnx_ir follows no link out of the model's folder."""
-    file = Path(tensor.path)
-    if not file.is_symlink():
-        return tensor
-    real, shape = file.resolve(), ir.Shape(list(tensor.shape))
-    name, dtype = tensor.name, tensor.dtype
+def _tensors(model: ir.Model) -> Iterator[tuple[ir.TensorProtocol | None, Put]]:
+    """Every tensor that the model holds, with what puts another in its place."""
+    defaults = model.graph.meta[DEFAULTS]
+    for name in defaults:
+        yield defaults[name], partial(defaults.__setitem__, name)
+    yield from _graph_tensors(model)
+
+
+def _graph_tensors(model: ir.Model) -> Iterator[tuple[ir.TensorProtocol | None, Put]]:
+    """Those of initializers and attributes, also in subgraphs and functions."""
+    functions = model.functions.values()
+    inner = (graph for function in functions for graph in function.subgraphs())
+    for value in (v for g in (*model.graphs(), *inner) for v in g.initializers.values()):
+        yield value.const_value, partial(setattr, value, "const_value")
+    nodes = (function.all_nodes() for function in functions)
+    for node in itertools.chain(model.graph.all_nodes(), *nodes):
+        for name, attribute in node.attributes.items():
+            if attribute.type == ir.AttributeType.TENSOR:
+                yield attribute.value, partial(_put_attribute, node, name)
+
+
+def _put_attribute(node: ir.Node, name: str, tensor: ir.TensorProtocol) -> None:
+    node.attributes[name] = ir.AttrTensor(name, tensor)
+
+
+def _home(tensor: ir.ExternalTensor, path: Path) -> Path:
+    """The folder that a tensor's file is named in: the model's or, where nothing is there, that of
+    the real file which a link of the model's name leads to.
+    """
+    folder, real = path.absolute().parent, path.resolve().parent
+    return folder if os.path.lexists(folder / tensor.location) else real
+
+
+def _in_file(tensor: ir.ExternalTensor, file: Path, offset: int | None) -> ir.ExternalTensor:
+    """The tensor at another place."""
+    place, shape = (file.name, offset, tensor.length), ir.Shape(list(tensor.shape))
     return ir.ExternalTensor(
-        real.name, tensor.offset, tensor.length, dtype, shape=shape, name=name, base_dir=real.parent
+        *place, tensor.dtype, shape=shape, name=tensor.name, base_dir=file.parent
     )
 
 
-def _problem(tensor: ir.ExternalTensor, real_home: Path) -> str | None:
+def _brought_in(model: ir.Model) -> ir.Model:
+    """The model with the tensors of other files in memory, but for the large weights of a large
+    model, which stay mapped.
+    """
+    weights = (v.const_value for g in model.graphs() for v in g.initializers.values())
+    least = LEAST_MAPPED if _is_large(model) else sys.maxsize
+    mapped = {id(tensor) for tensor in weights if tensor is not None and tensor.nbytes >= least}
+    for tensor, put in _tensors(model):
+        if isinstance(tensor, ir.ExternalTensor) and id(tensor) not in mapped:
+            put(ir.external_data.convert_tensors_from_external([tensor])[0])
+    return model
+
+
+def _problem(tensor: ir.ExternalTensor, path: Path) -> str | None:
     """What is wrong with the file of an external tensor; a pipe or a device must not even be
     opened.
+
+    Its name must lie inside of the model's folder. A link of that name may lead to where the real
+    model file lies, as in the caches of model hubs, and nowhere else.
     """
-    folder, file, start = Path(tensor.base_dir), Path(tensor.path), tensor.offset or 0
-    # Caches of model hubs link to the real files, which lie side by side elsewhere.
-    named_inside = not Path(os.path.normpath(tensor.location)).is_relative_to("..")
-    inside = any(file.resolve().is_relative_to(home) for home in (folder.resolve(), real_home))
-    if Path(tensor.location).is_absolute() or not (named_inside and inside):
+    file, start = Path(tensor.path), tensor.offset or 0
+    name = Path(os.path.normpath(tensor.location))
+    homes = (path.absolute().parent.resolve(), path.resolve().parent)
+    inside = any(file.resolve().is_relative_to(home) for home in homes)
+    if name.is_absolute() or name.is_relative_to("..") or not inside:
         return (
             "is outside of the model's folder, where nothing is read; put the file beside the model"
         )
     if not file.is_file():
         return "is no file; put it beside the model"
+    if file.stat().st_nlink > 1:
+        return "has several names (hard links), which nothing is read through; copy the file"
     if (
         start < 0
         or tensor.length not in (None, tensor.nbytes)
@@ -215,31 +271,58 @@ def _problem(tensor: ir.ExternalTensor, real_home: Path) -> str | None:
 
 def _check_or_repair(model: ir.Model, path: Path) -> None:
     """Raises ModelError for a file that is not valid ONNX, unless all that it lacks is order,
-    shapes and a name.
+    shapes and a name, its weights are behind links, or the runtime takes it as it is.
     """
     try:
         check(path, str(path))
     except ModelError as error:
         model.graph.name = model.graph.name or "graph"
+        problem: ModelError | None = error
         with contextlib.suppress(Exception):
             common.TopologicalSortPass()(model)
-            complete = model.clone()
-            for value in (*complete.graph.inputs, *complete.graph.outputs):
-                value.shape = value.shape or ir.Shape(())
-            with saved(complete) as file:
-                check(file)
-            _complete_outputs(model, path)
-            return
-        if not ONLY_RUNTIME.search(str(error)) or refusal(path, optimize=False):
-            raise error
-        model.graph.meta[UNCHECKED] = str(error)
+            problem = _problem_of_copy(model, str(path))
+        if problem and not ONLY_RUNTIME.search(str(problem)):
+            raise problem from None
+        if problem or any(value.shape is None for value in model.graph.outputs):
+            _ask_runtime(model, problem or error)
+        model.graph.meta.update({UNCHECKED: str(problem)} if problem else {})
 
 
-def _complete_outputs(model: ir.Model, path: Path) -> None:
-    """Gives outputs without a shape the one that ONNX Runtime infers; a valid model has some."""
-    outputs = {
-        output.name: output.shape for output in open_session(path, optimize=False).get_outputs()
-    }
+def _problem_of_copy(model: ir.Model, name: str) -> ModelError | None:
+    """What the ONNX checker has against the model but for shapes that are not declared.
+
+    It looks at no weights: a file of nothing stands for all other files.
+    """
+    complete, most = model.clone(), 0
+    for value in (*complete.graph.inputs, *complete.graph.outputs):
+        value.shape = value.shape or ir.Shape(())
+    with tempfile.TemporaryDirectory(prefix="qconvert-") as folder:
+        file, weights = Path(folder) / "model.onnx", Path(folder) / "weights"
+        for tensor, put in _graph_tensors(complete):
+            if isinstance(tensor, ir.ExternalTensor):
+                put(_in_file(tensor, weights, 0))
+                most = max(most, tensor.nbytes)
+        with weights.open("wb") as stream:
+            stream.truncate(most)
+        ir.save(complete, file)
+        _complete(file, complete)
+        try:
+            check(file, name)
+        except ModelError as error:
+            return error
+    return None
+
+
+def _ask_runtime(model: ir.Model, problem: ModelError) -> None:
+    """Gives outputs without a shape the one that ONNX Runtime infers; raises `problem` where it
+    does not take the model either.
+    """
+    try:
+        with saved(_brought_in(model)) as file:
+            session = open_session(file, optimize=False)
+    except CalibError:
+        raise problem from None
+    outputs = {output.name: output.shape for output in session.get_outputs()}
     for value in model.graph.outputs:
         if value.shape is None and value.dtype is not None:
             sizes = [size if isinstance(size, int) else None for size in outputs[value.name]]
@@ -294,12 +377,13 @@ def _write(model: ir.Model, path: Path, data: str | None = None) -> None:
     else:
         # What is still in the float model's data file would be written as a reference to it.
         ir.save(ir.external_data.load_to_model(model), path)
-    if model.graph.meta.get(MAPS) or model.graph.meta.get(DEFAULTS):
-        _complete(path, model)
+    _complete(path, model)
 
 
 def _complete(path: Path, model: ir.Model) -> None:
     """Gives a written file what the model in memory keeps aside: types of maps and defaults."""
+    if not (model.graph.meta.get(MAPS) or model.graph.meta.get(DEFAULTS)):
+        return
     proto = onnx.load(path, load_external_data=False)
     for output in proto.graph.output:
         if kind := model.graph.meta.get(MAPS, {}).get(output.name):

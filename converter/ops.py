@@ -235,6 +235,27 @@ def is_normalized(value: ir.Value) -> bool:
     return False
 
 
+# What draws random numbers, anew at every run.
+RANDOM = {
+    "Bernoulli",
+    "Multinomial",
+    "RandomNormal",
+    "RandomNormalLike",
+    "RandomUniform",
+    "RandomUniformLike",
+}
+
+
+def draws(node: ir.Node) -> bool:
+    """Whether `node` draws random numbers: also a Dropout whose training_mode is true, or computed
+    at run time.
+    """
+    if node.domain or node.op_type != "Dropout":
+        return not node.domain and node.op_type in RANDOM
+    mode = operand(node, 2)
+    return len(node.inputs) > 2 and node.inputs[2] is not None and (mode is None or bool(mode))
+
+
 def computes_on_integers(node: ir.Node) -> bool:
     """Whether `node` is part of a model that is quantized already."""
     return re.fullmatch(r"QLinear\w+|\w*[Qq]uantizeLinear|\w+Integer", node.op_type) is not None
@@ -247,6 +268,18 @@ _TABLES: dict[str, dict[int, Callable[[ir.Node], int | None]]] = {
     "Gather": {0: lambda node: node.attributes.get_int("axis", 0)},
     **dict.fromkeys(("LSTM", "GRU", "RNN"), _RECURRENT),
 }
+
+
+def may_have_weight(op_type: str) -> bool:
+    """Whether the operator multiplies with, or picks from, what may be a constant."""
+    return op_type in _TABLES or (op_type in OPS and OPS[op_type].weight is not None)
+
+
+def takes_weight(node: ir.Node, index: int) -> bool:
+    """Whether the operator has a weight at the input, if that is a constant."""
+    rule = OPS.get(node.op_type)
+    at = rule.weight if rule else None
+    return not node.domain and (at == index or index in _TABLES.get(node.op_type, {}))
 
 
 def weights_of(node: ir.Node) -> dict[int, int | None]:

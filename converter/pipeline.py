@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -12,8 +13,9 @@ from calib import CalibError
 from converter import dynamic_quant, full_quant, half_precision, transform, weight_quant
 from converter import model as models
 from converter.behind import Behind
-from converter.compare import TensorError, largest_difference
+from converter.compare import TensorError, independent_names, largest_difference
 from converter.data import resources_of
+from converter.dimensions import name_apart
 from converter.emit.half import store_constants_as_half
 from converter.emit.inferred import forget_inferred
 from converter.errors import ModelError, QConvertError
@@ -21,14 +23,15 @@ from converter.findings import Findings, Verification
 from converter.gates import Figures
 from converter.job import Job, Watch
 from converter.model import accepting, constant
-from converter.ops import computes_on_integers
+from converter.ops import computes_on_integers, draws, may_have_weight
 from converter.placement import check_skips
 from converter.plan import QuantPlan
-from converter.prepare import prepare
+from converter.prepare import make_plain, prepare
 from converter.prepare.inputs import check_shapes, set_input_shapes
 from converter.prepare.opset import opset_of, raise_opset
 from converter.provenance import provenance
 from converter.quantized import Quantized
+from converter.report.advice import listed
 from converter.report.findings import check_folder, write_reports
 from converter.verify import tensor_errors, verify
 
@@ -39,6 +42,7 @@ MODES = {
     "FLOAT32": transform,
     "FLOAT16": half_precision,
 }
+INTEGER_ACTIVATIONS = {"FULL_QUANT", "DYNAMIC_QUANT"}
 QUANTIZING = {"FULL_QUANT", "WEIGHT_QUANT", "DYNAMIC_QUANT"}
 # Float32 outputs may differ in their last bits after an opset conversion.
 RAISED_TOLERANCE = 1e-4
@@ -71,8 +75,11 @@ def convert(job: Job, watch: Watch | None = None) -> Outcome:
     watch = watch or Watch()
     model = read(job, watch)
     before = models.file_bytes(job.model)
+    if job.mode in INTEGER_ACTIVATIONS:
+        _name_apart(model, watch)
     try:
         result = MODES[job.mode].quantize(model, job, watch)
+        result = replace(result, settings=job.config)
         forget_inferred(result.model)
         if job.fp16:
             _store_as_half(result.model, watch)
@@ -84,6 +91,15 @@ def convert(job: Job, watch: Watch | None = None) -> Outcome:
     except CalibError as error:
         raise QConvertError(str(error)) from error
     return _measured(job, unfinished, (before, models.file_bytes(job.output)), watch)
+
+
+def _name_apart(model: ir.Model, watch: Watch) -> None:
+    """Lets dimensions have names of their own where the model works whether they are equal or not,
+    as the quantized one has to.
+    """
+    for name in sorted(independent_names(model)):
+        name_apart(model, [name])
+        watch.say(f"Dimension '{name}' of several inputs need not be one size: named apart.")
 
 
 def _store_as_half(model: ir.Model, watch: Watch) -> None:
@@ -151,8 +167,8 @@ def _facts(job: Job, result: Quantized) -> dict[str, str]:
 
 def _tell(job: Job, result: Quantized, sizes: tuple[int, int], watch: Watch) -> None:
     _tell_of_integers(result, watch)
-    if job.mode in QUANTIZING:
-        _tell_of_nothing(result, sizes, watch)
+    if job.mode != "FLOAT32":  # whose purpose is another
+        _tell_of_nothing(job, result, sizes, watch)
 
 
 def _tell_of_integers(result: Quantized, watch: Watch) -> None:
@@ -172,16 +188,22 @@ def _tell_of_integers(result: Quantized, watch: Watch) -> None:
         )
 
 
-def _tell_of_nothing(result: Quantized, sizes: tuple[int, int], watch: Watch) -> None:
+def _tell_of_nothing(job: Job, result: Quantized, sizes: tuple[int, int], watch: Watch) -> None:
     """Warns of a conversion that changes nothing, or makes the file no smaller."""
     before, after = sizes
-    if not any(node.quantized for node in result.plan.nodes.values()):
-        watch.warn("No node could be quantized: the output is the float model in another form.")
+    nodes = [node for node in result.plan.nodes.values() if not node.inside]
+    if job.mode in QUANTIZING and not any(node.quantized for node in nodes):
+        heavy = [node for node in nodes if may_have_weight(node.op_type)] or nodes
+        reasons = Counter(node.reason for node in heavy).most_common(1)
+        why = "".join(f", as {reason} ({count} of {len(nodes)})" for reason, count in reasons)
+        watch.warn(
+            f"No node could be quantized{why}: the output is the float model in another form."
+        )
         return
     if after >= before:
         watch.warn(
-            f"The result is no smaller than the float model ({after} bytes, {before} before): its "
-            "weights are few, and every quantized tensor takes a scale and a name."
+            f"The result is no smaller than the float model ({after} bytes, {before} before): "
+            "weights in fewer bits save less here than their scales and names take."
         )
 
 
@@ -207,14 +229,32 @@ def read(job: Job, watch: Watch) -> ir.Model:
         watch.warn(warning)
     model = models.load(job.model, job.output)
     set_input_shapes(model, job.input_shapes)
+    _tell_of_inputs(model, job, watch)
+    nodes = _nodes(model)
+    make_plain(model)  # first, as ONNX's converter forgets functions
     raised = raise_opset(model)
     if raised is not model:
         _check_raised(model, raised, watch)
-    nodes = _nodes(model)
     prepared = prepare(raised)
     check_shapes(prepared)
     check_skips(job.config, nodes | _nodes(prepared))
     return prepared
+
+
+def _tell_of_inputs(model: ir.Model, job: Job, watch: Watch) -> None:
+    """Says what becomes of inputs that have a value where none is fed."""
+    constants = [value for value in model.graph.inputs if value.is_initializer()]
+    if constants and model.ir_version >= models.INITIALIZERS_ALONE:
+        watch.warn(
+            f"Every initializer ({len(constants)}) is listed as an input, as old exporters do: "
+            "they are taken as constants, and are no inputs of the result."
+        )
+    unfed = models.default_inputs(model).keys() - dict(job.config.preprocess.calibrate_path).keys()
+    if unfed and job.mode == "FULL_QUANT":
+        watch.tell(
+            f"Inputs with a default value stay: {listed(sorted(unfed))}. Ranges are found with the "
+            "default; name them in calibrate_path to calibrate with other values."
+        )
 
 
 def _nodes(model: ir.Model) -> set[tuple[str, str]]:
@@ -225,6 +265,9 @@ def _nodes(model: ir.Model) -> set[tuple[str, str]]:
 def _check_raised(model: ir.Model, raised: ir.Model, watch: Watch) -> None:
     """Raises ModelError where a conversion to a newer opset changed what the model computes."""
     change = f"Opset {opset_of(model)} converted to {opset_of(raised)}"
+    if any(draws(node) for node in model.graph.all_nodes()):
+        watch.say(f"{change}, unchecked, as the model draws random numbers.")
+        return
     try:
         difference = largest_difference(model, raised)
     except (CalibError, ModelError) as error:

@@ -15,9 +15,19 @@ from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
 
+from calib.sources import as_item
 from converter.config import Config
 from converter.errors import ConfigError
-from converter.model import bias_add, constant, is_float, known, only_consumer, operand, values_read
+from converter.model import (
+    DEFAULTS,
+    bias_add,
+    constant,
+    is_float,
+    known,
+    only_consumer,
+    operand,
+    values_read,
+)
 from converter.ops import OPS, OpRule
 from converter.plan import NodePlan, QuantPlan, TensorPlan, WeightPlan
 from converter.targets import Target
@@ -72,8 +82,12 @@ class _Unit:
 
 def build_plan(graph: ir.Graph, target: Target, wishes: Wishes) -> QuantPlan:
     """The plan of a prepared float graph, without numbers."""
-    kept = {**_moved_into_bodies(graph), **_behind_dilated_pools(graph), **wishes.kept_float}
-    wishes = replace(wishes, kept_float=kept)
+    moved, pooled, open_ = (
+        _moved_into_bodies(graph),
+        _behind_dilated_pools(graph),
+        _reading_defaults(graph),
+    )
+    wishes = replace(wishes, kept_float={**moved, **pooled, **open_, **wishes.kept_float})
     units, reasons = _candidates(graph, target, wishes)
     if not target.all_pays:
         _drop(
@@ -158,6 +172,22 @@ def _behind_dilated_pools(graph: ir.Graph) -> dict[str, str]:
     return kept
 
 
+def _reading_defaults(graph: ir.Graph) -> dict[str, str]:
+    """Nodes, with the reason, that read floats of an input with a default value, or what follows
+    from such inputs and constants alone: no range that data shows holds for what may be fed.
+    """
+    defaults = graph.meta.get(DEFAULTS, {})
+    origin = {value: value.name for value in graph.inputs if value.name in defaults}
+    kept: dict[str, str] = {}
+    for node in graph if origin else ():
+        read = [value for value in node.inputs if value in origin]
+        if any(is_float(value) for value in read):
+            kept[node.name or ""] = f"it reads '{origin[read[0]]}', an input with a default value"
+        if read and all(v in origin or v is None or constant(v) is not None for v in node.inputs):
+            origin.update(dict.fromkeys(node.outputs, origin[read[0]]))
+    return kept
+
+
 def is_named(name: str, pattern: str) -> bool:
     """Whether a name is what the user wrote, literally (brackets and all) or as a glob pattern."""
     return name == pattern or fnmatch.fnmatchcase(name, pattern)
@@ -191,9 +221,11 @@ def check_skips(config: Config, nodes: Collection[tuple[str, str]]) -> None:
 
 def _unknown(config: Config, key: str, what: str, wish: str, there: list[str]) -> ConfigError:
     nearest = difflib.get_close_matches(wish, there, 1, cutoff=0.0)[0]
-    return ConfigError(
-        f"{config.at('common_quant_param', key)}: {what} in this model; the nearest is '{nearest}'."
-    )
+    # What no list can hold is written as a pattern.
+    item = as_item(nearest) or as_item("".join(c if c.isalnum() else "?" for c in nearest))
+    written = "" if item == nearest else f", written {item}"
+    where = config.at("common_quant_param", key)
+    return ConfigError(f"{where}: {what} in this model; the nearest is '{nearest}'{written}.")
 
 
 def _obstacle(node: ir.Node, target: Target, wishes: Wishes) -> str | None:

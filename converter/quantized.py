@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import onnx_ir as ir
 
 from calib.samples import Dataset
+from converter.config import Config, default_config
 from converter.plan import QuantPlan
 
 
@@ -39,6 +40,7 @@ class Quantized:
     them and that is not `reference` itself. `trained` says that `reference` has quantization from
     training, which was taken over or taken away. `pareto` is what a search of bits found, smallest
     last. `exact` says that all processors which the model is for have kernels that do not saturate.
+    `settings` are those it was made with, without a mode where they are not known.
     """
 
     reference: ir.Model
@@ -51,3 +53,4 @@ class Quantized:
     trained: bool = False
     pareto: tuple[Tradeoff, ...] = ()
     exact: bool = False
+    settings: Config = field(default_factory=default_config)

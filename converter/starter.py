@@ -8,7 +8,7 @@ import re
 import textwrap
 from collections.abc import Iterator, Sequence
 
-from calib.sources import IMAGE_AXES, PIXEL_DTYPES, InputSpec
+from calib.sources import IMAGE_AXES, PIXEL_DTYPES, InputSpec, as_item
 from converter.config.keys import SECTIONS, Key, QuantType
 from converter.errors import ModelError
 
@@ -84,14 +84,11 @@ def _picture(spec: InputSpec) -> tuple[int | None, ...] | None:
 
 
 def _quoted(name: str) -> str:
-    """The name as an item of a list, in quotes where it must be."""
-    if re.fullmatch(r"[\w./:-]+", name):
-        return name
-    quote = next((quote for quote in "\"'" if quote not in name), None)
-    if quote is None or not name.isprintable():
+    """The name as an item of a list."""
+    if (item := as_item(name)) is None:
         msg = (
             f"The model's input {name!r} has a name that no configuration can hold; rename it in "
             "the model."
         )
         raise ModelError(msg)
-    return f"{quote}{name}{quote}"
+    return item

@@ -14,12 +14,14 @@ from calib.affine import Array
 from calib.samples import Dataset
 from calib.session import open_session, over_samples, run
 from converter.compare import TensorError, compare, error_of, extent, speedup, tally, worst_of
+from converter.config.left import against_saturation
 from converter.data import synthetic_data
 from converter.errors import DataError
 from converter.exact import both_files, saturating
 from converter.findings import Here, Verification
 from converter.job import Resources, Watch
 from converter.model import nodes_in, weight_bytes
+from converter.ops import draws
 from converter.quantized import Quantized
 from converter.sensitivity import read_labels
 
@@ -221,24 +223,30 @@ def _warn(
             "integer kernels save; leave the operators around float nodes float (skip_quant_node) "
             "or use WEIGHT_QUANT."
         )
-    for error, plain in fused:
+    if drawing := next((n for n in result.reference.graph.all_nodes() if draws(n)), None):
+        watch.warn(
+            f"The model draws random numbers ('{drawing.name}', {drawing.op_type}): its outputs "
+            "differ from run to run, and the figures compare different draws."
+        )
+    for error, plain in () if drawing else fused:
         if error.sqnr_db < min(plain.sqnr_db, LAST_BITS_DB) - LOST_DB:
             watch.warn(
                 f"The runtime's integer kernels disagree with the model: output '{error.name}' has "
                 f"{error.sqnr_db:.1f} dB, and {plain.sqnr_db:.1f} dB without optimizations."
             )
     worst = found.worst
-    if worst is not None and worst.cosine < LOST_COSINE:
+    if worst is not None and worst.cosine < LOST_COSINE and not drawing:
+        reports = result.settings.common.debug_info_save_path
+        where = f"{reports} shows" if reports else "set debug_info_save_path to see"
         watch.warn(
             f"Output '{worst.name}' is only {worst.cosine:.4f} like the float model's (cosine "
-            "similarity): set "
-            "debug_info_save_path to see which nodes cost most."
+            f"similarity): {where} which nodes cost most."
         )
     if found.saturated:
         watch.warn(
             f"The weights of {len(found.saturated)} nodes, first {found.saturated[0]}, can "
             "overflow 16-bit sums on x86 processors without VNNI, which then compute something "
-            "else: target_device = CPU with overflow_safe = true keeps them exact."
+            f"else: {against_saturation(result.settings)}."
         )
 
 

@@ -23,7 +23,7 @@ from converter.errors import ModelError
 from converter.job import Job, Watch
 from converter.journal import Journal
 from converter.model import accepting, bias_add, constant, known, refusal, save, saved
-from converter.ops import unusable, weights_of
+from converter.ops import takes_weight, unusable, weights_of
 from converter.placement import Wishes, skipped
 from converter.plan import NodePlan, QuantPlan, WeightPlan
 from converter.prepare.opset import opset_of, raise_opset
@@ -184,7 +184,7 @@ def _node_plan(node: ir.Node, job: Job) -> NodePlan:
     reasons = (_obstacle(node, weight, job) for weight in weights)
     wishes = Wishes(common.skip_quant_node, common.skip_quant_type)
     reason = skipped(node, wishes) or next(
-        filter(None, reasons), None if weights else "no constant weight"
+        filter(None, reasons), None if weights else _without_weight(node)
     )
     if reason:
         return NodePlan(name, node.op_type, False, reason)
@@ -205,6 +205,15 @@ def _node_plan(node: ir.Node, job: Job) -> NodePlan:
         weight=weights[0],
         further=tuple(weights[1:]),
     )
+
+
+def _without_weight(node: ir.Node) -> str:
+    """Why a node has no weight that could be stored."""
+    for index, value in enumerate(node.inputs):
+        array = constant(value) if takes_weight(node, index) else None
+        if array is not None and array.dtype.kind == "f" and (reason := unusable(array)):
+            return f"its weight {reason}"
+    return "no constant weight"
 
 
 def _weight_plan(node: ir.Node, index: int, axis: int | None, job: Job) -> WeightPlan:

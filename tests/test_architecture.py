@@ -18,7 +18,7 @@ FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob(
 LAYERS = (
     {"errors", "version"},
     {"config"},
-    {"model", "plan", "targets", "job"},
+    {"model", "plan", "targets", "job", "dimensions"},
     {"ops"},
     {"prepare", "emit", "placement"},
     {"data", "quantized", "pairs", "journal"},

@@ -436,12 +436,36 @@ def test_calibrate_path(tmp_path: Path, text: str, pairs: list[tuple[str, str]])
     assert config.preprocess.calibrate_path == tuple((name, Path(folder)) for name, folder in pairs)
 
 
-def test_a_relative_folder_is_looked_for_beside_the_file_first(tmp_path: Path) -> None:
-    assert load(tmp_path, FULL_QUANT).preprocess.calibrate_path == (("image", Path("pictures")),)
-    (tmp_path / "pictures").mkdir()
-    assert load(tmp_path, FULL_QUANT).preprocess.calibrate_path == (
-        ("image", tmp_path / "pictures"),
-    )
+@pytest.mark.parametrize(
+    ("section", "key", "value"),
+    [
+        ("data_preprocess_param", "calibrate_path", "image:{}"),
+        ("data_preprocess_param", "label_file", "{}"),
+        ("common_quant_param", "calibration_cache", "{}"),
+        ("common_quant_param", "debug_info_save_path", "{}"),
+    ],
+)
+def test_a_relative_path_is_looked_for_beside_the_file_first(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, section: str, key: str, value: str
+) -> None:
+    beside, here = tmp_path / "beside", tmp_path / "here"
+    for folder in (beside, here):
+        folder.mkdir()
+    monkeypatch.chdir(here)
+    lines = [line for line in FULL_QUANT.splitlines() if not line.startswith(key)]
+    lines.insert(lines.index(f"[{section}]") + 1, f"{key} = {value.format('named')}")
+
+    def seen() -> Path:
+        config = load(beside, "\n".join(lines))
+        part = config.common if section.startswith("common") else config.preprocess
+        found = getattr(part, key)
+        return Path(found if isinstance(found, Path) else found[0][1])
+
+    assert seen() == Path("named")
+    (here / "named").mkdir()
+    assert seen() == Path("named")
+    (beside / "named").mkdir()
+    assert seen() == beside / "named"
 
 
 IDLE = {

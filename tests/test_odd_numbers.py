@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from command_line import Command
+from command_line import Command, Result
 from graphs import assert_same, build, frozen, normal, prepared, run, types
 from running import write_config
 
@@ -19,7 +20,7 @@ from converter.algorithms.stored_weights import Options, store_by_weights
 from converter.calibrate import channel_mean
 from converter.job import Watch
 from converter.layerwise import usable
-from converter.model import is_float, values_by_name
+from converter.model import constant, is_float, values_by_name
 from converter.ops import is_normalized
 from converter.placement import is_named
 from converter.plan import NodePlan, QuantPlan, WeightPlan
@@ -212,13 +213,117 @@ def test_random_numbers_are_drawn_anew(op: str) -> None:
     assert (found["y"] != found["z"]).any()
 
 
-@pytest.mark.parametrize("dtype", [np.float64, np.float16])
-def test_weights_behind_a_cast_are_weights(dtype: type) -> None:
-    weight = normal(8, 8).astype(dtype)
-    graph = "g (float[4,8] x) => (float[4,8] y) { c = Cast <to = 1> (w)  t = Transpose (c)  y = MatMul (x, t) }"
-    model = prepared(graph, w=weight)
+DROPOUTS = {
+    "of a constant": "a = Dropout (k, half, yes)  b = Dropout (k, half, yes)",
+    "of an input": "a = Dropout (x, half, yes)  b = Dropout (x, half, yes)",
+    "inside": """c = Dropout (k, half, yes)  a = Mul (c, k)  d = Dropout (k, half, yes)
+        b = Mul (d, k)""",
+}
+
+
+@pytest.mark.parametrize("half", [True, False])
+@pytest.mark.parametrize("case", DROPOUTS)
+def test_a_dropout_in_training_drops_at_every_run(qconvert: Command, case: str, half: bool) -> None:
+    graph = f"""g (float[4,64] x) => (float[4,64] y) {{ {DROPOUTS[case]}  s = Sub (a, b)
+        m = MatMul (x, w)  y = Add (m, s) }}"""
+    constants = {"half": np.float32(0.5), "yes": np.array(True), "w": normal(64, 64)}
+    if "k" in DROPOUTS[case]:
+        constants["k"] = np.ones((4, 64), np.float32)
+    Path("m.onnx").write_bytes(frozen(build(graph, 17, **constants)))
+    config = write_config(Path("c.cfg"), common_quant={"quant_type": "WEIGHT_QUANT"})
+    flags = ("--fp16=on",) if half else ()
+    result = qconvert.convert(config, Path("q.onnx"), Path("m.onnx"), *flags)
+    assert result.code == 0, result.err
+    assert "The model draws random numbers ('" in result.err
+    assert "like the float model's" not in result.err
+    product = normal(4, 64) @ normal(64, 64)
+    for optimize in (False, True):
+        draws = [
+            run(Path("q.onnx").read_bytes(), {"x": normal(4, 64)}, optimize)["y"] - product
+            for _ in range(3)
+        ]
+        # What the two dropped is not the same, and not the same again.
+        assert all(np.abs(draw).mean() > 0.3 for draw in draws)
+        assert np.abs(draws[0] - draws[1]).mean() > 0.3
+
+
+def test_a_dropout_in_use_is_folded() -> None:
+    graph = "g (float[4] x) => (float[4] y) { a = Dropout (k, half, no)  y = Add (x, a) }"
+    constants = {"k": normal(4), "half": np.float32(0.5), "no": np.array(False)}
+    assert types(prepared(graph, **constants)) == ["Add"]
+
+
+def test_random_numbers_do_not_count_as_a_change_of_opset(qconvert: Command) -> None:
+    """The conversion adds nodes, and ONNX Runtime draws by a node's number."""
+    graph = """g (float[4,64] x) => (float[4,64] y) { u = Unsqueeze <axes = [0]> (x)
+        v = Squeeze <axes = [0]> (u)  m = MatMul (v, w)  r = RandomNormalLike (m)
+        y = Add (m, r) }"""
+    Path("m.onnx").write_bytes(frozen(build(graph, 11, w=normal(64, 64))))
+    config = write_config(Path("c.cfg"), common_quant={"quant_type": "WEIGHT_QUANT"})
+    result = qconvert.convert(config, Path("q.onnx"), Path("m.onnx"), "--verbose")
+    assert result.code == 0, result.err
+    assert "unchecked, as the model draws random numbers" in result.out + result.err
+
+
+def test_operators_of_other_domains_are_not_taken_for_one() -> None:
+    """Whether they give the same twice, nobody knows."""
+    text = """<ir_version: 8, opset_import: ["" : 17, "com.microsoft" : 1]>
+        g (float[4] x) => (float[4] y) { a = com.microsoft.Gelu (x)  b = com.microsoft.Gelu (x)
+        y = Sub (a, b) }"""
+    model = prepare(ir.from_proto(onnx.parser.parse_model(text)))
+    assert types(model) == ["Gelu", "Gelu", "Sub"]
+
+
+# A weight in other clothes; what W stands for is 8 x 8.
+CLOTHES = {
+    "Cast": "v = Cast <to = 1> (w)",
+    "CastLike": "v = CastLike (w, one)",
+    "there and back": "c = Cast <to = 11> (w)  v = Cast <to = 1> (c)",
+    "Identity": "c = Identity (w)  v = Cast <to = 1> (c)",
+    "Transpose": "c = Cast <to = 1> (w)  v = Transpose (c)",
+    "before the Cast": "c = Transpose (w)  v = Cast <to = 1> (c)",
+    "Reshape": "c = Reshape (w, square)  v = Cast <to = 1> (c)",
+    "Unsqueeze": "c = Unsqueeze (w, zero)  d = Cast <to = 1> (c)  v = Squeeze (d, zero)",
+}
+
+
+@pytest.mark.parametrize("dtype", [np.float64, np.float32, np.float16])
+@pytest.mark.parametrize("case", CLOTHES)
+def test_weights_in_other_clothes_are_weights(case: str, dtype: type) -> None:
+    graph = f"g (float[4,8] x) => (float[4,8] y) {{ {CLOTHES[case]}  y = MatMul (x, v) }}"
+    others = {"one": np.float32(1), "square": np.array([8, 8]), "zero": np.array([0])}
+    used = {name: x for name, x in others.items() if f", {name})" in CLOTHES[case]}
+    constants = {"w": normal(8, 8).astype(dtype), **used}
+    model = prepared(graph, **constants)
     assert types(model) == ["MatMul"]
-    assert_same(build(graph, w=weight), model, {"x": normal(4, 8)})
+    assert_same(build(graph, 15, **constants), model, {"x": normal(4, 8)})
+
+
+@pytest.mark.parametrize("reader", ["t = Transpose (c)  u = MatMul (x, t)", "s = ReduceMax (w)"])
+def test_large_weights_that_others_read_too_are_weights(reader: str) -> None:
+    """More numbers than what is generated may have."""
+    graph = f"""g (float[1,1100] x) => (float[1,1100] y) {{ c = Cast <to = 1> (w)
+        y = MatMul (x, c)  {reader} }}"""
+    graph = graph.replace("y) {", "y, float[] u) {" if "u =" in reader else "y, double[] s) {")
+    model = prepared(graph, w=normal(1100, 1100).astype(np.float64))
+    products = [node for node in model.graph if node.op_type == "MatMul"]
+    assert products
+    assert all(constant(node.inputs[1]) is not None for node in products)
+
+
+def test_weights_of_branches_are_weights(qconvert: Command) -> None:
+    body = "() => (float[1,8] {0}) {{ c{0} = Cast <to = 1> (w)  {0} = MatMul (x, c{0}) }}"
+    graph = f"""g (float[1,8] x, bool c) => (float[1,8] y) {{ y = If (c) <
+        then_branch = t {body.format("p")}, else_branch = e {body.format("q")}> }}"""
+    model = prepared(graph, w=normal(8, 8).astype(np.float64))
+    inner = [node.op_type for node in model.graph.all_nodes() if node.op_type != "If"]
+    assert inner == ["MatMul"] * 2
+
+
+def test_integers_behind_a_cast_stay_integers() -> None:
+    graph = "g (float[4,8] x) => (float[4,8] y) { c = Cast <to = 1> (w)  y = MatMul (x, c) }"
+    model = prepared(graph, w=np.arange(64, dtype=np.int8).reshape(8, 8))
+    assert types(model) == ["Cast", "MatMul"]
 
 
 def test_what_other_domains_compute_gets_its_type_from_the_runtime() -> None:
@@ -250,6 +355,33 @@ def test_names_are_taken_literally_before_they_are_patterns() -> None:
     assert not is_named("blocks0.attn", "blocks[0].attn/MatMul")
 
 
+NAMES = [
+    *("blocks[0].attn/MatMul", "a,b", "a b", " a", "a:0", "/a/b", "a#b", "a #b", "#a", "[a", "a]"),
+    *("a=b", "it's", "'a'", 'say "a", b', "a'b\"c,d", "a\nb", "\u00e9"),
+]
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_the_message_on_a_wrong_name_says_how_to_write_the_right_one(
+    qconvert: Command, name: str
+) -> None:
+    model = build("g (float[2,4] x) => (float[2,4] y) { y = Tanh (x) }")
+    model.graph[0].name = name
+    Path("m.onnx").write_bytes(frozen(model))
+
+    def planned(written: str) -> Result:
+        keys = {"quant_type": "WEIGHT_QUANT", "skip_quant_node": written}
+        config = write_config(Path("c.cfg"), common_quant=keys)
+        return qconvert.convert(config, Path("q.onnx"), Path("m.onnx"), "--dry-run")
+
+    wrong = planned("wrong")
+    assert wrong.code == 1
+    (written,) = re.findall(r"the nearest is (?:'.*', written (.*)|'(.*)')\.$", wrong.err, re.M)
+    right = planned(written[0] or written[1])
+    assert right.code == 0, right.err
+    assert "named in skip_quant_node" in right.out
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_a_conversion_that_changes_nothing_says_so(qconvert: Command, mode: str) -> None:
     Path("m.onnx").write_bytes(frozen(build("g (float[2,4] x) => (float[2,4] y) { y = Tanh (x) }")))
@@ -261,6 +393,30 @@ def test_a_conversion_that_changes_nothing_says_so(qconvert: Command, mode: str)
     result = qconvert.convert(config, Path("q.onnx"), Path("m.onnx"))
     assert result.code == 0
     assert "No node could be quantized" in result.err
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_computes_in_float64_is_said_to(qconvert: Command, mode: str) -> None:
+    graph = """g (float[4,64] x) => (float[4,64] y) { a = Cast <to = 11> (x)  b = MatMul (a, w)
+        y = Cast <to = 1> (b) }"""
+    Path("m.onnx").write_bytes(frozen(build(graph, w=normal(64, 64).astype(np.float64))))
+    config = write_config(
+        Path("c.cfg"),
+        common_quant={"quant_type": mode, **MODES[mode]},
+        data_preprocess=write_data([normal(4, 64)]),
+    )
+    result = qconvert.convert(config, Path("q.onnx"), Path("m.onnx"))
+    assert result.code == 0
+    assert "No node could be quantized, as its" in result.err
+    assert "not float32" in result.err
+
+
+def test_half_precision_that_saves_nothing_says_so(qconvert: Command) -> None:
+    graph = "g (float[2,4] x) => (float[2,4] y) { y = MatMul (x, w) }"
+    Path("m.onnx").write_bytes(frozen(build(graph, w=normal(4, 4))))
+    result = qconvert("--modelFile=m.onnx", "--outputFile=q.onnx", "--fp16=on")
+    assert result.code == 0
+    assert "The result is no smaller than the float model" in result.err
 
 
 def test_what_is_not_finite_is_never_written(

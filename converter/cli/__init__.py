@@ -148,7 +148,9 @@ def main(arguments: list[str] | None = None) -> None:
         )
     except MemoryError:
         _fail(
-            "There is not enough memory; lower calibration_memory or thread_num in the config.", 1
+            "There is not enough memory; lower thread_num in the config and, for FULL_QUANT, "
+            "calibration_memory.",
+            1,
         )
     except Exception as error:
         if "--verbose" in (arguments or sys.argv):

@@ -20,11 +20,11 @@ from converter.errors import UsageError
 def init_command(model: Path, output: Path | None, mode: str) -> None:
     """Write a commented configuration fitted to a model's inputs."""
     from converter.data import spec_of  # imports what takes long
-    from converter.model import load
+    from converter.model import fed_inputs, load
     from converter.starter import starter_config
 
     output = output or model.with_suffix(".cfg")
-    inputs = [spec_of(value) for value in load(model).graph.inputs if not value.is_initializer()]
+    inputs = [spec_of(value) for value in fed_inputs(load(model))]
     text = starter_config(inputs, cast("QuantType", mode))
     try:
         with output.open("x", encoding="utf-8") as stream:

@@ -30,6 +30,11 @@ ActivationQuantMethod = Literal[
 QUANT_TYPES: tuple[QuantType, ...] = get_args(QuantType)
 
 _PIXELS = kinds.integer(1, 65535, 224)
+# Where relative paths start, whatever the key.
+_SEEN = (
+    "A relative path is seen from the configuration file's folder if it exists there, else from "
+    "the current folder."
+)
 
 
 @dataclass(frozen=True)
@@ -158,7 +163,7 @@ class CommonQuantParam:
     )
     debug_info_save_path: Path | None = _key(
         kinds.path("debug"),
-        "Folder for the debug reports, seen from the current folder; unset: no reports.",
+        f"Folder for the debug reports; unset: no reports. {_SEEN}",
     )
     thread_num: int | None = _key(
         kinds.integer(1, 1024, 4), "Threads to compute with; unset: all cores."
@@ -179,7 +184,7 @@ class CommonQuantParam:
         kinds.path("calibration.npz"),
         "File that keeps what calibration found, so that the next conversion of the same model "
         "and data, with "
-        "other range methods, targets or skips, need not calibrate; unset: none.",
+        f"other range methods, targets or skips, need not calibrate; unset: none. {_SEEN}",
         scope=_FULL,
     )
 
@@ -345,10 +350,8 @@ class DataPreprocessParam:
 
     calibrate_path: InputFolders = _key(
         kinds.input_folders(),
-        "Data of every model input, required for FULL_QUANT. A relative folder is seen from the "
-        "configuration "
-        "file's folder if it exists there, else from the current folder; in quotes it may hold "
-        "commas and colons.",
+        "Data of every model input, required for FULL_QUANT; in quotes a folder may hold commas "
+        f"and colons. {_SEEN}",
         (),
     )
     calibrate_size: int | None = _key(
@@ -360,8 +363,7 @@ class DataPreprocessParam:
     label_file: Path | None = _key(
         kinds.path("labels.csv"),
         "CSV with a line `file,label` for every file that right answers are counted on, label "
-        "being a class index; "
-        "seen from the current folder.",
+        f"being a class index. {_SEEN}",
     )
     image_to_format: Literal["RGB", "GRAY", "BGR"] | None = _choice(
         "Channels of the preprocessed picture; unset: RGB, or GRAY for a model input of one "

@@ -151,8 +151,8 @@ def _items(text: str) -> list[str]:
 
 
 def path(example: str) -> Kind:
-    """A path; a relative one starts at the current folder."""
-    return Kind("a path", example, lambda text: Path(unquote(text)))
+    """A path; see `_seen` for where a relative one starts."""
+    return Kind("a path", example, lambda text: Path(unquote(text)), locate=_seen)
 
 
 def path_beside(example: str) -> Kind:
@@ -191,10 +191,10 @@ def _input_folder(item: str) -> tuple[str, Path]:
 
 
 def _located(pairs: InputFolders, folder: Path) -> InputFolders:
-    """See each path from `folder` if it exists there, else as it is, from the current folder."""
+    return tuple((name, _seen(path, folder)) for name, path in pairs)
 
-    def located(path: Path) -> Path:
-        # Path.exists raises where a name is too long for the file system.
-        return folder / path if os.path.exists(folder / path) else path  # noqa: PTH110
 
-    return tuple((name, located(path)) for name, path in pairs)
+def _seen(path: Path, folder: Path) -> Path:
+    """See a path from `folder` if it exists there, else as it is, from the current folder."""
+    # Path.exists raises where a name is too long for the file system.
+    return folder / path if os.path.exists(folder / path) else path  # noqa: PTH110

@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from calib.affine import Array
 from converter.model import Names, add_constant, constant, known
+from converter.ops import draws
 
 # Below this many elements the Cast costs more bytes than float16 saves.
 LEAST_SIZE = 64
@@ -42,11 +43,15 @@ def _worthwhile(value: ir.Value) -> bool:
         or value.is_graph_output()
     ):
         return False
-    # A scale must stay a constant for runtimes to recognise the operator around it.
-    return not any(
-        use.node.op_type in {"QuantizeLinear", "DequantizeLinear"} and use.idx == 1
-        for use in value.uses()
-    )
+    return not any(_wants_constant(use.node, use.idx) for use in value.uses())
+
+
+def _wants_constant(node: ir.Node, index: int) -> bool:
+    """Whether `node` must read a constant itself: a scale, for runtimes to recognise the operator
+    around it, and what a Dropout in training drops, which ONNX Runtime would drop once, at loading.
+    """
+    scale = node.op_type in {"QuantizeLinear", "DequantizeLinear"} and index == 1
+    return scale or draws(node)
 
 
 def _fits(array: Array) -> bool:

@@ -4,13 +4,14 @@ afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from converter.model import MAKERS_OF_MAPS, drop_unread
+from converter.ops import draws
 from converter.prepare.drop_identities import drop_identities
 from converter.prepare.fold_affine import fold_affine
 from converter.prepare.fold_constants import fold_constants
@@ -21,16 +22,6 @@ from converter.prepare.share import share_constants, share_shapes
 from converter.prepare.tie import tie
 from converter.prepare.types import complete_types, sequences_untyped
 from converter.prepare.widen import widen
-
-# What gives other numbers every time.
-RANDOM = {
-    "Bernoulli",
-    "Multinomial",
-    "RandomNormal",
-    "RandomNormalLike",
-    "RandomUniform",
-    "RandomUniformLike",
-}
 
 
 def make_plain(model: ir.Model) -> None:
@@ -48,12 +39,15 @@ def prepare(model: ir.Model) -> ir.Model:
     make_plain(model)
     widen(model)
     with _dimensions_of_their_own(model):
-        with _hidden(model, MAKERS_OF_MAPS), sequences_untyped(model):
+        with (
+            _hidden(model, lambda node: node.op_type in MAKERS_OF_MAPS),
+            sequences_untyped(model),
+        ):
             common.ShapeInferencePass()(model)  # helps what follows, never required
         share_shapes(model)
         # Indices and axes, so that the next pass finds more.
         common.DeduplicateInitializersPass(size_limit=1)(model)
-        with _hidden(model, RANDOM):
+        with _hidden(model, lambda node: bool(node.domain) or draws(node)):
             common.CommonSubexpressionEliminationPass()(model)
             fold_constants(model)  # shapes computed from static inputs, scaled weights
     _lift_constants(model)  # what was folded
@@ -72,9 +66,9 @@ def prepare(model: ir.Model) -> ir.Model:
 
 
 @contextmanager
-def _hidden(model: ir.Model, op_types: Collection[str]) -> Iterator[None]:
-    """While it lasts, no pass knows the operators."""
-    nodes = [node for node in model.graph.all_nodes() if node.op_type in op_types]
+def _hidden(model: ir.Model, is_secret: Callable[[ir.Node], bool]) -> Iterator[None]:
+    """While it lasts, no pass knows the operators of these nodes, nor takes two for the same."""
+    nodes = [node for node in model.graph.all_nodes() if is_secret(node)]
     domains = [node.domain for node in nodes]
     for number, node in enumerate(nodes):
         node.domain = f"hidden.{number}"
@@ -85,18 +79,28 @@ def _hidden(model: ir.Model, op_types: Collection[str]) -> Iterator[None]:
 
 @contextmanager
 def _dimensions_of_their_own(model: ir.Model) -> Iterator[None]:
-    """While it lasts, no two inputs have a dimension of one name.
+    """While it lasts, no two dimensions of inputs have one name, and names stand for equal sizes.
 
-    A name stands for one size, but exporters write N on inputs that differ in fact.
+    A name should do so anyway, but exporters write N on dimensions that differ in fact, inside of
+    the model too.
     """
-    shapes = {value: value.shape for value in model.graph.inputs if value.shape is not None}
-    for number, (value, shape) in enumerate(shapes.items()):
-        value.shape = ir.Shape(
-            [d if isinstance(d, int) or d.value is None else f"{d.value}@{number}" for d in shape]
-        )
+    graphs = list(model.graphs())
+    edges = {v: v.shape for graph in graphs for v in (*graph.inputs, *graph.outputs)}
+    inside = (v for graph in graphs for node in graph for v in node.outputs)
+    for value in {**edges, **dict.fromkeys(inside)}:
+        value.shape = _with_names(value.shape, lambda axis: None)
+    for number, value in enumerate(model.graph.inputs):
+        value.shape = _with_names(value.shape, f"dimension{number}_{{}}".format)
     yield
-    for value, shape in shapes.items():
-        value.shape = shape
+    for value, shape in edges.items():
+        value.shape = shape or _with_names(value.shape, lambda axis: None)
+
+
+def _with_names(shape: ir.Shape | None, name: Callable[[int], str | None]) -> ir.Shape | None:
+    """The shape with other names of its open dimensions, by axis."""
+    if shape is None:
+        return None
+    return ir.Shape([d if isinstance(d, int) else name(axis) for axis, d in enumerate(shape)])
 
 
 def _lift_constants(model: ir.Model) -> None:

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from converter.model import graph_of, known, operand
+from converter.model import graph_of, known
+from converter.ops import draws
 
 
 def drop_identities(model: ir.Model) -> bool:
@@ -21,7 +22,7 @@ def drop_identities(model: ir.Model) -> bool:
 
 
 def _removable(node: ir.Node) -> bool:
-    if node.op_type not in {"Identity", "Dropout"} or node.domain or _training(node):
+    if node.op_type not in {"Identity", "Dropout"} or node.domain or draws(node):
         return False
     source = node.inputs[0]
     unread = not any(value.uses() or value.is_graph_output() for value in node.outputs[1:])
@@ -31,9 +32,3 @@ def _removable(node: ir.Node) -> bool:
         and unread
         and not node.outputs[0].is_graph_output()
     )
-
-
-def _training(node: ir.Node) -> bool:
-    """Whether a Dropout has a training_mode that is true or computed at run time."""
-    mode = operand(node, 2)
-    return len(node.inputs) > 2 and node.inputs[2] is not None and (mode is None or bool(mode))

@@ -2,26 +2,54 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import onnx_ir as ir
 from onnxscript.optimizer._constant_folding import FoldConstantsPass
 
 from converter.model import operand
+from converter.ops import takes_weight
 
 # Scales and reshapes of weights are folded whatever their size; generated tables (a position grid)
 # up to 4 MB.
 INPUT_LIMIT = 1 << 30
 OUTPUT_LIMIT = 1 << 20
 CONVERSIONS = {"DequantizeLinear", "QuantizeLinear"}
+ONE_FOR_ONE = {
+    *("Cast", "CastLike", "Identity", "Transpose"),
+    *("Reshape", "Flatten", "Squeeze", "Unsqueeze"),
+}
 
 
 def fold_constants(model: ir.Model) -> None:
-    """Computes in place; quantization nodes are never folded."""
+    """Computes in place; quantization nodes are never folded.
+
+    What becomes a weight is computed whatever its size, also where others read the constant too:
+    in fewer bits two of them are smaller than one.
+    """
+    _fold(model, OUTPUT_LIMIT, _worth_folding)
+    _fold(model, INPUT_LIMIT, _becomes_weight)
+
+
+def _fold(model: ir.Model, limit: int, worth: Callable[[ir.Node], bool | None]) -> None:
     FoldConstantsPass(
         shape_inference=True,
         input_size_limit=INPUT_LIMIT,
-        output_size_limit=OUTPUT_LIMIT,
-        should_fold=_worth_folding,
+        output_size_limit=limit,
+        should_fold=worth,
     )(model)
+
+
+def _becomes_weight(node: ir.Node) -> bool | None:
+    return _worth_folding(node) if _leads_to_weight(node) else False
+
+
+def _leads_to_weight(node: ir.Node) -> bool:
+    """Whether `node` hands numbers on, one for one, to where a weight is read."""
+    return node.op_type in ONE_FOR_ONE and any(
+        takes_weight(use.node, use.idx) or _leads_to_weight(use.node)
+        for use in node.outputs[0].uses()
+    )
 
 
 def _worth_folding(node: ir.Node) -> bool | None:
@@ -38,7 +66,10 @@ def _worth_folding(node: ir.Node) -> bool | None:
 
 
 def _is_float_cast(node: ir.Node) -> bool:
-    """Whether a Cast makes float32 of a constant in another float type, as a weight in float64."""
+    """Whether a Cast makes float32 of a constant in another float type, as a weight in float64, or
+    float64 only on the way there.
+    """
     array = operand(node, 0) if node.op_type == "Cast" else None
-    to_float = node.attributes.get_int("to", 0) == ir.DataType.FLOAT
-    return array is not None and to_float and array.dtype.kind == "f"
+    to, readers = node.attributes.get_int("to", 0), {u.node.op_type for u in node.outputs[0].uses()}
+    there = to == ir.DataType.FLOAT or (to == ir.DataType.DOUBLE and readers == {"Cast"})
+    return array is not None and there and array.dtype.kind == "f"

@@ -113,22 +113,19 @@ def _as_resize(node: ir.Node, names: Names) -> None:
 
 
 def _without_weights(model: ir.Model) -> list[ir.TensorProtocol]:
-    """Puts the numbers of references in the place of large tensors; returns these."""
+    """Puts numbered references in the place of large tensors and of those in other files, whose
+    folder the converter would lose; returns them.
+    """
     tensors = list[ir.TensorProtocol]()
-
-    def reference(tensor: ir.TensorProtocol) -> ir.ExternalTensor:
-        tensors.append(tensor)
-        size = tensor.nbytes
-        number = f"{HIDDEN}{len(tensors) - 1}"
-        shape = ir.Shape(tensor.numpy().shape)
-        return ir.ExternalTensor(
-            number, 0, size, tensor.dtype, shape=shape, name=tensor.name or "", base_dir=""
+    for value in (v for graph in model.graphs() for v in graph.initializers.values()):
+        tensor = value.const_value
+        if tensor is None or not (tensor.size > SEEN_SIZE or isinstance(tensor, ir.ExternalTensor)):
+            continue
+        name, shape = f"{HIDDEN}{len(tensors)}", ir.Shape(tensor.numpy().shape)
+        value.const_value = ir.ExternalTensor(
+            name, 0, tensor.nbytes, tensor.dtype, shape=shape, name=tensor.name or "", base_dir=""
         )
-
-    for graph in model.graphs():
-        for value in graph.initializers.values():
-            if value.const_value is not None and value.const_value.size > SEEN_SIZE:
-                value.const_value = reference(value.const_value)
+        tensors.append(tensor)
     return tensors
 
 

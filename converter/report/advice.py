@@ -5,6 +5,8 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+from converter.config import Config
+from converter.config.left import against_saturation, left
 from converter.findings import NodeFinding, Verification
 from converter.pairs import Place
 from converter.report.rounds import Figures
@@ -15,15 +17,27 @@ MERGES, MIXED_RANGES = {"Add", "Sub", "Concat", "Max", "Min"}, 4.0
 # Shares of values cut off, of the range cut off, and of the outputs' error that deserve a word, as
 # do a node's own noise and its noise at the outputs, in dB.
 CLIPPED, SHORTENED, COSTLY, NOISY_DB, HEARD_DB = 0.01, 0.02, 0.1, 15.0, 40.0
+# Settings that advice names where they would change something, and the most bits of a weight.
+WIDEST = ("full_quant_param.activation_quant_method", "MAX_MIN")
+ANY_METHOD = ("full_quant_param.activation_quant_method", None)
+MOST_BITS = 16
 
 
-def advice_for(node: NodeFinding, tensors: Sequence[tuple[Place, Figures]], saturates: bool) -> str:
+def advice_for(
+    node: NodeFinding,
+    tensors: Sequence[tuple[Place, Figures]],
+    saturates: bool,
+    settings: Config,
+) -> str:
     """What could make a quantized node better; empty if nothing needs to."""
-    return " ".join(_advice(node, tensors, saturates)) if node.quantized else ""
+    return " ".join(_advice(node, tensors, saturates, settings)) if node.quantized else ""
 
 
 def _advice(
-    node: NodeFinding, tensors: Sequence[tuple[Place, Figures]], saturates: bool
+    node: NodeFinding,
+    tensors: Sequence[tuple[Place, Figures]],
+    saturates: bool,
+    settings: Config,
 ) -> Iterator[str]:
     if saturates:
         yield "Its products can saturate in 16 bits: see the advice on the whole."
@@ -40,21 +54,22 @@ def _advice(
     ]
     clip, name = max(((f.clip, name) for name, f in ranged if _is_shortened(f)), default=(0.0, ""))
     if clip > CLIPPED and _is_heard(node):
-        yield (
-            f"{clip:.1%} of {name} is cut off: try activation_quant_method = MAX_MIN or "
-            "skip_quant_node."
-        )
+        wider = "activation_quant_method = MAX_MIN or " if left(settings, *WIDEST) else ""
+        yield f"{clip:.1%} of {name} is cut off: try {wider}skip_quant_node."
+    more_bits = ["give it more bits (bit_num)"] if _may_have_more_bits(node, settings) else []
     if _is_costly(node):
-        yield (
-            f"It alone makes {node.share:.0%} of the error: leave it float (skip_quant_node) or "
-            "give it more bits."
-        )
+        ways = ["leave it float (skip_quant_node)", *more_bits]
+        yield f"It alone makes {node.share:.0%} of the error: {' or '.join(ways)}."
     elif node.own is not None and node.own.sqnr_db < NOISY_DB:
-        more = "try another activation_quant_method" if ranged else "give it more bits (bit_num)"
-        yield (
-            f"Its output is noisy ({node.own.sqnr_db:.1f} dB): {more}, or leave it float with "
-            "skip_quant_node."
-        )
+        method = ["try another activation_quant_method"] if left(settings, *ANY_METHOD) else []
+        ways = [*(method if ranged else more_bits), "leave it float with skip_quant_node"]
+        yield f"Its output is noisy ({node.own.sqnr_db:.1f} dB): {', or '.join(ways)}."
+
+
+def _may_have_more_bits(node: NodeFinding, settings: Config) -> bool:
+    """Whether there is a key that gives a node more bits: only stored weights may have any."""
+    stored = settings.mode in (None, "WEIGHT_QUANT")
+    return stored and (node.bits is None or node.bits < MOST_BITS)
 
 
 def _is_costly(node: NodeFinding) -> bool:
@@ -81,44 +96,42 @@ def _ratio(figures: Sequence[Figures]) -> float:
     return max(sizes) / min(sizes) if sizes else 1.0
 
 
-def overall_advice(nodes: Sequence[NodeFinding], found: Verification | None) -> Iterator[str]:
+def overall_advice(
+    nodes: Sequence[NodeFinding], found: Verification | None, settings: Config
+) -> Iterator[str]:
     """Sentences on the whole, the gravest first."""
     if found and found.saturated:
         yield (
             f"Saturation: the weights of {listed(found.saturated)} let kernels that add two "
-            "products in 16 bits, those of x86 processors without VNNI, cut sums off; convert with "
-            "target_device = CPU and overflow_safe = true (in other tools: 7-bit weights, "
-            "reduce_range)."
+            "products in 16 bits, those of x86 processors without VNNI, cut sums off; "
+            f"{against_saturation(settings)}."
         )
-    for word, sentence in (
-        (
-            "mixed ranges",
-            (
-                "Mixed ranges: the inputs of {} differ much, small ones get few codes; try "
-                "skip_quant_node."
-            ),
-        ),
-        (
-            "cut off",
-            (
-                "Much is cut off at {}: a wider range (activation_quant_method = MAX_MIN) may be "
-                "better."
-            ),
-        ),
-    ):
-        if named := [node.name for node in nodes if word in node.advice]:
-            yield sentence.format(listed(named))
+    if mixed := [node.name for node in nodes if "mixed ranges" in node.advice]:
+        yield (
+            f"Mixed ranges: the inputs of {listed(mixed)} differ much, small ones get few codes; "
+            "try skip_quant_node."
+        )
+    if cut := [node.name for node in nodes if "cut off" in node.advice]:
+        wider = "a wider range (activation_quant_method = MAX_MIN)"
+        way = wider if left(settings, *WIDEST) else "leaving them float (skip_quant_node)"
+        yield f"Much is cut off at {listed(cut)}: {way} may be better."
     costly = sorted(filter(_is_costly, nodes), key=lambda n: -(n.share or 0))
     if costly:
-        yield (
-            f"Most of the outputs' error comes from {listed([n.name for n in costly])}: "
-            "skip_quant_node, or max_drop."
-        )
+        names = listed([node.name for node in costly])
+        yield f"Most of the outputs' error comes from {names}: {_floats(settings)}."
     if found and found.speedup is not None and found.speedup < 1:
+        other = "; WEIGHT_QUANT may do" if settings.mode != "WEIGHT_QUANT" else ""
         yield (
-            "It is not faster here than the float model: few operators have integer kernels; "
-            "WEIGHT_QUANT may do."
+            "It is not faster here than the float model: few operators have integer kernels"
+            f"{other}."
         )
+
+
+def _floats(settings: Config) -> str:
+    """The keys that leave nodes float."""
+    if not left(settings, "full_quant_param.max_drop", 0.0):
+        return "skip_quant_node"
+    return f"skip_quant_node, or {'a smaller ' if settings.full_quant.max_drop else ''}max_drop"
 
 
 def listed(names: Sequence[str], most: int = 5) -> str:

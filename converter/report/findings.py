@@ -130,7 +130,7 @@ def findings(
         given,
         nodes=nodes,
         tensors=tuple(tensors),
-        advice=tuple(overall_advice(nodes, given.verification)),
+        advice=tuple(overall_advice(nodes, given.verification, result.settings)),
     )
     if tables:
         write_table(tables / "output_summary.csv", outputs)
@@ -186,7 +186,8 @@ def _nodes(
         if found:
             node = replace(node, own=found.own, output=found.output, share=noise[name] / whole)
         inputs = [(place, totals[key_of(place)]) for place in own_places if key_of(place) in totals]
-        nodes.append(replace(node, advice=advice_for(node, inputs, name in saturated)))
+        advice = advice_for(node, inputs, name in saturated, result.settings)
+        nodes.append(replace(node, advice=advice))
     return tuple(nodes)
 
 
