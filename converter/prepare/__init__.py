@@ -19,7 +19,7 @@ from converter.prepare.names import name_nodes
 from converter.prepare.normal_gemm import normal_gemm
 from converter.prepare.share import share_constants, share_shapes
 from converter.prepare.tie import tie
-from converter.prepare.types import complete_types
+from converter.prepare.types import complete_types, infer_types
 from converter.prepare.widen import widen
 
 # What onnx_ir cannot hold the output of, and what gives other numbers every time.
@@ -32,6 +32,8 @@ RANDOM = {
     "RandomUniform",
     "RandomUniformLike",
 }
+# The library's pass cannot compare what they have as an attribute: a type.
+OF_TYPES = {"Optional"}
 
 
 def make_plain(model: ir.Model) -> None:
@@ -47,14 +49,15 @@ def make_plain(model: ir.Model) -> None:
 def prepare(model: ir.Model) -> ir.Model:
     """Runs all passes over `model` in place and returns it; it computes the same function."""
     make_plain(model)
-    widen(model)
     with _dimensions_of_their_own(model):
         with _hidden(model, MAKERS_OF_MAPS):
-            common.ShapeInferencePass()(model)  # helps what follows, never required
+            infer_types(model)  # helps what follows, never required
+        complete_types(model)
+        widen(model)
         share_shapes(model)
         # Indices and axes, so that the next pass finds more.
         common.DeduplicateInitializersPass(size_limit=1)(model)
-        with _hidden(model, RANDOM):
+        with _hidden(model, RANDOM | OF_TYPES):
             common.CommonSubexpressionEliminationPass()(model)
             fold_constants(model)  # shapes computed from static inputs, scaled weights
     _lift_constants(model)  # what was folded
@@ -74,14 +77,17 @@ def prepare(model: ir.Model) -> ir.Model:
 
 @contextmanager
 def _hidden(model: ir.Model, op_types: Collection[str]) -> Iterator[None]:
-    """While it lasts, no pass knows the operators."""
+    """While it lasts, no pass knows the operators, nor takes two for the same."""
     nodes = [node for node in model.graph.all_nodes() if node.op_type in op_types]
     domains = [node.domain for node in nodes]
+    types = [(node, node.attributes.pop("type")) for node in nodes if "type" in node.attributes]
     for number, node in enumerate(nodes):
         node.domain = f"hidden.{number}"
     yield
     for node, domain in zip(nodes, domains, strict=True):
         node.domain = domain
+    for node, kind in types:
+        node.attributes["type"] = kind
 
 
 @contextmanager

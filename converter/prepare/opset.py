@@ -69,7 +69,7 @@ def _converted(model: ir.Model, least: int) -> ir.Model:
     for node in hidden:
         node.domain = HIDDEN
     copy.graph.opset_imports[HIDDEN] = 1
-    tensors = _without_weights(copy)
+    tensors = without_weights(copy)
     proto = onnx.version_converter.convert_version(ir.to_proto(copy), least)
     raised: ir.Model = ir.from_proto(proto)
     _with_weights(raised, tensors)
@@ -108,7 +108,7 @@ def _as_resize(node: ir.Node, names: Names) -> None:
         node.attributes[name] = ir.AttrString(name, value)
 
 
-def _without_weights(model: ir.Model) -> list[ir.TensorProtocol]:
+def without_weights(model: ir.Model) -> list[ir.TensorProtocol]:
     """Puts the numbers of references in the place of large tensors; returns these."""
     tensors = list[ir.TensorProtocol]()
 
