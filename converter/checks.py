@@ -45,7 +45,7 @@ def _parameters(model: ir.Model, target: Target) -> Iterator[str]:
         *([np.dtype(np.int32)] if target.integer_bias else []),
     }
     for node in model.graph:
-        if node.op_type not in {"QuantizeLinear", "DequantizeLinear"}:
+        if node.domain or node.op_type not in {"QuantizeLinear", "DequantizeLinear"}:
             continue
         codes, scale, zero_point = (operand(node, index) for index in range(3))
         dtype = (

@@ -9,7 +9,7 @@ the whole model again.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -25,7 +25,7 @@ from converter.emit.integer_edges import feed_integers, hand_out_integers
 from converter.emit.qdq import emit
 from converter.exact import exact_here
 from converter.job import Resources
-from converter.model import constant, serialized, submodel, values_read
+from converter.model import constant, known, serialized, submodel, values_read
 from converter.ops import OPS
 from converter.plan import NodePlan, QuantPlan
 
@@ -58,11 +58,42 @@ class Step:
 def steps_of(graph: ir.Graph, plan: QuantPlan) -> list[Step]:
     """The steps that weighted units depend on, in graph order."""
     cut = _needed(list(_cut(graph, plan)))
-    readers: dict[ir.Value, set[ir.Node]] = {}
-    for node in (node for nodes, _ in cut for node in nodes):
-        for value in values_read(node):
-            readers.setdefault(value, set()).add(node)
-    return [_step(nodes, unit, readers) for nodes, unit in cut]
+    steps = [_with_makers(nodes) for nodes, _ in cut]
+    readers: dict[ir.Value, set[int]] = {}
+    for position, nodes in enumerate(steps):
+        for value in (value for node in nodes for value in values_read(node)):
+            readers.setdefault(value, set()).add(position)
+    found = list[Step]()
+    for position, (own, unit) in enumerate(cut):
+        made = [value for node in own for value in node.outputs if can_be_fed(value)]
+        writes = [value for value in made if readers.get(value, set()) - {position}]
+        found.append(Step(_names(steps[position]), _reads(steps[position]), _names(writes), unit))
+    return found
+
+
+def _with_makers(nodes: Sequence[ir.Node]) -> list[ir.Node]:
+    """The nodes, and those before them that make what no step can hand on: they run again in every
+    step that reads it.
+    """
+    found = dict.fromkeys(nodes)
+    waiting = list(nodes)
+    while waiting:
+        for value in values_read(waiting.pop()):
+            maker = value.producer()
+            if maker is not None and maker not in found and not can_be_fed(value):
+                found[maker] = None
+                waiting.append(maker)
+    return list(found)
+
+
+def can_be_fed(value: ir.Value) -> bool:
+    """Whether arrays of the value can be fed to ONNX Runtime: no sequences, optionals, tensors of
+    unknown type or of one that NumPy does not have.
+    """
+    if not isinstance(value.type, ir.TensorType) or value.dtype == ir.DataType.UNDEFINED:
+        return False
+    dtype = known(value.dtype).numpy()
+    return dtype.isbuiltin == 1 and dtype.kind in "biufO"
 
 
 def _cut(graph: ir.Graph, plan: QuantPlan) -> Iterator[_Cut]:
@@ -99,17 +130,14 @@ def _needed(cut: Sequence[_Cut]) -> list[_Cut]:
     return kept
 
 
-def _step(
-    nodes: list[ir.Node], unit: NodePlan | None, readers: Mapping[ir.Value, set[ir.Node]]
-) -> Step:
-    made = [value for node in nodes for value in node.outputs]
-    read = [v for node in nodes for v in values_read(node) if v not in made and constant(v) is None]
-    handed_on = [v for v in made if readers.get(v, set()) - set(nodes)]
-    return Step(tuple(node.name or "" for node in nodes), _names(read), _names(handed_on), unit)
+def _reads(nodes: Sequence[ir.Node]) -> tuple[str, ...]:
+    made = {value for node in nodes for value in node.outputs}
+    read = (value for node in nodes for value in values_read(node))
+    return _names(value for value in read if value not in made and constant(value) is None)
 
 
-def _names(values: Iterable[ir.Value]) -> tuple[str, ...]:
-    return tuple(dict.fromkeys(value.name or "" for value in values))
+def _names(parts: Iterable[ir.Value | ir.Node]) -> tuple[str, ...]:
+    return tuple(dict.fromkeys(part.name or "" for part in parts))
 
 
 class Walk:

@@ -20,8 +20,11 @@ from converter.prepare.names import name_nodes
 from converter.prepare.normal_gemm import normal_gemm
 from converter.prepare.share import share_constants, share_shapes
 from converter.prepare.tie import tie
-from converter.prepare.types import complete_types, sequences_untyped
+from converter.prepare.types import complete_types, infer_types
 from converter.prepare.widen import widen
+
+# The library's pass cannot compare what they have as an attribute: a type.
+OF_TYPES = {"Optional"}
 
 
 def make_plain(model: ir.Model) -> None:
@@ -37,17 +40,15 @@ def make_plain(model: ir.Model) -> None:
 def prepare(model: ir.Model) -> ir.Model:
     """Runs all passes over `model` in place and returns it; it computes the same function."""
     make_plain(model)
-    widen(model)
     with _dimensions_of_their_own(model):
-        with (
-            _hidden(model, lambda node: node.op_type in MAKERS_OF_MAPS),
-            sequences_untyped(model),
-        ):
-            common.ShapeInferencePass()(model)  # helps what follows, never required
+        with _hidden(model, lambda node: node.op_type in MAKERS_OF_MAPS):
+            infer_types(model)  # helps what follows, never required
+        complete_types(model)
+        widen(model)
         share_shapes(model)
         # Indices and axes, so that the next pass finds more.
         common.DeduplicateInitializersPass(size_limit=1)(model)
-        with _hidden(model, lambda node: bool(node.domain) or draws(node)):
+        with _hidden(model, _is_kept):
             common.CommonSubexpressionEliminationPass()(model)
             fold_constants(model)  # shapes computed from static inputs, scaled weights
     _lift_constants(model)  # what was folded
@@ -65,16 +66,24 @@ def prepare(model: ir.Model) -> ir.Model:
     return model
 
 
+def _is_kept(node: ir.Node) -> bool:
+    """Whether no pass may fold the node or merge it with another."""
+    return bool(node.domain) or draws(node) or node.op_type in OF_TYPES
+
+
 @contextmanager
 def _hidden(model: ir.Model, is_secret: Callable[[ir.Node], bool]) -> Iterator[None]:
     """While it lasts, no pass knows the operators of these nodes, nor takes two for the same."""
     nodes = [node for node in model.graph.all_nodes() if is_secret(node)]
     domains = [node.domain for node in nodes]
+    types = [(node, node.attributes.pop("type")) for node in nodes if "type" in node.attributes]
     for number, node in enumerate(nodes):
         node.domain = f"hidden.{number}"
     yield
     for node, domain in zip(nodes, domains, strict=True):
         node.domain = domain
+    for node, kind in types:
+        node.attributes["type"] = kind
 
 
 @contextmanager

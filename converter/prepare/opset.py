@@ -68,7 +68,7 @@ def _converted(model: ir.Model, least: int) -> ir.Model:
     for node in [node for node in copy.graph.all_nodes() if _is_foreign(node)]:
         node.domain = f"{HIDDEN}{node.domain}"
         copy.graph.opset_imports[node.domain] = 1
-    tensors = _without_weights(copy)
+    tensors = without_weights(copy)
     proto = onnx.version_converter.convert_version(ir.to_proto(copy), least)
     raised: ir.Model = ir.from_proto(proto)
     _with_weights(raised, tensors)
@@ -112,7 +112,7 @@ def _as_resize(node: ir.Node, names: Names) -> None:
         node.attributes[name] = ir.AttrString(name, value)
 
 
-def _without_weights(model: ir.Model) -> list[ir.TensorProtocol]:
+def without_weights(model: ir.Model) -> list[ir.TensorProtocol]:
     """Puts numbered references in the place of large tensors and of those in other files, whose
     folder the converter would lose; returns them.
     """

@@ -1,89 +1,60 @@
-"""Types of what ONNX's own inference does not know, or onnx_ir does not take from it."""
+"""Types and shapes of all tensors: as ONNX infers them and, where that knows no better, as the
+runtime does.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+import contextlib
 
 import onnx
 import onnx_ir as ir
 
 from calib import CalibError
 from calib.session import open_session
-from converter.model import saved
+from converter.model import saved, values_by_name
+from converter.prepare.opset import without_weights
 
-# How ONNX Runtime names the types that matter here.
-NAMES = {
-    "tensor(float)": ir.DataType.FLOAT,
-    "tensor(float16)": ir.DataType.FLOAT16,
-    "tensor(double)": ir.DataType.DOUBLE,
-    "tensor(int64)": ir.DataType.INT64,
-    "tensor(int32)": ir.DataType.INT32,
-    "tensor(uint8)": ir.DataType.UINT8,
-    "tensor(int8)": ir.DataType.INT8,
-    "tensor(bool)": ir.DataType.BOOL,
-}
+# What ONNX Runtime calls the types of tensors.
+NAMES = {f"tensor({kind.name.lower()})": kind for kind in ir.DataType}
 
 
-@contextmanager
-def sequences_untyped(model: ir.Model) -> Iterator[None]:
-    """While it lasts, types are inferred; sequences and optionals that have none stay without.
-
-    onnx_ir takes them for tensors of their elements, which the runtime refuses.
+def infer_types(model: ir.Model) -> None:
+    """Completes types and shapes in place, by ONNX's own inference as far as it comes: a node that
+    it cannot follow does not keep it from the others.
     """
-    found: set[ir.Value] = set()
-    for node in model.graph.all_nodes():
-        for index, value in enumerate(node.outputs):
-            if value.type is None and _is_no_tensor(node, index, found):
-                found.add(value)
-    yield
-    for value in found:
-        value.type = value.shape = None
-
-
-def _is_no_tensor(node: ir.Node, index: int, found: set[ir.Value]) -> bool:
-    """Whether an output is a sequence or an optional, as `found` are before it."""
-    if node.domain or not onnx.defs.has(node.op_type):
-        return False
-    if (passed := _passed_on(node, index)) is not None:
-        declared = passed.type is not None and not isinstance(passed.type, ir.TensorType)
-        return declared or passed in found
-    outputs = onnx.defs.get_schema(node.op_type).outputs
-    kinds = outputs[min(index, len(outputs) - 1)].types
-    return not any(kind.startswith("tensor") for kind in kinds)
-
-
-def _passed_on(node: ir.Node, index: int) -> ir.Value | None:
-    """The value that an output is of the type of, for operators that hand on any type."""
-    if node.op_type == "Identity":
-        return node.inputs[0]
-    if node.op_type == "If":
-        return node.attributes["then_branch"].as_graph().outputs[index]
-    return node.attributes["body"].as_graph().outputs[index + 1] if node.op_type == "Loop" else None
+    copy = model.clone()
+    without_weights(copy)
+    with contextlib.suppress(onnx.shape_inference.InferenceError):
+        proto = onnx.shape_inference.infer_shapes(ir.to_proto(copy), data_prop=True)
+        for graph, found in zip(model.graphs(), ir.from_proto(proto).graphs(), strict=True):
+            inferred = values_by_name(found)
+            for name, value in values_by_name(graph).items():
+                value.type = inferred[name].type or value.type
+                if inferred[name].shape is not None:
+                    value.shape = inferred[name].shape
 
 
 def complete_types(model: ir.Model) -> None:
-    """Gives tensors of the main graph that have no type, in place, the one that ONNX Runtime finds.
+    """Gives tensors of the main graph that have no type, in place, the one that ONNX Runtime finds,
+    and the shape.
 
     Operators of other domains are unknown to ONNX, and so is all that depends on them. Where the
     runtime does not take the model they stay untyped, and float.
     """
-    untyped = {
-        value.name: value
-        for node in model.graph
-        for value in node.outputs
-        if value.name and value.type is None
-    }
+    values = (value for node in model.graph for value in node.outputs)
+    untyped = {value.name: value for value in values if value.name and value.type is None}
     if not untyped:
         return
-    try:
-        with saved(model, untyped) as path:
-            found = {
-                output.name: output.type
-                for output in open_session(path, optimize=False).get_outputs()
-            }
-    except CalibError:
-        return
-    for name, value in untyped.items():
-        if dtype := NAMES.get(found.get(name, "")):
-            value.type = ir.TensorType(dtype)
+    with contextlib.suppress(CalibError), saved(model, untyped) as path:
+        for output in open_session(path, optimize=False).get_outputs():
+            value, dtype = untyped.get(output.name), NAMES.get(output.type)
+            if value is not None and dtype is not None:
+                value.type = ir.TensorType(dtype)
+                value.shape = value.shape or _shape(output.shape)
+
+
+def _shape(sizes: list[int | str | None]) -> ir.Shape | None:
+    """A shape as ONNX Runtime gives it: its names are no better than none, and for an unknown
+    number of dimensions it says the same as for none.
+    """
+    return ir.Shape([size if isinstance(size, int) else None for size in sizes]) if sizes else None

@@ -1,45 +1,101 @@
 """float16 and bfloat16 models become float32 ones, so that everything behind has one float type to
 know.
+
+Whoever feeds the model and reads its outputs keeps the type it was written for, behind Casts, and
+so do two kinds of node: those of domains that nobody here knows, and those that look at bits.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import numpy as np
 import onnx_ir as ir
 
-from converter.model import Names, known
+from converter.model import Names, graph_of, known
 
 NARROW = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
-# Attributes by which operators name the type that they compute.
-TYPE_ATTRIBUTES = ("to", "dtype", "output_dtype")
+# Attributes by which operators name the type that they compute, or compute in.
+TYPE_ATTRIBUTES = {
+    *("to", "dtype", "output_dtype", "output_datatype"),
+    *("precision", "softmax_precision", "stash_type"),
+}
+# Domains whose operators compute in float32 as well, and operators whose results follow from bits.
+KNOWN_DOMAINS = {"", "ai.onnx.ml", "com.microsoft"}
+OF_BITS = {"BitCast"}
 
 
 def widen(model: ir.Model) -> bool:
-    """Computes in float32, in place, between Casts at inputs and outputs; returns whether there was
-    anything narrow.
+    """Computes in float32, in place; returns whether there was anything narrow to widen.
+
+    A model that takes or gives sequences or optionals of narrow tensors stays as it is: no Cast
+    stands for those.
     """
-    values = [
-        v for g in model.graphs() for v in (*g.inputs, *g.initializers.values(), *_computed(g))
-    ]
-    narrow = {v: v.dtype for v in values if v.dtype in NARROW and isinstance(v.type, ir.TensorType)}
-    edges = {v: narrow[v] for v in (*model.graph.inputs, *model.graph.outputs) if v in narrow}
-    for value in (v for v in values if v not in narrow and _is_narrow(v.type)):
-        value.type = _wide(known(value.type))
-    for value in narrow:
-        if value.const_value is not None:
-            value.const_value = ir.tensor(
-                value.const_value.numpy().astype(np.float32), name=value.name
-            )
-        value.type = ir.TensorType(ir.DataType.FLOAT)
-    for node in (node for graph in model.graphs() for node in graph):
-        for attribute in list(node.attributes.values()):
-            if (wide := _widened(attribute)) is not None:
-                node.attributes[attribute.name] = wide
-    names = Names(model)
-    for value, dtype in edges.items():
-        cast = _cast_input if value.is_graph_input() else _cast_output
-        cast(model.graph, value, dtype, names)
-    return bool(narrow)
+    edges = [*model.graph.inputs, *model.graph.outputs]
+    if any(_is_narrow(v.type) and not isinstance(v.type, ir.TensorType) for v in edges):
+        return False
+    nodes = [node for graph in model.graphs() for node in graph]
+    narrow = {value: value.dtype for value in _values(model) if _is_narrow(value.type)}
+    names, wide = Names(model), {value for value in narrow if not _is_given(value, model.graph)}
+    for value in wide:
+        _widen_value(value)
+    for node in nodes:
+        if not _keeps_type(node):
+            _widen_attributes(node)
+    for value, dtype in narrow.items():
+        if value in wide:
+            _give(value, known(dtype), model.graph, names)
+        else:
+            _take(value, model.graph, names)
+    _drop_casts(nodes)
+    return bool(wide)
+
+
+def _values(model: ir.Model) -> Iterator[ir.Value]:
+    for graph in model.graphs():
+        yield from dict.fromkeys([*graph.inputs, *graph.initializers.values()])
+        yield from (value for node in graph for value in node.outputs)
+
+
+def _is_narrow(kind: ir.TypeProtocol | None) -> bool:
+    """Whether a tensor, or a sequence or an optional of some, is narrow."""
+    return kind is not None and kind.dtype in NARROW
+
+
+def _keeps_type(node: ir.Node) -> bool:
+    return node.domain not in KNOWN_DOMAINS or node.op_type in OF_BITS
+
+
+def _is_given(value: ir.Value, graph: ir.Graph) -> bool:
+    """Whether the value comes narrow, from outside of `graph` or from a node that keeps its
+    type.
+    """
+    maker = value.producer()
+    if maker is not None:
+        return _keeps_type(maker)
+    return value.graph is graph and not value.is_initializer()
+
+
+# --- to float32
+
+
+def _widen_value(value: ir.Value) -> None:
+    if value.const_value is not None:
+        array = value.const_value.numpy().astype(np.float32)
+        value.const_value = ir.tensor(array, name=value.name)
+    value.type = _wide(known(value.type))
+
+
+def _wide(kind: ir.TypeProtocol) -> ir.TypeProtocol:
+    if isinstance(kind, ir.SequenceType | ir.OptionalType):
+        return type(kind)(_wide(kind.elem_type))
+    return ir.TensorType(ir.DataType.FLOAT)
+
+
+def _widen_attributes(node: ir.Node) -> None:
+    for attribute in list(node.attributes.values()):
+        if (wide := _widened(attribute)) is not None:
+            node.attributes[attribute.name] = wide
 
 
 def _widened(attribute: ir.Attr) -> ir.Attr | None:
@@ -54,40 +110,68 @@ def _widened(attribute: ir.Attr) -> ir.Attr | None:
     return None
 
 
-def _is_narrow(kind: ir.TypeProtocol | None) -> bool:
-    """Whether a tensor, or a sequence or an optional of some, is narrow."""
-    return kind is not None and kind.dtype in NARROW
+# --- where narrow and wide meet
 
 
-def _wide(kind: ir.TypeProtocol) -> ir.TypeProtocol:
-    if isinstance(kind, ir.SequenceType | ir.OptionalType):
-        return type(kind)(_wide(kind.elem_type))
-    return ir.TensorType(ir.DataType.FLOAT)
+def _take(value: ir.Value, main: ir.Graph, names: Names) -> None:
+    """Lets all that computes in float32 read the narrow `value` behind a Cast."""
+    uses = [use for use in value.uses() if not _keeps_type(use.node)]
+    inner = value.graph is not main
+    if not (uses or inner):
+        return
+    wide = _cast(value, ir.DataType.FLOAT, names.fresh(f"{value.name}_float32"), names)
+    for use in uses:
+        use.node.replace_input_with(use.idx, wide)
+    if inner:
+        _replace_output(value, wide)
 
 
-def _computed(graph: ir.Graph) -> list[ir.Value]:
-    return [value for node in graph for value in node.outputs]
+def _give(value: ir.Value, dtype: ir.DataType, main: ir.Graph, names: Names) -> None:
+    """Lets all that reads narrow tensors read `value`, float32 by now, behind a Cast; an output of
+    the model keeps its name.
+    """
+    uses = [use for use in value.uses() if _keeps_type(use.node)]
+    handed_out = value.is_graph_output() and value.graph is main
+    if not (uses or handed_out):
+        return
+    wish = value.name or ""
+    if handed_out:
+        value.name = names.fresh(f"{wish}_float32")
+    narrow = _cast(value, dtype, wish if handed_out else names.fresh(f"{wish}_narrow"), names)
+    for use in uses:
+        use.node.replace_input_with(use.idx, narrow)
+    if handed_out:
+        _replace_output(value, narrow)
 
 
-def _cast_input(graph: ir.Graph, value: ir.Value, dtype: ir.DataType, names: Names) -> None:
-    cast = _cast(value, ir.DataType.FLOAT, f"{value.name}_float32", names)
-    value.type = ir.TensorType(dtype)
-    value.replace_all_uses_with(cast.outputs[0])
-    cast.replace_input_with(0, value)
-    graph.insert_before(graph[0], cast)
+def _replace_output(old: ir.Value, new: ir.Value) -> None:
+    outputs = graph_of(old).outputs
+    for index, output in enumerate(outputs):
+        if output is old:
+            outputs[index] = new
 
 
-def _cast_output(graph: ir.Graph, value: ir.Value, dtype: ir.DataType, names: Names) -> None:
-    """A Cast hands the output over under its name."""
-    name = value.name or ""
-    value.name = names.fresh(f"{name}_float32")
-    cast = _cast(value, dtype, name, names)
-    graph.append(cast)
-    graph.outputs[list(graph.outputs).index(value)] = cast.outputs[0]
-
-
-def _cast(value: ir.Value, to: ir.DataType, name: str, names: Names) -> ir.Node:
+def _cast(value: ir.Value, to: ir.DataType, name: str, names: Names) -> ir.Value:
+    """What a new Cast behind `value` makes of it."""
     node = ir.node("Cast", [value], {"to": to}, name=names.fresh(f"{name}_Cast"))
-    result = node.outputs[0]
+    result, graph, maker = node.outputs[0], graph_of(value), value.producer()
     result.name, result.shape, result.type = name, value.shape, ir.TensorType(to)
-    return node
+    if maker is not None:
+        graph.insert_after(maker, node)
+    elif len(graph):
+        graph.insert_before(graph[0], node)
+    else:
+        graph.append(node)
+    return result
+
+
+def _drop_casts(nodes: list[ir.Node]) -> None:
+    """Removes Casts from float32 to float32."""
+    for node in nodes:
+        source = node.inputs[0] if node.op_type == "Cast" and not node.domain else None
+        if source is None or source.dtype != ir.DataType.FLOAT or source.graph is not node.graph:
+            continue
+        to, result = node.attributes.get_int("to", 0), node.outputs[0]
+        if to == ir.DataType.FLOAT and not result.is_graph_output():
+            result.replace_all_uses_with(source)
+            graph_of(node).remove(node, safe=True)
