@@ -65,6 +65,11 @@ def imported(folder, model, data=None, flags=None, common=None, **transform):
     return load(job.output, folder / "none"), outcome, ear
 
 
+def surprises(ear):
+    """What was warned of, but that a model of a few numbers grows."""
+    return [text for text in ear.warned if "no smaller than the float model" not in text]
+
+
 def codes_of(model, op_type="Conv", number=0):
     """Codes, scale and zero point of the weight of the model's operator of that type."""
     node = [n for n in model.graph if n.op_type == op_type][number]
@@ -738,7 +743,7 @@ def test_integer_inputs_and_outputs_stay(tmp_path):
     before = frozen(model)
     after, _, ear = imported(tmp_path, model)
     assert [v.dtype for v in (*after.graph.inputs, *after.graph.outputs)] == [ir.DataType.UINT8] * 2
-    assert not ear.warned
+    assert not surprises(ear)
     # The model's own conversion of its input serves.
     assert "Q" not in "".join(t[0] for t in types(after)[:2])
     close(before, after, {"x": PIXELS}, 1)
@@ -782,7 +787,7 @@ def test_mean_and_std_dev_make_pixels_the_input(tmp_path):
     model = conv_between(F(1 / 64), np.uint8(128), F(0.02), np.uint8(0))
     after, _, ear = imported(tmp_path, model, mean=128, std_dev=64)
     assert after.graph.inputs[0].dtype == ir.DataType.UINT8
-    assert not ear.warned
+    assert not surprises(ear)
     (wanted,) = run(frozen(model), {"x": ((PIXELS - 128.0) / 64).astype(F)}).values()
     (found,) = run(after, {"x": PIXELS}, optimize=True).values()
     assert np.abs(found - wanted).max() <= 0.0201
@@ -791,7 +796,7 @@ def test_mean_and_std_dev_make_pixels_the_input(tmp_path):
 def test_a_mean_between_two_pixels_is_said(tmp_path):
     model = conv_between(F(1 / 127.5), np.uint8(128), F(0.02), np.uint8(0))
     _, _, ear = imported(tmp_path, model, mean=127.5, std_dev=127.5)
-    assert ear.warned == [
+    assert surprises(ear) == [
         "mean = 127.5 lies between two pixels: a pixel p stands for (p - 128) / 127.5, 0.0039 off."
     ]
 
