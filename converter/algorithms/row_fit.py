@@ -10,7 +10,9 @@ that of the outputs, with M the inputs' second moments; without M it is e' e.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 
 import numpy as np
 
@@ -135,14 +137,19 @@ def with_variance(weight: Array, rows: Rows, grids: Grids) -> Rows:
 
     A factor beyond 0.1 to 10 would follow from a row that is lost: it stays as it is.
     """
+    mean, wanted = (_by_row(f, weight) for f in (np.mean, np.std))
     deviation = rows.points.std(axis=2, dtype=np.float64) * rows.scale
-    ratio = weight.std(axis=2) / np.maximum(deviation, SMALLEST_SCALE)
+    ratio = wanted / np.maximum(deviation, SMALLEST_SCALE)
     ratio = np.where((ratio > 0.1) & (ratio < 10), ratio, 1.0)
     scale = rows.scale * ratio
-    scale, zero = _storable(
-        scale, rows.points.mean(axis=2, dtype=np.float64) - weight.mean(axis=2) / scale, grids
-    )
+    scale, zero = _storable(scale, rows.points.mean(axis=2, dtype=np.float64) - mean / scale, grids)
     return replace(rows, scale=scale, zero=zero)
+
+
+def _by_row(f: Callable[..., Array], weight: Array) -> Array:
+    """Of every row, in float64, whose squares float32 may not hold, and not of all at once."""
+    parts = [f(weight[:, part], axis=2, dtype=np.float64) for part in row_parts(weight)]
+    return np.concatenate(parts, axis=1)
 
 
 def _damped(moments: Array) -> Array:
@@ -160,7 +167,8 @@ def _first(weight: Array, moments: Array | None, grids: Grids) -> tuple[float, A
     """
     axis, coded = 2 if grids.per_row else None, grids.format.trellis
     low, high, mean = (
-        np.broadcast_to(f(weight, axis=axis), weight.shape[:2]) for f in (np.min, np.max, np.mean)
+        np.broadcast_to(f(weight, axis=axis), weight.shape[:2])
+        for f in (np.min, np.max, partial(np.mean, dtype=np.float64))
     )
     middle = mean if coded else (high + low) / 2
     width = 2 * np.maximum(high - middle, middle - low)
