@@ -19,15 +19,15 @@ from pathlib import Path
 import numpy as np
 from common import CLASSIFIERS, Classifier
 
-from converter.compare import output_errors
+from converter.calibrate.data import open_data, resources_of
 from converter.config import load_config
-from converter.data import open_data, resources_of
 from converter.emit.qdq import emit
-from converter.full_quant import quantize
 from converter.job import Job, Watch
-from converter.pairs import pair
-from converter.pipeline import convert, read
-from converter.sensitivity import RANKED_ON, alone, only
+from converter.measure.errors import output_errors
+from converter.measure.pairing import pair
+from converter.measure.sensitivity import RANKED_ON, alone, only
+from converter.modes.full_quant import quantize
+from converter.pipeline.convert import convert, read
 
 REPEATS = 3
 

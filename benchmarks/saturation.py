@@ -32,7 +32,7 @@ from common import CLASSIFIERS, DATA, measure, qconvert, session
 from onnx import numpy_helper
 from PIL import Image
 
-from converter.targets import TARGETS
+from converter.plan.targets import TARGETS
 
 RUN = """
 import sys, numpy, onnxruntime

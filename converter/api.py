@@ -14,7 +14,7 @@ from converter.errors import UsageError
 from converter.job import Job, Shape, Watch, output_path
 
 if TYPE_CHECKING:
-    from converter.pipeline import Outcome
+    from converter.measure.results import Outcome
 
 EdgeType = Literal["DEFAULT", "FLOAT", "FLOAT32", "UINT8", "INT8"]
 
@@ -44,7 +44,7 @@ def convert(
     os.environ.setdefault(
         "OPENBLAS_NUM_THREADS", "1"
     )  # like the command; NumPy reads it when it is imported
-    from converter import pipeline  # takes long to import
+    from converter.pipeline import convert as pipeline  # takes long to import
 
     if config is None and not fp16:
         msg = "Without a config only fp16=True is possible; give the path of an INI file."

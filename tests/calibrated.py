@@ -7,11 +7,11 @@ from running import Ear, InMemory, resources
 
 from calib.affine import UINT8
 from calib.ranges import RANGE_METHODS, RangeSpec
-from converter.algorithms.weights import Options, decide_weights, products
-from converter.calibrate import Wanted, activation_qparams, observe
-from converter.layerwise import Walk
-from converter.placement import Wishes, build_plan
-from converter.targets import TARGETS
+from converter.calibrate.observe import Wanted, activation_qparams, observe
+from converter.calibrate.walk import Walk
+from converter.plan.placement import Wishes, build_plan
+from converter.plan.targets import TARGETS
+from converter.weights.integer import Options, decide_weights, products
 
 IMAGES = [{"x": normal(1, 4, 7, 7, seed=i) + 0.3} for i in range(6)]
 TABLES = [{"x": normal(2, 3, 8, seed=i) + 0.3} for i in range(6)]

@@ -27,7 +27,7 @@ def _no_stopwatch() -> Iterator[None]:
     `test_compare` gives `speedup` a clock of its own.
     """
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("converter.verify.speedup", lambda reference, other, sample: None)
+        patch.setattr("converter.measure.verify.speedup", lambda reference, other, sample: None)
         yield
 
 

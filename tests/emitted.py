@@ -11,10 +11,11 @@ from graphs import normal, prepared, run
 
 from calib.affine import Range, qparams_of, quantize
 from converter.emit.qdq import emit
-from converter.model import constant, saved, values_by_name
-from converter.placement import Wishes, build_plan
-from converter.plan import QuantizedWeight
-from converter.targets import CPU
+from converter.graph.edit import constant, values_by_name
+from converter.graph.files import saved
+from converter.plan.placement import Wishes, build_plan
+from converter.plan.plan import QuantizedWeight
+from converter.plan.targets import CPU
 
 HEAD = "g (float[1,4,8,8] x) => (float[] y)"
 ROWS = "g (float[3,4] x) => (float[] y)"

@@ -7,7 +7,7 @@ from __future__ import annotations
 import numpy as np
 from graphs import normal
 
-from converter.calibrate import Wanted
+from converter.calibrate.observe import Wanted
 
 GRAPH = """g (float[N,4] x) => (float[N,6] y) {
     [one] m = MatMul (x, w)  [two] r = Relu (m)  [three] s = Add (r, b)  [four] y = Sigmoid (s)

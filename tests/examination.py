@@ -14,10 +14,10 @@ from graphs import run
 from running import Keys, write_config
 from simulation import BY_ROW, FAKE, NOISE, noise_to_signal, simulation
 
-from converter import model as models
-from converter import pipeline
 from converter.config import load_config
+from converter.graph import files as models
 from converter.job import Job, Watch
+from converter.pipeline import convert as pipeline
 
 SAMPLES, NOISE_DRAWS = 3, 3
 

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from calib.affine import Array
-from converter.exact import exact, saturates_here
+from converter.calibrate.exact import exact, saturates_here
 from converter.prepare import prepare
 
 ort.set_default_logger_severity(4)

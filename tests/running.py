@@ -14,9 +14,9 @@ from graphs import frozen
 from calib.affine import Array
 from calib.samples import Dataset, Sample
 from calib.session import CPU_PROVIDERS
-from converter import pipeline
 from converter.config import load_config
 from converter.job import Job, Resources, Watch
+from converter.pipeline import convert as pipeline
 
 Keys = Mapping[str, object]
 

@@ -16,7 +16,7 @@ import onnx_ir as ir
 from onnx import helper, numpy_helper
 
 from calib.affine import QParams, dequantize
-from converter.plan import QuantizedWeight, QuantPlan
+from converter.plan.plan import QuantizedWeight, QuantPlan
 
 FAKE, NOISE, BY_ROW = "fake", "noise", "by row"
 

@@ -14,7 +14,9 @@ from pathlib import Path
 
 # Processes branch off one that has imported all of it.
 _PROCESSES = multiprocessing.get_context("forkserver")
-_PROCESSES.set_forkserver_preload(["converter.pipeline", "converter.report.text", "onnxruntime"])
+_PROCESSES.set_forkserver_preload(
+    ["converter.pipeline.convert", "converter.report.text", "onnxruntime"]
+)
 # Seconds that nothing takes on any machine, so that a test that waits in vain ends some time.
 PATIENCE = 600
 
@@ -70,8 +72,8 @@ def _serve(
     stop: Stop | None,
     file_size: int | None,
 ) -> None:
-    from converter import model
     from converter.cli import main
+    from converter.graph import files as model
 
     tempfile.tempdir, model.EXTERNAL_DATA_ABOVE = temporary, external_above
     for descriptor, name in ((1, "printed"), (2, "said")):

@@ -11,12 +11,12 @@ import pytest
 from running import write_config
 
 from calib.affine import UINT8, QParams
-from converter.compare import TensorError
 from converter.config import Config, default_config, load_config
 from converter.config.keys import SECTIONS
 from converter.config.left import against_saturation
-from converter.findings import NodeFinding, Verification
-from converter.pairs import Place
+from converter.measure.errors import TensorError
+from converter.measure.pairing import Place
+from converter.measure.results import NodeFinding, Verification
 from converter.report.advice import advice_for, overall_advice
 from converter.report.rounds import Figures
 

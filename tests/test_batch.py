@@ -35,8 +35,8 @@ from converter.batch.isolated import Result as Ended
 from converter.batch.isolated import Task, run_isolated
 from converter.batch.manifest import Entry, read_entries
 from converter.batch.run import Record
-from converter.cache import merge, observe_with_cache, part_path
-from converter.calibrate import Wanted, observe
+from converter.calibrate.cache import merge, observe_with_cache, part_path
+from converter.calibrate.observe import Wanted, observe
 from converter.config import load_config
 from converter.job import Job
 

@@ -16,7 +16,7 @@ from running import write_config
 
 from calib import CalibError
 from converter.emit.dequantize import type_for
-from converter.model import refusal
+from converter.graph.files import refusal
 
 GRAPH = "g (float[N,64] x) => (float[N,64] y) { [product] a = MatMul (x, w)  y = Relu (a) }"
 DATA = {"calibrate_path": "x:x.npy", "calibrate_size": 4, "input_type": "NPY"}
@@ -86,7 +86,7 @@ def test_an_interrupt_behind_the_file_keeps_it(
 def test_an_interrupt_before_writes_nothing(
     qconvert: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("converter.pipeline.forget_inferred", failing(KeyboardInterrupt()))
+    monkeypatch.setattr("converter.pipeline.convert.forget_inferred", failing(KeyboardInterrupt()))
     result = qconvert.convert(configured(), Path("q.onnx"), written())
     assert result.code == 130
     assert "Interrupted; nothing was written." in result.err
@@ -96,7 +96,7 @@ def test_an_interrupt_before_writes_nothing(
 def test_details_of_what_failed_come_when_asked_for(
     qconvert: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("converter.pipeline.verify", failing(ValueError("odd")))
+    monkeypatch.setattr("converter.pipeline.convert.verify", failing(ValueError("odd")))
     result = qconvert.convert(configured(), Path("q.onnx"), written(), "--verbose")
     assert "Traceback (most recent call last):" in result.err
     assert "Traceback" not in qconvert.convert(configured(), Path("q.onnx"), written()).err
@@ -110,7 +110,7 @@ def test_a_gate_says_why_there_is_no_figure(
     )
     assert off.code == 3
     assert "agreement was not measured (--verify=off) (--min-agreement 0.5)" in off.err
-    monkeypatch.setattr("converter.pipeline.verify", failing(ValueError("odd")))
+    monkeypatch.setattr("converter.pipeline.convert.verify", failing(ValueError("odd")))
     failed = qconvert.convert(configured(), Path("q.onnx"), written(), "--min-cosine=0.5")
     assert failed.code == 3
     assert "cosine was not measured (ValueError: odd) (--min-cosine 0.5)" in failed.err
@@ -145,8 +145,8 @@ def test_compare_keeps_its_figures_without_reports(
     qconvert: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     qconvert.convert(configured(), Path("q.onnx"), written())
-    monkeypatch.setattr("converter.comparison.findings", failing(ValueError("odd")))
-    monkeypatch.setattr("converter.comparison.write_reports", failing(ValueError("odd")))
+    monkeypatch.setattr("converter.pipeline.compare.findings", failing(ValueError("odd")))
+    monkeypatch.setattr("converter.pipeline.compare.write_reports", failing(ValueError("odd")))
     for flags in ([], ["--report=other"]):
         result = qconvert("compare", "m.onnx", "q.onnx", *flags)
         assert result.code == 0
@@ -220,7 +220,7 @@ def spoil(model: ir.Model) -> None:
 def test_what_does_not_load_is_not_written(
     qconvert: Command, monkeypatch: pytest.MonkeyPatch, mode: str, verify: str
 ) -> None:
-    monkeypatch.setattr("converter.pipeline.forget_inferred", spoil)
+    monkeypatch.setattr("converter.pipeline.convert.forget_inferred", spoil)
     Path("q.onnx").write_text("old")
     result = qconvert.convert(configured(mode), Path("q.onnx"), written(), f"--verify={verify}")
     assert result.code == 1
@@ -249,7 +249,7 @@ def test_a_search_keeps_nothing_that_does_not_load(
         spoil(model)
         return model
 
-    from converter import weight_quant
+    from converter.modes import weight_quant
 
     original = weight_quant._emitted
     monkeypatch.setattr(weight_quant, "_emitted", emitted)
@@ -295,7 +295,7 @@ def test_integers_in_memory_ask_for_no_opset_that_does_not_load(
     bits: int,
     kind: int,
 ) -> None:
-    monkeypatch.setattr("converter.weight_quant.refusal", refusing_above(newest))
+    monkeypatch.setattr("converter.modes.weight_quant.refusal", refusing_above(newest))
     config = configured(
         common_quant={"quant_type": "WEIGHT_QUANT", "bit_num": bits},
         weight_quant={"dequant_strategy": "ON_THE_FLY"},
@@ -314,8 +314,8 @@ def test_integers_in_memory_ask_for_no_opset_that_does_not_load(
 def test_integers_that_have_no_type_are_refused_before_the_work(
     qconvert: Command, monkeypatch: pytest.MonkeyPatch, bits: int, blocks: dict[str, int]
 ) -> None:
-    monkeypatch.setattr("converter.weight_quant.refusal", refusing_above(13))
-    monkeypatch.setattr("converter.weight_quant.Fitter", failing(AssertionError()))
+    monkeypatch.setattr("converter.modes.weight_quant.refusal", refusing_above(13))
+    monkeypatch.setattr("converter.modes.weight_quant.Fitter", failing(AssertionError()))
     config = configured(
         common_quant={"quant_type": "WEIGHT_QUANT", "bit_num": bits},
         weight_quant={"dequant_strategy": "ON_THE_FLY", **blocks},

@@ -11,8 +11,8 @@ from graphs import build, normal
 from running import Ear
 from running import weights_converted as converted
 
-from converter.algorithms.bit_search import WIDTHS, allocation, divergence, path
-from converter.journal import Journal
+from converter.weights.journal import Journal
+from converter.weights.mixed_bits import WIDTHS, allocation, divergence, path
 
 SENSITIVITY = {"search": "SENSITIVITY", "target_ratio": 5}
 X = normal(12, 32)

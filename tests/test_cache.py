@@ -17,10 +17,10 @@ from running import Ear, InMemory, job, resources
 
 from calib.affine import UINT8
 from calib.ranges import RANGE_METHODS, RangeSpec, range_of
-from converter import cache
-from converter.cache import observe_with_cache
-from converter.calibrate import Wanted, observe
-from converter.pipeline import convert
+from converter.calibrate import cache
+from converter.calibrate.cache import observe_with_cache
+from converter.calibrate.observe import Wanted, observe
+from converter.pipeline.convert import convert
 
 FEW = Wanted(("x", "m"), (("m", 1),), histogram=False, samples=False)
 

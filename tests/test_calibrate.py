@@ -19,13 +19,19 @@ from running import Ear, InMemory, resources
 from calib.affine import INT8, UINT8
 from calib.ranges import RANGE_METHODS, RangeSpec
 from calib.stats import TensorStats
-from converter import calibrate
-from converter.algorithms.weights import products
-from converter.calibrate import Wanted, activation_qparams, channel_mean, observe, tensor_bytes
-from converter.model import load
-from converter.placement import Wishes, build_plan
+from converter.calibrate import observe as calibrate
+from converter.calibrate.observe import (
+    Wanted,
+    activation_qparams,
+    channel_mean,
+    observe,
+    tensor_bytes,
+)
+from converter.graph.files import load
+from converter.plan.placement import Wishes, build_plan
+from converter.plan.targets import TARGETS
 from converter.prepare import prepare
-from converter.targets import TARGETS
+from converter.weights.integer import products
 
 
 def seen(wanted=EVERYTHING, samples=SAMPLES, threads=1, memory=64 << 20):

@@ -11,11 +11,11 @@ import onnx_ir as ir
 import pytest
 from calibrated import IMAGES, decided
 
-from converter.checks import check
 from converter.emit.qdq import emit
 from converter.errors import ModelError
-from converter.model import constant
-from converter.targets import TARGETS
+from converter.graph.edit import constant
+from converter.measure.target_checks import check
+from converter.plan.targets import TARGETS
 
 GRAPH = """g (float[1,4,7,7] x) => (float[] y) {
     [one] a = Conv (x, w, b)  r = Relu (a)  [deep] c = Conv <group=6> (r, d)  [two] y = Conv (c, v)

@@ -15,7 +15,8 @@ import onnx
 import pytest
 from command_line import CONFIG, DIGITS, MODEL, ROOT, Command, Result, changed, digits, outputs
 
-from converter import __version__, pipeline
+from converter import __version__
+from converter.pipeline import convert as pipeline
 
 SUCCESS = "CONVERT RESULT SUCCESS:0"
 # A preset for models that were trained with quantization, which the example was not.

@@ -26,8 +26,8 @@ from sample_files import spec
 from calib.sources import InputSpec
 from converter.config import load_config
 from converter.config.keys import QUANT_TYPES, SECTIONS
+from converter.config.starter import starter_config
 from converter.errors import ModelError
-from converter.starter import starter_config
 
 PIXELS = spec(1, 3, 224, 320)
 

@@ -11,7 +11,15 @@ from hypothesis import given
 from hypothesis import strategies as st
 from running import InMemory
 
-from converter.compare import TensorError, compare, error_of, extent, speedup, tally, worst_of
+from converter.measure.errors import (
+    TensorError,
+    compare,
+    error_of,
+    extent,
+    speedup,
+    tally,
+    worst_of,
+)
 
 FLOAT = frozen(build("g (float[N,4] x) => (float[N,4] y) { h = Abs (x)  y = Neg (x) }"))
 
@@ -120,7 +128,7 @@ def test_speed_is_the_ratio_of_medians(tmp_path, monkeypatch, each, expected):
         first.append(session)
         clock[0] += 2 * each if session is first[0] else each
 
-    monkeypatch.setattr("converter.compare.run", tick)
+    monkeypatch.setattr("converter.measure.errors.run", tick)
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
     assert speedup(*paths, {}) == (expected and pytest.approx(expected))
 

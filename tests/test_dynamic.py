@@ -17,13 +17,13 @@ from hypothesis import strategies as st
 from running import Ear, write_config
 
 from calib.affine import Array
-from converter import dynamic_quant
-from converter.algorithms.smoothing import Channels, expected_error, smoothing_factors
 from converter.config import load_config
 from converter.job import Job
-from converter.plan import QuantPlan
+from converter.modes import dynamic_quant
+from converter.plan.plan import QuantPlan
 from converter.prepare import prepare
 from converter.prepare.smooth import divide_channels
+from converter.weights.smoothquant import Channels, expected_error, smoothing_factors
 
 ROWS = "g (float[B,T,64] x) => (float[] y)"
 TOKENS = "g (int64[B,T] ids) => (float[] y)"

@@ -17,10 +17,11 @@ from running import Ear, job, write_config
 
 from calib.affine import INT8, UINT8, QParams, Range, qparams_of
 from converter.config import load_config
-from converter.edges import fold_normalisation, give_integers, take_integers
+from converter.emit.integer_types import give_integers, take_integers
 from converter.errors import QConvertError, UsageError
 from converter.job import Job
-from converter.pipeline import convert
+from converter.pipeline.convert import convert
+from converter.prepare.pixels import fold_normalisation
 
 HEAD = "g (float[1,3,8,8] x) => (float[] y)"
 CONSTANTS = {

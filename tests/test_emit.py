@@ -14,9 +14,10 @@ from graphs import frozen, node, normal, prepared, run, types
 
 from calib.affine import INT8_NARROW, UINT8, QParams
 from converter.emit.qdq import bias_qparams, emit
-from converter.model import constant, saved
-from converter.plan import QuantizedWeight
-from converter.targets import TARGETS
+from converter.graph.edit import constant
+from converter.graph.files import saved
+from converter.plan.plan import QuantizedWeight
+from converter.plan.targets import TARGETS
 
 
 def kernels(model, tmp_path):

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from graphs import assert_same, frozen, node, normal, positive, prepared, types, uneven
 
-from converter.model import constant
+from converter.graph.edit import constant
 from converter.prepare.equalize import equalize
 
 HEAD = "g (float[1,4,8,8] x) => (float[] y)"

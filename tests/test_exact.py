@@ -11,8 +11,8 @@ from graphs import build, normal, run
 from running import job
 
 from calib.affine import Array
-from converter.exact import exact, saturates, saturates_here, saturating
-from converter.pipeline import convert
+from converter.calibrate.exact import exact, saturates, saturates_here, saturating
+from converter.pipeline.convert import convert
 
 RNG = np.random.default_rng(0)
 
@@ -303,7 +303,7 @@ def test_conversions_are_the_same_where_kernels_saturate(tmp_path, monkeypatch, 
     found = []
     for saturating_here in (False, True):
         if saturating_here:  # else as this processor is
-            monkeypatch.setattr("converter.exact.saturates_here", lambda: True)
+            monkeypatch.setattr("converter.calibrate.exact.saturates_here", lambda: True)
         verification = convert(task).verification
         found.append((task.output.read_bytes(), verification and verification.outputs))
     assert found[0] == found[1]

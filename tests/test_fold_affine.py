@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from graphs import assert_same, build, frozen, node, normal, positive, types
 
-from converter.model import constant
+from converter.graph.edit import constant
 from converter.prepare.fold_affine import fold_affine
 
 IMAGE = "g (float[2,4,5,5] x) => (float[] y)"

@@ -7,9 +7,9 @@ import onnx_ir as ir
 import pytest
 from graphs import assert_same, build, node, normal
 
-from converter.placement import Wishes, build_plan
+from converter.plan.placement import Wishes, build_plan
+from converter.plan.targets import CPU
 from converter.prepare import prepare
-from converter.targets import CPU
 
 X = "g (float[1,3,6,8] x)"
 CASES = {

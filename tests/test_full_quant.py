@@ -13,13 +13,14 @@ from graphs import build, frozen, normal, run, types, uneven
 from running import Ear, job, resources
 from simulation import pairs_of
 
-from converter import full_quant
+from converter.calibrate.data import resources_of
 from converter.config import load_config
-from converter.data import resources_of
 from converter.errors import ConfigError, DataError
-from converter.model import constant, load
-from converter.pipeline import convert, make_plan
-from converter.targets import TARGETS
+from converter.graph.edit import constant
+from converter.graph.files import load
+from converter.modes import full_quant
+from converter.pipeline.convert import convert, make_plan
+from converter.plan.targets import TARGETS
 
 IMAGES, LABELS = digits("calib")
 FEW = {"image": IMAGES[:12]}

@@ -12,9 +12,9 @@ from command_line import CONFIG, MODEL, Command
 from hypothesis import given
 from hypothesis import strategies as st
 
-from converter.compare import TensorError
-from converter.findings import Verification
-from converter.gates import Figures, Gates, size_limit
+from converter.measure.errors import TensorError
+from converter.measure.gates import Figures, Gates, size_limit
+from converter.measure.results import Verification, figures_of
 
 GOOD = Figures(1000, 300, cosine=0.99, agreement=0.95, speedup=1.5)
 
@@ -94,9 +94,9 @@ def test_what_is_no_size(text: str) -> None:
 def test_figures_take_the_worst_output() -> None:
     outputs = tuple(TensorError("y", cosine, 9) for cosine in (0.999, 0.9, 0.99))
     found = Verification(8, True, outputs, 0, None, None, 0.75, {}, (), ())
-    assert Figures.of(8, 2, found) == Figures(8, 2, 0.9, 0.75, None)
-    assert Figures.of(8, 2, replace(found, outputs=())) == Figures(8, 2, None, 0.75, None)
-    assert Figures.of(8, 2, None) == Figures(8, 2)
+    assert figures_of(8, 2, found) == Figures(8, 2, 0.9, 0.75, None)
+    assert figures_of(8, 2, replace(found, outputs=())) == Figures(8, 2, None, 0.75, None)
+    assert figures_of(8, 2, None) == Figures(8, 2)
 
 
 def test_convert_exits_with_3_and_still_writes(qconvert: Command, tmp_path: Path) -> None:

@@ -17,10 +17,10 @@ from graphs import build, normal, run
 from running import Watch, job
 from simulation import noise_to_signal
 
-from converter import pipeline
-from converter.placement import Wishes, build_plan
+from converter.pipeline import convert as pipeline
+from converter.plan.placement import Wishes, build_plan
+from converter.plan.targets import CPU, DSP
 from converter.prepare import prepare
-from converter.targets import CPU, DSP
 
 FULL, WEIGHT, DYNAMIC = "FULL_QUANT", "WEIGHT_QUANT", "DYNAMIC_QUANT"
 WIDE = {"min_quant_weight_channel": 0}

@@ -12,7 +12,7 @@ from graphs import assert_same, build, frozen, normal, positive, run, types
 
 from converter.cli import main
 from converter.emit.half import store_constants_as_half
-from converter.model import values_by_name
+from converter.graph.edit import values_by_name
 
 X = {"x": normal(3, 16)}
 W = normal(16, 16)

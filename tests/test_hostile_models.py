@@ -18,7 +18,7 @@ from graphs import exactly
 from hostile_models import BROKEN, ODD
 from running import write_config
 
-from converter.ops import computes_on_integers
+from converter.plan.ops import computes_on_integers
 
 FULL, WEIGHT, DYNAMIC = "FULL_QUANT", "WEIGHT_QUANT", "DYNAMIC_QUANT"
 MODES = (FULL, WEIGHT, DYNAMIC)

@@ -21,7 +21,7 @@ from hostile_models import external, plain, written
 from running import write_config
 from stoppable import Ended, Stop, convert
 
-from converter import model as models
+from converter.graph import files as models
 
 # Weights go to a file of their own above so many bytes.
 ONE_FILE, TWO_FILES = 1 << 40, 1000

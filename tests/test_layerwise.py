@@ -12,15 +12,16 @@ from calib.affine import UINT8, dequantize, quantize
 from calib.ranges import RANGE_METHODS, RangeSpec
 from calib.session import open_session
 from calib.session import run as run_session
-from converter.algorithms.matrices import view_of
-from converter.algorithms.weights import Options, decide_weights
-from converter.calibrate import Wanted, activation_qparams, observe
+from converter.calibrate.observe import Wanted, activation_qparams, observe
+from converter.calibrate.walk import Walk, second_moments, steps_of
 from converter.emit.qdq import emit
-from converter.layerwise import Walk, second_moments, steps_of
-from converter.model import load, saved, values_by_name
-from converter.placement import Wishes, build_plan
+from converter.graph.edit import values_by_name
+from converter.graph.files import load, saved
+from converter.plan.matrices import view_of
+from converter.plan.placement import Wishes, build_plan
+from converter.plan.targets import TARGETS
 from converter.prepare import prepare
-from converter.targets import TARGETS
+from converter.weights.integer import Options, decide_weights
 
 HEAD = "g (float[1,4,8,8] x) => (float[] y)"
 CONSTANTS = {

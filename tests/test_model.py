@@ -11,19 +11,17 @@ import onnx_ir as ir
 import pytest
 from graphs import assert_same, build, frozen, node, normal, prepared, run
 
-from converter import model as models
 from converter.errors import ModelError
-from converter.model import (
+from converter.graph import files as models
+from converter.graph.edit import (
     Names,
+    add_constant,
     constant,
-    load,
     only_consumer,
-    save,
-    saved,
-    serialized,
     submodel,
     values_by_name,
 )
+from converter.graph.files import load, save, saved, serialized
 
 CHAIN = "g (float[2,3] x) => (float[2,4] z) { [first] y = MatMul(x, w)  [second] z = Relu(y) }"
 BRANCH = """g (bool c, float[2] x) => (float[2] z) {
@@ -169,9 +167,7 @@ def test_fresh_names_are_new_to_the_whole_model():
 
 def test_added_constants_are_saved_with_type_and_shape(tmp_path):
     model = build("g (float[2,3] x) => (float[2,3] y) { [n] y = Relu(x) }")
-    add = ir.node(
-        "Add", [model.graph[0].inputs[0], models.add_constant(model.graph, "k", normal(3, 2).T)]
-    )
+    add = ir.node("Add", [model.graph[0].inputs[0], add_constant(model.graph, "k", normal(3, 2).T)])
     add.outputs[0].name = "sum"
     model.graph.insert_before(model.graph[0], add)
     model.graph[1].replace_input_with(0, add.outputs[0])

@@ -9,7 +9,7 @@ import pytest
 from graphs import assert_same, build, frozen, normal, prepared, types
 from onnx_ir.passes.common import ShapeInferencePass
 
-from converter.model import constant
+from converter.graph.edit import constant
 from converter.prepare.normal_gemm import normal_gemm
 
 ROWS = "g (float[3,4] x) => (float[] y)"

@@ -15,16 +15,16 @@ from running import write_config
 
 from calib import trellis
 from calib.affine import UINT8, QParams, quantize
-from converter.algorithms.rounding import helps_everywhere
-from converter.algorithms.stored_weights import Options, store_by_weights
-from converter.calibrate import channel_mean
+from converter.calibrate.observe import channel_mean
+from converter.calibrate.walk import usable
+from converter.graph.edit import constant, is_float, values_by_name
 from converter.job import Watch
-from converter.layerwise import usable
-from converter.model import constant, is_float, values_by_name
-from converter.ops import is_normalized
-from converter.placement import is_named
-from converter.plan import NodePlan, QuantPlan, WeightPlan
+from converter.plan.ops import is_normalized
+from converter.plan.placement import is_named
+from converter.plan.plan import NodePlan, QuantPlan, WeightPlan
 from converter.prepare import prepare
+from converter.weights.gptq import helps_everywhere
+from converter.weights.stored import Options, store_by_weights
 
 MODES: dict[str, dict[str, object]] = {
     "FULL_QUANT": {},
@@ -426,7 +426,7 @@ def test_what_is_not_finite_is_never_written(
         scale = next(v for name, v in model.graph.initializers.items() if "scale" in name)
         scale.const_value = ir.tensor(np.array(np.nan, np.float32), name=scale.name)
 
-    monkeypatch.setattr("converter.pipeline.forget_inferred", spoil)
+    monkeypatch.setattr("converter.pipeline.convert.forget_inferred", spoil)
     Path("m.onnx").write_bytes(frozen(build(NETWORK, **WEIGHTS)))
     config = write_config(
         Path("c.cfg"),

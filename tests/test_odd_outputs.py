@@ -20,7 +20,7 @@ from running import write_config
 
 from calib.affine import Array
 from converter import convert
-from converter.algorithms import stored_weights
+from converter.weights import stored as stored_weights
 
 CONV = "[conv] a = Conv (x, w)  [second] b = Conv (a, v)"
 WEIGHTS = {"w": normal(32, 3, 1, 1), "v": normal(32, 32, 1, 1, seed=1)}

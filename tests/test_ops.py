@@ -10,8 +10,8 @@ import pytest
 from graphs import build, normal, positive, run
 
 from calib.affine import INT8_NARROW
-from converter.ops import OPS, weights_of
-from converter.targets import TARGETS
+from converter.plan.ops import OPS, weights_of
+from converter.plan.targets import TARGETS
 
 IMAGE = "g (float[2,4,6,6] x) => (float[] y)"
 ROWS = "g (float[3,4] x) => (float[] y)"

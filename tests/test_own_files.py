@@ -89,7 +89,7 @@ def test_a_file_of_that_name_in_the_current_folder_is_another(
     mode: str,
 ) -> None:
     if large:
-        monkeypatch.setattr("converter.model.EXTERNAL_DATA_ABOVE", 0)
+        monkeypatch.setattr("converter.graph.files.EXTERNAL_DATA_ABOVE", 0)
     model, data = small_model(text, constants, opset)
     Path("model").mkdir()
     Path("model/m.onnx").write_bytes(model.SerializeToString())
@@ -155,7 +155,7 @@ def test_weights_behind_links(
     opset: int,
 ) -> None:
     if large:
-        monkeypatch.setattr("converter.model.EXTERNAL_DATA_ABOVE", 0)
+        monkeypatch.setattr("converter.graph.files.EXTERNAL_DATA_ABOVE", 0)
     model, data = small_model("plain", constants, opset)
     path = folders(model.SerializeToString(), data)
     put(Path("w.bin"), bytes(len(data)))

@@ -21,8 +21,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plotly.offline import get_plotlyjs
 
-from converter.compare import TensorError
-from converter.findings import Findings, Here, NodeFinding, TensorFinding, Verification
+from converter.measure.errors import TensorError
+from converter.measure.results import Findings, Here, NodeFinding, TensorFinding, Verification
 from converter.report.page import _tensor, page
 
 HOSTILE = "</script><script>document.title='taken'</script><b onclick=\"x\">&amp;'`$${1}"

@@ -7,9 +7,9 @@ import pytest
 from graphs import normal, prepared
 
 from calib.affine import INT8, INT8_NARROW, UINT8
-from converter.placement import Wishes, build_plan
-from converter.plan import WeightPlan
-from converter.targets import CPU, TARGETS
+from converter.plan.placement import Wishes, build_plan
+from converter.plan.plan import WeightPlan
+from converter.plan.targets import CPU, TARGETS
 
 HEAD = "g (float[1,4,8,8] x) => (float[] y)"
 ROWS = "g (float[3,4] x) => (float[] y)"

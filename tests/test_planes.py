@@ -16,8 +16,8 @@ from hypothesis import strategies as st
 
 from calib.affine import IntFormat, QParams, dequantize
 from converter.emit.planes import PlaneWriter, to_planes
-from converter.model import weight_bytes
-from converter.plan import QuantizedWeight
+from converter.graph.edit import weight_bytes
+from converter.plan.plan import QuantizedWeight
 
 
 def weight_of(bits, shape, axis, seed=0):

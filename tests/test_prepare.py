@@ -11,7 +11,8 @@ import pytest
 from graphs import assert_same, build, frozen, node, normal, positive, types
 
 from converter.errors import ModelError, UsageError
-from converter.model import constant, load
+from converter.graph.edit import constant
+from converter.graph.files import load
 from converter.prepare import prepare
 from converter.prepare.drop_identities import drop_identities
 from converter.prepare.fold_constants import fold_constants
@@ -257,7 +258,7 @@ def test_weights_in_other_files_stay_where_they_are(tmp_path, monkeypatch):
     )
     (tmp_path / "m.data").write_bytes(bytes(W.nbytes))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("converter.model.EXTERNAL_DATA_ABOVE", 0)
+    monkeypatch.setattr("converter.graph.files.EXTERNAL_DATA_ABOVE", 0)
     model = load(Path("sub/m.onnx"))
     raised = raise_opset(model)
     tensor = raised.graph.initializers["w"].const_value

@@ -24,21 +24,21 @@ from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantTy
 from running import Ear, InMemory, job, resources, write_config
 
 from calib.affine import Array
-from converter.compare import output_errors
+from converter.calibrate.exact import saturating
 from converter.config import load_config
 from converter.emit.qdq import emit
 from converter.errors import ConfigError
-from converter.exact import saturating
-from converter.findings import Findings, Verification
+from converter.graph.files import load, saved
 from converter.job import Job
-from converter.model import load, saved
-from converter.pairs import pair
-from converter.pipeline import convert
-from converter.plan import QuantPlan
-from converter.quantized import Quantized
-from converter.report.findings import findings
+from converter.measure.errors import output_errors
+from converter.measure.pairing import pair
+from converter.measure.results import Findings, Verification
+from converter.measure.sensitivity import alone, only
+from converter.pipeline.convert import convert
+from converter.plan.plan import QuantPlan
+from converter.plan.result import Quantized
+from converter.report.collect import findings
 from converter.report.rounds import rounds, summary
-from converter.sensitivity import alone, only
 from converter.version import __version__
 
 GRAPH = """g (float[1,4,8,8] x) => (float[1,6] y, float[1,6,8,8] z) {

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from calib.affine import INT8, INT8_NARROW, IntFormat
-from converter.algorithms.rounding import DAMPING, Grid, compensated, nearest, search_scales
+from converter.weights.gptq import DAMPING, Grid, compensated, nearest, search_scales
 
 INT3 = IntFormat(3, signed=True, narrow=True)
 INT4 = IntFormat(4, signed=True, narrow=True)

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 
 from calib import trellis
 from calib.affine import IntFormat
-from converter.algorithms.row_fit import Grids, fit, with_variance
+from converter.weights.grids import Grids, fit, with_variance
 
 
 def grids(bits, **options):

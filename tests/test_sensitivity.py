@@ -16,13 +16,13 @@ from hypothesis import strategies as st
 from running import InMemory, resources
 
 from calib.samples import Sample
-from converter.compare import output_errors
 from converter.emit.qdq import emit
 from converter.errors import DataError
-from converter.model import saved
-from converter.pairs import pair
-from converter.plan import QuantPlan
-from converter.sensitivity import Alone, alone, fewest, only, output_drop, read_labels, top1
+from converter.graph.files import saved
+from converter.measure.errors import output_errors
+from converter.measure.pairing import pair
+from converter.measure.sensitivity import Alone, alone, fewest, only, output_drop, read_labels, top1
+from converter.plan.plan import QuantPlan
 
 ROWS = "g (float[5,8] x) => (float[] y)"
 

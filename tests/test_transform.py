@@ -16,18 +16,20 @@ from hypothesis import strategies as st
 from running import Ear, write_config
 
 from calib.affine import IntFormat, QParams, dequantize, quantize
+from converter.calibrate.trained_ranges import in_format
 from converter.config import load_config
 from converter.errors import ConfigError, ModelError, UsageError
+from converter.graph.edit import constant
+from converter.graph.files import load
 from converter.job import Job
-from converter.model import constant, load
-from converter.pipeline import convert, make_plan
-from converter.plan import TensorPlan
+from converter.pipeline.convert import convert, make_plan
+from converter.plan.plan import TensorPlan
+from converter.plan.targets import CPU, NVGPU
 from converter.prepare import prepare
-from converter.targets import CPU, NVGPU
-from converter.trained.arithmetic import chain_from, format_of
-from converter.trained.ranges import in_format, span_of
-from converter.trained.taking import take_trained
-from converter.trained.weights import _recovered
+from converter.prepare.fake_quant import take_trained
+from converter.prepare.fake_quant_chains import chain_from, format_of
+from converter.prepare.fake_quant_ranges import span_of
+from converter.weights.trained import _recovered
 
 # Two numbers as they are stored.
 F = np.float32

@@ -15,9 +15,10 @@ from running import job, write_config
 from calib.affine import Array
 from converter.config import load_config
 from converter.emit.inferred import forget_inferred
+from converter.graph.edit import constant
+from converter.graph.files import load
 from converter.job import Job
-from converter.model import constant, load
-from converter.pipeline import convert
+from converter.pipeline.convert import convert
 from converter.prepare import prepare
 from converter.prepare.share import share_shapes
 from converter.prepare.smooth import divide_channels, linear_in
@@ -105,7 +106,7 @@ MODES = {
 def test_one_copy_of_the_codes_serves_lookup_and_product(
     mode, given, small_table, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr("converter.dynamic_quant.SMALL_TABLE", small_table)
+    monkeypatch.setattr("converter.modes.dynamic_quant.SMALL_TABLE", small_table)
     model = language_model()
     wanted = run(model, {"ids": IDS})["y"]
     result = quantized(tmp_path, model, mode, given)

@@ -17,16 +17,16 @@ from running import Ear, InMemory, job, resources
 from calib.affine import Array
 from calib.images import ImageOptions
 from calib.samples import Dataset, InputSpec, open_dataset
-from converter.compare import TensorError
+from converter.calibrate.exact import saturating
 from converter.config import load_config
-from converter.exact import saturating
-from converter.findings import Verification
-from converter.model import saved
-from converter.pipeline import convert
-from converter.plan import QuantPlan
-from converter.quantized import Quantized
+from converter.graph.files import saved
+from converter.measure.errors import TensorError
+from converter.measure.results import Verification
+from converter.measure.verify import _difference, _warn, verify
+from converter.pipeline.convert import convert
+from converter.plan.plan import QuantPlan
+from converter.plan.result import Quantized
 from converter.report.text import verification_lines
-from converter.verify import _difference, _warn, verify
 
 ROWS = "g (float[1,3] x) => (float[1,3] y) { y = Add (x, k) }"
 
@@ -215,7 +215,7 @@ def saturated_files(model: ir.Model) -> Iterator[tuple[Path, Path]]:
 
 
 def test_what_this_processor_makes_of_the_file_is_a_line_of_its_own(monkeypatch):
-    monkeypatch.setattr("converter.verify.both_files", saturated_files)
+    monkeypatch.setattr("converter.measure.verify.both_files", saturated_files)
     found = checked([0, 0, 0], Split(SCORES, []))
     assert found.outputs[0].sqnr_db == np.inf
     assert found.agreement == 1

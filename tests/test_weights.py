@@ -13,9 +13,9 @@ from hypothesis import strategies as st
 
 from calib.affine import dequantize
 from calib.session import open_session, run
-from converter.algorithms.weights import BIAS_LIMIT, Options, products
 from converter.emit.qdq import bias_qparams, emit
-from converter.model import saved
+from converter.graph.files import saved
+from converter.weights.integer import BIAS_LIMIT, Options, products
 
 IMAGE = "g (float[1,4,7,7] x) => (float[] y)"
 TABLE = "g (float[2,3,8] x) => (float[] y)"

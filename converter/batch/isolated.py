@@ -20,8 +20,8 @@ from shutil import rmtree
 
 from converter.batch import stamp
 from converter.errors import QConvertError
-from converter.gates import Figures
 from converter.job import Job, Watch
+from converter.measure.gates import Figures
 
 SERVE = "import sys; from converter.batch.isolated import serve; serve(sys.argv[1])"
 _children: set[subprocess.Popen[bytes]] = set()
@@ -155,11 +155,9 @@ def serve(temporary: str) -> None:
 
 def _work(task: Task, notes: _Notes) -> Figures | None:
     """Does what is asked for and stamps it; a part of a calibration has no figures."""
-    from converter import (
-        cache,
-        model,
-        pipeline,
-    )  # what takes long to import, for this process alone
+    from converter.calibrate import cache
+    from converter.graph import files as model
+    from converter.pipeline import convert as pipeline
 
     job, path = task.job, task.job.config.common.calibration_cache
     if job.part:

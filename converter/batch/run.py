@@ -22,8 +22,8 @@ from converter.batch import stamp
 from converter.batch.isolated import Result, Task, kill_all, run_isolated
 from converter.batch.manifest import Entry
 from converter.errors import UsageError
-from converter.gates import Gates
 from converter.job import processors
+from converter.measure.gates import Gates
 
 # Where a batch keeps stamps and calibration caches, inside its folder.
 STATE = ".qconvert"

@@ -15,8 +15,8 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from converter.gates import Figures
 from converter.job import Job, sha256
+from converter.measure.gates import Figures
 from converter.version import __version__
 
 LIBRARIES = ("numpy", "onnx", "onnxruntime")

@@ -25,8 +25,8 @@ from converter.config import load_config
 from converter.config.keys import default_config
 from converter.config.rules import conversion_rules
 from converter.errors import GateError, QConvertError, UsageError
-from converter.gates import Gates
 from converter.job import Job
+from converter.measure.gates import Gates
 from converter.version import __version__
 
 CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -104,7 +104,9 @@ def command(
 
 def run(job: Job, terminal: Terminal, gates: Gates, dry: bool) -> None:
     """Converts and holds the result against the gates, or shows what a conversion would do."""
-    from converter import pipeline  # imports what takes long, which --help must not wait for
+    from converter.pipeline import (
+        convert as pipeline,  # imports what takes long, which --help must not wait for
+    )
     from converter.report.text import plan_lines, summary_lines
 
     if dry:

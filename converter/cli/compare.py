@@ -14,8 +14,8 @@ from converter.config import load_config
 from converter.config.keys import default_config
 from converter.config.rules import DATA_RULES
 from converter.errors import GateError
-from converter.gates import Figures
 from converter.job import Job
+from converter.measure.results import figures_of
 
 PATH = click.Path(path_type=Path)
 
@@ -39,7 +39,7 @@ def compare_command(
     """Compare a quantized model, whoever made it, with the float one."""
     wanted = load_config(config, rules=DATA_RULES) if config else default_config()
     wanted = replace(wanted, common=replace(wanted.common, debug_info_save_path=report))
-    from converter.comparison import compare  # imports what takes long
+    from converter.pipeline.compare import compare  # imports what takes long
     from converter.report.text import comparison_lines
 
     job = Job(reference, other, wanted, flags["input_shapes"], flags["input_format"])
@@ -48,6 +48,6 @@ def compare_command(
         show(line)
     if report and found.nodes:
         click.echo(f"Reports in {report}")
-    if missed := gates_of(flags).missed(Figures.of(*found.sizes, found.verification)):
+    if missed := gates_of(flags).missed(figures_of(*found.sizes, found.verification)):
         msg = f"{other} misses a quality gate: {missed}."
         raise GateError(msg)

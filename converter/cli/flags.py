@@ -11,8 +11,8 @@ import click
 
 from converter.config import Config
 from converter.errors import UsageError
-from converter.gates import Gates, size_limit
 from converter.job import Job, Shape, output_path
+from converter.measure.gates import Gates, size_limit
 
 F = TypeVar("F", bound=Callable[..., Any])
 LAYOUT, SWITCH = click.Choice(["NCHW", "NHWC"]), click.Choice(["on", "off"])

@@ -19,9 +19,9 @@ from converter.errors import UsageError
 @click.option("--mode", type=click.Choice(QUANT_TYPES), default="FULL_QUANT", show_default=True)
 def init_command(model: Path, output: Path | None, mode: str) -> None:
     """Write a commented configuration fitted to a model's inputs."""
-    from converter.data import spec_of  # imports what takes long
-    from converter.model import fed_inputs, load
-    from converter.starter import starter_config
+    from converter.calibrate.data import spec_of  # imports what takes long
+    from converter.config.starter import starter_config
+    from converter.graph.files import fed_inputs, load
 
     output = output or model.with_suffix(".cfg")
     inputs = [spec_of(value) for value in fed_inputs(load(model))]

@@ -15,7 +15,7 @@ from converter.cli.terminal import show
 @click.option("--json", "as_json", is_flag=True, help="Print JSON, for scripts.")
 def inspect_command(model: Path, as_json: bool) -> None:
     """Show operators, sizes and what could be quantized."""
-    from converter.inspection import inspect  # imports what takes long
+    from converter.pipeline.inspect import inspect  # imports what takes long
     from converter.report.text import columns, short
 
     document = inspect(model)

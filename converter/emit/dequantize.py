@@ -10,8 +10,8 @@ import numpy as np
 import onnx_ir as ir
 
 from calib.affine import Array, QParams
-from converter.model import Names, add_constant, known
-from converter.plan import QuantizedWeight
+from converter.graph.edit import Names, add_constant, known
+from converter.plan.plan import QuantizedWeight
 
 # Bits up to which a type serves, the type, and the opset that DequantizeLinear takes it from.
 TYPES = (

@@ -20,8 +20,8 @@ import onnx_ir as ir
 from calib.affine import INT8_NARROW, SMALLEST_SCALE, UINT8, Array
 from converter.emit.planes import PlaneWriter
 from converter.emit.stored import emit_stored, planned, write_bias
-from converter.model import Names, graph_of, known
-from converter.plan import NodePlan, QuantPlan
+from converter.graph.edit import Names, graph_of, known
+from converter.plan.plan import NodePlan, QuantPlan
 
 # ReduceMax takes its axes as an input from this opset on.
 AXES_AS_INPUT = 18

@@ -8,8 +8,8 @@ import numpy as np
 import onnx_ir as ir
 
 from calib.affine import Array
-from converter.model import Names, add_constant, constant, known
-from converter.ops import draws
+from converter.graph.edit import Names, add_constant, constant, known
+from converter.plan.ops import draws
 
 # Below this many elements the Cast costs more bytes than float16 saves.
 LEAST_SIZE = 64

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from converter.model import known
+from converter.graph.edit import known
 
 
 def feed_integers(graph: ir.Graph, name: str) -> None:

@@ -30,8 +30,8 @@ import onnx_ir as ir
 
 from calib import trellis
 from calib.affine import Array, QParams, along
-from converter.model import Names, add_constant, constant
-from converter.plan import QuantizedWeight
+from converter.graph.edit import Names, add_constant, constant
+from converter.plan.plan import QuantizedWeight
 
 # Widths that integer types of ONNX hold as they are.
 PLAIN_BITS = (8, 16)

@@ -12,8 +12,8 @@ import onnx_ir as ir
 from calib.affine import INT32, Array, QParams, quantize
 from converter.emit.planes import PlaneWriter
 from converter.emit.stored import bias_place, emit_stored
-from converter.model import Names, constant, known, operand, values_by_name
-from converter.plan import NodePlan, QuantizedWeight, QuantPlan
+from converter.graph.edit import Names, constant, known, operand, values_by_name
+from converter.plan.plan import NodePlan, QuantizedWeight, QuantPlan
 
 
 def emit(model: ir.Model, plan: QuantPlan) -> dict[str, str]:

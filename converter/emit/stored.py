@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from calib.affine import Array, dequantize
-from converter.model import (
+from converter.graph.edit import (
     Names,
     add_constant,
     drop_unread,
@@ -19,7 +19,7 @@ from converter.model import (
     operand,
     replace_constant,
 )
-from converter.plan import NodePlan, QuantizedWeight, QuantPlan
+from converter.plan.plan import NodePlan, QuantizedWeight, QuantPlan
 
 # (graph, name, weight) -> the value of the restored floats
 Writer = Callable[[ir.Graph, str, QuantizedWeight], ir.Value]

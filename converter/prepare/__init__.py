@@ -10,8 +10,9 @@ from contextlib import contextmanager
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from converter.model import MAKERS_OF_MAPS, drop_unread
-from converter.ops import draws
+from converter.graph.edit import drop_unread
+from converter.graph.files import MAKERS_OF_MAPS
+from converter.plan.ops import draws
 from converter.prepare.drop_identities import drop_identities
 from converter.prepare.fold_affine import fold_affine
 from converter.prepare.fold_constants import fold_constants

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from converter.model import graph_of, known
-from converter.ops import draws
+from converter.graph.edit import graph_of, known
+from converter.plan.ops import draws
 
 
 def drop_identities(model: ir.Model) -> bool:

@@ -17,8 +17,8 @@ import numpy as np
 import onnx_ir as ir
 
 from calib.affine import Array, along
-from converter.model import Names, known, only_consumer, operand, replace_constant
-from converter.ops import OPS
+from converter.graph.edit import Names, known, only_consumer, operand, replace_constant
+from converter.plan.ops import OPS
 
 ROUNDS = 10
 

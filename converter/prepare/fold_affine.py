@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from calib.affine import Array
-from converter.model import (
+from converter.graph.edit import (
     Names,
     constant,
     graph_of,
@@ -27,7 +27,7 @@ from converter.model import (
     operand,
     replace_constant,
 )
-from converter.ops import OPS
+from converter.plan.ops import OPS
 
 Affine = tuple[Array, Array]
 

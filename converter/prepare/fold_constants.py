@@ -7,8 +7,8 @@ from collections.abc import Callable
 import onnx_ir as ir
 from onnxscript.optimizer._constant_folding import FoldConstantsPass
 
-from converter.model import operand
-from converter.ops import takes_weight
+from converter.graph.edit import operand
+from converter.plan.ops import takes_weight
 
 # Scales and reshapes of weights are folded whatever their size; generated tables (a position grid)
 # up to 4 MB.

@@ -6,7 +6,7 @@ import numpy as np
 import onnx_ir as ir
 
 from calib.affine import Array
-from converter.model import Names, operand, replace_constant
+from converter.graph.edit import Names, operand, replace_constant
 
 
 def full_axes(model: ir.Model) -> None:

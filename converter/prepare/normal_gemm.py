@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from converter.model import Names, bias_add, graph_of, known, operand, replace_constant
+from converter.graph.edit import Names, bias_add, graph_of, known, operand, replace_constant
 
 
 def normal_gemm(model: ir.Model) -> bool:

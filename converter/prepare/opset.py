@@ -9,7 +9,8 @@ import onnx
 import onnx_ir as ir
 
 from converter.errors import ModelError
-from converter.model import MAKERS_OF_MAPS, Names, add_constant, constant, first_line, graph_of
+from converter.graph.edit import Names, add_constant, constant, graph_of
+from converter.graph.files import MAKERS_OF_MAPS, first_line
 
 # Per-channel QuantizeLinear/DequantizeLinear, the youngest operators that are written, came with
 # opset 13.

@@ -7,7 +7,7 @@ from collections import defaultdict
 
 import onnx_ir as ir
 
-from converter.model import Names, graph_of, known
+from converter.graph.edit import Names, graph_of, known
 
 # Smaller constants are not worth the search, and equal biases belong to operators that may want
 # different ones later.

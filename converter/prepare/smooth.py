@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from calib.affine import Array
-from converter.model import Names, graph_of, known, only_consumer, operand, replace_constant
+from converter.graph.edit import Names, graph_of, known, only_consumer, operand, replace_constant
 
 # Operators whose output is linear in the constants behind their first input, channel by channel of
 # the last axis.

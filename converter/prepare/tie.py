@@ -14,7 +14,7 @@ import numpy as np
 import onnx_ir as ir
 
 from calib.affine import Array
-from converter.model import Names, constant, graph_of
+from converter.graph.edit import Names, constant, graph_of
 
 
 def tie(model: ir.Model) -> bool:

@@ -11,7 +11,8 @@ import onnx_ir as ir
 
 from calib import CalibError
 from calib.session import open_session
-from converter.model import saved, values_by_name
+from converter.graph.edit import values_by_name
+from converter.graph.files import saved
 from converter.prepare.opset import without_weights
 
 # What ONNX Runtime calls the types of tensors.

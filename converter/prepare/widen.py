@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_ir as ir
 
-from converter.model import Names, graph_of, known
+from converter.graph.edit import Names, graph_of, known
 
 NARROW = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 # Attributes by which operators name the type that they compute, or compute in.

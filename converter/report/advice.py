@@ -7,8 +7,8 @@ from collections.abc import Iterator, Sequence
 
 from converter.config import Config
 from converter.config.left import against_saturation, left
-from converter.findings import NodeFinding, Verification
-from converter.pairs import Place
+from converter.measure.pairing import Place
+from converter.measure.results import NodeFinding, Verification
 from converter.report.rounds import Figures
 
 # Operators whose inputs share the codes of one range, and how many times as large as others some

@@ -11,7 +11,7 @@ from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 from plotly.offline import get_plotlyjs
 
-from converter.findings import Findings, NodeFinding, TensorFinding
+from converter.measure.results import Findings, NodeFinding, TensorFinding
 from converter.version import __version__
 
 # More bars than this are not seen on a screen.

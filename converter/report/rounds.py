@@ -13,11 +13,11 @@ from onnxruntime import InferenceSession
 from calib.affine import Array
 from calib.samples import Dataset
 from calib.session import Sample, open_session, over_samples, run
-from converter.calibrate import groups_within, tensor_bytes
-from converter.compare import APART, Tally, TensorError, error_of, tally
-from converter.exact import runnable
+from converter.calibrate.exact import runnable
+from converter.calibrate.observe import groups_within, tensor_bytes
 from converter.job import Resources
-from converter.pairs import Pairing, Place
+from converter.measure.errors import APART, Tally, TensorError, error_of, tally
+from converter.measure.pairing import Pairing, Place
 
 Summary = tuple[float, ...]
 Key = tuple[str, str | int | None]

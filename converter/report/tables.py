@@ -11,9 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from converter.compare import TensorError
-from converter.findings import NodeFinding
-from converter.pairs import Place
+from converter.measure.errors import TensorError
+from converter.measure.pairing import Place
+from converter.measure.results import NodeFinding
 from converter.report.rounds import Figures, Key, key_of
 
 Row = Sequence[object]

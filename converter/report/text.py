@@ -9,13 +9,13 @@ from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from converter.compare import TensorError
-from converter.findings import Findings, Verification
-from converter.plan import NodePlan, QuantPlan
+from converter.measure.errors import TensorError
+from converter.measure.results import Findings, Verification
+from converter.plan.plan import NodePlan, QuantPlan
 from converter.report.advice import listed
 
 if TYPE_CHECKING:
-    from converter.pipeline import Outcome
+    from converter.measure.results import Outcome
 
 WORST = 5
 # Longer names lose their middle where a person reads them; reports and --json have them whole.

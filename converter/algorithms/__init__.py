@@ -1,1 +1,0 @@
-"""Algorithms on plain data: arrays and plans in, arrays and plans out."""

@@ -1,0 +1,1 @@
+"""Where ranges come from: data, sessions, statistics, the walk."""

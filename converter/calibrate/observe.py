@@ -1,0 +1,332 @@
+"""From plan and data to ranges: taps the tensors that are asked for and turns their statistics into
+parameters.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from queue import SimpleQueue
+
+import numpy as np
+import onnx_ir as ir
+
+from calib.affine import Array, QParams, Range
+from calib.ranges import RangeMethod, RangeSpec, range_of
+from calib.samples import Dataset
+from calib.session import Sample, open_session, over_samples, run
+from calib.stats import TensorStats
+from converter.calibrate.exact import runnable
+from converter.graph.edit import constant, known, values_by_name
+from converter.job import Resources, Watch
+from converter.plan.ops import OPS
+from converter.plan.plan import QuantPlan, TensorPlan
+
+Statistics = dict[str, TensorStats]
+# A tensor and its axis of channels: two operators may see channels along different axes of one
+# tensor.
+Mean = tuple[str, int]
+# Lower numbers before a Softmax are masks, and so far below the largest one exp is 1e-14 of it.
+MASKED, NOTHING_LEFT = -1e4, 32.0
+# Tensors tapped at once while their sizes are found out.
+PROBED = 16
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What to find out about a float model: statistics of `tensors`, `means` of tensors along
+    channel axes.
+
+    The means are over the `first` samples only, those that they will be compared on. `part` (index,
+    count) looks at a part of the samples, from which `merged` makes what looking at all of them
+    finds.
+    """
+
+    tensors: tuple[str, ...]
+    means: tuple[Mean, ...]
+    histogram: bool
+    samples: bool
+    first: int = sys.maxsize
+    part: tuple[int, int] = (0, 1)
+
+    def indices(self, count: int) -> range:
+        """The part of `count` samples; part 0 has all that means are taken of, as sums follow from
+        their order.
+        """
+        number, parts = self.part
+        head = max(count // parts, min(self.first, count) if self.means else 0)
+        cuts = [0, *(head + (count - head) * k // max(parts - 1, 1) for k in range(parts))]
+        return range(cuts[number], cuts[number + 1])
+
+    def new_stats(self) -> TensorStats:
+        """Empty statistics that hold what is wanted."""
+        return TensorStats(self.histogram, self.samples)
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """What was found; `means` are float64 of shape (channels,), over the `first` samples."""
+
+    statistics: Mapping[str, TensorStats]
+    means: Mapping[Mean, Array]
+    first: int = sys.maxsize
+
+
+def observe(
+    model: ir.Model, wanted: Wanted, data: Dataset, resources: Resources, watch: Watch
+) -> Evidence:
+    """Evidence over all samples; constants are read where they are, inputs as they are fed, the
+    rest is tapped.
+
+    Tensors are tapped in groups whose arrays fit the memory budget together; each group is one pass
+    over the data.
+    """
+    values = values_by_name(model.graph)
+    constants = of_constants(wanted, values)
+    # The parts together see a constant once.
+    evidence = Evidence({} if wanted.part[0] else constants, {}, wanted.first)
+    names = dict.fromkeys([*wanted.tensors, *(name for name, _ in wanted.means)])
+    computed = [name for name in names if name not in constants]
+    sizes = tensor_bytes(model, computed, data.sample(0), resources)
+    groups = list(groups_within(sizes, resources.memory // resources.threads))
+    total = sum(sizes.values()) / 1e6
+    watch.say(
+        f"Calibrating {len(computed)} tensors of {total:.0f} MB a sample, {len(groups)} "
+        "pass(es) over the data."
+    )
+    for group in groups:
+        found = _observe_group(model, group, wanted, data, resources, watch)
+        evidence = Evidence(
+            {**evidence.statistics, **found.statistics},
+            {**evidence.means, **found.means},
+            wanted.first,
+        )
+    if wanted.part == (0, 1):
+        warn_of_oddities(evidence.statistics, watch)
+    return evidence
+
+
+def tensor_bytes(
+    model: ir.Model, names: Sequence[str], sample: Sample, resources: Resources
+) -> dict[str, int]:
+    """Bytes of each named tensor for one sample, found by running it."""
+    sizes = {name: x.nbytes for name, x in sample.items() if name in names}
+    tapped = [name for name in names if name not in sizes]
+    with runnable(model, tapped) as path:
+        session = open_session(path, resources.threads, providers=resources.providers)
+        for start in range(0, len(tapped), PROBED):
+            part = tapped[start : start + PROBED]
+            found = run(session, part, sample)
+            # A map has no size of its own.
+            sizes.update((name, getattr(x, "nbytes", 0)) for name, x in found.items())
+    return sizes
+
+
+def groups_within(sizes: Mapping[str, int], budget: int) -> Iterator[list[str]]:
+    """Consecutive tensors that fit the budget together; one that alone does not fit is a group of
+    its own.
+    """
+    group: list[str] = []
+    room = budget
+    for name, size in sizes.items():
+        if group and size > room:
+            yield group
+            group, room = [], budget
+        group.append(name)
+        room -= size
+    if group:
+        yield group
+
+
+def of_constants(wanted: Wanted, values: Mapping[str, ir.Value]) -> Statistics:
+    """Statistics of those of the tensors wanted that are constants."""
+    statistics = {}
+    for name in wanted.tensors:
+        if (array := constant(values[name])) is not None:
+            statistics[name] = wanted.new_stats()
+            statistics[name].update(array, 0)
+    return statistics
+
+
+def _observe_group(
+    model: ir.Model,
+    group: Sequence[str],
+    wanted: Wanted,
+    data: Dataset,
+    resources: Resources,
+    watch: Watch,
+) -> Evidence:
+    watched = [name for name in group if name in wanted.tensors]
+    averaged = [mean for mean in wanted.means if mean[0] in group and not wanted.part[0]]
+    inputs = {value.name for value in model.graph.inputs}
+    taps = [name for name in group if name not in inputs]
+    watched_taps = [name for name in taps if name in watched]
+    # A worker takes whichever statistics are idle: they merge into the same result however the
+    # samples were spread.
+    idle: SimpleQueue[Statistics] = SimpleQueue()
+    for _ in range(resources.threads):
+        idle.put({name: wanted.new_stats() for name in watched})
+    with runnable(model, taps) as path:
+        # Which operators ONNX Runtime fuses depends on what is tapped; without that, groups do not
+        # change a bit.
+        session = open_session(path, optimize=False, providers=resources.providers)
+
+        def step(index: int) -> dict[Mean, Array]:
+            sample, compared = data.sample(index), index < wanted.first
+            tensors = {**sample, **run(session, taps if compared else watched_taps, sample)}
+            mine = idle.get()
+            for name, stats in mine.items():
+                stats.update(tensors[name], index)
+            idle.put(mine)
+            return {
+                (name, axis): channel_mean(tensors[name], axis)
+                for name, axis in averaged
+                if compared
+            }
+
+        totals = {mean: np.zeros(()) for mean in averaged}
+        part = wanted.indices(len(data))
+        results = over_samples(len(part), lambda number: step(part[number]), resources.threads)
+        for found in watch.track(results, "Calibrating", len(part)):
+            totals.update((mean, totals[mean] + x) for mean, x in found.items())
+    stats = [idle.get() for _ in range(resources.threads)]
+    means = {mean: total / min(wanted.first, len(data)) for mean, total in totals.items()}
+    return Evidence(merged(stats), means, wanted.first)
+
+
+def merged(parts: Iterable[Mapping[str, TensorStats]]) -> Statistics:
+    """The statistics of all parts together, the same in any order."""
+    whole: Statistics = {}
+    for part in parts:
+        whole.update(
+            (name, whole[name].merge(stats) if name in whole else stats)
+            for name, stats in part.items()
+        )
+    return whole
+
+
+def warn_of_oddities(statistics: Mapping[str, TensorStats], watch: Watch) -> None:
+    """Names the tensors that the data says little of."""
+    for name, stats in statistics.items():
+        if stats.nan_count or stats.inf_count:
+            watch.warn(
+                f"Tensor '{name}' held {stats.nan_count} NaN and {stats.inf_count} infinite "
+                "values in the calibration "
+                "data; its range ignores them."
+            )
+        if not stats.count:
+            watch.warn(
+                f"Tensor '{name}' had no finite value in the calibration data; its range is "
+                "a guess."
+            )
+
+
+def channel_mean(x: Array, axis: int) -> Array:
+    """Mean over all axes but `axis`, of the finite values: float64 of shape (channels,).
+
+    NaN where a channel has none.
+    """
+    moved = np.moveaxis(x, axis, 1 if x.ndim > 1 else 0)
+    with np.errstate(over="ignore", invalid="ignore"):
+        # float32, pairwise along contiguous memory.
+        inner = moved.mean(axis=tuple(range(2, x.ndim)))
+        mean = np.asarray(inner.mean(axis=0, dtype=np.float64) if x.ndim > 1 else inner, np.float64)
+    if np.isfinite(mean).all():
+        return mean
+    rows = moved.swapaxes(0, 1).reshape(moved.shape[1], -1) if x.ndim > 1 else moved[:, None]
+    finite = np.isfinite(rows)
+    total, count = rows.sum(axis=1, where=finite, dtype=np.float64), finite.sum(axis=1)
+    return np.asarray(np.divide(total, count, out=np.full(len(rows), np.nan), where=count > 0))
+
+
+def activation_qparams(
+    plan: QuantPlan,
+    statistics: Mapping[str, TensorStats],
+    method: RangeMethod,
+    spec: RangeSpec,
+    threads: int = 1,
+) -> dict[str, QParams]:
+    """Parameters of every group that the plan has none for; `spec` holds the methods' options."""
+    groups = [item for item in plan.groups().items() if item[0] not in plan.qparams]
+
+    def of(index: int) -> QParams:
+        group, tensor = groups[index]
+        return _qparams(tensor, statistics[group], method, spec)
+
+    found = over_samples(len(groups), of, threads)
+    return {group: q for (group, _), q in zip(groups, found, strict=True)}
+
+
+def _qparams(
+    tensor: TensorPlan, stats: TensorStats, method: RangeMethod, spec: RangeSpec
+) -> QParams:
+    spec = replace(spec, format=tensor.format, symmetric=tensor.symmetric)
+    return spec.qparams(range_of(method, stats, spec))
+
+
+def probability_qparams(
+    graph: ir.Graph, plan: QuantPlan, statistics: Mapping[str, TensorStats], spec: RangeSpec
+) -> dict[str, QParams]:
+    """Parameters of the groups that hold what a Softmax makes of integers: from 0 to at least twice
+    the largest probability seen.
+
+    Between two conversions ONNX Runtime computes it on integers, and there values beyond the range
+    wrap around.
+    """
+    values, found = values_by_name(graph), {}
+    for name, group in plan.groups().items():
+        softmax = _behind(values[name], ("Relu", "Clip")).producer()
+        source = softmax.inputs[0] if softmax and softmax.op_type == "Softmax" else None
+        if source and _behind(source).name in plan.tensors:
+            largest = statistics[name].hi if name in statistics else 1.0
+            span = Range(np.array(0.0), np.array(_probability_above(largest)))
+            own = replace(spec, format=group.format, symmetric=group.symmetric)
+            found[name] = own.qparams(span)
+    return found
+
+
+def masked_qparams(
+    graph: ir.Graph, plan: QuantPlan, statistics: Mapping[str, TensorStats], spec: RangeSpec
+) -> dict[str, QParams]:
+    """Parameters of the groups with masks before a Softmax: a mask need not reach lower than where
+    nothing is left of a probability.
+    """
+    groups, found = plan.groups(), dict[str, QParams]()
+
+    def cut_off(name: str, depth: float) -> None:
+        group = plan.tensors[name].group if name in plan.tensors else ""
+        stats = statistics.get(group)
+        if stats is not None and stats.lo < MASKED:
+            span = Range(np.array(stats.hi - depth), np.array(stats.hi))
+            tensor = groups[group]
+            own = replace(spec, format=tensor.format, symmetric=tensor.symmetric)
+            found[group] = own.qparams(span)
+
+    for softmax in (node for node in graph if node.op_type == "Softmax"):
+        source = _behind(known(softmax.inputs[0]))
+        cut_off(source.name or "", NOTHING_LEFT)
+        adder = source.producer()
+        if adder is None or adder.op_type != "Add":
+            continue
+        names = [value.name or "" for value in adder.inputs if value is not None]
+        spans = [statistics[n].hi - statistics[n].lo for n in names if n in statistics]
+        for name in names:
+            cut_off(name, NOTHING_LEFT + min(spans, default=0.0))
+    return found
+
+
+def _probability_above(largest: float) -> float:
+    """The least power of two that is at least twice `largest`, at most 1."""
+    if not 0 < largest < 0.5:
+        return 1.0
+    return float(np.exp2(np.ceil(np.log2(2 * largest))))
+
+
+def _behind(value: ir.Value, bounds: tuple[str, ...] = ()) -> ir.Value:
+    """The value that `value` is but for moves, and bounds."""
+    node = value.producer()
+    moves = node is not None and (
+        node.op_type in bounds or (node.op_type in OPS and OPS[node.op_type].moves)
+    )
+    return _behind(node.inputs[0], bounds) if moves and node and node.inputs[0] else value

@@ -1,0 +1,261 @@
+"""Float and quantized model side by side: how far each tensor, and the outputs, are from what they
+were.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+
+import numpy as np
+import onnx_ir as ir
+from onnxruntime import InferenceSession
+
+from calib import CalibError
+from calib.affine import Array
+from calib.samples import Dataset
+from calib.session import Sample, open_session, over_samples, run
+from converter.calibrate.data import synthetic_data
+from converter.calibrate.exact import runnable
+from converter.errors import ModelError
+from converter.graph.dimensions import name_apart, shared_names, told_apart
+from converter.graph.files import saved
+
+TIMED_SECONDS, LEAST_SECONDS = 0.1, 1e-3
+# What two tensors x and y have in common, numbers that sum up over samples: the inner products
+# xx, yy, xy and that of the difference with itself over values that are finite in both, and the
+# counts of a TensorError.
+Tally = tuple[float, ...]
+NOTHING, APART = (0.0,) * 9, (0.0,) * 8 + (1.0,)
+# Of larger numbers, which float64 alone holds, there are no fourth powers: they are made smaller.
+LARGEST = 1e75
+
+
+@dataclass(frozen=True)
+class TensorError:
+    """How a quantized tensor differs from the float one over all samples compared.
+
+    `compared` is the number of values and `lost` that of those among them which only one of the two
+    has as a finite number, or which are other infinities. `infinite` is the number of values that
+    are the same infinity in both, `undefined` that of those that are NaN in the float model, and
+    `apart` that of samples in which the two have other shapes. Texts count as numbers do, 1 for the
+    text and 0 for all others.
+    """
+
+    name: str
+    cosine: float
+    sqnr_db: float
+    compared: int = 1
+    lost: int = 0
+    infinite: int = 0
+    undefined: int = 0
+    apart: int = 0
+
+    @property
+    def left_out(self) -> int:
+        """How many values are not finite, and not lost."""
+        return self.infinite + self.undefined
+
+
+def compare(
+    reference: ir.Model,
+    other: ir.Model,
+    tensors: Mapping[str, str],
+    data: Dataset,
+    count: int,
+    threads: int,
+) -> list[TensorError]:
+    """The error of each tensor over the first `count` samples; `tensors` maps names of the one
+    model to the other's.
+    """
+    with runnable(reference, tensors) as first, runnable(other, tensors.values()) as second:
+        sessions = open_session(first), open_session(second)
+
+    def step(index: int) -> Array:
+        sample = data.sample(index)
+        left = run(sessions[0], list(tensors), sample)
+        right = run(sessions[1], list(tensors.values()), sample)
+        return np.array(
+            [tally(left[name], right[counterpart]) for name, counterpart in tensors.items()]
+        )
+
+    sums = sum(over_samples(min(count, len(data)), step, threads))
+    return [error_of(name, total) for name, total in zip(tensors, np.asarray(sums), strict=True)]
+
+
+def output_errors(
+    model: ir.Model, quantized: ir.Model, data: Dataset, threads: int
+) -> list[TensorError]:
+    """What the outputs lost over all samples."""
+    outputs = {value.name or "": value.name or "" for value in model.graph.outputs}
+    return compare(model, quantized, outputs, data, len(data), threads)
+
+
+def tally(x: object, y: object) -> Tally:
+    """What two tensors, or outputs of other kinds (texts, sequences, maps), have in common."""
+    if (pairs := side_by_side(x, y)) is None:
+        return APART
+    found = [_tally_of(left.ravel(), right.ravel()) for left, right in pairs]
+    return found[0] if len(found) == 1 else tuple(np.sum([NOTHING, *found], axis=0).tolist())
+
+
+def side_by_side(x: object, y: object) -> list[tuple[Array, Array]] | None:
+    """The arrays of equal shapes that two outputs of the runtime consist of; None where the two are
+    not built alike.
+
+    A tensor is one array, as are the values of a map; a sequence holds those of its elements, and
+    an optional output without a value none.
+    """
+    if isinstance(x, list) and isinstance(y, list):
+        parts = [side_by_side(*both) for both in zip(x, y, strict=False)]
+        found = [pairs for pairs in parts if pairs is not None]
+        return [*chain.from_iterable(found)] if len(found) == len(x) == len(y) else None
+    if isinstance(x, dict) and isinstance(y, dict):
+        same = x.keys() == y.keys()
+        return side_by_side(*(np.array([z[k] for k in x]) for z in (x, y))) if same else None
+    if x is None or y is None:
+        return [] if x is y else None
+    left, right = np.asarray(x), np.asarray(y)
+    alike = left.shape == right.shape and _is_numeric(left) == _is_numeric(right)
+    return [(left, right)] if alike else None
+
+
+def _tally_of(x: Array, y: Array) -> Tally:
+    if not _is_numeric(x):
+        same, size = int(np.count_nonzero(x == y)), x.size
+        return size, size, same, 2 * (size - same), size, 0, 0, 0, 0
+    both = np.isfinite(x) & np.isfinite(y)
+    lost = infinite = undefined = 0
+    if not both.all():
+        undefined = int(np.count_nonzero(np.isnan(x)))
+        infinite = int(np.count_nonzero(~both & (x == y)))
+        lost = x.size - int(np.count_nonzero(both)) - undefined - infinite
+        x, y = x[both], y[both]
+    if x.dtype == np.float64:
+        largest = max(np.abs(each).max(initial=0) for each in (x, y))
+        x, y = (x / largest, y / largest) if largest > LARGEST else (x, y)
+    difference = np.subtract(x, y, dtype=np.float64)
+    pairs = (x, x), (y, y), (x, y)
+    xx, yy, xy = (float(np.einsum("i,i->", *each, dtype=np.float64)) for each in pairs)
+    counts = x.size + lost, lost, infinite, undefined, 0
+    return xx, yy, xy, float(difference @ difference), *counts
+
+
+def _is_numeric(x: Array) -> bool:
+    return x.dtype.kind in "fiub"
+
+
+def error_of(name: str, total: Iterable[float]) -> TensorError:
+    """The error that a tally, summed over samples, tells of.
+
+    A value that was lost counts as one of average size in whose place there is something unrelated,
+    and the same infinity as two equal values.
+    """
+    xx, yy, xy, noise, *counts = map(float, total)
+    compared, lost, infinite = counts[:3]
+    norms = np.sqrt(xx * yy) if xx else 0.0
+    cosine = xy / norms if norms > 0 else float(xx == yy)
+    if lost:
+        cosine *= 1 - lost / (compared + infinite)
+        noise += lost * xx / (compared - lost) if xx else np.inf
+    # Noise where there should be nothing is the worst there is.
+    ratio = xx / noise if noise else np.inf
+    sqnr = 10 * np.log10(ratio) if ratio > 0 else -np.inf
+    return TensorError(name, float(cosine), float(sqnr), *map(int, counts))
+
+
+def worst_of(errors: Iterable[TensorError]) -> TensorError | None:
+    """The one with the least cosine similarity of those that could be compared."""
+    return min((e for e in errors if e.compared), key=lambda error: error.cosine, default=None)
+
+
+def speedup(reference: Path, other: Path, sample: Sample) -> float | None:
+    """Least time of `reference` over that of `other` on one thread, runs interleaved for about
+    TIMED_SECONDS.
+
+    Whatever else the machine does only adds to the others. None where `reference` takes less than
+    LEAST_SECONDS: then it is not the kernels that decide.
+    """
+    sessions = open_session(reference), open_session(other)
+    outputs = [output.name for output in sessions[0].get_outputs()]
+    times: tuple[list[float], list[float]] = ([], [])
+    end = time.perf_counter() + TIMED_SECONDS
+    while len(times[0]) < 3 or time.perf_counter() < end:
+        for session, taken in zip(sessions, times, strict=True):
+            start = time.perf_counter()
+            run(session, outputs, sample)
+            taken.append(time.perf_counter() - start)
+    reference_time, other_time = map(min, times)
+    return reference_time / other_time if reference_time >= LEAST_SECONDS else None
+
+
+def largest_difference(model: ir.Model, other: ir.Model) -> float:
+    """Largest difference of any output on one random sample, relative to the largest value; runs
+    both unoptimized.
+
+    Dynamic dimensions are 1. Raises CalibError or ModelError where a model does not run on such a
+    sample, or gives nothing that can be compared.
+    """
+    with saved(model) as left, saved(other) as right:
+        sessions = [open_session(path, optimize=False) for path in (left, right)]
+    names = [value.name or "" for value in model.graph.outputs]
+    given = synthetic_data(model, 1).sample(0)
+    # Roots and logarithms may want positive numbers.
+    for sample in (given, {name: abs(x) for name, x in given.items()}):
+        before, after = (run(session, names, sample) for session in sessions)
+        errors = [error_of(name, tally(before[name], after[name])) for name in names]
+        if any(error.compared or error.apart for error in errors):
+            extents = [extent(before[name], after[name]) for name in names]
+            return max(difference / (largest or 1) for largest, difference in extents)
+    msg = "the outputs hold no finite value for random input."
+    raise ModelError(msg)
+
+
+def independent_names(model: ir.Model) -> set[str]:
+    """The names that several dimensions of inputs share without need: the model runs on a random
+    sample in which they differ.
+    """
+    shared = shared_names(model)
+    if not shared:
+        return set()
+    name_apart(apart := model.clone(), shared)
+    try:
+        with saved(apart) as path:
+            session = open_session(path, optimize=False)
+    except CalibError:
+        return set()
+    return {name for name in shared if _runs(session, told_apart(model, name))}
+
+
+def _runs(session: InferenceSession, model: ir.Model) -> bool:
+    try:
+        outputs = [output.name for output in session.get_outputs()]
+        return bool(run(session, outputs, synthetic_data(model, 1).sample(0)))
+    except (CalibError, ModelError):
+        return False
+
+
+def extent(x: object, y: object) -> tuple[float, float]:
+    """The largest finite magnitude in `x`, and of the difference of the two; 0 if they are empty.
+
+    The difference is infinite where they have other shapes, other texts or other values that are
+    not finite.
+    """
+    if (pairs := side_by_side(x, y)) is None:
+        return 0.0, np.inf
+    largest, difference = np.max([(0.0, 0.0), *(_extents(*both) for both in pairs)], axis=0)
+    return float(largest), float(difference)
+
+
+def _extents(x: Array, y: Array) -> tuple[float, float]:
+    if not _is_numeric(x):
+        return 0.0, 0.0 if np.array_equal(x, y) else np.inf
+    left, right = x.astype(np.float64), y.astype(np.float64)
+    finite = np.isfinite(left) & np.isfinite(right)
+    if not np.array_equal(left[~finite], right[~finite], equal_nan=True):
+        return 0.0, np.inf
+    left, right = left[finite], right[finite]
+    return float(np.abs(left).max(initial=0)), float(np.abs(left - right).max(initial=0))

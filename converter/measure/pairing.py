@@ -1,0 +1,185 @@
+"""Which values of a quantized model stand for which of the float model: by the names of nodes, else
+of tensors.
+
+Any pair will do, also one that another tool made: weights and activations behind Q/DQ pairs,
+operators on integers (QLinearConv and its like) and weights that are restored in other ways.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Set
+from dataclasses import dataclass, replace
+
+import onnx_ir as ir
+
+from calib.affine import INT32, Array, QParams, dequantize
+from converter.graph.edit import Names, constant, values_by_name
+from converter.graph.qdq import QUANTIZERS, codes_behind, parameters, qparams_of
+from converter.plan.ops import OPS
+from converter.plan.plan import QuantizedWeight, QuantPlan
+
+
+@dataclass(frozen=True)
+class Place:
+    """What a node of the float model reads or writes at one place.
+
+    `name` is the float tensor, `weight` its array if it is constant. `restored` is what the
+    quantized model has for a constant; else `counterpart` names the tensor of `Pairing.model` with
+    the floats, None if there is none. `qparams` are None where there are no integers, or parameters
+    found at run time.
+    """
+
+    node: str
+    op_type: str
+    name: str
+    index: int
+    output: bool
+    weight: Array | None = None
+    restored: Array | None = None
+    counterpart: str | None = None
+    qparams: QParams | None = None
+
+    @property
+    def bits(self) -> int | None:
+        """Of the integers here; None where there are none, and for sums, as biases are."""
+        return self.qparams.format.bits if self.qparams and self.qparams.format != INT32 else None
+
+
+@dataclass(frozen=True)
+class Pairing:
+    """All places of `reference`, in the order of its nodes, and a copy of the other model with
+    floats for all.
+    """
+
+    reference: ir.Model
+    model: ir.Model
+    places: tuple[Place, ...]
+
+
+def pair(reference: ir.Model, other: ir.Model, plan: QuantPlan) -> Pairing:
+    """The places of the main graph, and constants of subgraphs; `plan`, which may be empty, knows
+    stored weights.
+    """
+    finder = _Finder(reference, other.clone(), plan)
+    places = [
+        place for graph in reference.graphs() for node in graph for place in finder.places(node)
+    ]
+    main = {node.name for node in reference.graph}
+    return Pairing(
+        reference, finder.model, tuple(p for p in places if p.weight is not None or p.node in main)
+    )
+
+
+def _renamed(reference: ir.Model, names: Set[str]) -> Iterator[tuple[str, str | None]]:
+    """What a Relu or Clip makes, where an operator on integers before it does its work, and what it
+    reads, to None.
+    """
+    for node in (node for node in reference.graph if node.op_type in {"Relu", "Clip"}):
+        before, after = (
+            value.name if value else None for value in (node.inputs[0], node.outputs[0])
+        )
+        if (
+            f"{before}_quantized" in names
+            and after
+            and before
+            and names.isdisjoint({after, f"{after}_quantized"})
+        ):
+            yield from ((before, None), (after, before))
+
+
+class _Finder:
+    def __init__(self, reference: ir.Model, model: ir.Model, plan: QuantPlan) -> None:
+        self.model, self.plan, self.names = model, plan, Names(model)
+        self.values, self.known = (
+            values_by_name(model.graph),
+            values_by_name(reference.graph).keys(),
+        )
+        self.renamed = dict(_renamed(reference, self.values.keys()))
+        self.twins = {node.name: node for graph in model.graphs() for node in graph}
+        self.codes = {
+            codes: found for node in list(model.graph) for codes, found in parameters(node)
+        }
+        for node in (
+            node for node in model.graph if node.op_type in OPS and OPS[node.op_type].moves
+        ):
+            if node.inputs[0] in self.codes:
+                self.codes.setdefault(node.outputs[0], self.codes[node.inputs[0]])
+
+    def places(self, node: ir.Node) -> Iterator[Place]:
+        twin = self.twins.get(node.name)
+        same = twin if twin is not None and twin.op_type == node.op_type else None
+        for output, values in (False, node.inputs), (True, node.outputs):
+            others = (same.outputs if output else same.inputs) if same else ()
+            for index, value in enumerate(values):
+                if (
+                    value is not None
+                    and value.name
+                    and isinstance(value.type, ir.TensorType | None)
+                ):
+                    other = others[index] if index < len(others) else None
+                    if output and other and other.name != value.name and other.name in self.known:
+                        # The node took over the output of those behind it, and does their work.
+                        other = None
+                    yield self._place(node, value, index, output, other)
+
+    def _place(
+        self, node: ir.Node, value: ir.Value, index: int, output: bool, twin: ir.Value | None
+    ) -> Place:
+        place = Place(
+            node.name or "", node.op_type, value.name or "", index, output, constant(value)
+        )
+        name = self.renamed.get(place.name, place.name)
+        found = (
+            None
+            if name is None
+            else twin or self.values.get(name) or self.values.get(f"{name}_quantized")
+        )
+        # What a node of the same name reads it computes with; else it is what quantization leaves
+        # of the tensor.
+        codes = self._codes_of(found, twin is None or output) if found else None
+        if found and codes is None and found.name == f"{name}_quantized":
+            found = None  # integers of which nothing says what they stand for
+        q = qparams_of(codes, *self.codes[codes]) if codes else None
+        if place.weight is not None:
+            array = constant(codes)
+            stored = (
+                QuantizedWeight(array, q)
+                if q and array is not None
+                else self._stored(place.node, index)
+            )
+            if stored is not None:
+                return replace(
+                    place, restored=dequantize(stored.codes, stored.qparams), qparams=stored.qparams
+                )
+            if (array := constant(found)) is not None:
+                return replace(place, restored=array)
+        floats = self._floats(codes) if codes else found
+        return replace(place, counterpart=floats.name if floats else None, qparams=q)
+
+    def _stored(self, node: str, index: int) -> QuantizedWeight | None:
+        """A weight that the plan knows."""
+        unit = self.plan.nodes.get(node)
+        if unit and unit.weight and unit.weight.index == index and node in self.plan.weights:
+            return self.plan.weights[node]
+        return self.plan.stored.get((node, index))
+
+    def _codes_of(self, value: ir.Value, follow: bool) -> ir.Value | None:
+        """The integers that `value` is, comes from or, to `follow`, becomes."""
+        codes = codes_behind(value) or (value if value in self.codes else None)
+        if codes or not follow:
+            return codes
+        quantizers = (use.node for use in value.uses() if use.node.op_type in QUANTIZERS)
+        return next((node.outputs[0] for node in quantizers if node.outputs[0] in self.codes), None)
+
+    def _floats(self, codes: ir.Value) -> ir.Value:
+        """What a DequantizeLinear makes of the codes; a new one if there is none."""
+        readers = [use.node for use in codes.uses() if use.node.op_type == "DequantizeLinear"]
+        if not readers:
+            scale, zero_point, axis = self.codes[codes]
+            inputs = [codes, scale, *([zero_point] if zero_point else [])]
+            attributes = {"axis": axis} if scale.shape and scale.shape.rank() else {}
+            readers = [
+                self.names.node("DequantizeLinear", inputs, codes.name or "", "floats", attributes)
+            ]
+            self.model.graph.append(readers[0])
+        return readers[0].outputs[0]

@@ -1,0 +1,171 @@
+"""What is known of a quantized model beside its float one: plain data that every report is written
+from.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+
+from calib.affine import Array
+from converter.measure.errors import TensorError, worst_of
+from converter.measure.gates import Figures
+from converter.plan.plan import QuantPlan
+
+
+@dataclass(frozen=True)
+class Here:
+    """What a processor whose kernels saturate makes of a file that is exact elsewhere: the output
+    that is least like the float model's, and the share of same answers, None where there are none.
+    """
+
+    worst: TensorError
+    agreement: float | None
+
+
+@dataclass(frozen=True)
+class Verification:
+    """Both models run on the same samples.
+
+    `held_back` says whether calibration saw none of the samples; `fused_difference` is the largest
+    difference between the quantized model with and without the runtime's optimizations, relative to
+    the output's largest value; `speedup`, `top1` and `agreement` (shares from 0 to 1) are None
+    where they were not measured. `kernels` counts the operators that the runtime really executes by
+    name, `conversions` names the Q/DQ nodes among them that stayed on their own, and `saturated`
+    the nodes whose weights let kernels of some processors that the model is for saturate. `random`
+    says that there was no data. All figures but `kernels`, `conversions` and `speedup` are those of
+    exact kernels; `here` has this processor's, None where they are the same.
+    """
+
+    samples: int
+    held_back: bool
+    outputs: tuple[TensorError, ...]
+    fused_difference: float
+    speedup: float | None
+    top1: tuple[float, float] | None
+    agreement: float | None
+    kernels: Mapping[str, int]
+    conversions: tuple[str, ...]
+    saturated: tuple[str, ...]
+    random: bool = False
+    here: Here | None = None
+
+    @property
+    def worst(self) -> TensorError | None:
+        """The output that is least like the float model's."""
+        return worst_of(self.outputs)
+
+    @property
+    def left_out(self) -> Iterator[str]:
+        """What could not be compared, in words."""
+        for error in self.outputs:
+            if not (error.compared or error.apart or error.left_out):
+                yield f"output '{error.name}' holds nothing that can be compared"
+            if error.apart:
+                yield (
+                    f"{error.apart} of {self.samples} samples of output '{error.name}' have "
+                    "another shape"
+                )
+            if error.left_out:
+                yield f"{error.left_out} values of output '{error.name}' are not finite"
+            if error.lost:
+                yield (
+                    f"{error.lost} values of output '{error.name}' are finite in one of the two "
+                    "models only"
+                )
+
+    @property
+    def where(self) -> str:
+        """What the models were run on, in words."""
+        kind = "random samples" if self.random else "calibration samples"
+        return f"{self.samples} {'samples held back from calibration' if self.held_back else kind}"
+
+
+def figures_of(before: int, after: int, found: Verification | None, why: str = "") -> Figures:
+    """The figures of two models of so many bytes and what a verification found; `why` there is
+    none.
+    """
+    if found is None:
+        return Figures(before, after, unmeasured=why)
+    cosine = found.worst.cosine if found.worst else None
+    return Figures(before, after, cosine, found.agreement, found.speedup)
+
+
+@dataclass(frozen=True)
+class NodeFinding:
+    """One node: what became of it, its own error, and what it alone costs the outputs (None where
+    not measured).
+
+    `share` is its part of the outputs' squared error, from 0 to 1; `bits` is None for a float node.
+    """
+
+    name: str
+    op_type: str
+    quantized: bool
+    reason: str
+    bits: int | None
+    bytes_before: int
+    bytes_after: int
+    own: TensorError | None
+    output: TensorError | None = None
+    share: float | None = None
+    advice: str = ""
+
+
+@dataclass(frozen=True)
+class TensorFinding:
+    """One quantized activation or weight: its histogram (`counts` in equal bins from `low` to
+    `high`) and its range.
+
+    `range` are the least and greatest value that the quantized tensor can hold; `clipped` is the
+    share of the float values that lie farther outside of it than rounding moves them.
+    """
+
+    name: str
+    node: str
+    bits: int
+    counts: Array
+    low: float
+    high: float
+    range: tuple[float, float]
+    clipped: float
+
+
+@dataclass(frozen=True)
+class Findings:
+    """Everything a report says: `facts` are named figures in words, `advice` sentences on what to
+    do next.
+    """
+
+    facts: Mapping[str, str]
+    sizes: tuple[int, int]
+    verification: Verification | None
+    nodes: tuple[NodeFinding, ...] = ()
+    tensors: tuple[TensorFinding, ...] = ()
+    advice: tuple[str, ...] = ()
+
+    @property
+    def ranked(self) -> list[NodeFinding]:
+        """The quantized nodes, those that cost the outputs most first."""
+        return sorted(
+            (node for node in self.nodes if node.quantized), key=lambda node: -(node.share or 0.0)
+        )
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a conversion did: the decisions, the sizes in bytes and the tensors' errors, worst
+    first; `unverified` says why there is no verification.
+    """
+
+    plan: QuantPlan
+    size_before: int
+    size_after: int
+    errors: tuple[TensorError, ...]
+    verification: Verification | None = None
+    unverified: str = ""
+
+    @property
+    def figures(self) -> Figures:
+        """What quality gates look at."""
+        return figures_of(self.size_before, self.size_after, self.verification, self.unverified)

@@ -1,0 +1,320 @@
+"""Which nodes cost the outputs most, and which few of them to keep float so that they stay within a
+bound.
+
+What each node costs by itself is found for all nodes at the price of as many float inferences: the
+quantized model is cut open, so that its nodes read what the float model computes and one inference
+tells what every node does wrong by itself. This error is then added to the float model, at one node
+at a time.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import onnx_ir as ir
+
+from calib.affine import Array, QParams, dequantize, quantize
+from calib.samples import Dataset
+from calib.session import open_session, over_samples, run
+from converter.calibrate.exact import runnable
+from converter.errors import DataError
+from converter.graph.edit import Names, constant, known, only_consumer, values_by_name
+from converter.graph.qdq import QUANTIZERS, codes_behind
+from converter.job import Resources
+from converter.measure.errors import TensorError, error_of, output_errors, tally, worst_of
+from converter.measure.pairing import Pairing
+from converter.plan.plan import NodePlan, QuantPlan
+
+T = TypeVar("T")
+# Samples that rank the nodes; the bound itself is measured on all.
+RANKED_ON = 8
+# What runtimes compute together with the operator before it.
+FUSED = {"Add", "Relu", "Clip"}
+
+
+@dataclass(frozen=True)
+class Alone:
+    """The error of a node's own output, and of the worst graph output, while everything else is
+    float.
+    """
+
+    own: TensorError
+    output: TensorError
+
+
+def alone(pairing: Pairing, data: Dataset, count: int, resources: Resources) -> dict[str, Alone]:
+    """By name every quantized node of the main graph, over the first samples; none where integers
+    feed integers.
+    """
+    computed = _float_tensors(pairing.reference)
+    units = _units(pairing, computed)
+    if not units or any(node.op_type.startswith("QLinear") for node in pairing.model.graph):
+        return {}
+    local, fed, taps = _cut(pairing, units, computed)
+    injected, deltas = _injected(pairing.reference, taps)
+    tapped, watched = list(dict.fromkeys([*taps, *fed])), [name for name, _ in taps.values()]
+    with (
+        runnable(pairing.reference, tapped) as a,
+        runnable(local, watched) as b,
+        runnable(injected) as c,
+    ):
+        first, second, third = (open_session(path, optimize=path == c) for path in (a, b, c))
+        outputs = [output.name for output in third.get_outputs()]
+
+        def step(index: int) -> Array:
+            """Tallies (units, 1 + outputs, …): of the unit's own output, and of the graph's."""
+            sample = data.sample(index)
+            floats = run(first, tapped, sample)
+            found = run(
+                second, watched, {**sample, **{feed: floats[name] for name, feed in fed.items()}}
+            )
+            there = {
+                x: found[name] if q is None else dequantize(quantize(found[name], q), q)
+                for x, (name, q) in taps.items()
+            }
+            still = {**sample, **dict.fromkeys(deltas.values(), np.zeros((), np.float32))}
+            before, rows = run(third, outputs, still), []
+            for leaves in units.values():
+                after = run(
+                    third,
+                    outputs,
+                    {**still, **{deltas[x]: _delta(floats[x], there[x]) for x in leaves}},
+                )
+                own = np.sum([tally(floats[x], there[x]) for x in leaves], axis=0)
+                rows.append([own, *(tally(before[name], after[name]) for name in outputs)])
+            return np.array(rows)
+
+        sums = sum(over_samples(min(count, len(data)), step, resources.threads))
+    names = [value.name or "" for value in pairing.reference.graph.outputs]
+    errors = {
+        unit: list(map(error_of, [unit, *names], rows))
+        for unit, rows in zip(units, np.asarray(sums), strict=True)
+    }
+    return {unit: Alone(own, _loudest(outputs, own)) for unit, (own, *outputs) in errors.items()}
+
+
+def _loudest(outputs: Iterable[TensorError], own: TensorError) -> TensorError:
+    """The worst of the outputs that can be compared; the unit's own error where none can."""
+    compared = [error for error in outputs if error.compared]
+    return min(compared or [own], key=lambda error: error.sqnr_db)
+
+
+def _delta(x: Array, y: Array) -> Array:
+    """What is added to `x` to make it `y`; nothing where `x` is not finite or of another shape."""
+    if x.shape != y.shape:
+        return np.zeros((), np.float32)
+    return np.subtract(y, x, out=np.zeros_like(x), where=np.isfinite(x))
+
+
+def _float_tensors(model: ir.Model) -> set[str]:
+    """The computed tensors of the main graph that hold float32, as ONNX Runtime infers their
+    types.
+    """
+    with runnable(
+        model, [value.name for node in model.graph for value in node.outputs if value.name]
+    ) as path:
+        outputs = open_session(path, optimize=False).get_outputs()
+    return {output.name for output in outputs if output.type == "tensor(float)"}
+
+
+def _units(pairing: Pairing, floats: set[str]) -> dict[str, list[str]]:
+    """The nodes that read anything quantized, with the tensors in which their work becomes
+    visible.
+    """
+    integer = {place.name for place in pairing.places if place.output and place.qparams is not None}
+    quantized = {
+        place.node for place in pairing.places if not place.output and place.qparams is not None
+    }
+    paired = floats & {place.name for place in pairing.places if place.output and place.counterpart}
+    units = {}
+    for node in pairing.reference.graph:
+        leaves = [_leaf(value, integer) for value in node.outputs if value.name]
+        if node.name in quantized and leaves and paired.issuperset(leaves):
+            units[node.name or ""] = leaves
+    return units
+
+
+def _leaf(value: ir.Value, integer: set[str]) -> str:
+    """`value`, or what operators with constants that run in one kernel with its producer make of
+    it.
+    """
+    reader = only_consumer(value) if value.name not in integer else None
+    if reader is None or reader.op_type not in FUSED:
+        return value.name or ""
+    others = [operand for operand in reader.inputs if operand is not None and operand is not value]
+    return (
+        value.name or ""
+        if any(constant(v) is None for v in others)
+        else _leaf(reader.outputs[0], integer)
+    )
+
+
+def _cut(
+    pairing: Pairing, units: Mapping[str, Iterable[str]], computed: set[str]
+) -> tuple[ir.Model, dict[str, str], dict[str, tuple[str, QParams | None]]]:
+    """The quantized model with an input for every tensor that quantized nodes read.
+
+    Returns the names of these inputs by float tensor, and by leaf the tensor to look at with the
+    integers it is to become.
+    """
+    model = pairing.model.clone()
+    names, values, leaves = Names(model), values_by_name(model.graph), set().union(*units.values())
+    taps, fed, sources = {}, {}, {}
+    for place in pairing.places:
+        value = values.get(place.counterpart or "")
+        source = _source(value) if value is not None else None
+        if place.output and place.name in leaves and value is not None:
+            taps[place.name] = (
+                (value.name or "", None) if source is None else (source.name or "", place.qparams)
+            )
+        elif (
+            place.node in units
+            and not place.output
+            and place.name in computed
+            and source is not None
+        ):
+            sources[source] = place.name
+    for source, name in sources.items():
+        value = ir.Value(
+            name=names.fresh(f"{name}_fed"), type=source.type or ir.TensorType(ir.DataType.FLOAT)
+        )
+        for use in source.uses():  # a graph output stays what it is
+            use.node.replace_input_with(use.idx, value)
+        model.graph.inputs.append(value)
+        fed[name] = value.name or ""
+    return model, fed, taps
+
+
+def _source(value: ir.Value) -> ir.Value | None:
+    """The floats before their quantization; None if integers were computed from integers."""
+    codes = codes_behind(value)
+    if codes is None:
+        return value
+    maker = codes.producer()
+    return maker.inputs[0] if maker is not None and maker.op_type in QUANTIZERS else None
+
+
+def _injected(model: ir.Model, leaves: Iterable[str]) -> tuple[ir.Model, Mapping[str, str]]:
+    """The float model with an input for each tensor that is added to it, and the inputs' names by
+    tensor.
+    """
+    clone = model.clone()
+    names, values, inputs = Names(clone), values_by_name(clone.graph), {}
+    for leaf in leaves:
+        value, delta = (
+            values[leaf],
+            ir.Value(name=names.fresh(f"{leaf}_delta"), type=ir.TensorType(ir.DataType.FLOAT)),
+        )
+        node = names.node("Add", [None, delta], leaf, "moved", like=value)
+        value.replace_all_uses_with(node.outputs[0], replace_graph_outputs=True)
+        node.replace_input_with(0, value)
+        clone.graph.insert_after(known(value.producer()), node)
+        clone.graph.inputs.append(delta)
+        inputs[leaf] = delta.name or ""
+    return clone, inputs
+
+
+def only(plan: QuantPlan, unit: NodePlan) -> QuantPlan:
+    """The part of `plan` that quantizes one unit."""
+    return plan.part([replace(unit, bare=False)])
+
+
+def output_drop(
+    model: ir.Model,
+    quantized: ir.Model,
+    data: Dataset,
+    labels: Mapping[str, int] | None,
+    resources: Resources,
+) -> float:
+    """What the quantized model loses over all samples: top-1 share with `labels` by file name, else
+    1 - cosine.
+    """
+    if labels is None:
+        errors = output_errors(model, quantized, data, resources.threads)
+        if worst := worst_of(errors):
+            return 1 - worst.cosine
+        if any(error.apart for error in errors):
+            return 1.0  # no sample keeps its shape
+        msg = (
+            "No output of the model can be compared, as none holds a finite number or a text for "
+            "any sample; give other data, or leave max_drop and min_cosine out."
+        )
+        raise DataError(msg)
+    with runnable(model) as reference, runnable(quantized) as other:
+        return top1(reference, data, labels, resources) - top1(other, data, labels, resources)
+
+
+def top1(path: Path, data: Dataset, labels: Mapping[str, int], resources: Resources) -> float:
+    """Share of the samples whose first output, of one row, is largest at the label of their first
+    file.
+    """
+    session = open_session(path)
+    output = session.get_outputs()[0].name
+
+    def right(index: int) -> bool:
+        scores = run(session, [output], data.sample(index))[output]
+        if not _are_scores(scores):
+            msg = (
+                f"label_file: output '{output}', the first, holds no score for each class; leave "
+                "label_file out, or put the scores first."
+            )
+            raise DataError(msg)
+        if scores.ndim > 1 and len(scores) > 1:
+            msg = (
+                f"label_file: output '{output}' has {len(scores)} rows a sample; give "
+                "--inputShape with a batch of 1."
+            )
+            raise DataError(msg)
+        return int(np.argmax(scores)) == labels[data.files(index)[0].name]
+
+    return float(np.mean(list(over_samples(len(data), right, resources.threads))))
+
+
+def _are_scores(x: object) -> bool:
+    return isinstance(x, np.ndarray) and x.dtype.kind in "fiu" and x.size > 1
+
+
+def read_labels(path: Path, data: Dataset) -> dict[str, int]:
+    """The class index of every sample's file from a CSV with the columns file and label; raises
+    DataError.
+    """
+    try:
+        with path.open(newline="", encoding="utf-8") as table:
+            labels = {row["file"]: int(row["label"]) for row in csv.DictReader(table)}
+    except (OSError, KeyError, ValueError, TypeError, csv.Error) as error:
+        msg = (
+            f"{path}: the label file needs a header 'file,label' and an integer class a line "
+            f"({error!r})."
+        )
+        raise DataError(msg) from error
+    for file, times in Counter(data.files(index)[0] for index in range(len(data))).items():
+        if file.name not in labels:
+            msg = f"{path}: there is no label for {file.name}; add a line '{file.name},<class>'."
+            raise DataError(msg)
+        if times > 1:
+            msg = (
+                f"{path}: {file} holds {times} samples, which one label cannot serve; give each "
+                "a file of its own."
+            )
+            raise DataError(msg)
+    return labels
+
+
+def fewest(most: int, attempt: Callable[[int], T | None]) -> T:
+    """attempt(n) for the least n of 1..most for which it is not None, found by bisection;
+    attempt(most) must not be.
+    """
+    low, high = 0, most
+    best = attempt(high)
+    assert best is not None
+    while high - low > 1:
+        middle = (low + high) // 2
+        result = attempt(middle)
+        low, high, best = (middle, high, best) if result is None else (low, middle, result)
+    return best

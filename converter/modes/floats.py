@@ -1,0 +1,38 @@
+"""FLOAT32: the quantization that a model was trained with is taken away again."""
+
+from __future__ import annotations
+
+import onnx_ir as ir
+
+from converter.calibrate.data import open_data
+from converter.errors import ModelError
+from converter.job import FLOATS, Job, Watch
+from converter.plan.plan import NodePlan, QuantPlan
+from converter.plan.result import Quantized
+from converter.prepare.fake_quant import take_trained
+
+
+def make_plan(model: ir.Model, job: Job) -> QuantPlan:
+    """All nodes that are left, float; raises ModelError for a model without quantization."""
+    if not take_trained(model, job.input_type in FLOATS, job.output_type in FLOATS):
+        where = job.config.at("transform_quant_param", "export_precision_mode")
+        msg = (
+            f"{where}: {job.model} was not trained with quantization; convert a model that was, "
+            "or keep this one."
+        )
+        raise ModelError(msg)
+    return float_plan(model, "export_precision_mode = FLOAT32")
+
+
+def float_plan(model: ir.Model, reason: str) -> QuantPlan:
+    """All nodes, float."""
+    return QuantPlan(
+        {n.name or "": NodePlan(n.name or "", n.op_type, False, reason) for n in model.graph}, {}
+    )
+
+
+def quantize(model: ir.Model, job: Job, watch: Watch) -> Quantized:
+    """The model without its quantization, beside itself as it was trained."""
+    reference = model.clone()
+    plan = make_plan(model, job)
+    return Quantized(reference, model, plan, open_data(model, job, watch), trained=True)

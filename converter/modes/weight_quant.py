@@ -1,0 +1,259 @@
+"""WEIGHT_QUANT: weights are stored in 1 to 16 bits each and are floats again when the model
+runs.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from dataclasses import replace
+
+import onnx_ir as ir
+
+from calib.affine import IntFormat
+from calib.samples import Dataset
+from converter.calibrate.cache import fingerprint_of
+from converter.calibrate.data import open_data, resources_of, synthetic_data
+from converter.config.keys import WeightQuantParam
+from converter.emit.dequantize import NEWEST_OPSET, TYPES, DequantizeWriter, type_for, type_of
+from converter.emit.planes import PlaneWriter, stored_bytes
+from converter.emit.stored import emit_stored
+from converter.errors import ModelError
+from converter.graph.edit import bias_add, constant, known
+from converter.graph.files import accepting, refusal, save, saved
+from converter.job import Job, Watch
+from converter.plan.ops import takes_weight, unusable, weights_of
+from converter.plan.placement import Wishes, skipped
+from converter.plan.plan import NodePlan, QuantPlan, WeightPlan
+from converter.plan.result import Quantized, Tradeoff
+from converter.prepare.opset import opset_of, raise_opset
+from converter.weights.journal import Journal
+from converter.weights.mixed_bits import Search
+from converter.weights.stored import WIDEST, Fitter, Options
+
+# The width in a plan whose widths are not found yet.
+UNKNOWN_BITS = 8
+
+
+def make_plan(model: ir.Model, job: Job) -> QuantPlan:
+    """The plan without numbers."""
+    nodes: dict[str, NodePlan] = {}
+    for node in (node for graph in model.graphs() for node in graph):
+        unit = nodes.setdefault(node.name or "", _node_plan(node, job))
+        for name in unit.absorbed:
+            nodes[name] = NodePlan(
+                name, "Add", False, f"computed inside {unit.name}", inside=unit.name
+            )
+    return QuantPlan(nodes, {})
+
+
+def storage_plan(model: ir.Model, job: Job) -> QuantPlan:
+    """The plan that stores every weight it can in 8 bits, for modes that have no limits of their
+    own for it.
+    """
+    common = replace(
+        job.config.common, bit_num=8, min_quant_weight_size=0, min_quant_weight_channel=0
+    )
+    return make_plan(
+        model,
+        replace(job, config=replace(job.config, common=common, weight_quant=WeightQuantParam())),
+    )
+
+
+def quantize(model: ir.Model, job: Job, watch: Watch) -> Quantized:
+    """The quantized copy of a prepared float model."""
+    wanted, data, resources = job.config.weight_quant, _data(model, job, watch), resources_of(job)
+    given = bool(job.config.preprocess.calibrate_path)
+    options = Options(
+        given and wanted.quant_strategy != "MAX_MIN", wanted.bias_correction, wanted.on_the_fly
+    )
+    newest = _newest_opset(model, job, watch) if wanted.on_the_fly else None
+    fitter = Fitter(model, data, resources, options, watch)
+    plan, pareto = make_plan(model, job), tuple[Tradeoff, ...]()
+    if job.config.common.bit_num:
+        plan = fitter.fitted(plan)
+    else:
+        plan, pareto = _searched(fitter, plan, job, newest)
+    widths = Counter(weight.qparams.format.bits for weight in plan.stored.values())
+    watch.tell(
+        "Bits of weights: "
+        f"{', '.join(f'{bits} ({count})' for bits, count in sorted(widths.items()))}."
+    )
+    for found in pareto:
+        measured = "" if found.measured is None else f", {found.measured:.2g} measured"
+        size = f"{found.ratio:.2f} times smaller weights, {found.bits:.2f} bits each"
+        watch.tell(f"Could be had: {size}: loss of {found.expected:.2g} expected{measured}.")
+    quantized = _emitted(model, plan, newest)
+    return Quantized(model, quantized, plan, data if given else Dataset((), (), ()), pareto=pareto)
+
+
+def _newest_opset(model: ir.Model, job: Job, watch: Watch) -> int:
+    """The newest opset that integers in memory may ask for: ONNX Runtime may lack an operator of
+    the model in newer ones than its own.
+
+    Raises ModelError where there is no type for the integers then.
+    """
+    bits, blocks = job.config.common.bit_num, job.config.weight_quant.block_size is not None
+    narrow, wide = bits or 1, bits or WIDEST
+    wanted = known(type_for(narrow, blocks, NEWEST_OPSET))[1]
+    newest, reason = _loadable(model, wanted)
+    if newest == wanted:
+        return newest
+    said = f"At opset {wanted} the model does not load: {reason}"
+    found = type_for(narrow, blocks, newest)
+    if found is None or type_for(wide, blocks, newest) is None:
+        where = job.config.at("weight_quant_param", "dequant_strategy")
+        msg = f"{where}: these integers need a type of a newer opset; write ON_LOAD. {said}"
+        raise ModelError(msg)
+    watch.warn(f"Weights of fewer than {found[0].bitwidth} bits are stored in as many. {said}")
+    return newest
+
+
+def _loadable(model: ir.Model, wanted: int) -> tuple[int, str]:
+    """The newest opset up to `wanted` at which ONNX Runtime loads the model, and why no newer."""
+    own, why = opset_of(model), ""
+    newer = {opset for _, _, opset in TYPES if own < opset <= wanted}
+    for opset in sorted(newer, reverse=True):
+        if (refused := _refusal_at(model, opset)) is None:
+            return opset, why
+        why = why or refused
+    # A model that the runtime never loads tells nothing.
+    return (own, why) if newer and _refusal_at(model, own) is None else (wanted, "")
+
+
+def _refusal_at(model: ir.Model, opset: int) -> str | None:
+    """Why ONNX Runtime does not load the model at an opset, None if it does."""
+    try:
+        with saved(raise_opset(model.clone(), opset)) as path:
+            return refusal(path)
+    except ModelError as error:
+        return str(error)
+
+
+def _emitted(model: ir.Model, plan: QuantPlan, newest: int | None) -> ir.Model:
+    """`newest` is the newest opset that integers in memory may ask for, None for weights that are
+    unpacked when the model is loaded.
+    """
+    quantized = model.clone()
+    if newest is None:
+        emit_stored(quantized, plan, PlaneWriter(quantized))
+        return quantized
+    types = [type_of(weight, newest) for weight in plan.stored.values()]
+    quantized = raise_opset(quantized, max((opset for _, opset in types), default=0))
+    emit_stored(quantized, plan, DequantizeWriter(quantized, newest))
+    return quantized
+
+
+def _searched(
+    fitter: Fitter, plan: QuantPlan, job: Job, newest: int | None
+) -> tuple[QuantPlan, tuple[Tradeoff, ...]]:
+    """The plan with widths found; until then, the best so far is the job's output, and a journal
+    lies beside it.
+    """
+
+    def keep(found: QuantPlan) -> None:
+        best = _emitted(fitter.model, found, newest)
+        save(best, job.output, accepting(job.model, Watch()))
+
+    config = job.config
+    told = (
+        f"{fingerprint_of(fitter.model, fitter.data)} {config.common} {config.mixed_bit} "
+        f"{config.weight_quant}"
+    )
+    journal = Journal(job.output.with_name(f"{job.output.name}.search.json"), told)
+    found = Search(fitter, plan, config.mixed_bit, journal, keep).mixed()
+    journal.close()
+    return found
+
+
+def _data(model: ir.Model, job: Job, watch: Watch) -> Dataset:
+    """The calibration samples, random ones where a search must compare outputs without, or none."""
+    if job.config.preprocess.calibrate_path:
+        return open_data(model, job, watch)
+    searches = job.config.mixed_bit.auto_tune or job.config.mixed_bit.search == "SENSITIVITY"
+    if job.config.common.bit_num or not searches:
+        return Dataset((), (), ())
+    watch.warn(
+        "There is no calibration data: bits are chosen by what random inputs show; give "
+        "calibrate_path."
+    )
+    return synthetic_data(model)
+
+
+def _node_plan(node: ir.Node, job: Job) -> NodePlan:
+    common, name, axes = job.config.common, node.name or "", weights_of(node)
+    weights = [_weight_plan(node, index, axis, job) for index, axis in axes.items()]
+    reasons = (_obstacle(node, weight, job) for weight in weights)
+    wishes = Wishes(common.skip_quant_node, common.skip_quant_type)
+    reason = skipped(node, wishes) or next(
+        filter(None, reasons), None if weights else _without_weight(node)
+    )
+    if reason:
+        return NodePlan(name, node.op_type, False, reason)
+    add, data = (
+        bias_add(node),
+        next(v for i, v in enumerate(node.inputs) if v is not None and i not in axes),
+    )
+    return NodePlan(
+        name,
+        node.op_type,
+        quantized=True,
+        reason=(
+            "weights stored in "
+            f"{f'{common.bit_num} bits' if common.bit_num else 'as few bits as they need'}"
+        ),
+        inputs=(data.name or "",),
+        absorbed=(add.name or "",) if add else (),
+        weight=weights[0],
+        further=tuple(weights[1:]),
+    )
+
+
+def _without_weight(node: ir.Node) -> str:
+    """Why a node has no weight that could be stored."""
+    for index, value in enumerate(node.inputs):
+        array = constant(value) if takes_weight(node, index) else None
+        if array is not None and array.dtype.kind == "f" and (reason := unusable(array)):
+            return f"its weight {reason}"
+    return "no constant weight"
+
+
+def _weight_plan(node: ir.Node, index: int, axis: int | None, job: Job) -> WeightPlan:
+    wanted, value, array = job.config.weight_quant, node.inputs[index], constant(node.inputs[index])
+    assert value is not None
+    assert array is not None
+    axis = axis % array.ndim if axis is not None and wanted.per_channel else None
+    fmt = IntFormat(job.config.common.bit_num or UNKNOWN_BITS, signed=False)
+    return WeightPlan(
+        value.name or "", index, fmt, axis, block=_block(node, array.shape, axis, wanted.block_size)
+    )
+
+
+def _block(
+    node: ir.Node, shape: tuple[int, ...], axis: int | None, wanted: int | None
+) -> int | None:
+    """The block size, where a channel is a whole number of blocks of a matrix product's weights."""
+    if axis is None or wanted is None or len(shape) != 2 or node.op_type not in {"MatMul", "Gemm"}:
+        return None
+    return wanted if shape[1 - axis] % wanted == 0 else None
+
+
+def _obstacle(node: ir.Node, weight: WeightPlan, job: Job) -> str | None:
+    common, array = job.config.common, constant(node.inputs[weight.index])
+    assert array is not None
+    if reason := unusable(array):
+        return f"its weight {reason}"
+    channels = array.shape[weight.axis] if weight.axis is not None else 1
+    few, narrow = common.min_quant_weight_size, common.min_quant_weight_channel
+    if array.size <= few:
+        return f"not more than min_quant_weight_size = {few} weights"
+    if (
+        node.op_type in {"Conv", "ConvTranspose"}
+        and array.shape[weights_of(node)[weight.index] or 0] <= narrow
+    ):
+        return f"not more than min_quant_weight_channel = {narrow} channels"
+    bits = weight.format.bits
+    return (
+        f"no smaller in {bits} bits"
+        if stored_bytes(array.size, channels, bits) >= array.nbytes
+        else None
+    )

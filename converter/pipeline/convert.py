@@ -1,0 +1,265 @@
+"""The whole story of a conversion on one screen."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import replace
+
+import numpy as np
+import onnx_ir as ir
+
+from calib import CalibError
+from converter.calibrate.data import resources_of
+from converter.emit.half import store_constants_as_half
+from converter.emit.inferred import forget_inferred
+from converter.errors import ModelError, QConvertError
+from converter.graph import files as models
+from converter.graph.dimensions import name_apart
+from converter.graph.edit import constant
+from converter.graph.files import accepting
+from converter.job import Job, Watch
+from converter.measure.errors import independent_names, largest_difference
+from converter.measure.results import Findings, Outcome
+from converter.measure.verify import tensor_errors, verify
+from converter.modes import dynamic_quant, full_quant, weight_quant
+from converter.modes import floats as transform
+from converter.modes import half as half_precision
+from converter.pipeline.behind import Behind
+from converter.plan.ops import computes_on_integers, draws, may_have_weight
+from converter.plan.placement import check_skips
+from converter.plan.plan import QuantPlan
+from converter.plan.result import Quantized
+from converter.prepare import make_plain, prepare
+from converter.prepare.inputs import check_shapes, set_input_shapes
+from converter.prepare.opset import opset_of, raise_opset
+from converter.report.advice import listed
+from converter.report.collect import check_folder, write_reports
+from converter.report.provenance import provenance
+
+MODES = {
+    "FULL_QUANT": full_quant,
+    "WEIGHT_QUANT": weight_quant,
+    "DYNAMIC_QUANT": dynamic_quant,
+    "FLOAT32": transform,
+    "FLOAT16": half_precision,
+}
+INTEGER_ACTIVATIONS = {"FULL_QUANT", "DYNAMIC_QUANT"}
+QUANTIZING = {"FULL_QUANT", "WEIGHT_QUANT", "DYNAMIC_QUANT"}
+# Float32 outputs may differ in their last bits after an opset conversion.
+RAISED_TOLERANCE = 1e-4
+
+
+def convert(job: Job, watch: Watch | None = None) -> Outcome:
+    """Runs one job; raises QConvertError for anything that is the input's fault.
+
+    What comes behind the finished file, measuring and reporting, never loses it.
+    """
+    watch = watch or Watch()
+    model = read(job, watch)
+    before = models.file_bytes(job.model)
+    if job.mode in INTEGER_ACTIVATIONS:
+        _name_apart(model, watch)
+    try:
+        result = MODES[job.mode].quantize(model, job, watch)
+        result = replace(result, settings=job.config)
+        forget_inferred(result.model)
+        if job.fp16:
+            _store_as_half(result.model, watch)
+        unfinished = replace(result, model=result.model.clone())
+        result.finish()
+        result.model.metadata_props.update(provenance(job, result.data))
+        _check_numbers(model, result.model)
+        models.save(result.model, job.output, accepting(job.model, watch))
+    except CalibError as error:
+        raise QConvertError(str(error)) from error
+    return _measured(job, unfinished, (before, models.file_bytes(job.output)), watch)
+
+
+def _name_apart(model: ir.Model, watch: Watch) -> None:
+    """Lets dimensions have names of their own where the model works whether they are equal or not,
+    as the quantized one has to.
+    """
+    for name in sorted(independent_names(model)):
+        name_apart(model, [name])
+        watch.say(f"Dimension '{name}' of several inputs need not be one size: named apart.")
+
+
+def _store_as_half(model: ir.Model, watch: Watch) -> None:
+    if kept := store_constants_as_half(model):
+        watch.warn(
+            f"{len(kept)} constant(s) stay float32, the first '{kept[0]}': float16 would lose "
+            "numbers that large or small."
+        )
+
+
+def _check_numbers(before: ir.Model, after: ir.Model) -> None:
+    """Raises ModelError for a constant that is no finite number where the float model has none."""
+    spoilt = list(_not_finite(after))
+    if spoilt and not list(_not_finite(before)):
+        msg = (
+            f"The converted model is not written: its constant '{spoilt[0]}' holds NaN or infinite "
+            "values; look for such values in the calibration data."
+        )
+        raise ModelError(msg)
+
+
+def _not_finite(model: ir.Model) -> Iterator[str]:
+    for graph in model.graphs():
+        for name, value in graph.initializers.items():
+            array = constant(value)
+            if array is not None and array.dtype.kind == "f" and not np.isfinite(array).all():
+                yield name
+
+
+def _measured(job: Job, result: Quantized, sizes: tuple[int, int], watch: Watch) -> Outcome:
+    """What is found out about a conversion whose file is written."""
+    kept = f"Interrupted; {job.output} is written, but what comes behind it is not done."
+    behind, resources = Behind(watch, not len(result.data), kept), resources_of(job)
+    behind.attempt("It is not said what was changed", lambda: _tell(job, result, sizes, watch))
+    labels, verification, errors = job.config.preprocess.label_file, None, None
+    if job.verify:
+        verification = behind.attempt(
+            "The result is not verified", lambda: verify(result, labels, resources, watch)
+        )
+    why = behind.reason if job.verify else "--verify=off"
+    if verification:
+        errors = behind.attempt(
+            "The tensors inside are not compared", lambda: tensor_errors(result, resources)
+        )
+    if folder := job.config.common.debug_info_save_path:
+
+        def report() -> Findings:
+            facts = {**_facts(job, result), **provenance(job, result.data)}
+            known = Findings(facts, sizes, verification)
+            return write_reports(folder, job.output.name, result, known, resources, watch)
+
+        behind.attempt("There are no reports", report)
+    return Outcome(result.plan, *sizes, errors or (), verification, why)
+
+
+def _facts(job: Job, result: Quantized) -> dict[str, str]:
+    """What was done, in words."""
+    nodes = [node for node in result.plan.nodes.values() if not node.inside]
+    return {
+        "Float model": job.model.name,
+        "Calibration": f"{len(result.data)} samples" if len(result.data) else "no data",
+        "Quantized": f"{sum(node.quantized for node in nodes)} of {len(nodes)} nodes",
+    }
+
+
+def _tell(job: Job, result: Quantized, sizes: tuple[int, int], watch: Watch) -> None:
+    _tell_of_integers(result, watch)
+    if job.mode != "FLOAT32":  # whose purpose is another
+        _tell_of_nothing(job, result, sizes, watch)
+
+
+def _tell_of_integers(result: Quantized, watch: Watch) -> None:
+    """Warns of a model that was quantized before, but for conversions that were taken over."""
+    nodes = [
+        node for graph in result.reference.graphs() for node in graph if computes_on_integers(node)
+    ]
+    if integer := [
+        n
+        for n in nodes
+        if not (result.trained and n.op_type in {"QuantizeLinear", "DequantizeLinear"})
+    ]:
+        watch.warn(
+            f"The model is quantized already: {len(integer)} node(s) such as '{integer[0].name}' "
+            f"({integer[0].op_type}) stay as they are; start from the float model for the least "
+            "loss."
+        )
+
+
+def _tell_of_nothing(job: Job, result: Quantized, sizes: tuple[int, int], watch: Watch) -> None:
+    """Warns of a conversion that changes nothing, or makes the file no smaller."""
+    before, after = sizes
+    nodes = [node for node in result.plan.nodes.values() if not node.inside]
+    if job.mode in QUANTIZING and not any(node.quantized for node in nodes):
+        heavy = [node for node in nodes if may_have_weight(node.op_type)] or nodes
+        reasons = Counter(node.reason for node in heavy).most_common(1)
+        why = "".join(f", as {reason} ({count} of {len(nodes)})" for reason, count in reasons)
+        watch.warn(
+            f"No node could be quantized{why}: the output is the float model in another form."
+        )
+        return
+    if after >= before:
+        watch.warn(
+            f"The result is no smaller than the float model ({after} bytes, {before} before): "
+            "weights in fewer bits save less here than their scales and names take."
+        )
+
+
+def calibrate(job: Job, watch: Watch) -> None:
+    """Does `job.part` of a FULL_QUANT job's calibration, for several processes to share one."""
+    try:
+        full_quant.calibrate(read(job, watch), job, watch)
+    except CalibError as error:
+        raise QConvertError(str(error)) from error
+
+
+def make_plan(job: Job, watch: Watch) -> QuantPlan:
+    """The decisions a conversion would make before it looks at any data; runs nothing."""
+    plan: QuantPlan = MODES[job.mode].make_plan(read(job, watch), job)
+    return plan
+
+
+def read(job: Job, watch: Watch) -> ir.Model:
+    """The job's model in normal form."""
+    if folder := job.config.common.debug_info_save_path:
+        check_folder(folder, job.config.at("common_quant_param", "debug_info_save_path"))
+    for warning in job.config.warnings:
+        watch.warn(warning)
+    model = models.load(job.model, job.output)
+    set_input_shapes(model, job.input_shapes)
+    _tell_of_inputs(model, job, watch)
+    nodes = _nodes(model)
+    make_plain(model)  # first, as ONNX's converter forgets functions
+    raised = raise_opset(model)
+    if raised is not model:
+        _check_raised(model, raised, watch)
+    prepared = prepare(raised)
+    check_shapes(prepared)
+    check_skips(job.config, nodes | _nodes(prepared))
+    return prepared
+
+
+def _tell_of_inputs(model: ir.Model, job: Job, watch: Watch) -> None:
+    """Says what becomes of inputs that have a value where none is fed."""
+    constants = [value for value in model.graph.inputs if value.is_initializer()]
+    if constants and model.ir_version >= models.INITIALIZERS_ALONE:
+        watch.warn(
+            f"Every initializer ({len(constants)}) is listed as an input, as old exporters do: "
+            "they are taken as constants, and are no inputs of the result."
+        )
+    unfed = models.default_inputs(model).keys() - dict(job.config.preprocess.calibrate_path).keys()
+    if unfed and job.mode == "FULL_QUANT":
+        watch.tell(
+            f"Inputs with a default value stay: {listed(sorted(unfed))}. Ranges are found with the "
+            "default; name them in calibrate_path to calibrate with other values."
+        )
+
+
+def _nodes(model: ir.Model) -> set[tuple[str, str]]:
+    """Name and operator type of every node, subgraphs included."""
+    return {(node.name or "", node.op_type) for graph in model.graphs() for node in graph}
+
+
+def _check_raised(model: ir.Model, raised: ir.Model, watch: Watch) -> None:
+    """Raises ModelError where a conversion to a newer opset changed what the model computes."""
+    change = f"Opset {opset_of(model)} converted to {opset_of(raised)}"
+    if any(draws(node) for node in model.graph.all_nodes()):
+        watch.say(f"{change}, unchecked, as the model draws random numbers.")
+        return
+    try:
+        difference = largest_difference(model, raised)
+    except (CalibError, ModelError) as error:
+        watch.warn(f"{change}, unchecked: {error}")
+        return
+    if not difference <= RAISED_TOLERANCE:
+        msg = (
+            f"{change}, which changes the outputs by {difference:.2g} of their largest value; "
+            "export the model anew."
+        )
+        raise ModelError(msg)
+    watch.say(f"{change}; the outputs differ by {difference:.1e} of their largest value.")

@@ -1,0 +1,1 @@
+"""What is decided: plans and the tables they are made from."""

@@ -1,0 +1,80 @@
+"""Ranges that training left, spread over what only moves or bounds values."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+import numpy as np
+import onnx_ir as ir
+
+from calib.affine import UINT8, QParams, Range, qparams_of
+from converter.plan.ops import OPS
+
+# Operators, beside those that only move values, whose outputs lie within the range of their inputs.
+SEVERAL = {"Concat", "Max", "Min"}
+
+
+WITHIN = {
+    *SEVERAL,
+    "AveragePool",
+    "GlobalAveragePool",
+    "ReduceMax",
+    "ReduceMean",
+    "ReduceMin",
+    "Relu",
+    "Clip",
+}
+
+
+def spread(graph: ir.Graph, trained: Mapping[str, QParams]) -> dict[str, QParams]:
+    """`trained` and what follows from it: ranges pass on to outputs that lie within them, and back
+    to what is moved.
+    """
+    found = dict(trained)
+    for node in graph:
+        data = [
+            v.name for v in node.inputs[: None if node.op_type in SEVERAL else 1] if v is not None
+        ]
+        if _keeps(node) and data and all(name in found for name in data):
+            q = _together([found[name or ""] for name in data])
+            found.update((v.name or "", q) for v in node.outputs if v.name not in found)
+    for node in reversed(graph):
+        if node.outputs[0].name in found and (
+            node.op_type == "Concat" or (_keeps(node) and OPS[node.op_type].moves)
+        ):
+            sources = node.inputs if node.op_type == "Concat" else node.inputs[:1]
+            found.update(
+                (v.name or "", found[node.outputs[0].name])
+                for v in sources
+                if v and v.name not in found
+            )
+    return found
+
+
+def _keeps(node: ir.Node) -> bool:
+    return node.op_type in WITHIN or (node.op_type in OPS and OPS[node.op_type].moves)
+
+
+def _together(parameters: list[QParams]) -> QParams:
+    """Parameters of a range that holds all these."""
+    first, *others = parameters
+    if all(same(q, first) for q in others):
+        return first
+    spans = [span_of(q) for q in parameters]
+    return qparams_of(
+        Range(np.min([s.lo for s in spans]), np.max([s.hi for s in spans])), UINT8, symmetric=False
+    )
+
+
+def same(first: QParams | None, second: QParams) -> bool:
+    """Whether two parameters stand for the same values, their bounds aside."""
+    return first is not None and all(
+        np.array_equal(getattr(first, part), getattr(second, part))
+        for part in ("scale", "zero_point")
+    )
+
+
+def span_of(q: QParams) -> Range:
+    """The least and the greatest value that the parameters can express."""
+    zero, scale = q.zero_point.astype(np.int64), q.scale.astype(np.float64)
+    return Range((q.format.qmin - zero) * scale, (q.format.qmax - zero) * scale)

@@ -1,0 +1,262 @@
+"""What is known of a quantized model: every tensor measured, every node judged, and what to do
+next.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, replace
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+
+from calib.affine import QParams
+from calib.samples import Dataset
+from calib.stats import TensorStats
+from converter.calibrate.data import synthetic_data
+from converter.calibrate.observe import Wanted, observe
+from converter.errors import ConfigError
+from converter.graph.edit import known, weight_bytes
+from converter.job import Resources, Watch
+from converter.measure.errors import error_of
+from converter.measure.pairing import Pairing, Place, pair
+from converter.measure.results import Findings, NodeFinding, TensorFinding, Verification
+from converter.measure.sensitivity import RANKED_ON, Alone, alone
+from converter.measure.verify import TIMED_BYTES
+from converter.plan.plan import NodePlan
+from converter.plan.result import Quantized
+from converter.report.advice import advice_for, overall_advice
+from converter.report.page import page
+from converter.report.rounds import Figures, Key, Summary, key_of, rounds
+from converter.report.tables import (
+    OUTPUTS,
+    output_rows,
+    parameter_rows,
+    round_rows,
+    sensitivity_rows,
+    write_table,
+)
+
+# Nodes in summary.json.
+WORST = 10
+# Samples that histograms and, where no tables are wanted, figures are made of.
+SHOWN_SAMPLES = 8
+# So much above the signal is all noise.
+MOST_DB = 300.0
+
+
+def check_folder(folder: Path, where: str) -> None:
+    """Raises ConfigError where no folder of reports can be; `where` names the line that asks for
+    it.
+    """
+    if (
+        stands := next((p for p in (folder, *folder.absolute().parents) if p.exists()), folder)
+    ).is_file():
+        msg = f"{where}: {stands} is a file; give the path of a folder."
+        raise ConfigError(msg)
+
+
+def write_reports(
+    folder: Path, title: str, result: Quantized, given: Findings, resources: Resources, watch: Watch
+) -> Findings:
+    """The tables, summary.json and report.html in `folder`, in place of those of an earlier run;
+    what they tell.
+
+    All of the folder's reports are new, or none of them is touched.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+        tables = Path(temporary)
+        found = findings(result, given, resources, watch, tables)
+        (tables / "summary.json").write_text(_summary(found), encoding="utf-8")
+        (tables / "report.html").write_text(page(found, title), encoding="utf-8")
+        for old in folder.iterdir():
+            if re.fullmatch(r"round_\d+\.csv", old.name):
+                old.unlink()
+        for new in sorted(tables.iterdir()):
+            new.replace(folder / new.name)
+    return found
+
+
+def _summary(found: Findings) -> str:
+    """For programs; a number that is not finite is null."""
+    before, after = found.sizes
+    content = {
+        "facts": dict(found.facts),
+        "bytes": {"before": before, "after": after},
+        "verification": asdict(found.verification) if found.verification else None,
+        "worst_nodes": [asdict(node) for node in found.ranked[:WORST]],
+        "advice": found.advice,
+    }
+    finite = json.loads(json.dumps(content), parse_constant=lambda _: None)
+    return json.dumps(finite, indent=2, ensure_ascii=False) + "\n"
+
+
+def findings(
+    result: Quantized,
+    given: Findings,
+    resources: Resources,
+    watch: Watch,
+    tables: Path | None = None,
+) -> Findings:
+    """What is `given` of a pair of models, with all that a look inside tells.
+
+    `result.plan` may be empty, as for what another tool made. Without data there is one random
+    sample. The tables of all samples are written into the folder `tables`.
+    """
+    pairing = pair(result.compared or result.reference, result.model, result.plan)
+    data = result.data if len(result.data) else synthetic_data(result.reference, 1)
+    count = len(data) if tables else min(len(data), SHOWN_SAMPLES)
+    totals: dict[Key, Figures] = {}
+    outputs = [OUTPUTS]
+    for index, found in enumerate(
+        watch.track(rounds(pairing, data, count, resources), "Measuring tensors", count)
+    ):
+        totals |= {key: _both(totals.get(key), x) for key, x in found.figures.items()}
+        if tables:
+            write_table(tables / f"round_{index}.csv", round_rows(pairing.places, found.figures))
+            outputs += output_rows(index, found.outputs)
+    totals = {key: replace(figures, clip=figures.clip / count) for key, figures in totals.items()}
+    big = weight_bytes(result.reference) > TIMED_BYTES
+    by_itself = {} if big else alone(pairing, data, RANKED_ON, resources)
+    nodes, tensors = (
+        _nodes(pairing, result, totals, by_itself, given.verification),
+        _tensors(pairing, data, resources),
+    )
+    told = replace(
+        given,
+        nodes=nodes,
+        tensors=tuple(tensors),
+        advice=tuple(overall_advice(nodes, given.verification, result.settings)),
+    )
+    if tables:
+        write_table(tables / "output_summary.csv", outputs)
+        write_table(tables / "quant_param.csv", parameter_rows(pairing.places, totals))
+        write_table(tables / "sensitivity.csv", sensitivity_rows(told.ranked))
+    return told
+
+
+def _both(first: Figures | None, second: Figures) -> Figures:
+    """Figures of several samples: extremes, tally and the sum of the shares."""
+    if first is None:
+        return second
+    return replace(
+        second,
+        origin=_extremes(first.origin, second.origin),
+        dequant=_extremes(first.dequant, second.dequant)
+        if first.dequant and second.dequant
+        else None,
+        clip=first.clip + second.clip,
+        tally=tuple(np.add(first.tally, second.tally).tolist()),
+    )
+
+
+def _extremes(first: Summary, second: Summary) -> Summary:
+    """`second` with the least and the greatest value of both; NaN where neither has any."""
+    least, greatest = np.fmin(first[0], second[0]), np.fmax(first[4], second[4])
+    return (float(least), *second[1:4], float(greatest), *second[5:])
+
+
+def _nodes(
+    pairing: Pairing,
+    result: Quantized,
+    totals: Mapping[Key, Figures],
+    by_itself: Mapping[str, Alone],
+    verification: Verification | None,
+) -> tuple[NodeFinding, ...]:
+    """A finding for every node of the float model that is computed, in its order."""
+    places: dict[str, list[Place]] = {}
+    for place in pairing.places:
+        places.setdefault(place.node, []).append(place)
+    noise = {
+        name: 10 ** (-max(found.output.sqnr_db, -MOST_DB) / 10) for name, found in by_itself.items()
+    }
+    whole = sum(noise.values()) or 1.0
+    # Some tools name an operator on integers like the float one, with this word behind it.
+    saturated = (
+        {name.removesuffix("_quant") for name in verification.saturated} if verification else set()
+    )
+    nodes = []
+    for name, own_places in places.items():
+        found, unit = by_itself.get(name), result.plan.nodes.get(name)
+        node = _node(name, own_places, unit, totals)
+        if found:
+            node = replace(node, own=found.own, output=found.output, share=noise[name] / whole)
+        inputs = [(place, totals[key_of(place)]) for place in own_places if key_of(place) in totals]
+        advice = advice_for(node, inputs, name in saturated, result.settings)
+        nodes.append(replace(node, advice=advice))
+    return tuple(nodes)
+
+
+def _node(
+    name: str, places: list[Place], unit: NodePlan | None, totals: Mapping[Key, Figures]
+) -> NodeFinding:
+    read = [place for place in places if not place.output]
+    weights = [place for place in read if place.weight is not None]
+    bits = [place.bits for place in weights if place.bits] or [
+        place.bits for place in read if place.bits
+    ]
+    quantized = unit.quantized if unit else bool(bits)
+    written = (totals.get(key_of(place)) for place in places if place.output)
+    error = next((error_of(name, f.tally) for f in written if f and f.dequant), None)
+    return NodeFinding(
+        name,
+        places[0].op_type,
+        quantized,
+        unit.reason if unit else "",
+        min(bits, default=None) if quantized else None,
+        sum(place.weight.nbytes for place in weights if place.weight is not None),
+        sum(map(_bytes_after, weights)),
+        error if quantized else None,
+    )
+
+
+def _bytes_after(place: Place) -> int:
+    """Bytes of a constant with its parameters, as codes if it has any."""
+    weight, q = known(place.weight), place.qparams
+    return (
+        -(-weight.size * q.format.bits // 8) + q.scale.nbytes + q.zero_point.nbytes
+        if q
+        else weight.nbytes
+    )
+
+
+def _tensors(pairing: Pairing, data: Dataset, resources: Resources) -> Iterator[TensorFinding]:
+    """Histograms over a few samples of everything that became integers with known ranges."""
+    wanted = {place.name: place for place in pairing.places if place.bits}
+    parts = max(1, len(data) // SHOWN_SAMPLES)
+    activations = tuple(name for name, place in wanted.items() if place.weight is None)
+    asked = Wanted(activations, (), histogram=True, samples=False, part=(0, parts))
+    statistics = dict(observe(pairing.reference, asked, data, resources, Watch()).statistics)
+    for name, place in wanted.items():
+        if place.weight is not None:
+            statistics[name] = TensorStats(histogram=True)
+            statistics[name].update(place.weight, 0)
+        if statistics[name].count:
+            yield _tensor(place, known(place.qparams), statistics[name])
+
+
+def _tensor(place: Place, q: QParams, statistics: TensorStats) -> TensorFinding:
+    histogram = statistics.histogram()
+    edges, zero = histogram.edges, q.zero_point.astype(np.float64)
+    low, high = (
+        float(((q.format.qmin - zero) * q.scale).min()),
+        float(((q.format.qmax - zero) * q.scale).max()),
+    )
+    if q.format.trellis and place.restored is not None:
+        low, high = float(place.restored.min()), float(place.restored.max())
+    near = float(q.scale.max()) / 2  # rounding alone moves values so far
+    outside = histogram.counts[(edges[1:] <= low - near) | (edges[:-1] > high + near)].sum()
+    return TensorFinding(
+        place.name,
+        place.node,
+        q.format.bits,
+        histogram.counts,
+        float(edges[0]),
+        float(edges[-1]),
+        (low, high),
+        float(outside) / statistics.count,
+    )

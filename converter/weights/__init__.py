@@ -1,0 +1,1 @@
+"""Integer weights: scales, codes and biases."""

@@ -1,0 +1,296 @@
+"""Weight rounding that knows the data: the codes whose error hurts the layer's output least.
+
+Column by column, every code's rounding error is made up for by the weights that are not rounded
+yet: Frantar et al., "GPTQ" (2022), which is Optimal Brain Quantization (2022) in a fixed order.
+Where GPTQ takes a root of the inverse of the inputs' second moments, this takes a root of the
+moments themselves, which gives the same codes without an inverse (Chen et al., "The Geometry of LLM
+Quantization: GPTQ as Babai's Nearest Plane Algorithm", 2025). Weights are seen as matrices (groups,
+rows, columns): rows are output channels, columns the inputs one output element sums over.
+
+Kernels that add pairs of u8 x s8 products in 16 bits (x86 without VNNI) are exact as long as the
+two codes that share a pair sum up to no more than `pair_limit`; rounding honours that bound, so
+that only the pairs concerned give way instead of the whole layer giving up a bit.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from calib import trellis
+from calib.affine import SMALLEST_SCALE, Array, IntFormat
+
+# Share of the mean diagonal added to the second moments, as GPTQ does; keeps their root stable.
+DAMPING = 0.01
+# Columns rounded before the others hear of their errors: even, so that no pair is parted.
+BLOCK = 32
+# Share of zeros from which a weight counts as pruned.
+PRUNED = 0.3
+# Weights of one search step: few enough to stay in cache.
+CHUNK = 1 << 15
+# Weights of rows that are fitted together, where each row is fitted by itself.
+PART = 1 << 22
+# Scales tried, as multiples of the one that covers the largest weight, in steps of 10 %; the first
+# wins a tie. With many codes, clipping more than a quarter of the range never pays.
+SHRINK = np.geomspace(1.0, 0.1, 25)
+MANY_BITS, LEAST_OF_MANY = 7, 0.74
+WIDEN = np.geomspace(1.1, 2.0, 7)
+# Then multiples of the best of them: short rows gain from a scale that happens to suit them, long
+# ones average out.
+REFINE = np.concatenate([[1.0], np.linspace(0.95, 1.05, 30)])
+# Columns whose inputs are next to nothing do not decide the scale.
+SILENT = 1e-6
+LONG_ROW, REFINE_LONG = 128, np.concatenate([[1.0], np.linspace(0.95, 1.05, 6)])
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The codes a weight may take: a symmetric integer format and, where pairs can overflow, the
+    bound of their sum.
+
+    Columns 2 i and 2 i + 1 are a pair; |sum| <= `pair_limit`, which is no less than any code alone.
+    """
+
+    format: IntFormat
+    pair_limit: int | None = None
+
+
+def row_parts(weight: Array) -> list[slice]:
+    """Parts of the rows of `weight` (groups, rows, columns), so that little of what is made of it
+    is in memory.
+    """
+    rows = PART * weight.shape[1] // max(1, weight.size)
+    step = max(1, rows // trellis.GROUP) * trellis.GROUP
+    return [slice(start, start + step) for start in range(0, weight.shape[1], step)]
+
+
+def kept_weights(weight: Array) -> Array | None:
+    """Where a pruned weight is not 0, as it should stay; None where too few are 0 to be meant."""
+    kept = weight != 0
+    return kept if kept.mean() <= 1 - PRUNED else None
+
+
+def search_scales(weight: Array, importance: Array, grid: Grid, per_channel: bool) -> Array:
+    """The scale of each row, shape (groups, rows), with the least error weighted by `importance`
+    (groups, columns).
+
+    Tries scales below the one that covers the largest weight and, where pairs are bounded, up to
+    twice that. With `per_channel` false all rows get one scale. A row without weights gets scale 1.
+    """
+    if per_channel and len(parts := row_parts(weight)) > 1:
+        return np.concatenate(
+            [search_scales(weight[:, i], importance, grid, per_channel) for i in parts], axis=1
+        )
+    loudest = importance.max(axis=1, keepdims=True)
+    heard = (importance > SILENT * loudest) | (loudest == 0)
+    magnitude = np.abs(weight) * heard[:, None]
+    largest = magnitude.max(axis=2) if per_channel else np.full(weight.shape[:2], magnitude.max())
+    widest = largest / grid.format.qmax
+    widest = np.where(widest < SMALLEST_SCALE, 1.0, widest)
+    unit = (weight / widest[..., None]).astype(np.float32)
+    relative = (importance / (importance.max() or 1.0)).astype(np.float32)
+    best = np.ones_like(widest)
+    shrink = SHRINK[SHRINK > LEAST_OF_MANY] if grid.format.bits >= MANY_BITS else SHRINK
+    refine = REFINE if weight.shape[2] < LONG_ROW else REFINE_LONG
+    for factors in (shrink if grid.pair_limit is None else np.concatenate([shrink, WIDEN]), refine):
+        tried = factors[:, None, None] * best
+        errors = _errors(unit, relative, tried, grid)
+        if not per_channel:
+            errors = np.broadcast_to(errors.sum(axis=(1, 2), keepdims=True), errors.shape)
+        best = np.take_along_axis(tried, errors.argmin(axis=0)[None], axis=0)[0]
+    return best * widest
+
+
+def _errors(weight: Array, importance: Array, scales: Array, grid: Grid) -> Array:
+    """Weighted squared error of nearest codes for each of `scales` (tried, groups, rows), of the
+    same shape.
+    """
+    errors = np.empty(scales.shape)
+    step = max(1, CHUNK // (weight.shape[0] * weight.shape[2]))
+    for start in range(0, weight.shape[1], step):
+        rows = slice(start, start + step)
+        for i, scale in enumerate(scales[:, :, rows]):
+            scaled = weight[:, rows] * (1 / scale).astype(weight.dtype)[..., None]
+            scaled -= nearest(scaled, grid)
+            errors[i, :, rows] = (
+                scale**2 * np.matmul(np.square(scaled, out=scaled), importance[..., None])[..., 0]
+            )
+    return errors
+
+
+def nearest(scaled: Array, grid: Grid) -> Array:
+    """Nearest codes of `scaled` (..., columns); where they break the bound, the nearest pair that
+    keeps it.
+    """
+    codes = np.clip(np.rint(scaled), grid.format.qmin, grid.format.qmax)
+    if grid.pair_limit is not None:
+        even, odd = codes[..., :-1:2], codes[..., 1::2]
+        broken = np.abs(even + odd) > grid.pair_limit
+        first, second = scaled[..., :-1:2][broken], scaled[..., 1::2][broken]
+        even[broken] = np.rint(_with_room(first, second, 0.5, grid.pair_limit, grid.format))
+        odd[broken] = np.copysign(grid.pair_limit, first + second) - even[broken]
+    return codes
+
+
+def helps_everywhere(x: Array, weight: Array, rounded: Array, bias: Array, shift: Array) -> bool:
+    """Whether adding `shift` to a product makes its rows better in the mean, each by its own size.
+
+    `x` are inputs (groups, drawn, columns), `weight` and `rounded` (groups, rows, columns), `bias`
+    and `shift` (groups * rows,). What helps the mean of all may spoil quiet rows, which a
+    normalisation behind makes as large as the others.
+    """
+    groups, rows, _ = weight.shape
+    drawn, w = x.astype(np.float64), weight.swapaxes(1, 2)
+    outputs = np.matmul(drawn, w) + bias.reshape(groups, 1, rows)
+    errors = np.matmul(drawn, rounded.swapaxes(1, 2) - w)
+    energy = np.maximum(np.square(outputs).sum(axis=(0, 2)), SMALLEST_SCALE)
+
+    def badness(error: Array) -> float:
+        return float(np.minimum(np.square(error).sum(axis=(0, 2)) / energy, 1.0).mean())
+
+    return badness(errors + shift.reshape(groups, 1, rows)) <= badness(errors)
+
+
+def _with_room(
+    first: Array, second: Array, share: Array | float, limit: int, fmt: IntFormat
+) -> Array:
+    """`first`; where both break the bound, after it gave way by its `share`, and within what codes
+    allow `second`.
+    """
+    total = np.clip(first, fmt.qmin, fmt.qmax) + np.clip(second, fmt.qmin, fmt.qmax)
+    bound = np.copysign(limit, total)
+    given = first - share * (first + second - bound)
+    within = np.clip(
+        given, np.maximum(fmt.qmin, bound - fmt.qmax), np.minimum(fmt.qmax, bound - fmt.qmin)
+    )
+    return np.where(np.abs(total) > limit, within, first)
+
+
+def chosen(aims: Array, weights: Array, fmt: IntFormat) -> Array:
+    """The points of `fmt` nearest to `aims` (..., groups, rows); squared errors count as `weights`
+    (groups, rows).
+    """
+    if not fmt.trellis:
+        return np.clip(np.rint(aims), fmt.qmin, fmt.qmax)
+    flat = aims.reshape(*aims.shape[:-2], -1)
+    return trellis.points(trellis.nearest(flat, weights.reshape(-1), fmt.bits), fmt.bits).reshape(
+        aims.shape
+    )
+
+
+def compensated(
+    weight: Array, scale: Array, moments: Array, grid: Grid, fixed: Array | None = None
+) -> Array:
+    """Points of `weight` (groups, rows, columns) for `scale` (groups, rows): codes, or the levels
+    of a trellis.
+
+    `moments` (groups, columns, columns) are E[x x'] of the inputs. Columns of large ones are
+    rounded first, pairs one after the other. `fixed`, as the weight, are points that are given, NaN
+    where they are to be found.
+    """
+    damping, columns = DAMPING * np.einsum("gkk->g", moments) / moments.shape[1], weight.shape[2]
+    codes = np.full(weight.shape, np.nan) if fixed is None else fixed.copy()
+    if grid.pair_limit is not None and columns % 2:
+        # A silent partner for the last column: from here on all are in pairs.
+        weight, codes = (np.pad(x, ((0, 0), (0, 0), (0, 1))) for x in (weight, codes))
+        moments = np.pad(moments, ((0, 0), (0, 1), (0, 1)))
+    order = _order(np.einsum("gkk->gk", moments), 1 if grid.pair_limit is None else 2)
+    group, column = np.arange(len(order)), order.T
+    # Inside, columns stand first: (columns, groups, rows).
+    scaled, given = (x[group, :, column] for x in (weight / scale[..., None], codes))
+    codes[group, :, column] = _sequential(
+        scaled, given, scale, _root(moments, order, damping), grid
+    )
+    return codes[:, :, :columns]
+
+
+def _order(diagonal: Array, width: int) -> Array:
+    """The columns in the order they are rounded, by group; the `width` columns of a pair stay
+    together.
+    """
+    largest = diagonal.reshape(len(diagonal), -1, width).max(axis=2).repeat(width, axis=1)
+    pair = np.broadcast_to(np.arange(diagonal.shape[1]) // width, diagonal.shape)
+    return np.lexsort((-diagonal, pair, -largest), axis=1)
+
+
+def _root(moments: Array, order: Array, damping: Array) -> Array:
+    """Upper triangular V with V V' = the ordered moments, `damping` (groups,) added; or one where
+    nothing comes in.
+    """
+    turned = order[:, ::-1]
+    damped = moments[np.arange(len(order))[:, None, None], turned[:, :, None], turned[:, None, :]]
+    diagonal = np.einsum("gkk->gk", damped)
+    diagonal += np.where(damping > 0, damping, 1.0)[:, None]
+    return np.linalg.cholesky(damped)[:, ::-1, ::-1]
+
+
+def _sequential(scaled: Array, codes: Array, scale: Array, root: Array, grid: Grid) -> Array:
+    """Fills `codes` of `scaled` (columns, groups, rows), each column aimed at what makes up for the
+    errors e before it.
+
+    The output error |V' e|^2 loses its k-th term where e_k = -sum of V_jk e_j / V_kk over j < k.
+    """
+    diagonal = np.einsum("gkk->gk", root)
+    ratio = root / diagonal[:, None, :]
+    share = _shares(ratio, diagonal)
+    errors = np.empty_like(scaled)
+    for start in range(0, len(scaled), BLOCK):
+        block = slice(start, start + BLOCK)
+        carried = np.matmul(ratio[:, :start, block].swapaxes(1, 2), errors[:start].swapaxes(0, 1))
+        within = ratio[:, block, block].transpose(1, 2, 0)[..., None]
+        weights = [np.square(scale * step[:, None]) for step in diagonal[:, block].T]
+        _fill(
+            codes[block], scaled[block], carried.swapaxes(0, 1), within, share[block], weights, grid
+        )
+        errors[block] = scaled[block] - codes[block]
+    return codes
+
+
+def _shares(ratio: Array, diagonal: Array) -> Array:
+    """Of what a column and the next must give way together, the part of the first that costs the
+    output least.
+
+    The minimum over e_k + e_l = 1 of V_kk^2 e_k^2 + (V_kl e_k + V_ll e_l)^2; shape (columns - 1,
+    groups, 1).
+    """
+    first = diagonal[:, :-1] / diagonal[:, 1:]
+    second = 1 - np.diagonal(ratio, 1, 1, 2)
+    shares: Array = second / (first**2 + second**2)
+    return shares.T[..., None]
+
+
+def _fill(
+    codes: Array,
+    scaled: Array,
+    carried: Array,
+    ratio: Array,
+    share: Array,
+    weights: Sequence[Array],
+    grid: Grid,
+) -> None:
+    """Codes of columns: `carried` is what they make up for, `ratio` (columns, columns, groups, 1)
+    what they hand on.
+
+    The first of a pair makes room for the second, which takes what is left.
+    """
+    aim = scaled + carried
+    limit, fmt = grid.pair_limit, grid.format
+    for k in range(len(aim)):
+        target, low, high = aim[k], fmt.qmin, fmt.qmax
+        if limit is not None and k % 2 == 0:
+            second = aim[k + 1] + ratio[k, k + 1] * (scaled[k] - target)
+            target = _with_room(target, second, share[k], limit, fmt)
+        elif limit is not None:
+            low, high = (
+                np.maximum(low, -limit - codes[k - 1]),
+                np.minimum(high, limit - codes[k - 1]),
+            )
+        found = (
+            np.clip(np.rint(target), low, high)
+            if limit is not None
+            else chosen(target, weights[k], fmt)
+        )
+        codes[k] = np.where(np.isnan(codes[k]), found, codes[k])
+        aim[k + 1 :] += ratio[k, k + 1 :] * (scaled[k] - codes[k])

@@ -1,0 +1,260 @@
+"""Weights as points on a grid of their own for every row: w = scale (point - zero); codes or levels
+of a trellis.
+
+Weights are matrices (groups, rows, columns) as in `matrices`. Points and grid are found in turn:
+with the points fixed, the best scale and zero of a row are a least squares problem of two unknowns;
+with the grid fixed, error-compensating rounding finds points, and coordinate descent, which moves
+one column at a time to its optimum given all others, betters them. The error of a row e is e' M e,
+that of the outputs, with M the inputs' second moments; without M it is e' e.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+
+from calib import trellis
+from calib.affine import SMALLEST_SCALE, Array, IntFormat
+from converter.emit.planes import HALF_BITS
+from converter.weights.gptq import DAMPING, Grid, chosen, compensated, row_parts
+
+# Widths tried for the first grid, as shares of the one that covers all weights of a row.
+SHARES = (1.0, 0.93, 0.86, 0.79, 0.72, 0.65, 0.55)
+# The same for a trellis, whose levels are dense in the middle.
+TRELLIS_SHARES = 0.8 ** np.arange(8)
+# Times that grid and codes are found in turn; with many bits or a long row there is little left to
+# find.
+ROUNDS, FEW_ROUNDS, LONG_ROW = 6, 2, 128
+# Columns whose codes change before the others hear of it.
+BLOCK = 64
+
+
+@dataclass(frozen=True)
+class Rows:
+    """`points` (groups, rows, columns) of `format` on the grids `scale`, `zero` (groups, rows)."""
+
+    points: Array
+    scale: Array
+    zero: Array
+    format: IntFormat
+
+    def values(self) -> Array:
+        """The weights they stand for."""
+        return (self.points - self.zero[..., None]) * self.scale[..., None]
+
+    def codes(self) -> Array:
+        """The codes that stand for the points."""
+        if not self.format.trellis:
+            return self.points
+        flat = self.points.reshape(-1, self.points.shape[2]).T
+        return trellis.nearest(flat, np.ones(flat.shape[1]), self.format.bits).T.reshape(
+            self.points.shape
+        )
+
+    def relative_error(self, weight: Array, moments: Array | None) -> float:
+        """What of the outputs, or of the weights, is error: |W x - V x| / |W x| over all rows."""
+        norms = [
+            np.vdot(x, x if moments is None else np.matmul(x, moments))
+            for x in (self.values() - weight, weight)
+        ]
+        return float(np.sqrt(norms[0] / norms[1])) if norms[1] > 0 else 0.0
+
+
+@dataclass(frozen=True)
+class Grids:
+    """Which grids may be used: unsigned `format`, one for every row or one for all, integer zeros
+    only or any.
+    """
+
+    format: IntFormat
+    per_row: bool = True
+    integer_zero: bool = False
+
+
+def fit(weight: Array, moments: Array | None, grids: Grids, kept: Array | None = None) -> Rows:
+    """The points of `weight` (groups, rows, columns); `moments` are (groups, columns, columns) or
+    None.
+
+    Where `kept` is false, weights become exact zeros; grids must have integer ones then. Where a
+    trellis is wanted, rows may still be too short for it: then codes stand for themselves.
+    """
+    ways = [
+        replace(grids, format=replace(grids.format, trellis=way))
+        for way in {grids.format.trellis, False}
+    ]
+    firsts = [_first(weight, moments, way) for way in ways]
+    (_, scale, zero), grids = min(zip(firsts, ways, strict=True), key=lambda found: found[0][0])
+    moments = None if moments is None else _damped(moments)
+
+    def better(part: slice) -> Rows:
+        free = None if kept is None else kept[:, part]
+        first = _zeroed(_on(weight[:, part], scale[:, part], zero[:, part], grids.format), free)
+        return _bettered(weight[:, part], moments, first, grids, free)
+
+    alone = moments is None and grids.per_row
+    parts = [better(part) for part in (row_parts(weight) if alone else [slice(None)])]
+    points = np.concatenate(
+        [rows.points for rows in parts], axis=1, dtype=np.float32, casting="same_kind"
+    )
+    scale, zero = (
+        np.concatenate(x, axis=1) for x in zip(*((r.scale, r.zero) for r in parts), strict=True)
+    )
+    return Rows(points, scale, zero, grids.format)
+
+
+def _bettered(
+    weight: Array, moments: Array | None, rows: Rows, grids: Grids, kept: Array | None
+) -> Rows:
+    if moments is not None:
+        shifted = weight + (rows.scale * rows.zero)[..., None]
+        fixed = None if kept is None else np.where(kept, np.nan, rows.zero[..., None])
+        rows = replace(
+            rows, points=compensated(shifted, rows.scale, moments, Grid(grids.format), fixed)
+        )
+    rounds = FEW_ROUNDS if weight.shape[2] >= LONG_ROW else ROUNDS
+    for _ in range(rounds if grids.format.bits < HALF_BITS else 1):
+        rows = _descended(
+            weight, moments, _zeroed(_refitted(weight, moments, rows, grids), kept), kept
+        )
+    return rows
+
+
+def _zeroed(rows: Rows, kept: Array | None) -> Rows:
+    """The same with points that stand for 0 where weights are not `kept`."""
+    return (
+        rows
+        if kept is None
+        else replace(rows, points=np.where(kept, rows.points, rows.zero[..., None]))
+    )
+
+
+def with_variance(weight: Array, rows: Rows, grids: Grids) -> Rows:
+    """The same points with scales and zeros that give every row of `weight` its mean and standard
+    deviation back.
+
+    A factor beyond 0.1 to 10 would follow from a row that is lost: it stays as it is.
+    """
+    mean, wanted = (_by_row(f, weight) for f in (np.mean, np.std))
+    deviation = rows.points.std(axis=2, dtype=np.float64) * rows.scale
+    ratio = wanted / np.maximum(deviation, SMALLEST_SCALE)
+    ratio = np.where((ratio > 0.1) & (ratio < 10), ratio, 1.0)
+    scale = rows.scale * ratio
+    scale, zero = _storable(scale, rows.points.mean(axis=2, dtype=np.float64) - mean / scale, grids)
+    return replace(rows, scale=scale, zero=zero)
+
+
+def _by_row(f: Callable[..., Array], weight: Array) -> Array:
+    """Of every row, in float64, whose squares float32 may not hold, and not of all at once."""
+    parts = [f(weight[:, part], axis=2, dtype=np.float64) for part in row_parts(weight)]
+    return np.concatenate(parts, axis=1)
+
+
+def _damped(moments: Array) -> Array:
+    diagonal = np.einsum("gkk->gk", moments)
+    share = DAMPING * diagonal.mean(axis=1, keepdims=True)
+    damped: Array = moments + (share + (diagonal + share <= 0))[..., None] * np.eye(
+        moments.shape[1]
+    )
+    return damped
+
+
+def _first(weight: Array, moments: Array | None, grids: Grids) -> tuple[float, Array, Array]:
+    """The best of grids around the middle of each row's weights, for a trellis their mean: error,
+    scale and zero.
+    """
+    axis, coded = 2 if grids.per_row else None, grids.format.trellis
+    low, high, mean = (
+        np.broadcast_to(f(weight, axis=axis), weight.shape[:2])
+        for f in (np.min, np.max, partial(np.mean, dtype=np.float64))
+    )
+    middle = mean if coded else (high + low) / 2
+    width = 2 * np.maximum(high - middle, middle - low)
+    importance = np.ones(weight.shape[::2]) if moments is None else np.einsum("gkk->gk", moments)
+
+    def error(scale: Array, zero: Array) -> Array:
+        difference = _on(weight, scale, zero, grids.format).values() - weight
+        return np.asarray(np.matmul(difference**2, importance[..., None])[..., 0])
+
+    tried = [_grid(share * width, middle, grids) for share in (TRELLIS_SHARES if coded else SHARES)]
+    errors = np.stack([error(*grid) for grid in tried])
+    if not grids.per_row:
+        errors = np.broadcast_to(errors.sum(axis=(1, 2), keepdims=True), errors.shape)
+    scale, zero = (
+        np.choose(errors.argmin(axis=0), numbers) for numbers in zip(*tried, strict=True)
+    )
+    return float(error(scale, zero).sum()), scale, zero
+
+
+def _on(weight: Array, scale: Array, zero: Array, fmt: IntFormat) -> Rows:
+    """The nearest points on the grids `scale`, `zero`."""
+    aims = np.moveaxis(weight / scale[..., None] + zero[..., None], 2, 0)
+    return Rows(np.moveaxis(chosen(aims, scale**2, fmt), 0, 2), scale, zero, fmt)
+
+
+def _grid(width: Array, middle: Array, grids: Grids) -> tuple[Array, Array]:
+    """Scale and zero of grids as wide as `width` about `middle`, which is on them itself where
+    there is no width.
+    """
+    qmax = grids.format.qmax
+    wide = width > SMALLEST_SCALE * qmax
+    scale = np.where(wide, width / qmax, np.where(middle == 0, 1.0, np.abs(middle)))
+    return _storable(scale, np.where(wide, qmax / 2, qmax // 2) - middle / scale, grids)
+
+
+def _storable(scale: Array, zero: Array, grids: Grids) -> tuple[Array, Array]:
+    """The nearest grid that the file holds: float16 where its range allows."""
+    if grids.integer_zero:
+        zero = np.clip(np.rint(zero), 0, grids.format.qmax)
+    half = np.finfo(np.float16)
+    fits = half.smallest_normal <= scale.min() and max(scale.max(), np.abs(zero).max()) <= half.max
+    dtype = np.float16 if fits and grids.format.bits <= HALF_BITS else np.float32
+    return scale.astype(dtype).astype(np.float64), zero.astype(dtype).astype(np.float64)
+
+
+def _refitted(weight: Array, moments: Array | None, rows: Rows, grids: Grids) -> Rows:
+    """The same points on the grids with the least error: weight = scale point + offset, by least
+    squares.
+    """
+    points, ones = rows.points, np.ones_like(rows.points)
+    m_points, m_ones = (x if moments is None else np.matmul(x, moments) for x in (points, ones))
+    sums = [(a * b).sum(axis=2) for a, b in ((points, m_points), (points, m_ones), (ones, m_ones))]
+    sums += [(weight * m).sum(axis=2) for m in (m_points, m_ones)]
+    if not grids.per_row:
+        sums = [np.full_like(x, x.sum()) for x in sums]
+    qq, q1, one, qw, w1 = sums
+    determinant = qq * one - q1**2
+    safe = determinant > 1e-9 * qq * one
+    determinant = np.where(safe, determinant, 1.0)
+    scale, offset = (one * qw - q1 * w1) / determinant, (qq * w1 - q1 * qw) / determinant
+    safe &= scale > SMALLEST_SCALE
+    scale = np.where(safe, scale, rows.scale)
+    return Rows(
+        points, *_storable(scale, np.where(safe, -offset / scale, rows.zero), grids), grids.format
+    )
+
+
+def _descended(weight: Array, moments: Array | None, rows: Rows, kept: Array | None) -> Rows:
+    """The same grids with every column moved once to its optimum, given all others."""
+    if moments is None:
+        return _zeroed(_on(weight, rows.scale, rows.zero, rows.format), kept)
+    # Columns first: (columns, groups, rows).
+    errors, points = (np.moveaxis(x, 2, 0).copy() for x in (weight - rows.values(), rows.points))
+    aim, step = np.moveaxis(weight / rows.scale[..., None] + rows.zero[..., None], 2, 0), rows.scale
+    by_column = np.ascontiguousarray(moments.transpose(1, 0, 2))
+    for start in range(0, len(points), BLOCK):
+        block = slice(start, min(start + BLOCK, len(points)))
+        gradient = (
+            np.matmul(errors.transpose(1, 2, 0), moments[:, :, block]).transpose(2, 0, 1).copy()
+        )
+        for k in range(block.start, block.stop):
+            row, curvature = by_column[k][:, block].T[..., None], by_column[k][:, k, None]
+            wanted = errors[k] - gradient[k - start] / curvature
+            point = chosen(aim[k] - wanted / step, curvature * step**2, rows.format)
+            point = point if kept is None else np.where(kept[:, :, k], point, points[k])
+            change = (points[k] - point) * step
+            points[k], errors[k] = point, errors[k] + change
+            gradient += row * change
+    return replace(rows, points=np.moveaxis(points, 0, 2))

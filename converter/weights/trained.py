@@ -1,0 +1,236 @@
+"""Trained weights in a plan: their own codes where the target's kernels take them, else the nearest
+that they do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+import onnx_ir as ir
+
+from calib.affine import Array, QParams, along
+from converter.emit.stored import bias_of, planned
+from converter.graph.edit import known, operand
+from converter.job import Watch
+from converter.plan.matrices import breaks_bound, plain_matrix, plain_weight, view_of
+from converter.plan.plan import QuantizedWeight, QuantPlan, WeightPlan
+from converter.prepare.fake_quant import Trained
+from converter.weights.gptq import Grid, nearest, search_scales
+from converter.weights.integer import least_scales, packed
+
+# A weight is a code times a scale where it is to within this of a code: float32 rounding, folded
+# operators included.
+CLOSE = 1e-3
+# Two scales are the same to within float32 rounding.
+SAME = 1e-6
+# Steps of a bias that the largest product of a channel has at the least, if its codes allow.
+BIAS_STEPS = 1 << 10
+# Columns on which most scales are found out not to be one.
+PROBED = 32
+
+
+@dataclass(frozen=True)
+class Kept:
+    """How much of a weight was kept: channels in all, those rounded `anew`, and the error of these
+    relative to them.
+    """
+
+    channels: int
+    anew: int
+    error: float
+
+
+def with_trained_weights(
+    model: ir.Model, plan: QuantPlan, trained: Trained, everything: bool
+) -> tuple[QuantPlan, dict[str, Kept]]:
+    """The plan with the trained weights and their biases, and how much of each was kept.
+
+    Weights on no grid are left out, or, with `everything`, rounded for least error of the weights.
+    """
+    kept: dict[str, Kept] = {}
+    for node, unit in planned(model, plan) if trained else ():
+        if unit.weight is None:
+            continue
+        rows = _Rows.of(unit.weight, node, trained.weights.get(unit.name))
+        if not (everything or rows.scale.any()):
+            continue
+        bias = bias_of(node, unit)
+        bias = None if bias is None else bias.reshape(-1).astype(np.float64)
+        tensor = plan.tensors.get(unit.inputs[0])
+        data = (
+            plan.params(tensor.name)
+            if bias is not None and tensor and tensor.group in plan.qparams
+            else None
+        )
+        found, how_much = rows.decided(unit.weight, bias, data)
+        kept.update({unit.name: how_much} if rows.scale.any() else {})
+        plan = plan.with_weights({unit.name: found}, {} if bias is None else {unit.name: bias})
+    return plan, kept
+
+
+def tell_kept(kept: Mapping[str, Kept], watch: Watch) -> None:
+    """Says how many weights are what training made them, and what the others lost."""
+    channels, anew = (
+        sum(found.channels for found in kept.values()),
+        sum(found.anew for found in kept.values()),
+    )
+    if kept:
+        watch.tell(
+            f"Trained weights of {channels - anew} of {channels} channels are kept bit for bit."
+        )
+    if anew:
+        worst = max(kept, key=lambda name: kept[name].error)
+        watch.tell(
+            f"The other {anew} are rounded anew, as the target's kernels would not compute "
+            "exactly with their codes; "
+            f"they change most in {worst}, by {kept[worst].error:.2%}."
+        )
+
+
+@dataclass(frozen=True)
+class _Rows:
+    """A weight as rows (groups, rows, columns) with its `codes`; `scale` (groups, rows) is 0 where
+    they are unknown.
+
+    `weight_of` brings rows back into the weight's shape.
+    """
+
+    weight_of: Callable[[Array], Array]
+    matrix: Array
+    codes: Array
+    scale: Array
+
+    @classmethod
+    def of(cls, wanted: WeightPlan, node: ir.Node, taught: QuantizedWeight | None) -> _Rows:
+        weight, axis = known(operand(node, wanted.index)), wanted.axis
+        view = view_of(node, weight.shape, wanted.index)
+        rows = view.matrix if view else partial(plain_matrix, axis=axis)
+        weight_of = view.weight if view else partial(plain_weight, shape=weight.shape, axis=axis)
+        matrix = rows(weight.astype(np.float64))
+        scale, codes = np.zeros(matrix.shape[:2]), np.zeros(matrix.shape)
+        if taught is not None and taught.codes.shape == weight.shape:
+            q, shape = taught.qparams, weight.shape
+            scales = np.broadcast_to(along(q.scale.astype(np.float64), q.axis, shape), shape)
+            taught_codes = taught.codes.astype(np.float64) - along(q.zero_point, q.axis, shape)
+            scale, codes = _as_taught(matrix, rows(taught_codes), rows(scales))
+        else:
+            scale = np.array([[_recovered(row) for row in group] for group in matrix])
+            codes = np.rint(matrix / np.where(scale > 0, scale, 1.0)[..., None])
+            if not scale.all():
+                scale[:] = 0  # it is by chance that some rows lie on a grid
+            elif codes.any():
+                # A channel without weights may have any scale; that of its bias follows from it.
+                scale[~codes.any(axis=2)] = scale[codes.any(axis=2)].min()
+        if axis is None and np.ptp(scale):
+            scale[:] = 0  # one scale must serve them all
+        return cls(weight_of, matrix, codes, scale)
+
+    def decided(
+        self, wanted: WeightPlan, bias: Array | None, data: QParams | None
+    ) -> tuple[QuantizedWeight, Kept]:
+        """The weight as the kernel takes it, beside a `bias` (channels,) where `data` are the
+        parameters of its input.
+
+        An int32 bias counts products of two steps: these must neither be so small that it overflows
+        nor, with few codes, so large that it is coarse.
+        """
+        grid, whole = Grid(wanted.format, wanted.pair_limit), wanted.axis is None
+        scale, codes, floor = self.scale.copy(), self.codes.copy(), np.zeros_like(self.scale)
+        if bias is not None and data is not None:
+            floor = least_scales(bias, data, scale.shape, not whole)
+            factor = _refinement(codes, data.format.qmax - data.format.qmin, grid)
+            factor = np.full_like(scale, factor.min()) if whole else factor
+            scale, codes = scale / factor, codes * factor[..., None]
+        anew = ~((scale > 0) & (scale >= floor) & _taken(codes, grid))
+        if anew.any():
+            if whole:
+                anew[:] = True
+            codes[anew], scale[anew] = _rounded(
+                self.matrix[anew], scale[anew], floor[anew], grid, not whole
+            )
+        error = np.square(self.matrix - codes * scale[..., None])[anew].sum()
+        power = np.square(self.matrix)[anew].sum()
+        kept = Kept(anew.size, int(anew.sum()), float(np.sqrt(error / power)) if power else 0.0)
+        return packed(self.weight_of(codes), scale, wanted), kept
+
+
+def _as_taught(matrix: Array, codes: Array, trained: Array) -> tuple[Array, Array]:
+    """Scales and codes where `matrix` is the trained codes times one factor a row, which folding
+    may have changed.
+    """
+    power, scale = np.square(codes).sum(axis=2), trained[..., 0]
+    ratio = np.divide((matrix * codes).sum(axis=2), power, out=scale.copy(), where=power > 0)
+    right = np.abs(matrix - ratio[..., None] * codes).max(axis=2) <= CLOSE * np.abs(ratio)
+    found = np.where(np.abs(np.abs(ratio) - scale) <= SAME * scale, scale, np.abs(ratio))
+    return np.where(right, found, 0.0).astype(np.float32).astype(np.float64), codes * np.sign(
+        ratio
+    )[..., None]
+
+
+def _recovered(row: Array) -> float:
+    """The largest scale that `row` is whole multiples of, -128 to 127; 0 if there is none."""
+    order = np.argsort(-np.abs(row))
+    row, largest = row[order], float(np.abs(row).max(initial=0.0))
+    if not largest:
+        return 1.0
+    peaks = np.arange(1, 129)
+    for part in (row[:PROBED], row):
+        codes = np.outer(peaks / largest, part)
+        peaks = peaks[np.abs(codes - np.rint(codes)).max(axis=1) <= CLOSE]
+    return (
+        _stored(row, np.rint(row * (peaks[0] / largest)), largest / peaks[0]) if peaks.size else 0.0
+    )
+
+
+def _stored(row: Array, codes: Array, scale: float) -> float:
+    """The float32 next to `scale` that gives the weights bit for bit, if there is one."""
+    near = np.float32(scale)
+    tried = (near, np.nextafter(near, np.float32(0)), np.nextafter(near, np.float32(np.inf)))
+    exact = (
+        s
+        for s in tried
+        if np.array_equal((codes * np.float64(s)).astype(np.float32), row.astype(np.float32))
+    )
+    return float(next(exact, near))
+
+
+def _taken(codes: Array, grid: Grid) -> Array:
+    """Whether kernels compute exactly with the codes of a row."""
+    taken = (codes.min(axis=2) >= -128) & (codes.max(axis=2) <= grid.format.qmax)
+    if grid.pair_limit is not None:
+        taken &= ~breaks_bound(codes, grid.pair_limit)
+    return np.asarray(taken)
+
+
+def _refinement(codes: Array, levels: int, grid: Grid) -> Array:
+    """The power of two that each row's codes may be multiplied by, and should be for the bias's
+    sake.
+    """
+    peak = np.maximum(np.abs(codes).max(axis=2), 1)
+    wanted = np.ceil(np.log2(BIAS_STEPS / (peak * levels)))
+    factor = np.exp2(np.clip(wanted, 0, np.floor(np.log2(grid.format.qmax / peak)).clip(0)))
+    return np.where(_taken(codes * factor[..., None], grid), factor, 1.0)
+
+
+def _rounded(
+    matrix: Array, scale: Array, floor: Array, grid: Grid, per_channel: bool
+) -> tuple[Array, Array]:
+    """Codes and scales of rows (n, columns): at the scale they have, or at the best there is if
+    that errs less.
+    """
+    found = search_scales(matrix[None], np.ones((1, matrix.shape[1])), grid, per_channel)[0]
+    starts = np.where(scale > 0, scale, found), found
+    tried = [np.maximum(start, floor).astype(np.float32).astype(np.float64) for start in starts]
+    codes = [nearest(matrix / s[:, None], grid) for s in tried]
+    errors = [
+        np.square(matrix - c * s[:, None]).sum(axis=1) for c, s in zip(codes, tried, strict=True)
+    ]
+    first = (
+        errors[0] <= errors[1]
+        if per_channel
+        else np.broadcast_to(errors[0].sum() <= errors[1].sum(), scale.shape)
+    )
+    return np.where(first[:, None], codes[0], codes[1]), np.where(first, tried[0], tried[1])
