@@ -1,1 +1,31 @@
 """One story a mode."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+import onnx_ir as ir
+
+from converter.job import Job, Watch
+from converter.modes import dynamic_quant, floats, full_quant, half, weight_quant
+from converter.plan.plan import QuantPlan
+from converter.plan.result import Quantized
+
+
+class Mode(Protocol):
+    """What a quant_type does to a prepared float model; each is a module."""
+
+    def make_plan(self, model: ir.Model, job: Job) -> QuantPlan:
+        """The plan without the numbers that data gives."""
+
+    def quantize(self, model: ir.Model, job: Job, watch: Watch) -> Quantized:
+        """The quantized copy of the model."""
+
+
+MODES: dict[str, Mode] = {
+    "FULL_QUANT": full_quant,
+    "WEIGHT_QUANT": weight_quant,
+    "DYNAMIC_QUANT": dynamic_quant,
+    "FLOAT32": floats,
+    "FLOAT16": half,
+}

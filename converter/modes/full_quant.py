@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from functools import partial
 
 import onnx_ir as ir
 
 from calib.affine import INT8, UINT8, IntFormat, QParams
-from calib.ranges import RANGE_METHODS, RangeSpec, range_of
+from calib.ranges import RANGE_METHODS, RangeMethod, RangeSpec, range_of
+from calib.samples import Dataset
 from converter.calibrate.cache import observe_with_cache
 from converter.calibrate.data import open_data, resources_of
 from converter.calibrate.observe import (
@@ -24,12 +25,13 @@ from converter.calibrate.observe import (
 from converter.calibrate.trained_ranges import in_format, untrained, with_trained_ranges
 from converter.calibrate.walk import Walk
 from converter.config import Config
+from converter.config.keys import FullQuantParam
 from converter.emit.integer_types import TYPES, give_integers, take_integers
 from converter.emit.qdq import emit
 from converter.errors import ConfigError, ModelError, UsageError
 from converter.graph.edit import constant, is_float, values_by_name
 from converter.graph.files import fed_inputs
-from converter.job import FLOATS, Job, Watch
+from converter.job import FLOATS, Job, Resources, Watch
 from converter.measure.pairing import pair
 from converter.measure.sensitivity import RANKED_ON, alone, fewest, output_drop, read_labels
 from converter.measure.target_checks import check
@@ -41,12 +43,12 @@ from converter.plan.result import Quantized
 from converter.plan.targets import TARGETS, Target
 from converter.prepare.equalize import equalize
 from converter.prepare.fake_quant import Trained, take_trained
-from converter.prepare.pixels import fold_normalisation, trained_pixels
+from converter.prepare.pixels import Pixels, fold_normalisation, trained_pixels
 from converter.weights.integer import Options, decide_weights, products
 from converter.weights.smoothquant import smooth
 from converter.weights.stored import Options as StoredOptions
 from converter.weights.stored import store_by_weights
-from converter.weights.trained import tell_kept, with_trained_weights
+from converter.weights.trained import Kept, tell_kept, with_trained_weights
 
 # A Concat whose inputs' ranges differ by more than this gives the small ones too few codes.
 MIXED_RANGES = 16.0
@@ -60,29 +62,22 @@ def make_plan(model: ir.Model, job: Job) -> QuantPlan:
 def quantize(model: ir.Model, job: Job, watch: Watch) -> Quantized:
     """The quantized copy of a prepared float model."""
     given = model.clone()
-    work = _Work(model, job, watch)
-    quantized, plan, restored = work.within_drop()
-    check(quantized, plan, _target(job.config))
-    _require_full_integer(plan, job.config)
+    setup = set_up(model, job, watch)
+    evidence = observed(setup, watch)
+    found = within_drop(setup, evidence, watch)
+    check(found.model, found.plan, setup.target)
+    _require_full_integer(found.plan, job.config)
     # What was trained is compared with what training saw, unless flags gave it other types.
-    reference = given if work.trained and _edges(given) == _edges(model) else model
-    known = values_by_name(reference.graph)
-    outputs = [
-        name for unit in plan.units() for name in unit.outputs if name in restored and name in known
-    ]
-    computed, finish = (
-        {name: restored[name] for name in outputs},
-        partial(work.set_edges, quantized),
-    )
+    as_given = setup.trained and _edges(given) == _edges(model)
     return Quantized(
-        reference,
-        quantized,
-        plan,
-        work.data,
-        computed,
-        finish,
+        reference=given if as_given else model,
+        model=found.model,
+        plan=found.plan,
+        data=setup.data,
+        tensors=_restored_outputs(model, found),
+        finish=partial(set_edges, found.model, setup, evidence, watch),
         compared=model,
-        trained=bool(work.trained),
+        trained=bool(setup.trained),
         exact=_named_target(job.config).pair_limit is None,
     )
 
@@ -91,7 +86,70 @@ def calibrate(model: ir.Model, job: Job, watch: Watch) -> None:
     """Looks at `job.part` of the calibration data and leaves what it finds beside the calibration
     cache.
     """
-    _Work(model, job, watch)
+    observed(set_up(model, job, watch), watch)
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The float model in its last form, its data, and what was asked."""
+
+    model: ir.Model
+    job: Job
+    target: Target
+    trained: Trained
+    data: Dataset
+    pixels: Pixels | None
+    resources: Resources
+
+    @property
+    def wanted(self) -> FullQuantParam:
+        """The section of the config."""
+        return self.job.config.full_quant
+
+    @property
+    def method(self) -> RangeMethod:
+        """How ranges follow from statistics."""
+        return RANGE_METHODS[self.wanted.activation_quant_method]
+
+    def planned(self, kept_float: Mapping[str, str]) -> QuantPlan:
+        """The plan without numbers that leaves some nodes float."""
+        return _planned(self.model, self.job.config, self.trained, kept_float)
+
+    def with_trained_weights(self, plan: QuantPlan) -> tuple[QuantPlan, Mapping[str, Kept]]:
+        """The plan with what training knew of the weights, and what became of it."""
+        everything = not len(self.data)
+        return with_trained_weights(self.model, plan, self.trained, everything=everything)
+
+
+@dataclass(frozen=True)
+class Attempt:
+    """A quantized model with some nodes left float; `restored` are its floats by float tensor."""
+
+    model: ir.Model
+    plan: QuantPlan
+    restored: Mapping[str, str]
+
+
+# --- the float model in its last form
+
+
+def set_up(model: ir.Model, job: Job, watch: Watch) -> Setup:
+    """Takes out what training knew and moves between weights and activations what may be moved;
+    the model does not change after it.
+    """
+    wanted, resources = job.config.full_quant, resources_of(job)
+    trained = _taken(model, job)
+    if wanted.equalize and not wanted.per_channel and not trained:
+        equalize(model)
+    samples, pixels = job.config.preprocess, trained_pixels(job.config.transform, watch)
+    if pixels is None and job.input_type in TYPES and samples.input_type == "IMAGE":
+        pixels = fold_normalisation(model, samples)
+        samples = pixels.preprocess(samples)
+    data = open_data(model, job, watch, samples)
+    setup = Setup(model, job, _target(job.config), trained, data, pixels, resources)
+    if len(data) and not trained:
+        smooth(model, _fed_by_floats(model, setup.planned({})), data, resources.threads, watch)
+    return setup
 
 
 def _edges(model: ir.Model) -> list[ir.DataType | None]:
@@ -139,188 +197,176 @@ def _planned(
     return _planned(model, config, trained, {**kept_float, **left}) if left else plan
 
 
-Attempt = tuple[ir.Model, QuantPlan, dict[str, str]]
+# --- what the data says
 
 
-class _Work:
-    """Everything that attempts with different nodes left float share."""
+def observed(setup: Setup, watch: Watch) -> Evidence:
+    """What data says about all that the plan, with what was trained, leaves open."""
+    plan, kept = setup.with_trained_weights(setup.planned({}))
+    tell_kept(kept, watch)
+    open_nodes = {name: unit for name, unit in plan.nodes.items() if name not in plan.weights}
+    wanted = _wanted(setup, plan, replace(plan, nodes=open_nodes))
+    if not len(setup.data):
+        return Evidence(of_constants(wanted, values_by_name(setup.model.graph)), {})
+    if not wanted.tensors and not any(
+        unit.quantized and unit.weight for unit in open_nodes.values()
+    ):
+        return Evidence({}, {})
+    first = Walk(setup.model, plan, setup.data, setup.resources).count
+    cache = setup.job.config.common.calibration_cache
+    return observe_with_cache(
+        setup.model, replace(wanted, first=first), setup.data, setup.resources, watch, cache
+    )
 
-    def __init__(self, model: ir.Model, job: Job, watch: Watch) -> None:
-        self.model, self.job, self.config, self.watch = model, job, job.config, watch
-        self.full, self.resources = job.config.full_quant, resources_of(job)
-        self.method = RANGE_METHODS[self.full.activation_quant_method]
-        self.trained = _taken(model, job)
-        if self.full.equalize and not self.full.per_channel and not self.trained:
-            equalize(model)
-        samples, self.pixels = job.config.preprocess, trained_pixels(job.config.transform, watch)
-        if self.pixels is None and job.input_type in TYPES and samples.input_type == "IMAGE":
-            self.pixels = fold_normalisation(model, samples)
-            samples = self.pixels.preprocess(samples)
-        self.data = open_data(model, job, watch, samples)
-        plan = self._planned({})
-        if len(self.data) and not self.trained:
-            smooth(model, _fed_by_floats(model, plan), self.data, self.resources.threads, watch)
-            plan = self._planned({})
-        plan, kept = with_trained_weights(model, plan, self.trained, everything=not len(self.data))
-        tell_kept(kept, watch)
-        self.evidence = self._observed(plan)
-        stored = weight_quant.storage_plan(model, job).units()
-        self.lookups = {
-            unit.name: unit
-            for unit in stored
-            if unit.op_type == "Gather" and unit.name in plan.nodes
+
+def _wanted(setup: Setup, plan: QuantPlan, open_plan: QuantPlan) -> Wanted:
+    graph, method = setup.model.graph, setup.method
+    # Without its trained bounds a model has other means.
+    corrects = setup.wanted.bias_correction and not setup.trained
+    means = products(graph, open_plan) if corrects else ()
+    open_groups = [group for group in plan.groups() if group not in plan.qparams]
+    outputs = [value.name or "" for value in _integer_outputs(setup.job, graph)]
+    tensors = tuple(dict.fromkeys([*open_groups, *outputs]))
+    part = setup.job.part or (0, 1)
+    return Wanted(tensors, means, method.needs_histogram, method.needs_samples, part=part)
+
+
+# --- one attempt, and the best of several
+
+
+def within_drop(setup: Setup, evidence: Evidence, watch: Watch) -> Attempt:
+    """The attempt that keeps the fewest nodes float and loses no more than max_drop."""
+    bound, path = setup.wanted.max_drop, setup.job.config.preprocess.label_file
+    first = attempt(setup, evidence, {}, watch)
+    if bound is None:
+        return first
+    labels = read_labels(path, setup.data) if path else None
+    if _drop(setup, first, labels, watch) <= bound:
+        return first
+    pairing = pair(setup.model, first.model, first.plan)
+    found = alone(pairing, setup.data, RANKED_ON, setup.resources)
+    # What only moves values has its neighbours' integers, or none where they are float.
+    units = [unit.name for unit in first.plan.units() if not OPS[unit.op_type].moves]
+    leaves = {name: found[name].output.sqnr_db if name in found else math.inf for name in units}
+    worst = sorted(units, key=lambda name: leaves[name])
+    for name in worst:
+        watch.say(f"Alone, {name} leaves the output {leaves[name]:.1f} dB.")
+
+    def without(count: int) -> Attempt | None:
+        kept = {
+            name: f"kept float for max_drop: alone it leaves {leaves[name]:.1f} dB"
+            for name in worst[:count]
         }
+        result = attempt(setup, evidence, kept, watch)
+        within = _drop(setup, result, labels, watch) <= bound
+        return result if within or count == len(worst) else None
 
-    def _planned(self, kept_float: Mapping[str, str]) -> QuantPlan:
-        return _planned(self.model, self.config, self.trained, kept_float)
+    return fewest(len(worst), without)
 
-    def _observed(self, plan: QuantPlan) -> Evidence:
-        """What data says about all that `plan`, with what was trained, leaves open."""
-        open_units = replace(
-            plan,
-            nodes={name: unit for name, unit in plan.nodes.items() if name not in plan.weights},
+
+def _drop(setup: Setup, tried: Attempt, labels: Mapping[str, int] | None, watch: Watch) -> float:
+    drop = output_drop(setup.model, tried.model, setup.data, labels, setup.resources)
+    units, measure = len(tried.plan.units()), "cosine" if labels is None else "top-1"
+    watch.say(f"With {units} nodes quantized the output loses {drop:.5f} of {measure}.")
+    return drop
+
+
+def attempt(
+    setup: Setup, evidence: Evidence, kept_float: Mapping[str, str], watch: Watch
+) -> Attempt:
+    """The model quantized without the nodes `kept_float`."""
+    plan = _with_ranges(setup, evidence, setup.planned(kept_float))
+    if mixed := _mixed_concats(plan):
+        plan = _with_ranges(setup, evidence, setup.planned({**kept_float, **mixed}))
+    plan, _ = setup.with_trained_weights(plan)
+    if any(unit.weight and unit.name not in plan.weights for unit in plan.units()):
+        walk = Walk(setup.model, plan, setup.data, setup.resources, samples=evidence.first)
+        watch.say(f"Weights are decided on {walk.count} of {len(setup.data)} samples.")
+        compensate = setup.wanted.weight_rounding == "GPTQ"
+        options = Options(compensate, setup.wanted.power_of_two_scale)
+        plan = decide_weights(setup.model, plan, walk, evidence.means, options, watch)
+    quantized, plan = setup.model.clone(), _with_tables(setup, plan, watch)
+    return Attempt(quantized, plan, emit(quantized, plan))
+
+
+def _with_ranges(setup: Setup, evidence: Evidence, plan: QuantPlan) -> QuantPlan:
+    wanted, graph, statistics = setup.wanted, setup.model.graph, evidence.statistics
+    spec = RangeSpec(UINT8, False, wanted.power_of_two_scale, wanted.outlier_ratio)
+    threads = setup.resources.threads
+    plan = plan.with_qparams(activation_qparams(plan, statistics, setup.method, spec, threads))
+    plan = plan.with_qparams(probability_qparams(graph, plan, statistics, spec))
+    plan = plan.with_qparams(masked_qparams(graph, plan, statistics, spec))
+    if setup.pixels is None or setup.target.activation != UINT8:
+        return plan
+    inputs = {value.name for value in graph.inputs}
+    return plan.with_qparams(
+        {group: setup.pixels.qparams for group in plan.groups() if group in inputs}
+    )
+
+
+def _with_tables(setup: Setup, plan: QuantPlan, watch: Watch) -> QuantPlan:
+    """The plan with float lookups in tables of 8 bits; in a product's codes where it multiplies
+    with the table.
+    """
+    nodes = {
+        unit.name: unit
+        for unit in weight_quant.storage_plan(setup.model, setup.job).units()
+        if unit.op_type == "Gather" and unit.name in plan.nodes
+        if not plan.nodes[unit.name].quantized
+    }
+    lookups = replace(plan, nodes=nodes)
+    stored = store_by_weights(setup.model, lookups, StoredOptions(), watch).stored
+    weights = {unit.weight.name: plan.weights[unit.name] for unit in plan.units() if unit.weight}
+    tied = {
+        (unit.name, 0): weights[unit.weight.name]
+        for unit in nodes.values()
+        if unit.weight and unit.weight.name in weights
+    }
+    return replace(plan, nodes={**plan.nodes, **nodes}, stored={**stored, **tied})
+
+
+# --- the edges of the model
+
+
+def set_edges(quantized: ir.Model, setup: Setup, evidence: Evidence, watch: Watch) -> None:
+    """Gives the quantized model the input and output types that the flags ask for."""
+    job = setup.job
+    kind = job.input_type if job.input_type in TYPES else "UINT8" if setup.pixels else ""
+    for value in [v for v in fed_inputs(quantized) if kind and is_float(v)]:
+        take_integers(quantized, value.name or "", kind, setup.pixels)
+    for value in _integer_outputs(job, quantized.graph):
+        name, fmt = value.name or "", INT8 if job.output_type == "INT8" else UINT8
+        q = _output_qparams(setup, evidence, name, fmt)
+        watch.tell(give_integers(quantized, name, job.output_type, q))
+
+
+def _integer_outputs(job: Job, graph: ir.Graph) -> list[ir.Value]:
+    """The float outputs that the flags make integers."""
+    return [value for value in graph.outputs if job.output_type in TYPES and is_float(value)]
+
+
+def _output_qparams(setup: Setup, evidence: Evidence, name: str, fmt: IntFormat) -> QParams:
+    """Parameters of an output that becomes integers; raises UsageError where no range is known."""
+    spec = RangeSpec(fmt, False, setup.wanted.power_of_two_scale)
+    if name in setup.trained.tensors:
+        tensor = TensorPlan(name, fmt, False, name, "")
+        return in_format(setup.trained.tensors[name], tensor, spec.power_of_two)
+    if name not in evidence.statistics:
+        msg = (
+            f"--outputDataType: training left the range of output '{name}' open; give "
+            "calibrate_path, or floats."
         )
-        # Without its trained bounds a model has other means.
-        means = (
-            products(self.model.graph, open_units)
-            if self.full.bias_correction and not self.trained
-            else ()
-        )
-        outputs = [
-            v.name or ""
-            for v in self.model.graph.outputs
-            if self.job.output_type in TYPES and is_float(v)
-        ]
-        tensors = tuple(
-            dict.fromkeys(
-                [*(group for group in plan.groups() if group not in plan.qparams), *outputs]
-            )
-        )
-        method, part = self.method, self.job.part or (0, 1)
-        wanted = Wanted(tensors, means, method.needs_histogram, method.needs_samples, part=part)
-        if not len(self.data):
-            return Evidence(of_constants(wanted, values_by_name(self.model.graph)), {})
-        if not tensors and not any(unit.weight for unit in open_units.units()):
-            return Evidence({}, {})
-        wanted = replace(wanted, first=Walk(self.model, plan, self.data, self.resources).count)
-        cache = self.config.common.calibration_cache
-        return observe_with_cache(self.model, wanted, self.data, self.resources, self.watch, cache)
+        raise UsageError(msg)
+    return spec.qparams(range_of(setup.method, evidence.statistics[name], spec))
 
-    def within_drop(self) -> Attempt:
-        """The attempt that keeps the fewest nodes float and loses no more than max_drop."""
-        bound, path = self.full.max_drop, self.config.preprocess.label_file
-        if bound is None:
-            return self.attempt({})
-        labels = read_labels(path, self.data) if path else None
-        first = self.attempt({})
-        if self._drop(first, labels) <= bound:
-            return first
-        found = alone(pair(self.model, first[0], first[1]), self.data, RANKED_ON, self.resources)
-        # What only moves values has its neighbours' integers, or none where they are float.
-        units = [unit.name for unit in first[1].units() if not OPS[unit.op_type].moves]
-        leaves = {name: found[name].output.sqnr_db if name in found else math.inf for name in units}
-        worst = sorted(units, key=lambda name: leaves[name])
-        for name in worst:
-            self.watch.say(f"Alone, {name} leaves the output {leaves[name]:.1f} dB.")
 
-        def attempt(count: int) -> Attempt | None:
-            kept = {
-                name: f"kept float for max_drop: alone it leaves {leaves[name]:.1f} dB"
-                for name in worst[:count]
-            }
-            result = self.attempt(kept)
-            return result if self._drop(result, labels) <= bound or count == len(worst) else None
-
-        return fewest(len(worst), attempt)
-
-    def _drop(self, attempt: Attempt, labels: Mapping[str, int] | None) -> float:
-        drop = output_drop(self.model, attempt[0], self.data, labels, self.resources)
-        units, measure = len(attempt[1].units()), "cosine" if labels is None else "top-1"
-        self.watch.say(f"With {units} nodes quantized the output loses {drop:.5f} of {measure}.")
-        return drop
-
-    def attempt(self, kept_float: Mapping[str, str]) -> Attempt:
-        """The model quantized without the nodes `kept_float`."""
-        plan = self._with_ranges(self._planned(kept_float))
-        if mixed := _mixed_concats(plan):
-            plan = self._with_ranges(self._planned({**kept_float, **mixed}))
-        plan, _ = with_trained_weights(
-            self.model, plan, self.trained, everything=not len(self.data)
-        )
-        if any(unit.weight and unit.name not in plan.weights for unit in plan.units()):
-            walk = Walk(self.model, plan, self.data, self.resources, samples=self.evidence.first)
-            self.watch.say(f"Weights are decided on {walk.count} of {len(self.data)} samples.")
-            options = Options(self.full.weight_rounding == "GPTQ", self.full.power_of_two_scale)
-            plan = decide_weights(self.model, plan, walk, self.evidence.means, options, self.watch)
-        quantized, plan = self.model.clone(), self._with_tables(plan)
-        return quantized, plan, emit(quantized, plan)
-
-    def _with_tables(self, plan: QuantPlan) -> QuantPlan:
-        """The plan with float lookups in tables of 8 bits; in a product's codes where it multiplies
-        with the table.
-        """
-        nodes = {
-            name: unit for name, unit in self.lookups.items() if not plan.nodes[name].quantized
-        }
-        stored = store_by_weights(
-            self.model, replace(plan, nodes=nodes), StoredOptions(), self.watch
-        ).stored
-        weights = {
-            unit.weight.name: plan.weights[unit.name] for unit in plan.units() if unit.weight
-        }
-        tied = {
-            (u.name, 0): weights[u.weight.name]
-            for u in nodes.values()
-            if u.weight and u.weight.name in weights
-        }
-        return replace(plan, nodes={**plan.nodes, **nodes}, stored={**stored, **tied})
-
-    def _with_ranges(self, plan: QuantPlan) -> QuantPlan:
-        spec = RangeSpec(UINT8, False, self.full.power_of_two_scale, self.full.outlier_ratio)
-        statistics, threads = self.evidence.statistics, self.resources.threads
-        plan = plan.with_qparams(activation_qparams(plan, statistics, self.method, spec, threads))
-        graph = self.model.graph
-        plan = plan.with_qparams(probability_qparams(graph, plan, statistics, spec))
-        plan = plan.with_qparams(masked_qparams(graph, plan, statistics, spec))
-        if self.pixels is None or _target(self.config).activation != UINT8:
-            return plan
-        inputs = {value.name for value in self.model.graph.inputs}
-        return plan.with_qparams(
-            {group: self.pixels.qparams for group in plan.groups() if group in inputs}
-        )
-
-    def set_edges(self, quantized: ir.Model) -> None:
-        """Gives the quantized model the input and output types that the flags ask for."""
-        job = self.job
-        kind = job.input_type if job.input_type in TYPES else "UINT8" if self.pixels else ""
-        for value in [v for v in fed_inputs(quantized) if kind and is_float(v)]:
-            take_integers(quantized, value.name or "", kind, self.pixels)
-        for value in [
-            v for v in quantized.graph.outputs if job.output_type in TYPES and is_float(v)
-        ]:
-            name, fmt = value.name or "", INT8 if job.output_type == "INT8" else UINT8
-            self.watch.tell(
-                give_integers(quantized, name, job.output_type, self._output_qparams(name, fmt))
-            )
-
-    def _output_qparams(self, name: str, fmt: IntFormat) -> QParams:
-        """Parameters of an output that becomes integers; raises UsageError where no range is
-        known.
-        """
-        spec = RangeSpec(fmt, False, self.full.power_of_two_scale)
-        if name in self.trained.tensors:
-            return in_format(
-                self.trained.tensors[name],
-                TensorPlan(name, fmt, False, name, ""),
-                spec.power_of_two,
-            )
-        if name not in self.evidence.statistics:
-            msg = (
-                f"--outputDataType: training left the range of output '{name}' open; give "
-                "calibrate_path, or floats."
-            )
-            raise UsageError(msg)
-        return spec.qparams(range_of(self.method, self.evidence.statistics[name], spec))
+def _restored_outputs(model: ir.Model, found: Attempt) -> dict[str, str]:
+    """What the units put out, by float tensor."""
+    known = values_by_name(model.graph)
+    outputs = (name for unit in found.plan.units() for name in unit.outputs)
+    return {
+        name: found.restored[name] for name in outputs if name in found.restored and name in known
+    }
 
 
 def _fed_by_floats(model: ir.Model, plan: QuantPlan) -> list[NodePlan]:

@@ -22,9 +22,7 @@ from converter.job import Job, Watch
 from converter.measure.errors import independent_names, largest_difference
 from converter.measure.results import Findings, Outcome
 from converter.measure.verify import tensor_errors, verify
-from converter.modes import dynamic_quant, full_quant, weight_quant
-from converter.modes import floats as transform
-from converter.modes import half as half_precision
+from converter.modes import MODES, full_quant
 from converter.pipeline.behind import Behind
 from converter.plan.ops import computes_on_integers, draws, may_have_weight
 from converter.plan.placement import check_skips
@@ -37,13 +35,6 @@ from converter.report.advice import listed
 from converter.report.collect import check_folder, write_reports
 from converter.report.provenance import provenance
 
-MODES = {
-    "FULL_QUANT": full_quant,
-    "WEIGHT_QUANT": weight_quant,
-    "DYNAMIC_QUANT": dynamic_quant,
-    "FLOAT32": transform,
-    "FLOAT16": half_precision,
-}
 INTEGER_ACTIVATIONS = {"FULL_QUANT", "DYNAMIC_QUANT"}
 QUANTIZING = {"FULL_QUANT", "WEIGHT_QUANT", "DYNAMIC_QUANT"}
 # Float32 outputs may differ in their last bits after an opset conversion.
@@ -200,8 +191,7 @@ def calibrate(job: Job, watch: Watch) -> None:
 
 def make_plan(job: Job, watch: Watch) -> QuantPlan:
     """The decisions a conversion would make before it looks at any data; runs nothing."""
-    plan: QuantPlan = MODES[job.mode].make_plan(read(job, watch), job)
-    return plan
+    return MODES[job.mode].make_plan(read(job, watch), job)
 
 
 def read(job: Job, watch: Watch) -> ir.Model:

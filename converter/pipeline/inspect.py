@@ -16,7 +16,8 @@ from converter.graph import files as models
 from converter.graph.edit import constant, operand
 from converter.graph.qdq import codes_behind
 from converter.job import Job, Watch
-from converter.pipeline.convert import MODES, read
+from converter.modes import MODES
+from converter.pipeline.convert import read
 from converter.plan.plan import NodePlan, QuantPlan
 from converter.prepare.opset import opset_of
 
