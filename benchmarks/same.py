@@ -52,7 +52,7 @@ def digits_cases() -> Iterator[Case]:
     """The shipped example, in every mode and for every target."""
     model = DIGITS / "digits_cnn.onnx"
     grey = ("image_to_format = GRAY", "normalize_mean = [0]", "normalize_std = [255]")
-    data = pictures(Path(f"x:{DIGITS / 'calib'}"), 40, *grey).replace("'x:", "x:'")
+    data = pictures(Path(f"image:{DIGITS / 'calib'}"), 40, *grey).replace("'image:", "image:'")
     full = mode("FULL_QUANT")
     settings = [f"target_device = {target}" for target in TARGETS]
     settings += [f"activation_quant_method = {name}" for name in ("KL", "MSE", "REMOVAL_OUTLIER")]

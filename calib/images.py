@@ -8,7 +8,6 @@ after decoding, so normalising before the resize would give the same pixels; CUB
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,9 +35,6 @@ LUMA = np.array([0.299, 0.587, 0.114], np.float32)
 FORMATS = ("BMP", "GIF", "JPEG", "JPEG2000", "PNG", "PPM", "TIFF", "WEBP")
 # A larger picture, or resize, is refused: 89 million pixels are a gigabyte of float32 RGB.
 MAX_PIXELS = 1024**3 // 12
-
-# Pillow has a limit of its own and only warns above it; as an error it becomes the sentence below.
-warnings.simplefilter("error", DecompressionBombWarning)
 
 
 @dataclass(frozen=True)

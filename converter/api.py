@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -41,9 +40,8 @@ def convert(
     dimension of `input_shapes` that stays dynamic is None. `watch` is told what the command prints.
     Raises QConvertError, whose text is the command's error message; then `output` is as it was.
     """
-    os.environ.setdefault(
-        "OPENBLAS_NUM_THREADS", "1"
-    )  # like the command; NumPy reads it when it is imported
+    from threadpoolctl import threadpool_limits
+
     from converter.pipeline import convert as pipeline  # takes long to import
 
     if config is None and not fp16:
@@ -63,4 +61,6 @@ def convert(
         fp16=fp16,
         verify=verify,
     )
-    return pipeline.convert(job, watch)
+    # Like the command: one thread in BLAS makes sums the same on any machine.
+    with threadpool_limits(1, "blas"):
+        return pipeline.convert(job, watch)

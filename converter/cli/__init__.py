@@ -75,6 +75,8 @@ def command(
     logging.disable(logging.CRITICAL)
     # What a model computes beyond all numbers is told in sentences.
     warnings.simplefilter("ignore", RuntimeWarning)
+    # Pillow warns of pictures that are too large, which is told in a sentence as well.
+    warnings.filterwarnings("ignore", message=".*decompression bomb")
     if context.invoked_subcommand:
         return
     if fmk != "ONNX":

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import onnx_ir as ir
-from onnxscript.optimizer._constant_folding import FoldConstantsPass
+from onnxscript import optimizer
 
 from converter.graph.edit import operand
 from converter.plan.ops import takes_weight
@@ -32,12 +32,13 @@ def fold_constants(model: ir.Model) -> None:
 
 
 def _fold(model: ir.Model, limit: int, worth: Callable[[ir.Node], bool | None]) -> None:
-    FoldConstantsPass(
-        shape_inference=True,
+    optimizer.fold_constants(
+        model,
+        onnx_shape_inference=True,
         input_size_limit=INPUT_LIMIT,
         output_size_limit=limit,
         should_fold=worth,
-    )(model)
+    )
 
 
 def _becomes_weight(node: ir.Node) -> bool | None:
