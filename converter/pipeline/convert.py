@@ -218,7 +218,7 @@ def _tell_of_inputs(model: ir.Model, job: Job, watch: Watch) -> None:
     """Says what becomes of inputs that have a value where none is fed."""
     constants = [value for value in model.graph.inputs if value.is_initializer()]
     if constants and model.ir_version >= models.INITIALIZERS_ALONE:
-        watch.warn(
+        watch.tell(
             f"Every initializer ({len(constants)}) is listed as an input, as old exporters do: "
             "they are taken as constants, and are no inputs of the result."
         )
