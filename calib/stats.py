@@ -25,6 +25,8 @@ SIDE_BITS = 13
 SIDE = 1 << SIDE_BITS
 # The width exponent of the smallest float32, 2 ** -149, which is where the grid starts.
 LEAST_EXPONENT = -148 - SIDE_BITS
+# A row of extremes widens to the smaller lo and the smaller -hi.
+SIGNS = np.array([1, -1], np.float32)
 # Values binned at a time: small enough that the temporaries stay in the processor's cache.
 BLOCK = 1 << 15
 
@@ -270,7 +272,5 @@ def _widened(samples: Array, first: int, others: Array) -> Array:
         grown = np.tile(np.array([np.inf, -np.inf], np.float32), (max(end, 2 * len(samples)), 1))
         grown[: len(samples)] = samples
         samples = grown
-    rows = samples[first:end]
-    np.minimum(rows[:, 0], others[:, 0], out=rows[:, 0])
-    np.maximum(rows[:, 1], others[:, 1], out=rows[:, 1])
+    samples[first:end] = SIGNS * np.minimum(SIGNS * samples[first:end], SIGNS * others)
     return samples
