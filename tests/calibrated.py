@@ -11,7 +11,8 @@ from converter.calibrate.observe import Wanted, activation_qparams, observe
 from converter.calibrate.walk import Walk
 from converter.plan.placement import Wishes, build_plan
 from converter.plan.targets import TARGETS
-from converter.weights.integer import Options, decide_weights, products
+from converter.weights.integer import Rounding
+from converter.weights.layers import decide_weights, products
 
 IMAGES = [{"x": normal(1, 4, 7, 7, seed=i) + 0.3} for i in range(6)]
 TABLES = [{"x": normal(2, 3, 8, seed=i) + 0.3} for i in range(6)]
@@ -27,19 +28,19 @@ CONSTANTS = {
 
 
 def decided(
-    graph, samples, target="CPU", options=None, correct=True, per_channel=True, **constants
+    graph, samples, target="CPU", rounding=None, correct=True, per_channel=True, **constants
 ):
     """The float model and its plan with all numbers."""
     model, data = prepared(graph, **{**CONSTANTS, **constants}), InMemory(samples)
     plan = build_plan(model.graph, TARGETS[target], Wishes(per_channel=per_channel))
     means = products(model.graph, plan) if correct else ()
-    options = options or Options()
+    rounding = rounding or Rounding()
     evidence = observe(
         model, Wanted(tuple(plan.groups()), means, False, False), data, resources(), Ear()
     )
-    spec = RangeSpec(UINT8, False, options.power_of_two)
+    spec = RangeSpec(UINT8, False, rounding.power_of_two)
     plan = plan.with_qparams(
         activation_qparams(plan, evidence.statistics, RANGE_METHODS["MAX_MIN"], spec)
     )
     walk = Walk(model, plan, data, resources())
-    return model, decide_weights(model, plan, walk, evidence.means, options, Ear())
+    return model, decide_weights(model, plan, walk, evidence.means, rounding, Ear())

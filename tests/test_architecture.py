@@ -14,9 +14,9 @@ ROOT = Path(__file__).parents[1]
 PACKAGES = ("calib", "converter")
 FILES = [path for package in PACKAGES for path in sorted((ROOT / package).rglob("*.py"))]
 
-# The rooms in order: a room imports only rooms before it.
 # What passes and writers may know: what is asked, graphs, tables and plans.
 ALLOWED = {"errors", "config", "job", "graph", "plan", "prepare"}
+# The rooms in order: a room imports only rooms before it.
 ROOMS = (
     "errors",
     "version",

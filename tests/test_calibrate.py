@@ -31,7 +31,7 @@ from converter.graph.files import load
 from converter.plan.placement import Wishes, build_plan
 from converter.plan.targets import TARGETS
 from converter.prepare import prepare
-from converter.weights.integer import products
+from converter.weights.layers import products
 
 
 def seen(wanted=EVERYTHING, samples=SAMPLES, threads=1, memory=64 << 20):

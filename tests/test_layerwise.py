@@ -13,7 +13,7 @@ from calib.ranges import RANGE_METHODS, RangeSpec
 from calib.session import open_session
 from calib.session import run as run_session
 from converter.calibrate.observe import Wanted, activation_qparams, observe
-from converter.calibrate.walk import Walk, second_moments, steps_of
+from converter.calibrate.walk import Walk, steps_of
 from converter.emit.qdq import emit
 from converter.graph.edit import values_by_name
 from converter.graph.files import load, saved
@@ -21,7 +21,9 @@ from converter.plan.matrices import view_of
 from converter.plan.placement import Wishes, build_plan
 from converter.plan.targets import TARGETS
 from converter.prepare import prepare
-from converter.weights.integer import Options, decide_weights
+from converter.weights.integer import Rounding
+from converter.weights.layers import decide_weights
+from converter.weights.moments import second_moments
 
 HEAD = "g (float[1,4,8,8] x) => (float[] y)"
 CONSTANTS = {
@@ -86,7 +88,7 @@ def decided(model, samples, target="CPU", threads=1):
         activation_qparams(plan, evidence.statistics, RANGE_METHODS["MAX_MIN"], spec)
     )
     walk = Diary(model, plan, data, resources(threads))
-    return decide_weights(model, plan, walk, {}, Options(), Ear()), walk
+    return decide_weights(model, plan, walk, {}, Rounding(), Ear()), walk
 
 
 def computed(model, plan, samples):

@@ -16,7 +16,6 @@ from running import write_config
 from calib import trellis
 from calib.affine import UINT8, QParams, quantize
 from converter.calibrate.observe import channel_mean
-from converter.calibrate.walk import usable
 from converter.graph.edit import constant, is_float, values_by_name
 from converter.job import Watch
 from converter.plan.ops import is_normalized
@@ -24,7 +23,9 @@ from converter.plan.placement import is_named
 from converter.plan.plan import NodePlan, QuantPlan, WeightPlan
 from converter.prepare import prepare
 from converter.weights.gptq import helps_everywhere
-from converter.weights.stored import Options, store_by_weights
+from converter.weights.layers import store_by_weights
+from converter.weights.moments import usable
+from converter.weights.stored import Storage
 
 MODES: dict[str, dict[str, object]] = {
     "FULL_QUANT": {},
@@ -152,7 +153,7 @@ def test_more_channels_than_a_chunk(bits: int) -> None:
     )
     weight = WeightPlan("w", 1, UINT8, 1)
     unit = NodePlan("n", "MatMul", True, "", ("x",), weight=weight).in_bits(bits)
-    plan = store_by_weights(model, QuantPlan({"n": unit}, {}), Options(), Watch())
+    plan = store_by_weights(model, QuantPlan({"n": unit}, {}), Storage(), Watch())
     assert plan.stored["n", 1].codes.shape == (4, 40_000)
 
 

@@ -9,6 +9,7 @@ import json
 import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import onnx
@@ -20,7 +21,9 @@ from running import write_config
 
 from calib.affine import Array
 from converter import convert
-from converter.weights import stored as stored_weights
+from converter.weights import layers
+from converter.weights.grids import Rows
+from converter.weights.stored import Inputs
 
 CONV = "[conv] a = Conv (x, w)  [second] b = Conv (a, v)"
 WEIGHTS = {"w": normal(32, 3, 1, 1), "v": normal(32, 32, 1, 1, seed=1)}
@@ -315,13 +318,13 @@ def rows_picked(path: str) -> list[int]:
 def test_only_samples_with_as_many_rows_stand_for_one_another(
     qconvert: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    compared, original = [], stored_weights._joint
+    compared, original = [], layers.fitted_to_outputs
 
-    def joint(x: Array, reference: Array, *rest: object) -> tuple[Array, Array]:
-        compared.append(x.shape[1])
-        return original(x, reference, *rest)
+    def fitted(matrix: Array, pair: Inputs, *rest: Any) -> Rows:
+        compared.append(pair.own.shape[1])
+        return original(matrix, pair, *rest)
 
-    monkeypatch.setattr(stored_weights, "_joint", joint)
+    monkeypatch.setattr(layers, "fitted_to_outputs", fitted)
     config = configured("WEIGHT_QUANT", common_quant={"bit_num": 2})
     model = write_model("rows picked, then multiplied")
     result = qconvert.convert(config, Path("q.onnx"), model)

@@ -15,7 +15,8 @@ from calib.affine import dequantize
 from calib.session import open_session, run
 from converter.emit.qdq import bias_qparams, emit
 from converter.graph.files import saved
-from converter.weights.integer import BIAS_LIMIT, Options, products
+from converter.weights.integer import BIAS_LIMIT, Rounding
+from converter.weights.layers import products
 
 IMAGE = "g (float[1,4,7,7] x) => (float[] y)"
 TABLE = "g (float[2,3,8] x) => (float[] y)"
@@ -188,7 +189,7 @@ def test_pairs_of_codes_stay_within_what_the_target_adds_exactly(compensate):
     graph = f"{IMAGE} {{ a = Conv (x, w)  y = Conv (a, v) }}"
     found = {}
     for target in ("CPU", "CPU_VNNI", "ARM"):
-        _, plan = decided(graph, IMAGES, target, Options(compensate), **heavy)
+        _, plan = decided(graph, IMAGES, target, Rounding(compensate), **heavy)
         found[target] = next(
             w.codes for w in plan.weights.values() if w.codes.shape == (6, 4, 3, 3)
         )
@@ -201,14 +202,14 @@ def test_pairs_of_codes_stay_within_what_the_target_adds_exactly(compensate):
 def test_a_depthwise_weight_uses_the_full_range():
     graph = f"{IMAGE} {{ f = Conv (x, w)  a = Conv <group=6> (f, d)  y = Conv (a, v) }}"
     _, plan = decided(
-        graph, IMAGES, d=np.abs(CONSTANTS["d"]) + 1, options=Options(compensate=False)
+        graph, IMAGES, d=np.abs(CONSTANTS["d"]) + 1, rounding=Rounding(compensate=False)
     )
     codes = next(w.codes for w in plan.weights.values() if w.codes.shape == (6, 1, 3, 3))
     assert np.abs(pairs(codes)).max() > 128
 
 
 def test_nearest_codes_are_nearest():
-    model, plan = decided(LAYERS["conv"][0], IMAGES, "ARM", Options(compensate=False))
+    model, plan = decided(LAYERS["conv"][0], IMAGES, "ARM", Rounding(compensate=False))
     for unit in plan.units():
         weight = next(n for n in model.graph if n.name == unit.name).inputs[1].const_value.numpy()
         stored = plan.weights[unit.name]
@@ -228,7 +229,7 @@ def test_compensated_codes_give_nearer_outputs():
     x = np.concatenate([sample["x"] for sample in samples]).astype(np.float64)
     errors = {}
     for compensate in (True, False):
-        _, plan = decided(graph, samples, "ARM", Options(compensate), correct=False)
+        _, plan = decided(graph, samples, "ARM", Rounding(compensate), correct=False)
         stored = next(w for w in plan.weights.values() if w.codes.shape == (8, 6))
         errors[compensate] = np.square(
             x @ (dequantize(stored.codes, stored.qparams) - CONSTANTS["m"])
@@ -239,7 +240,7 @@ def test_compensated_codes_give_nearer_outputs():
 @pytest.mark.parametrize("name", ["conv", "gemm"])
 def test_scales_that_are_powers_of_two(name):
     graph, samples, _ = LAYERS[name]
-    _, plan = decided(graph, samples, options=Options(power_of_two=True))
+    _, plan = decided(graph, samples, rounding=Rounding(power_of_two=True))
     scales = [q.scale for q in plan.qparams.values()] + [
         w.qparams.scale for w in plan.weights.values()
     ]

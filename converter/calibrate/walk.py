@@ -35,9 +35,6 @@ STORE_BYTES = 192 << 20
 # Samples that are enough, if they are this many bytes: short sentences need more of them than
 # pictures.
 ENOUGH_SAMPLES, ENOUGH_BYTES = 64, 48 << 20
-# Parts in which second moments are summed, side by side.
-PARTS = 4
-
 
 # Nodes that run together, and the weighted unit that they are.
 _Cut = tuple[list[ir.Node], NodePlan | None]
@@ -318,29 +315,6 @@ def _mean(means: Sequence[Array]) -> Array:
     known = np.isfinite(rows)
     total, count = rows.sum(axis=0, where=known), known.sum(axis=0)
     return np.asarray(np.divide(total, count, out=np.full(count.shape, np.nan), where=count > 0))
-
-
-def usable(drawn: Array) -> Array:
-    """Which of the inputs (groups, drawn, columns) have finite squares, as a mask (drawn,)."""
-    with np.errstate(over="ignore", invalid="ignore"):
-        energy = np.einsum("gdk,gdk->d", drawn, drawn) * np.float32(drawn.shape[1])
-    finite: Array = np.isfinite(energy)
-    return finite
-
-
-def second_moments(drawn: Array, threads: int) -> Array:
-    """E[x x'] over x drawn: float32 (groups, drawn, columns) to float64 (groups, columns,
-    columns).
-    """
-    # Always the same parts, so that the sum does not depend on the number of workers.
-    parts = np.array_split(drawn, PARTS, axis=1)
-
-    def moments(index: int) -> Array:
-        # In float64 the order in which a processor sums costs no digit that decides.
-        x = parts[index].astype(np.float64)
-        return np.asarray(np.matmul(x.transpose(0, 2, 1), x))
-
-    return np.asarray(np.sum(list(over_samples(PARTS, moments, threads)), axis=0) / drawn.shape[1])
 
 
 def product_of_mean(view: View, weight: Array, mean: Array) -> Array:

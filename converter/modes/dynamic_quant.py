@@ -30,11 +30,10 @@ from converter.plan.ops import OPS
 from converter.plan.plan import NodePlan, QuantizedWeight, QuantPlan, TensorPlan, WeightPlan
 from converter.plan.result import Quantized
 from converter.plan.targets import CPU
-from converter.weights.gptq import Grid, nearest, search_scales
-from converter.weights.integer import Options, decide_weights, packed, products
+from converter.weights.integer import Rounding, packed, rounded
+from converter.weights.layers import decide_weights, products, store_by_weights
 from converter.weights.smoothquant import smooth
-from converter.weights.stored import Options as StoredOptions
-from converter.weights.stored import store_by_weights
+from converter.weights.stored import Storage
 
 # Random samples that show which channels stand out, and the tokens in each.
 RANDOM_SAMPLES, RANDOM_LENGTH = 32, 32
@@ -154,7 +153,7 @@ def _smooth(
 def _by_themselves(model: ir.Model, plan: QuantPlan, watch: Watch) -> QuantPlan:
     """The plan with every weight fitted by itself."""
     others = {name: unit for name, unit in plan.nodes.items() if not _keeps_codes(unit)}
-    stored = store_by_weights(model, replace(plan, nodes=others), StoredOptions(), watch).stored
+    stored = store_by_weights(model, replace(plan, nodes=others), Storage(), watch).stored
     fitted = {
         unit.name: _fitted(node, known(unit.weight))
         for node, unit in planned(model, plan)
@@ -166,11 +165,7 @@ def _by_themselves(model: ir.Model, plan: QuantPlan, watch: Watch) -> QuantPlan:
 def _fitted(node: ir.Node, wanted: WeightPlan) -> QuantizedWeight:
     view = ProductView(node.op_type == "Gather" or bool(node.attributes.get_int("transB", 0)))
     matrix = view.matrix(known(operand(node, wanted.index)).astype(np.float64))
-    grid = Grid(wanted.format, wanted.pair_limit)
-    scale = search_scales(matrix, np.ones(matrix.shape[::2]), grid, wanted.axis is not None).astype(
-        np.float32
-    )
-    codes = nearest(matrix / scale[..., None].astype(np.float64), grid)
+    codes, scale = rounded(matrix, None, wanted, np.zeros(matrix.shape[:2]), Rounding())
     return packed(view.weight(codes), scale, wanted)
 
 
@@ -191,7 +186,7 @@ def _by_outputs(
         (), products(model.graph, part), histogram=False, samples=False, first=walk.count
     )
     means = observe(model, wanted, data, resources, watch).means
-    decided = decide_weights(model, part, walk, means, Options(), watch)
+    decided = decide_weights(model, part, walk, means, Rounding(), watch)
     return plan.with_weights(decided.weights, decided.biases)
 
 

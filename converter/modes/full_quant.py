@@ -44,10 +44,10 @@ from converter.plan.targets import TARGETS, Target
 from converter.prepare.equalize import equalize
 from converter.prepare.fake_quant import Trained, take_trained
 from converter.prepare.pixels import Pixels, fold_normalisation, trained_pixels
-from converter.weights.integer import Options, decide_weights, products
+from converter.weights.integer import Rounding
+from converter.weights.layers import decide_weights, products, store_by_weights
 from converter.weights.smoothquant import smooth
-from converter.weights.stored import Options as StoredOptions
-from converter.weights.stored import store_by_weights
+from converter.weights.stored import Storage
 from converter.weights.trained import Kept, tell_kept, with_trained_weights
 
 # A Concat whose inputs' ranges differ by more than this gives the small ones too few codes.
@@ -283,8 +283,8 @@ def attempt(
         walk = Walk(setup.model, plan, setup.data, setup.resources, samples=evidence.first)
         watch.say(f"Weights are decided on {walk.count} of {len(setup.data)} samples.")
         compensate = setup.wanted.weight_rounding == "GPTQ"
-        options = Options(compensate, setup.wanted.power_of_two_scale)
-        plan = decide_weights(setup.model, plan, walk, evidence.means, options, watch)
+        rounding = Rounding(compensate, setup.wanted.power_of_two_scale)
+        plan = decide_weights(setup.model, plan, walk, evidence.means, rounding, watch)
     quantized, plan = setup.model.clone(), _with_tables(setup, plan, watch)
     return Attempt(quantized, plan, emit(quantized, plan))
 
@@ -315,7 +315,7 @@ def _with_tables(setup: Setup, plan: QuantPlan, watch: Watch) -> QuantPlan:
         if not plan.nodes[unit.name].quantized
     }
     lookups = replace(plan, nodes=nodes)
-    stored = store_by_weights(setup.model, lookups, StoredOptions(), watch).stored
+    stored = store_by_weights(setup.model, lookups, Storage(), watch).stored
     weights = {unit.weight.name: plan.weights[unit.name] for unit in plan.units() if unit.weight}
     tied = {
         (unit.name, 0): weights[unit.weight.name]

@@ -27,8 +27,9 @@ from converter.plan.plan import NodePlan, QuantPlan, WeightPlan
 from converter.plan.result import Quantized, Tradeoff
 from converter.prepare.opset import opset_of, raise_opset
 from converter.weights.journal import Journal
+from converter.weights.layers import Fitter
 from converter.weights.mixed_bits import Search
-from converter.weights.stored import WIDEST, Fitter, Options
+from converter.weights.stored import WIDEST, Storage
 
 # The width in a plan whose widths are not found yet.
 UNKNOWN_BITS = 8
@@ -63,11 +64,11 @@ def quantize(model: ir.Model, job: Job, watch: Watch) -> Quantized:
     """The quantized copy of a prepared float model."""
     wanted, data, resources = job.config.weight_quant, _data(model, job, watch), resources_of(job)
     given = bool(job.config.preprocess.calibrate_path)
-    options = Options(
+    storage = Storage(
         given and wanted.quant_strategy != "MAX_MIN", wanted.bias_correction, wanted.on_the_fly
     )
     newest = _newest_opset(model, job, watch) if wanted.on_the_fly else None
-    fitter = Fitter(model, data, resources, options, watch)
+    fitter = Fitter(model, data, resources, storage, watch)
     plan, pareto = make_plan(model, job), tuple[Tradeoff, ...]()
     if job.config.common.bit_num:
         plan = fitter.fitted(plan)

@@ -29,7 +29,7 @@ from converter.measure.sensitivity import fewest, only, output_drop
 from converter.plan.plan import QuantPlan
 from converter.plan.result import Tradeoff
 from converter.weights.journal import Journal
-from converter.weights.stored import Fitter
+from converter.weights.layers import Fitter
 
 # Widths that a search by sensitivity may choose, and the one it measures.
 WIDTHS = range(2, 11)
@@ -126,7 +126,7 @@ class Search:
         return self._by_error(self.wanted.init_scale), ()
 
     def _by_error(self, bound: float) -> QuantPlan:
-        return replace(self.fitter, options=replace(self.fitter.options, max_error=bound)).fitted(
+        return replace(self.fitter, storage=replace(self.fitter.storage, max_error=bound)).fitted(
             self.plan
         )
 

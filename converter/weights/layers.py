@@ -1,0 +1,345 @@
+"""Weights layer by layer: for each layer, in the light of those before it, draw its inputs, decide
+its weight and its bias, advance.
+
+Weights that stay integers are decided on what the quantized layers before them hand on. Weights
+that are floats again before use are fitted to what the float model computes from its own
+activations, but on the inputs of the quantized one, so that they make up for errors before them.
+What is left of the mean error goes into the bias.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+import onnx_ir as ir
+
+from calib.affine import Array, dequantize
+from calib.samples import Dataset
+from converter.calibrate.observe import Mean
+from converter.calibrate.walk import Emit, Walk, product_of_mean
+from converter.emit.stored import as_floats, bias_of, emit_stored, planned
+from converter.graph.edit import constant, known, values_by_name
+from converter.job import Resources, Watch
+from converter.plan.matrices import View, plain_matrix, plain_weight, view_of
+from converter.plan.ops import OPS, is_normalized
+from converter.plan.plan import NodePlan, QuantizedWeight, QuantPlan, WeightPlan
+from converter.weights import integer, stored
+from converter.weights.gptq import helps_everywhere
+from converter.weights.integer import Rounding, least_scales
+from converter.weights.moments import usable
+from converter.weights.stored import Storage, fitted_alone, fitted_to_outputs
+
+# Inputs drawn for the second moments of an integer layer, a column and at the least and the most
+# over all samples, and of a stored one.
+INTEGER_DRAWS, STORED_DRAWS = (8, 1024, 8192), (16, 2048, 8192)
+# Inputs that judge a correction.
+JUDGES = 1024
+# Bytes of activations that each of the two walks of stored weights keeps, and samples: accuracy
+# grows with those that take part.
+STORE_BYTES, MOST_SAMPLES = 448 << 20, 128
+
+Decide = Callable[[NodePlan, QuantPlan], QuantPlan]
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A weighted unit with its constants; `bias` is float64 of shape (channels,) or None, `view`
+    the weight as a matrix of products or None.
+    """
+
+    unit: NodePlan
+    node: ir.Node
+    weight: Array
+    bias: Array | None
+    view: View | None
+
+    @property
+    def wanted(self) -> WeightPlan:
+        """The weight's plan."""
+        return known(self.unit.weight)
+
+
+def in_turn(walks: Sequence[Walk], plan: QuantPlan, decide: Decide, watch: Watch) -> QuantPlan:
+    """The plan with every layer decided in the light of those before it, which the walks, over the
+    same steps, have taken.
+    """
+    steps = walks[0].steps
+    for position, step in enumerate(watch.track(steps, "Rounding weights", len(steps))):
+        if step.unit:
+            plan = decide(step.unit, plan)
+        for walk in walks:
+            walk.advance(position, plan)
+    return plan
+
+
+def _layer(unit: NodePlan, node: ir.Node, bias: Array | None) -> Layer:
+    wanted = known(unit.weight)
+    weight = known(constant(node.inputs[wanted.index]))
+    row = None if bias is None else bias.reshape(-1).astype(np.float64)
+    return Layer(unit, node, weight, row, view_of(node, weight.shape, wanted.index))
+
+
+def _count(draws: tuple[int, int, int], columns: int) -> int:
+    each, least, most = draws
+    return int(np.clip(each * columns, least, most))
+
+
+def _shift_worth(
+    layer: Layer, weight: QuantizedWeight, shift: Array, plan: QuantPlan, walk: Walk
+) -> Array | None:
+    """What is added to the bias so that every channel keeps its mean; None where that is not to be
+    trusted: before a normalisation quiet rows count as well.
+    """
+    shift = np.where(np.isfinite(shift), shift, 0.0)
+    if layer.view is None or not is_normalized(layer.node.outputs[0]):
+        return shift
+    drawn, scale = walk.draw(layer.unit, layer.view, JUDGES, plan)
+    x = drawn[:, usable(drawn)] * np.float32(scale)
+    weights = layer.weight, dequantize(weight.codes, weight.qparams)
+    before, after = (layer.view.matrix(each.astype(np.float64)) for each in weights)
+    own = np.zeros(shift.shape) if layer.bias is None else layer.bias
+    return shift if not x.size or helps_everywhere(x, before, after, own, shift) else None
+
+
+# --- weights that stay integers
+
+
+def decide_weights(
+    model: ir.Model,
+    plan: QuantPlan,
+    walk: Walk,
+    means: Mapping[Mean, Array],
+    rounding: Rounding,
+    watch: Watch,
+) -> QuantPlan:
+    """The plan with integer weights and biases; `means` are the float model's channel means of
+    `products`.
+    """
+    values = values_by_name(model.graph)
+    nodes = {node.name: node for node in model.graph}
+
+    def decide(unit: NodePlan, plan: QuantPlan) -> QuantPlan:
+        if unit.name in plan.weights:
+            return plan
+        bias = constant(values[unit.bias]) if unit.bias else None
+        layer = _layer(unit, nodes[unit.name], bias)
+        weight = _rounded(layer, plan, walk, rounding)
+        # Another unit may watch the same tensor for a bias that this one has no place for.
+        mean = means.get(_source(unit, layer.node)) if _correctable(unit) else None
+        own = layer.bias if mean is None else _corrected(layer, weight, mean, plan, walk)
+        return plan.with_weights({unit.name: weight}, {} if own is None else {unit.name: own})
+
+    return in_turn([walk], plan, decide, watch)
+
+
+def products(graph: ir.Graph, plan: QuantPlan) -> tuple[Mean, ...]:
+    """The channel means that bias correction needs of the float model."""
+    nodes = {node.name: node for node in graph}
+    correctable = [unit for unit in plan.units() if _correctable(unit)]
+    return tuple(dict.fromkeys(_source(unit, nodes[unit.name]) for unit in correctable))
+
+
+def _correctable(unit: NodePlan) -> bool:
+    return unit.weight is not None and (OPS[unit.op_type].bias is not None or unit.bias is not None)
+
+
+def _source(unit: NodePlan, node: ir.Node) -> Mean:
+    """What the mean of the product follows from: its input, which is watched anyway, where
+    possible, or the product.
+    """
+    view = _layer(unit, node, None).view
+    if view and view.input_axis is not None:
+        return unit.inputs[0], view.input_axis
+    return node.outputs[0].name or "", OPS[unit.op_type].output_axis
+
+
+def _rounded(layer: Layer, plan: QuantPlan, walk: Walk, rounding: Rounding) -> QuantizedWeight:
+    wanted, view, weight = layer.wanted, layer.view, layer.weight.astype(np.float64)
+    matrix = view.matrix(weight) if view else plain_matrix(weight, wanted.axis)
+    least = _least(layer, plan, matrix.shape[:2])
+    if view is None:
+        codes, scale = integer.rounded(matrix, None, wanted, least, rounding)
+        return integer.packed(plain_weight(codes, weight.shape, wanted.axis), scale, wanted)
+    drawn, unit_scale = walk.draw(layer.unit, view, _count(INTEGER_DRAWS, matrix.shape[2]), plan)
+    drawn = drawn[:, usable(drawn)]
+    if not drawn.shape[1]:
+        drawn = np.ones((len(drawn), 1, matrix.shape[2]), np.float32)  # nothing is known of them
+    inputs = integer.Inputs(drawn, unit_scale, walk.threads)
+    codes, scale = integer.rounded(matrix, inputs, wanted, least, rounding)
+    return integer.packed(view.weight(codes), scale, wanted)
+
+
+def _least(layer: Layer, plan: QuantPlan, shape: tuple[int, ...]) -> Array:
+    """The least scale of each row."""
+    name = layer.unit.inputs[0]
+    if layer.bias is None or name not in plan.tensors:
+        return np.zeros(shape)
+    return least_scales(layer.bias, plan.params(name), shape, layer.wanted.axis is not None)
+
+
+def _corrected(
+    layer: Layer, weight: QuantizedWeight, mean: Array, plan: QuantPlan, walk: Walk
+) -> Array:
+    """The bias that gives the quantized product the float product's mean in every channel.
+
+    Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction" (2019),
+    section 4.2, with measured means.
+    """
+    own = 0.0 if layer.bias is None else layer.bias
+    if layer.view and layer.view.input_axis is not None:
+        target = product_of_mean(layer.view, layer.weight, mean)
+    else:
+        target = mean - (own if OPS[layer.unit.op_type].bias is not None else 0.0)
+    reached = walk.mean_product(layer.unit, dequantize(weight.codes, weight.qparams), plan)
+    shift = _shift_worth(layer, weight, target - reached, plan, walk)
+    return np.asarray(own + (np.zeros_like(reached) if shift is None else shift))
+
+
+# --- weights that are floats again before use
+
+
+@dataclass(frozen=True)
+class Fitter:
+    """What every fit of one model's stored weights shares."""
+
+    model: ir.Model
+    data: Dataset
+    resources: Resources
+    storage: Storage
+    watch: Watch
+
+    def fitted(self, plan: QuantPlan, alone: bool = False) -> QuantPlan:
+        """The plan with all weights and, by outputs, biases; `alone` fits a layer as if all others
+        were float.
+        """
+        if not self.storage.by_outputs:
+            return store_by_weights(self.model, plan, self.storage, self.watch)
+        layers = _StoredLayers(self, plan, alone)
+        plan = self._told_of_blind(plan, layers.seen)
+        # What others read too, as a lookup does a tied table, may be needed before its product is
+        # decided.
+        but = [value for value in layers.seen if len(value.uses()) == 1]
+        plan = store_by_weights(self.model, plan, self.storage, self.watch, but)
+        return in_turn(layers.walks, plan, layers.decide, self.watch)
+
+    def _told_of_blind(self, plan: QuantPlan, seen: Collection[ir.Value]) -> QuantPlan:
+        """The plan whose reasons say which weights are rounded without data, as no walk sees what
+        they multiply.
+        """
+        blind = {
+            unit.name: replace(unit, reason=f"{unit.reason}, rounded without data")
+            for node, unit in planned(self.model, plan)
+            if any(node.inputs[wanted.index] not in seen for wanted in unit.weights)
+        }
+        if blind:
+            self.watch.say(f"Rounded without data: the weights of {', '.join(blind)}.")
+        return replace(plan, nodes={**plan.nodes, **blind})
+
+
+def store_by_weights(
+    model: ir.Model, plan: QuantPlan, storage: Storage, watch: Watch, but: Collection[ir.Value] = ()
+) -> QuantPlan:
+    """The plan with every weight fitted by itself, but for some; one that several nodes share is
+    fitted once.
+    """
+    found: dict[ir.Value, QuantizedWeight] = {}
+    weights: dict[tuple[str, int], QuantizedWeight] = {}
+    wanted = [
+        (unit.name, weight, known(node.inputs[weight.index]))
+        for node, unit in planned(model, plan)
+        for weight in unit.weights
+        if node.inputs[weight.index] not in but
+    ]
+    for name, weight, value in watch.track(wanted, "Fitting weights", len(wanted)):
+        if value not in found:
+            found[value] = fitted_alone(known(constant(value)), weight, storage)
+        weights[name, weight.index] = found[value]
+    return replace(plan, stored=weights)
+
+
+class _StoredLayers:
+    """A walk with stored weights beside one of the float model."""
+
+    def __init__(self, fitter: Fitter, plan: QuantPlan, alone: bool) -> None:
+        def walk(write: Emit) -> Walk:
+            return Walk(
+                fitter.model, plan, fitter.data, fitter.resources, write, STORE_BYTES, MOST_SAMPLES
+            )
+
+        self.storage, self.nodes = fitter.storage, {node.name: node for node in fitter.model.graph}
+        self.float_walk = walk(lambda model, plan: None)
+        self.walk = self.float_walk if alone else walk(partial(emit_stored, write=as_floats))
+        self.walks = list({id(w): w for w in (self.walk, self.float_walk)}.values())
+        self.decided: set[ir.Value] = set()
+        units = (step.unit for step in self.walk.steps if step.unit)
+        self.seen = {v for unit in units if (v := self._seen(unit)) is not None}
+
+    def decide(self, unit: NodePlan, plan: QuantPlan) -> QuantPlan:
+        """The plan with the unit's product decided anew; a weight that several share suits the
+        first.
+        """
+        node = self.nodes[unit.name]
+        layer = _layer(unit, node, bias_of(node, unit))
+        value = known(node.inputs[layer.wanted.index])
+        if layer.view is None or value not in self.seen:
+            return plan
+        if value not in self.decided:
+            self.decided.add(value)
+            plan = _shared(value, self._fitted(layer, layer.view, plan), plan)
+        if not self._corrects(unit):
+            return plan
+        weight = plan.stored[unit.name, layer.wanted.index]
+        reached = self.walk.mean_product(unit, dequantize(weight.codes, weight.qparams), plan)
+        shift = self.float_walk.mean_product(unit, layer.weight, plan) - reached
+        worth = _shift_worth(layer, weight, shift, plan, self.walk)
+        if worth is None:
+            return plan
+        return plan.with_weights(
+            {}, {unit.name: worth if layer.bias is None else layer.bias + worth}
+        )
+
+    def _seen(self, unit: NodePlan) -> ir.Value | None:
+        """The weight of a unit whose inputs tell how it is best rounded."""
+        node, wanted = self.nodes[unit.name], unit.weights[0]
+        value = known(node.inputs[wanted.index])
+        shape = known(constant(value)).shape
+        view = view_of(node, shape, wanted.index) and not OPS[unit.op_type].obstacle(node)
+        return value if view and wanted.block is None else None
+
+    def _fitted(self, layer: Layer, view: View, plan: QuantPlan) -> QuantizedWeight:
+        matrix = view.matrix(layer.weight.astype(np.float64))
+        x, reference = self._drawn(layer.unit, view, _count(STORED_DRAWS, matrix.shape[2]), plan)
+        both = usable(x) & usable(reference)
+        x, reference = x[:, both], reference[:, both]
+        if not x.shape[1]:
+            x = reference = np.ones((len(x), 1, x.shape[2]), np.float32)  # nothing is known
+        pair = stored.Inputs(x, reference, self._corrects(layer.unit))
+        rows = fitted_to_outputs(matrix, pair, layer.wanted, self.storage, self.walk.threads)
+        return stored.packed(rows, view.weight(rows.codes()), layer.wanted)
+
+    def _drawn(
+        self, unit: NodePlan, view: View, count: int, plan: QuantPlan
+    ) -> tuple[Array, Array]:
+        """Inputs as the layers before hand them on, and the float model's, which they stand for.
+
+        Where the number of rows depends on the data, samples take part in which it is the same; if
+        there are none, the inputs stand for themselves.
+        """
+        shapes = (walk.shapes(unit.inputs[0]) for walk in (self.walk, self.float_walk))
+        alike = [i for i, (own, other) in enumerate(zip(*shapes, strict=True)) if own == other]
+        x, _ = self.walk.draw(unit, view, count, plan, alike)
+        return x, self.float_walk.draw(unit, view, count, plan, alike)[0] if alike else x
+
+    def _corrects(self, unit: NodePlan) -> bool:
+        has_place = OPS[unit.op_type].bias is not None or bool(unit.absorbed)
+        return self.storage.correct and has_place
+
+
+def _shared(value: ir.Value, weight: QuantizedWeight, plan: QuantPlan) -> QuantPlan:
+    """The plan with the weight of all units that read `value`."""
+    names = {unit.name for unit in plan.units()}
+    uses = [(use.node.name or "", use.idx) for use in value.uses()]
+    return replace(plan, stored={**plan.stored, **{(n, i): weight for n, i in uses if n in names}})

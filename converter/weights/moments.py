@@ -1,0 +1,34 @@
+"""What is known of the inputs of a matrix product: which can be used, and their second moments."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from calib.affine import Array
+from calib.session import over_samples
+
+# Parts in which second moments are summed, side by side.
+PARTS = 4
+
+
+def usable(drawn: Array) -> Array:
+    """Which of the inputs (groups, drawn, columns) have finite squares, as a mask (drawn,)."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        energy = np.einsum("gdk,gdk->d", drawn, drawn) * np.float32(drawn.shape[1])
+    finite: Array = np.isfinite(energy)
+    return finite
+
+
+def second_moments(drawn: Array, threads: int) -> Array:
+    """E[x x'] over x drawn: float32 (groups, drawn, columns) to float64 (groups, columns,
+    columns).
+    """
+    # Always the same parts, so that the sum does not depend on the number of workers.
+    parts = np.array_split(drawn, PARTS, axis=1)
+
+    def moments(index: int) -> Array:
+        # In float64 the order in which a processor sums costs no digit that decides.
+        x = parts[index].astype(np.float64)
+        return np.asarray(np.matmul(x.transpose(0, 2, 1), x))
+
+    return np.asarray(np.sum(list(over_samples(PARTS, moments, threads)), axis=0) / drawn.shape[1])
