@@ -165,6 +165,29 @@ def test_no_test_file_imports_another():
         assert not lenders, f"{path.name}: move what {lenders} lend to a module that is no test"
 
 
+def named_operators(path: Path) -> Iterator[int]:
+    """Lines of `path` that compare an op_type with operators by name."""
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            asks = any(isinstance(side, ast.Attribute) and side.attr == "op_type" for side in sides)
+            inner = (part for side in sides for part in ast.walk(side))
+            names = (part for part in inner if isinstance(part, ast.Constant))
+            if asks and any(isinstance(part.value, str) for part in names):
+                yield node.lineno
+
+
+def test_operators_are_known_by_the_table_alone():
+    # A pass of `prepare` may be about one operator, in one written form.
+    free = ("converter.plan.ops", "converter.graph.qdq", "converter.prepare.")
+    for module, path in MODULES.items():
+        lines = list(named_operators(path))
+        assert not lines or module.startswith(free), (
+            f"{module}, lines {lines}: ask the operator's row (`rule_of(node)`), and make what it "
+            "is asked a fact of the rows of OPS in converter/plan/ops.py."
+        )
+
+
 def test_only_model_reads_and_writes_model_files():
     names = (
         "ir.save",

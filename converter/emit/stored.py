@@ -19,6 +19,7 @@ from converter.graph.edit import (
     operand,
     replace_constant,
 )
+from converter.plan.ops import rule_of
 from converter.plan.plan import NodePlan, QuantizedWeight, QuantPlan
 
 # (graph, name, weight) -> the value of the restored floats
@@ -76,6 +77,6 @@ def bias_place(node: ir.Node, unit: NodePlan) -> tuple[ir.Node, int]:
     readers = [
         use.node
         for use in product.uses()
-        if use.node.op_type == "Add" and use.node.name in unit.absorbed
+        if rule_of(use.node).adds and use.node.name in unit.absorbed
     ]
     return (readers[0], int(readers[0].inputs[0] is product)) if readers else (node, 2)

@@ -159,22 +159,6 @@ def add_constant(
     return value
 
 
-def bias_add(node: ir.Node) -> ir.Node | None:
-    """The Add that gives a MatMul with constant right operand one constant bias a channel."""
-    weight = constant(node.inputs[1]) if node.op_type == "MatMul" else None
-    add = only_consumer(node.outputs[0])
-    if weight is None or weight.ndim != 2 or add is None or add.op_type != "Add" or add.domain:
-        return None
-    bias, shape = (
-        constant(next(v for v in add.inputs if v is not node.outputs[0])),
-        node.outputs[0].shape,
-    )
-    # A bias of more dimensions than the product would add them to it.
-    if bias is None or not 1 <= bias.ndim <= (shape.rank() if shape else 1):
-        return None
-    return add if bias.size == bias.shape[-1] == weight.shape[1] else None
-
-
 def replace_constant(node: ir.Node, index: int, array: Array, names: Names) -> None:
     """Gives `node` another constant operand; a node that reads the same constant keeps the old
     one.

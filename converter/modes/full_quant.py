@@ -36,7 +36,7 @@ from converter.measure.pairing import pair
 from converter.measure.sensitivity import RANKED_ON, alone, fewest, output_drop, read_labels
 from converter.measure.target_checks import check
 from converter.modes import weight_quant
-from converter.plan.ops import OPS
+from converter.plan.ops import rule
 from converter.plan.placement import Wishes, build_plan
 from converter.plan.plan import NodePlan, QuantPlan, TensorPlan
 from converter.plan.result import Quantized
@@ -246,7 +246,7 @@ def within_drop(setup: Setup, evidence: Evidence, watch: Watch) -> Attempt:
     pairing = pair(setup.model, first.model, first.plan)
     found = alone(pairing, setup.data, RANKED_ON, setup.resources)
     # What only moves values has its neighbours' integers, or none where they are float.
-    units = [unit.name for unit in first.plan.units() if not OPS[unit.op_type].moves]
+    units = [unit.name for unit in first.plan.units() if not rule(unit.op_type).moves]
     leaves = {name: found[name].output.sqnr_db if name in found else math.inf for name in units}
     worst = sorted(units, key=lambda name: leaves[name])
     for name in worst:
@@ -311,7 +311,7 @@ def _with_tables(setup: Setup, plan: QuantPlan, watch: Watch) -> QuantPlan:
     nodes = {
         unit.name: unit
         for unit in weight_quant.storage_plan(setup.model, setup.job).units()
-        if unit.op_type == "Gather" and unit.name in plan.nodes
+        if rule(unit.op_type).looks_up and unit.name in plan.nodes
         if not plan.nodes[unit.name].quantized
     }
     lookups = replace(plan, nodes=nodes)
@@ -376,7 +376,7 @@ def _fed_by_floats(model: ir.Model, plan: QuantPlan) -> list[NodePlan]:
     other = {value.name for value in model.graph.inputs} | {
         name for unit in plan.units() for name in unit.outputs
     }
-    products = [unit for unit in plan.units() if unit.op_type in {"MatMul", "Gemm"} and unit.weight]
+    products = [unit for unit in plan.units() if rule(unit.op_type).product and unit.weight]
     return [unit for unit in products if unit.inputs[0] not in other]
 
 
@@ -386,7 +386,7 @@ def _mixed_concats(plan: QuantPlan) -> dict[str, str]:
     for unit in plan.units():
         scales = (
             [float(plan.params(name).scale) for name in unit.inputs]
-            if unit.op_type == "Concat"
+            if rule(unit.op_type).joins
             else []
         )
         if scales and max(scales) > MIXED_RANGES * min(scales):

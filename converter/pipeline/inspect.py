@@ -14,7 +14,7 @@ from converter.config import Config, DataPreprocessParam
 from converter.config.keys import QUANT_TYPES, QuantType, default_config
 from converter.graph import files as models
 from converter.graph.edit import constant, operand
-from converter.graph.qdq import codes_behind
+from converter.graph.qdq import codes_behind, is_conversion
 from converter.job import Job, Watch
 from converter.modes import MODES
 from converter.pipeline.convert import read
@@ -144,7 +144,7 @@ def _parameters(nodes: list[ir.Node]) -> dict[str | None, Row]:
     its scales.
     """
     found = {}
-    for node in (node for node in nodes if node.op_type in {"QuantizeLinear", "DequantizeLinear"}):
+    for node in (node for node in nodes if is_conversion(node)):
         scale, zero_point = operand(node, 1), operand(node, 2)
         value = codes_behind(node.outputs[0]) or node.outputs[0]
         scales = [] if scale is None else scale.ravel().tolist()

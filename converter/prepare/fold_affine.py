@@ -27,7 +27,7 @@ from converter.graph.edit import (
     operand,
     replace_constant,
 )
-from converter.plan.ops import OPS
+from converter.plan.ops import rule_of
 
 Affine = tuple[Array, Array]
 
@@ -42,10 +42,8 @@ def fold_affine(model: ir.Model) -> bool:
 
 
 def _foldable(node: ir.Node) -> bool:
-    if node.op_type not in {"Conv", "ConvTranspose", "Gemm"} or node.domain:
-        return False
     # A Gemm scaled by alpha or beta computes something else than W x + b.
-    return OPS[node.op_type].obstacle(node) is None
+    return rule_of(node).bias is not None and rule_of(node).obstacle(node) is None
 
 
 def _fold(node: ir.Node, names: Names) -> bool:
@@ -149,4 +147,4 @@ def _by_channel(node: ir.Node, weight: Array) -> Array:
     if node.op_type == "ConvTranspose":
         groups = node.attributes.get_int("group", 1)
         return weight.reshape(groups, -1, *weight.shape[1:]).swapaxes(1, 2)
-    return np.moveaxis(weight, OPS[node.op_type].channel_axis(node) or 0, 0)[None]
+    return np.moveaxis(weight, rule_of(node).channel_axis(node) or 0, 0)[None]

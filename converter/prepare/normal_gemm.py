@@ -14,7 +14,8 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from converter.graph.edit import Names, bias_add, graph_of, known, operand, replace_constant
+from converter.graph.edit import Names, graph_of, known, operand, replace_constant
+from converter.plan.ops import bias_add, is_transposed
 
 
 def normal_gemm(model: ir.Model) -> bool:
@@ -55,7 +56,7 @@ def _scale(gemm: ir.Node, names: Names) -> bool:
     if bias is not None and bias.ndim == 2 and bias.shape[0] > 1:
         return False
     alpha, beta = (gemm.attributes.get_float(name, 1.0) for name in ("alpha", "beta"))
-    columns = weight.shape[0 if gemm.attributes.get_int("transB", 0) else 1]
+    columns = weight.shape[0 if is_transposed(gemm) else 1]
     if alpha != 1.0:
         replace_constant(gemm, 1, (weight * np.float64(alpha)).astype(weight.dtype), names)
     if widened := bias is not None and (beta != 1.0 or bias.shape != (columns,)):

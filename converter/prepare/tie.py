@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from calib.affine import Array
 from converter.graph.edit import Names, constant, graph_of
+from converter.plan.ops import rule_of
 
 
 def tie(model: ir.Model) -> bool:
@@ -24,7 +25,7 @@ def tie(model: ir.Model) -> bool:
     Rewrites in place; returns whether there was any.
     """
     names, nodes = Names(model), [node for node in model.graph if not node.domain]
-    tables = [node.inputs[0] for node in nodes if node.op_type == "Gather"]
+    tables = [node.inputs[0] for node in nodes if rule_of(node).looks_up]
     arrays = {
         v: a for v in tables if v is not None and (a := constant(v)) is not None and a.ndim == 2
     }

@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from converter.graph.edit import Names, graph_of, known
+from converter.plan.ops import OF_BITS, cast_to
 
 NARROW = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 # Attributes by which operators name the type that they compute, or compute in.
@@ -20,9 +21,8 @@ TYPE_ATTRIBUTES = {
     *("to", "dtype", "output_dtype", "output_datatype"),
     *("precision", "softmax_precision", "stash_type"),
 }
-# Domains whose operators compute in float32 as well, and operators whose results follow from bits.
+# Domains whose operators compute in float32 as well.
 KNOWN_DOMAINS = {"", "ai.onnx.ml", "com.microsoft"}
-OF_BITS = {"BitCast"}
 
 
 def widen(model: ir.Model) -> bool:
@@ -168,10 +168,10 @@ def _cast(value: ir.Value, to: ir.DataType, name: str, names: Names) -> ir.Value
 def _drop_casts(nodes: list[ir.Node]) -> None:
     """Removes Casts from float32 to float32."""
     for node in nodes:
-        source = node.inputs[0] if node.op_type == "Cast" and not node.domain else None
+        to, source = cast_to(node), node.inputs[0] if node.inputs else None
         if source is None or source.dtype != ir.DataType.FLOAT or source.graph is not node.graph:
             continue
-        to, result = node.attributes.get_int("to", 0), node.outputs[0]
+        result = node.outputs[0]
         if to == ir.DataType.FLOAT and not result.is_graph_output():
             result.replace_all_uses_with(source)
             graph_of(node).remove(node, safe=True)

@@ -15,8 +15,8 @@ from converter.calibrate.observe import Mean
 from converter.calibrate.walk import Walk, product_of_mean, second_moments, usable
 from converter.graph.edit import constant, values_by_name
 from converter.job import Watch
-from converter.plan.matrices import View, plain_matrix, plain_weight, view_of
-from converter.plan.ops import OPS, is_normalized
+from converter.plan.matrices import View, plain_matrix, plain_weight
+from converter.plan.ops import OPS, is_normalized, view_of
 from converter.plan.plan import NodePlan, QuantizedWeight, QuantPlan, WeightPlan
 from converter.weights.gptq import (
     Grid,

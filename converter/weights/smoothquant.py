@@ -20,6 +20,7 @@ from calib.session import open_session, over_samples, run
 from converter.calibrate.exact import runnable
 from converter.graph.edit import constant
 from converter.job import Watch
+from converter.plan.ops import is_transposed
 from converter.plan.plan import NodePlan
 from converter.prepare.smooth import divide_channels, linear_in
 
@@ -74,7 +75,7 @@ def _weight(product: ir.Node) -> Array:
     """float64 (channels, columns)."""
     weight = constant(product.inputs[1])
     assert weight is not None
-    return (weight.T if product.attributes.get_int("transB", 0) else weight).astype(np.float64)
+    return (weight.T if is_transposed(product) else weight).astype(np.float64)
 
 
 @dataclass(frozen=True)

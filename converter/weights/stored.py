@@ -22,8 +22,8 @@ from converter.emit.stored import as_floats, bias_of, emit_stored, planned
 from converter.graph.edit import constant
 from converter.job import Resources, Watch
 from converter.measure.sensitivity import fewest
-from converter.plan.matrices import View, plain_matrix, plain_weight, view_of
-from converter.plan.ops import OPS, is_normalized
+from converter.plan.matrices import View, plain_matrix, plain_weight
+from converter.plan.ops import OPS, is_normalized, view_of
 from converter.plan.plan import NodePlan, QuantizedWeight, QuantPlan, WeightPlan
 from converter.weights.gptq import helps_everywhere, kept_weights
 from converter.weights.grids import Grids, Rows, fit, with_variance

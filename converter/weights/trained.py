@@ -15,7 +15,8 @@ from calib.affine import Array, QParams, along
 from converter.emit.stored import bias_of, planned
 from converter.graph.edit import known, operand
 from converter.job import Watch
-from converter.plan.matrices import breaks_bound, plain_matrix, plain_weight, view_of
+from converter.plan.matrices import breaks_bound, plain_matrix, plain_weight
+from converter.plan.ops import view_of
 from converter.plan.plan import QuantizedWeight, QuantPlan, WeightPlan
 from converter.prepare.fake_quant import Trained
 from converter.weights.gptq import Grid, nearest, search_scales
