@@ -7,8 +7,15 @@ import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
+from typing import get_args
 
 import pytest
+
+from calib.ranges import RANGE_METHODS
+from converter.config import keys
+from converter.config.keys import ActivationQuantMethod, QuantType, TargetDevice
+from converter.modes import MODES
+from converter.plan.targets import TARGETS
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("calib", "converter")
@@ -186,6 +193,39 @@ def test_operators_are_known_by_the_table_alone():
             f"{module}, lines {lines}: ask the operator's row (`rule_of(node)`), and make what it "
             "is asked a fact of the rows of OPS in converter/plan/ops.py."
         )
+
+
+# Tables whose rows a config names: what a row is, where the table stands, and the names that the
+# config knows.
+NAMED = {
+    "range method": (RANGE_METHODS, "_METHODS in calib/ranges/__init__.py", ActivationQuantMethod),
+    "target": (TARGETS, "TARGETS in converter/plan/targets.py", TargetDevice),
+    "mode": (
+        {k: v for k, v in MODES.items() if "FLOAT" not in k},
+        "MODES in converter/modes/__init__.py",
+        QuantType,
+    ),
+}
+
+
+@pytest.mark.parametrize("what", NAMED)
+def test_what_a_table_has_a_config_can_name(what):
+    table, place, names = NAMED[what]
+    alias = next(name for name, value in vars(keys).items() if value is names)
+    unnamed, missing = set(table) - set(get_args(names)), set(get_args(names)) - set(table)
+    assert not unnamed, (
+        f"no config can ask for the {what} {unnamed}: add it to {alias} in "
+        "converter/config/keys.py, and run docs/update_readme.py"
+    )
+    assert not missing, f"{alias} in converter/config/keys.py offers {missing}: add it to {place}"
+
+
+def test_every_file_of_range_methods_has_a_row():
+    known = {method.function.__module__ for method in RANGE_METHODS.values()}
+    files = {m for m in MODULES if m.startswith("calib.ranges.")} - {"calib.ranges.spec"}
+    assert files == known, (
+        f"{files - known}: give what it holds a row of _METHODS in calib/ranges/__init__.py"
+    )
 
 
 def test_only_model_reads_and_writes_model_files():
