@@ -35,7 +35,7 @@ def inspect(path: Path) -> dict[str, int | str | list[Row]]:
     job = Job(path, path.with_suffix(".quantized"), _defaults("WEIGHT_QUANT"))
     prepared = read(job, Watch())
     plans: dict[str, QuantPlan] = {
-        mode: MODES[mode].make_plan(prepared.clone(), replace(job, config=_defaults(mode)))
+        mode: MODES[mode].make_plan(prepared, replace(job, config=_defaults(mode)))
         for mode in QUANT_TYPES
     }
     nodes = [node for graph in model.graphs() for node in graph]

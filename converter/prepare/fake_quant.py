@@ -18,6 +18,7 @@ import onnx_ir.passes.common as common
 from calib.affine import Array, IntFormat, QParams, dequantize, quantize
 from converter.graph.edit import Names, add_constant, constant, known, operand, replace_constant
 from converter.graph.qdq import is_dequantize, is_quantize, qparams_of
+from converter.job import FLOATS, Job
 from converter.plan.ops import rule_of
 from converter.plan.plan import QuantizedWeight
 from converter.prepare import prepare
@@ -54,6 +55,12 @@ def take_trained(
     common.RemoveUnusedNodesPass()(model)
     prepare(model)
     return replace(trained, tensors=spread(model.graph, trained.tensors))
+
+
+def without_training(model: ir.Model, job: Job) -> tuple[ir.Model, Trained]:
+    """A copy of a prepared model without its quantization, and what was known of that."""
+    copy = model.clone()
+    return copy, take_trained(copy, job.input_type in FLOATS, job.output_type in FLOATS)
 
 
 class _Taker:
