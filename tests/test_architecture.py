@@ -44,6 +44,12 @@ ROOMS = (
     "cli",
     "__main__",
 )
+# What of `weights` is plain numbers, and what holds or runs graphs.
+ALGORITHMS = ("gptq", "grids", "mixed_bits", "smoothquant", "trained")
+OF_GRAPHS = (
+    *("onnx", "calib.session", "calib.samples"),
+    *("converter.graph", "converter.emit", "converter.calibrate", "converter.measure"),
+)
 # What `qconvert batch` needs to see that nothing has changed.
 LIGHT = ("converter.api", "converter.batch", "converter.measure.gates")
 RANK = {room: rank for rank, room in enumerate(ROOMS)}
@@ -146,6 +152,16 @@ def test_graph_changes_know_only_the_tables(package):
         if module.startswith(f"converter.{package}."):
             known = {room_of(i) for i in imports_of(MODULES[module]) if i.startswith("converter.")}
             assert known - {package} <= ALLOWED, f"{module} imports {known}"
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_algorithms_are_arrays_and_plans_in_arrays_and_plans_out(name):
+    module = f"converter.weights.{name}"
+    of_graphs = [i for i in imports_of(MODULES[module]) if i.startswith(OF_GRAPHS)]
+    assert not of_graphs, (
+        f"{module} imports {of_graphs}: let its caller (converter/plan/layers.py, the walk) read "
+        "the graph, and hand it arrays"
+    )
 
 
 def test_what_help_needs_is_light():

@@ -11,9 +11,10 @@ import onnx_ir as ir
 
 from calib.affine import INT32, Array, QParams, quantize
 from converter.emit.planes import PlaneWriter
-from converter.emit.stored import bias_place, emit_stored
+from converter.emit.stored import emit_stored
 from converter.graph.edit import Names, constant, known, operand, values_by_name
 from converter.graph.qdq import is_dequantize, is_quantize
+from converter.plan.layers import bias_place
 from converter.plan.ops import rule_of
 from converter.plan.plan import NodePlan, QuantizedWeight, QuantPlan
 

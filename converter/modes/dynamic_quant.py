@@ -21,10 +21,10 @@ from converter.calibrate.data import open_data, resources_of, synthetic_data
 from converter.calibrate.observe import Wanted, observe
 from converter.calibrate.walk import Walk
 from converter.emit.dynamic import emit_dynamic
-from converter.emit.stored import bias_place, planned
 from converter.graph.edit import known, operand
 from converter.job import Job, Resources, Watch
 from converter.modes import weight_quant
+from converter.plan.layers import bias_place, planned
 from converter.plan.matrices import ProductView
 from converter.plan.ops import is_transposed, rule_of
 from converter.plan.plan import NodePlan, QuantizedWeight, QuantPlan, TensorPlan, WeightPlan
@@ -32,7 +32,7 @@ from converter.plan.result import Quantized
 from converter.plan.targets import PAIR_LIMIT
 from converter.weights.gptq import Grid, nearest, search_scales
 from converter.weights.integer import Options, decide_weights, packed, products
-from converter.weights.smoothquant import smooth
+from converter.weights.smoothing import smooth
 from converter.weights.stored import Options as StoredOptions
 from converter.weights.stored import store_by_weights
 

@@ -36,6 +36,7 @@ from converter.measure.pairing import pair
 from converter.measure.sensitivity import RANKED_ON, alone, fewest, output_drop, read_labels
 from converter.measure.target_checks import check
 from converter.modes import weight_quant
+from converter.plan.layers import layers
 from converter.plan.ops import rule
 from converter.plan.placement import Wishes, build_plan
 from converter.plan.plan import NodePlan, QuantPlan, TensorPlan
@@ -45,7 +46,7 @@ from converter.prepare.equalize import equalize
 from converter.prepare.fake_quant import Trained, without_training
 from converter.prepare.pixels import Pixels, fold_normalisation, trained_pixels
 from converter.weights.integer import Options, decide_weights, products
-from converter.weights.smoothquant import smooth
+from converter.weights.smoothing import smooth
 from converter.weights.stored import Options as StoredOptions
 from converter.weights.stored import store_by_weights
 from converter.weights.trained import Kept, tell_kept, with_trained_weights
@@ -117,7 +118,8 @@ class Setup:
     def with_trained_weights(self, plan: QuantPlan) -> tuple[QuantPlan, Mapping[str, Kept]]:
         """The plan with what training knew of the weights, and what became of it."""
         everything = not len(self.data)
-        return with_trained_weights(self.model, plan, self.trained, everything=everything)
+        found = layers(self.model, plan)
+        return with_trained_weights(found, plan, self.trained, everything)
 
 
 @dataclass(frozen=True)

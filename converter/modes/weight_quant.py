@@ -15,7 +15,7 @@ from converter.calibrate.cache import fingerprint_of
 from converter.calibrate.data import open_data, resources_of, synthetic_data
 from converter.config.keys import WeightQuantParam
 from converter.emit.dequantize import NEWEST_OPSET, TYPES, DequantizeWriter, type_for, type_of
-from converter.emit.planes import PlaneWriter, stored_bytes
+from converter.emit.planes import PlaneWriter
 from converter.emit.stored import emit_stored
 from converter.errors import ModelError
 from converter.graph.edit import constant, known
@@ -23,11 +23,11 @@ from converter.graph.files import accepting, refusal, save, saved
 from converter.job import Job, Watch
 from converter.plan.ops import bias_add, rule_of, takes_weight, unusable, weights_of
 from converter.plan.placement import Wishes, skipped
-from converter.plan.plan import NodePlan, QuantPlan, WeightPlan
+from converter.plan.plan import NodePlan, QuantPlan, WeightPlan, stored_bytes
 from converter.plan.result import Quantized, Tradeoff
 from converter.prepare.opset import opset_of, raise_opset
+from converter.weights.bit_search import Search
 from converter.weights.journal import Journal
-from converter.weights.mixed_bits import Search
 from converter.weights.stored import WIDEST, Fitter, Options
 
 # The width in a plan whose widths are not found yet.

@@ -18,10 +18,11 @@ import onnx_ir as ir
 from calib.affine import Array, QParams, dequantize
 from calib.samples import Dataset
 from converter.calibrate.walk import Emit, Walk, second_moments, usable
-from converter.emit.stored import as_floats, bias_of, emit_stored, planned
+from converter.emit.stored import as_floats, emit_stored
 from converter.graph.edit import constant
 from converter.job import Resources, Watch
 from converter.measure.sensitivity import fewest
+from converter.plan.layers import bias_of, planned
 from converter.plan.matrices import View, plain_matrix, plain_weight
 from converter.plan.ops import OPS, is_normalized, view_of
 from converter.plan.plan import NodePlan, QuantizedWeight, QuantPlan, WeightPlan

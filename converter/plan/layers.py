@@ -1,0 +1,60 @@
+"""Where the units of a plan stand in a graph, and the constants they multiply with and add."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from calib.affine import Array
+from converter.graph.edit import known, operand
+from converter.plan.matrices import View
+from converter.plan.ops import rule_of, view_of
+from converter.plan.plan import NodePlan, QuantPlan, WeightPlan
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A unit that multiplies with `weight`, and adds a `bias`, float64 of shape (channels,)."""
+
+    unit: NodePlan
+    wanted: WeightPlan
+    weight: Array
+    bias: Array | None
+    view: View | None
+
+
+def layers(model: ir.Model, plan: QuantPlan) -> Iterator[Layer]:
+    """The quantized units of all graphs that multiply with a weight."""
+    for node, unit in planned(model, plan):
+        if (wanted := unit.weight) is not None:
+            weight, bias = known(operand(node, wanted.index)), bias_of(node, unit)
+            bias = None if bias is None else bias.reshape(-1).astype(np.float64)
+            yield Layer(unit, wanted, weight, bias, view_of(node, weight.shape, wanted.index))
+
+
+def planned(model: ir.Model, plan: QuantPlan) -> Iterator[tuple[ir.Node, NodePlan]]:
+    """The quantized nodes of all graphs of `model` with their plans."""
+    for graph in model.graphs():
+        for node in graph:
+            unit = plan.nodes.get(node.name or "")
+            if unit and unit.quantized:
+                yield node, unit
+
+
+def bias_of(node: ir.Node, unit: NodePlan) -> Array | None:
+    """The unit's constant bias."""
+    return operand(*bias_place(node, unit))
+
+
+def bias_place(node: ir.Node, unit: NodePlan) -> tuple[ir.Node, int]:
+    """The node that adds the bias, and at which input."""
+    product = node.outputs[0]
+    readers = [
+        use.node
+        for use in product.uses()
+        if rule_of(use.node).adds and use.node.name in unit.absorbed
+    ]
+    return (readers[0], int(readers[0].inputs[0] is product)) if readers else (node, 2)
