@@ -414,13 +414,14 @@ def test_rows_of_integer_operators_name_inputs_of_the_schema(op):
     schema, row = onnx.defs.get_schema(op, 13), INTEGER_OPS[op]
     names = [given.name.lower() for given in schema.inputs]
     for read in row.reads:
-        assert "zero_point" in names[read.zero_point]
-        if read.scale is not None:
-            assert "scale" in names[read.scale]
-            assert read.codes < read.scale < read.zero_point
+        codes, scale, zero_point = read
+        assert "zero_point" in names[zero_point]
+        if scale is not None:
+            assert "scale" in names[scale]
+            assert codes < scale < zero_point
     if row.writes:
         assert "scale" in names[row.writes[0]]
         assert "zero_point" in names[row.writes[1]]
     for product in row.products:
-        read = row.reads[product.signed]
-        assert "tensor(int8)" in schema.inputs[read.codes].types
+        codes, *_ = row.reads[product.signed]
+        assert "tensor(int8)" in schema.inputs[codes].types

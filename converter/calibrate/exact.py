@@ -19,11 +19,19 @@ import onnx_ir as ir
 
 from calib.affine import Array
 from calib.session import open_session, run
-from converter.graph.edit import Names, constant, graph_of, known
+from converter.graph.edit import (
+    Names,
+    constant,
+    graph_of,
+    input_at,
+    known,
+    operand,
+    set_input,
+)
 from converter.graph.files import saved, serialized
 from converter.graph.qdq import is_dequantize, quantizes
 from converter.plan.matrices import breaks_bound
-from converter.plan.ops import Product, cast_to, integer_rule, rule, rule_of, view_of
+from converter.plan.ops import Operand, Product, cast_to, integer_rule, rule, rule_of, view_of
 from converter.plan.targets import PAIR_LIMIT
 
 # What makes bytes unsigned.
@@ -31,7 +39,7 @@ MIDDLE = 128
 
 
 @dataclass(frozen=True)
-class Operand:
+class Saturating:
     """Signed bytes that the product `node` multiplies by unsigned ones, and that let it saturate.
 
     Input `codes` of `reader`, the product or a DequantizeLinear before it, with their zero point.
@@ -45,7 +53,7 @@ class Operand:
 
 def saturating(model: ir.Model) -> Iterator[str]:
     """Names of the nodes that kernels which add products in 16 bits can compute wrongly."""
-    yield from dict.fromkeys(operand.node.name or "" for operand in _operands(model))
+    yield from dict.fromkeys(found.node.name or "" for found in _operands(model))
 
 
 def exact(model: ir.Model) -> ir.Model:
@@ -110,7 +118,7 @@ def _multiplied(x: Array, w: Array) -> Array:
 # --- finding them
 
 
-def _operands(model: ir.Model) -> Iterator[Operand]:
+def _operands(model: ir.Model) -> Iterator[Saturating]:
     for node in (node for graph in model.graphs() for node in graph):
         if rule_of(node).pairs:
             yield from _between_pairs(node)
@@ -118,38 +126,37 @@ def _operands(model: ir.Model) -> Iterator[Operand]:
             yield from _of_integers(node, product)
 
 
-def _between_pairs(node: ir.Node) -> Iterator[Operand]:
+def _between_pairs(node: ir.Node) -> Iterator[Saturating]:
     """The constant weight of a product of what DequantizeLinear restores."""
     data, weight = _restoring(node.inputs[0]), _restoring(node.inputs[1])
     codes = constant(weight.inputs[0]) if weight else None
     if data is None or weight is None or codes is None or codes.dtype != np.int8:
         return
-    if _kind(data.inputs[0], _input(data, 2)) not in {ir.DataType.UINT8, ir.DataType.INT8}:
+    if _kind_at(data, (0, 1, 2)) not in {ir.DataType.UINT8, ir.DataType.INT8}:
         return
     like = node.op_type if weight.outputs[0] is node.inputs[1] else ""
     if _can_saturate(node, like, codes, _limit(data.inputs[0])):
-        yield Operand(node, weight, 0, 2)
+        yield Saturating(node, weight, 0, 2)
 
 
-def _of_integers(node: ir.Node, product: Product) -> Iterator[Operand]:
+def _of_integers(node: ir.Node, product: Product) -> Iterator[Saturating]:
     reads, limit = integer_rule(node).reads, PAIR_LIMIT
     signed = reads[product.signed]
-    value = _input(node, signed.codes)
-    if _kind(value, _input(node, signed.zero_point)) != ir.DataType.INT8:
+    if _kind_at(node, signed) != ir.DataType.INT8:
         return
     if product.unsigned is not None:
         unsigned = reads[product.unsigned]
-        data = _input(node, unsigned.codes)
-        if _kind(data, _input(node, unsigned.zero_point)) != ir.DataType.UINT8:
+        if _kind_at(node, unsigned) != ir.DataType.UINT8:
             return
-        limit = _limit(data)
-    codes = constant(value)
+        limit = _limit(input_at(node, unsigned[0]))
+    codes = operand(node, signed[0])
     if codes is None or _can_saturate(node, product.like, codes, limit):
-        yield Operand(node, node, signed.codes, signed.zero_point)
+        yield Saturating(node, node, signed[0], signed[2])
 
 
-def _input(node: ir.Node, index: int) -> ir.Value | None:
-    return node.inputs[index] if index < len(node.inputs) else None
+def _kind_at(node: ir.Node, read: Operand) -> ir.DataType | None:
+    codes, _, zero_point = read
+    return _kind(input_at(node, codes), input_at(node, zero_point))
 
 
 def _restoring(value: ir.Value | None) -> ir.Node | None:
@@ -167,7 +174,7 @@ def _kind(codes: ir.Value | None, zero_point: ir.Value | None) -> ir.DataType | 
     if stated or maker is None:
         return stated
     if quantizes(maker):
-        zero_point = _input(maker, 2)
+        zero_point = input_at(maker, 2)
         return zero_point.dtype if zero_point is not None else ir.DataType.UINT8
     return _kind(maker.inputs[0], None) if rule_of(maker).moves else cast_to(maker)
 
@@ -175,7 +182,7 @@ def _kind(codes: ir.Value | None, zero_point: ir.Value | None) -> ir.DataType | 
 def _limit(data: ir.Value | None) -> int:
     """What two weights of one sign may sum up to: more where a Clip leaves the data fewer codes."""
     clip = data.producer() if data is not None else None
-    high = constant(_input(clip, 2)) if clip is not None and rule_of(clip).bounds else None
+    high = operand(clip, 2) if clip is not None and rule_of(clip).bounds else None
     unsigned = high is not None and high.dtype == np.uint8
     return PAIR_LIMIT * 255 // int(high) if unsigned and high else PAIR_LIMIT
 
@@ -199,9 +206,7 @@ def _make_unsigned(reader: ir.Node, index: int, names: Names) -> None:
     """Lets `reader` read bytes that are 128 more at `index`; a zero point that is not there is
     0.
     """
-    old = _input(reader, index)
-    reader.resize_inputs(max(index + 1, len(reader.inputs)))
-    reader.replace_input_with(index, _unsigned(old, reader, names))
+    set_input(reader, index, _unsigned(input_at(reader, index), reader, names))
 
 
 def _unsigned(value: ir.Value | None, reader: ir.Node, names: Names) -> ir.Value:

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from calib.affine import INT32, Array, QParams, quantize
 from converter.emit.planes import PlaneWriter
 from converter.emit.stored import emit_stored
-from converter.graph.edit import Names, constant, known, operand, values_by_name
+from converter.graph.edit import Names, constant, known, operand, set_input, values_by_name
 from converter.graph.qdq import is_dequantize, is_quantize
 from converter.plan.layers import bias_place
 from converter.plan.ops import rule_of
@@ -124,8 +124,7 @@ class _Emitter:
         zero_point = known(restore.inputs[2])
         node.replace_input_with(0, restore.inputs[0])
         if (fill := rule_of(node).fill) is not None:
-            node.resize_inputs(max(fill + 1, len(node.inputs)))
-            node.replace_input_with(fill, zero_point)
+            set_input(node, fill, zero_point)
         node.outputs[0].type = zero_point.type
         quantize_again.outputs[0].replace_all_uses_with(node.outputs[0])
         self.graph.remove(quantize_again, safe=True)
@@ -167,8 +166,7 @@ class _Emitter:
             written = self._dequantized(name, quantize(bias, q), q)
         else:
             written = self.names.constant(f"{name}_corrected", bias.astype(np.float32))
-        owner.resize_inputs(max(index + 1, len(owner.inputs)))
-        owner.replace_input_with(index, written)
+        set_input(owner, index, written)
 
     def _dequantized(self, name: str, codes: Array, q: QParams) -> ir.Value:
         """A constant stored as `codes` behind a DequantizeLinear."""

@@ -28,14 +28,9 @@ def is_conversion(node: ir.Node) -> bool:
     return node.op_type in CONVERSIONS
 
 
-def finds_parameters(node: ir.Node | None) -> TypeGuard[ir.Node]:
-    """Whether the node makes integers of floats with parameters that it finds itself."""
-    return node is not None and node.op_type == "DynamicQuantizeLinear"
-
-
 def quantizes(node: ir.Node | None) -> TypeGuard[ir.Node]:
-    """Whether the node makes integers of floats."""
-    return is_quantize(node) or finds_parameters(node)
+    """Whether the node makes integers of floats, be it with parameters that it finds itself."""
+    return is_quantize(node) or (node is not None and node.op_type == "DynamicQuantizeLinear")
 
 
 def codes_behind(value: ir.Value | None) -> ir.Value | None:

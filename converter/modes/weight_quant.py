@@ -246,7 +246,9 @@ def _obstacle(node: ir.Node, weight: WeightPlan, job: Job) -> str | None:
     few, narrow = common.min_quant_weight_size, common.min_quant_weight_channel
     if array.size <= few:
         return f"not more than min_quant_weight_size = {few} weights"
-    if rule_of(node).convolves and array.shape[weights_of(node)[weight.index] or 0] <= narrow:
+    own = rule_of(node)
+    convolves = own.weight is not None and not own.product
+    if convolves and array.shape[weights_of(node)[weight.index] or 0] <= narrow:
         return f"not more than min_quant_weight_channel = {narrow} channels"
     bits = weight.format.bits
     return (

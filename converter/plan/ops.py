@@ -16,8 +16,8 @@ import numpy as np
 import onnx_ir as ir
 
 from calib.affine import Array
-from converter.graph.edit import constant, only_consumer, operand
-from converter.graph.qdq import finds_parameters, is_conversion
+from converter.graph.edit import constant, input_at, only_consumer, operand
+from converter.graph.qdq import is_conversion
 from converter.plan.matrices import View, conv_view, no_view, product_view
 
 Obstacle = Callable[[ir.Node], str | None]
@@ -76,11 +76,6 @@ class OpRule:
         return self.view is product_view
 
     @property
-    def convolves(self) -> bool:
-        """Whether it moves a weight over its input."""
-        return self.weight is not None and not self.product
-
-    @property
     def of_activations(self) -> bool:
         """Whether it may multiply two activations."""
         return self.weight in (self.data or ())
@@ -113,7 +108,7 @@ def _weight_unusable(node: ir.Node) -> str | None:
 
 
 def _bias_unusable(node: ir.Node) -> str | None:
-    if len(node.inputs) < 3 or node.inputs[2] is None:
+    if input_at(node, 2) is None:
         return None
     array = operand(node, 2)
     reason = (
@@ -189,10 +184,9 @@ def _clip_floor(node: ir.Node) -> float | None:
 
 
 def _pad_mode(node: ir.Node) -> str | None:
-    value = operand(node, 2) if len(node.inputs) > 2 and node.inputs[2] is not None else np.zeros(1)
-    other = node.attributes.get_string("mode", "constant") == "constant" and (
-        value is None or value.any()
-    )
+    value = operand(node, 2) if input_at(node, 2) else np.zeros(1)
+    constant_mode = node.attributes.get_string("mode", "constant") == "constant"
+    other = constant_mode and (value is None or value.any())
     return "it pads with something else than zero" if other else None
 
 
@@ -282,7 +276,7 @@ def view_of(node: ir.Node, shape: Sequence[int], index: int) -> View | None:
 def own_bias(node: ir.Node) -> ir.Value | None:
     """What the operator itself adds as a bias."""
     index = rule_of(node).bias
-    return None if index is None or index >= len(node.inputs) else node.inputs[index]
+    return None if index is None else input_at(node, index)
 
 
 def bias_add(node: ir.Node) -> ir.Node | None:
@@ -301,27 +295,20 @@ def bias_add(node: ir.Node) -> ir.Node | None:
     return add if bias.size == bias.shape[-1] == weight.shape[1] else None
 
 
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
 # What hands every number on as it is, once.
-ONE_FOR_ONE = {
-    *("Cast", "CastLike", "Identity", "Transpose"),
-    *("Reshape", "Flatten", "Squeeze", "Unsqueeze"),
-}
+ONE_FOR_ONE = _names("Cast CastLike Identity Transpose Reshape Flatten Squeeze Unsqueeze")
 # What computes from the bits of numbers.
 OF_BITS = {"BitCast"}
 # What divides by the size of what it reads, so that even small values count.
-NORMALIZES = {
-    "Div",
-    "GroupNormalization",
-    "InstanceNormalization",
-    "LayerNormalization",
-    "LpNormalization",
-    "MeanVarianceNormalization",
-    "RMSNormalization",
-    "ReduceL2",
-    "ReduceMean",
-    "ReduceSumSquare",
-    "SimplifiedLayerNormalization",
-}
+NORMALIZES = _names(
+    "Div GroupNormalization InstanceNormalization LayerNormalization LpNormalization "
+    "MeanVarianceNormalization RMSNormalization ReduceL2 ReduceMean ReduceSumSquare "
+    "SimplifiedLayerNormalization"
+)
 
 
 def is_normalized(value: ir.Value) -> bool:
@@ -336,14 +323,9 @@ def is_normalized(value: ir.Value) -> bool:
 
 
 # What draws random numbers, anew at every run.
-RANDOM = {
-    "Bernoulli",
-    "Multinomial",
-    "RandomNormal",
-    "RandomNormalLike",
-    "RandomUniform",
-    "RandomUniformLike",
-}
+RANDOM = _names(
+    "Bernoulli Multinomial RandomNormal RandomNormalLike RandomUniform RandomUniformLike"
+)
 
 
 def draws(node: ir.Node) -> bool:
@@ -353,7 +335,7 @@ def draws(node: ir.Node) -> bool:
     if node.domain or node.op_type != "Dropout":
         return not node.domain and node.op_type in RANDOM
     mode = operand(node, 2)
-    return len(node.inputs) > 2 and node.inputs[2] is not None and (mode is None or bool(mode))
+    return input_at(node, 2) is not None and (mode is None or bool(mode))
 
 
 def cast_to(node: ir.Node) -> ir.DataType | None:
@@ -407,15 +389,8 @@ def weights_of(node: ir.Node) -> dict[int, int | None]:
 # --- operators on integers
 
 
-@dataclass(frozen=True)
-class Codes:
-    """Integers that an operator reads: indices of them, of their scale where the table knows it, of
-    their zero point.
-    """
-
-    codes: int
-    scale: int | None
-    zero_point: int
+# Indices of integers, of their scale where the table knows it, and of their zero point.
+Operand = tuple[int, int | None, int]
 
 
 @dataclass(frozen=True)
@@ -440,13 +415,13 @@ class IntegerRule:
     `axis` is that of the channels of what it reads.
     """
 
-    reads: tuple[Codes, ...] = ()
+    reads: tuple[Operand, ...] = ()
     writes: tuple[int, int] | None = None
     products: tuple[Product, ...] = ()
     axis: int = 1
 
 
-_ONE, _TWO = (Codes(0, 1, 2),), (Codes(0, 1, 2), Codes(3, 4, 5))
+_ONE, _TWO = ((0, 1, 2),), ((0, 1, 2), (3, 4, 5))
 _LIKE_MATMUL = (Product(like="MatMul"),)
 
 INTEGER_OPS: Mapping[str, IntegerRule] = {
@@ -464,17 +439,15 @@ INTEGER_OPS: Mapping[str, IntegerRule] = {
     ),
     "QLinearConcat": IntegerRule(writes=(0, 1)),
     "QGemm": IntegerRule(_TWO, (7, 8), (Product(like="Gemm"),)),
-    "MatMulInteger": IntegerRule((Codes(0, None, 2), Codes(1, None, 3)), None, _LIKE_MATMUL),
-    "MatMulIntegerToFloat": IntegerRule((Codes(0, 2, 4), Codes(1, 3, 5)), None, _LIKE_MATMUL),
-    "DynamicQuantizeMatMul": IntegerRule(
-        (Codes(1, 2, 3),), None, (Product(0, None, like="MatMul"),)
-    ),
-    "QAttention": IntegerRule((Codes(0, None, 6), Codes(1, None, 7)), None, _LIKE_MATMUL),
+    "MatMulInteger": IntegerRule(((0, None, 2), (1, None, 3)), None, _LIKE_MATMUL),
+    "MatMulIntegerToFloat": IntegerRule(((0, 2, 4), (1, 3, 5)), None, _LIKE_MATMUL),
+    "DynamicQuantizeMatMul": IntegerRule(((1, 2, 3),), None, (Product(0, None, like="MatMul"),)),
+    "QAttention": IntegerRule(((0, None, 6), (1, None, 7)), None, _LIKE_MATMUL),
     "DynamicQuantizeLSTM": IntegerRule(
-        (Codes(1, None, 9), Codes(2, None, 11)), None, (Product(0, None), Product(1, None))
+        ((1, None, 9), (2, None, 11)), None, (Product(0, None), Product(1, None))
     ),
     # The kernel has weights on the left.
-    "ConvInteger": IntegerRule((Codes(0, None, 2), Codes(1, None, 3)), None, (Product(0, 1),)),
+    "ConvInteger": IntegerRule(((0, None, 2), (1, None, 3)), None, (Product(0, 1),)),
 }
 _NO_INTEGERS = IntegerRule()
 
@@ -492,10 +465,10 @@ def parameters(node: ir.Node) -> Iterator[tuple[ir.Value, Parameters]]:
     own, values = integer_rule(node), [*node.inputs, *[None] * 9]
     axis = node.attributes.get_int("axis", 1) if is_conversion(node) else own.axis
     for read in own.reads:
-        codes, scale = values[read.codes], None if read.scale is None else values[read.scale]
+        codes, scale = values[read[0]], None if read[1] is None else values[read[1]]
         if codes is not None and scale is not None:
-            yield codes, (scale, values[read.zero_point], axis)
+            yield codes, (scale, values[read[2]], axis)
     if own.writes and (scale := values[own.writes[0]]) is not None:
         yield node.outputs[0], (scale, values[own.writes[1]], axis)
-    if finds_parameters(node):
+    if node.op_type == "DynamicQuantizeLinear":
         yield node.outputs[0], (node.outputs[1], node.outputs[2], axis)

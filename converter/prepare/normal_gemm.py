@@ -14,7 +14,7 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from converter.graph.edit import Names, graph_of, known, operand, replace_constant
+from converter.graph.edit import Names, graph_of, input_at, known, operand, replace_constant
 from converter.plan.ops import bias_add, is_transposed
 
 
@@ -51,7 +51,7 @@ def _join(matmul: ir.Node) -> bool:
 
 def _scale(gemm: ir.Node, names: Names) -> bool:
     weight, bias = operand(gemm, 1), operand(gemm, 2)
-    if weight is None or (bias is None and len(gemm.inputs) > 2 and gemm.inputs[2] is not None):
+    if weight is None or (bias is None and input_at(gemm, 2)):
         return False
     if bias is not None and bias.ndim == 2 and bias.shape[0] > 1:
         return False

@@ -11,7 +11,7 @@ from calib.affine import Array
 from calib.samples import Dataset
 from calib.session import open_session, over_samples, run
 from converter.calibrate.exact import runnable
-from converter.graph.edit import constant
+from converter.graph.edit import known, operand
 from converter.job import Watch
 from converter.plan.ops import is_transposed
 from converter.plan.plan import NodePlan
@@ -58,8 +58,7 @@ def _alone(product: ir.Node) -> bool:
 
 def _weight(product: ir.Node) -> Array:
     """float64 (channels, columns)."""
-    weight = constant(product.inputs[1])
-    assert weight is not None
+    weight = known(operand(product, 1))
     return (weight.T if is_transposed(product) else weight).astype(np.float64)
 
 
