@@ -384,13 +384,9 @@ def _fed_by_floats(model: ir.Model, plan: QuantPlan) -> list[NodePlan]:
 def _mixed_concats(plan: QuantPlan) -> dict[str, str]:
     """Concat nodes whose inputs are too different in range to share one, with the reason."""
     mixed = {}
-    for unit in plan.units():
-        scales = (
-            [float(plan.params(name).scale) for name in unit.inputs]
-            if rule(unit.op_type).joins
-            else []
-        )
-        if scales and max(scales) > MIXED_RANGES * min(scales):
+    for unit in (unit for unit in plan.units() if rule(unit.op_type).joins):
+        scales = [float(plan.params(name).scale) for name in unit.inputs]
+        if max(scales) > MIXED_RANGES * min(scales):
             mixed[unit.name] = (
                 f"the ranges of its inputs differ {max(scales) / min(scales):.0f} times"
             )

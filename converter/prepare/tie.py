@@ -18,11 +18,11 @@ from converter.graph.edit import Names, constant, graph_of
 from converter.plan.ops import rule_of
 
 
-def tie(model: ir.Model) -> bool:
+def tie(model: ir.Model) -> None:
     """Turns products with the transposed of a table, in the graph that holds it, into Gemm nodes
     that read it.
 
-    Rewrites in place; returns whether there was any.
+    Rewrites in place.
     """
     names, nodes = Names(model), [node for node in model.graph if not node.domain]
     tables = [node.inputs[0] for node in nodes if rule_of(node).looks_up]
@@ -33,7 +33,6 @@ def tie(model: ir.Model) -> bool:
     tied = [(node, table) for node in products if (table := _tied(node, arrays)) is not None]
     for node, table in tied:
         _read(table, arrays[table].shape, node, names)
-    return bool(tied)
 
 
 def _tied(product: ir.Node, tables: Mapping[ir.Value, Array]) -> ir.Value | None:

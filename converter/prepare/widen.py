@@ -25,15 +25,15 @@ TYPE_ATTRIBUTES = {
 KNOWN_DOMAINS = {"", "ai.onnx.ml", "com.microsoft"}
 
 
-def widen(model: ir.Model) -> bool:
-    """Computes in float32, in place; returns whether there was anything narrow to widen.
+def widen(model: ir.Model) -> None:
+    """Computes in float32, in place.
 
     A model that takes or gives sequences or optionals of narrow tensors stays as it is: no Cast
     stands for those.
     """
     edges = [*model.graph.inputs, *model.graph.outputs]
     if any(_is_narrow(v.type) and not isinstance(v.type, ir.TensorType) for v in edges):
-        return False
+        return
     nodes = [node for graph in model.graphs() for node in graph]
     narrow = {value: value.dtype for value in _values(model) if _is_narrow(value.type)}
     names, wide = Names(model), {value for value in narrow if not _is_given(value, model.graph)}
@@ -48,7 +48,6 @@ def widen(model: ir.Model) -> bool:
         else:
             _take(value, model.graph, names)
     _drop_casts(nodes)
-    return bool(wide)
 
 
 def _values(model: ir.Model) -> Iterator[ir.Value]:
