@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -55,6 +55,13 @@ def uneven(*shape, axis=0, seed=0):
 def frozen(model: ir.Model) -> bytes:
     """What the model is now, whatever happens to it afterwards."""
     return bytes(ir.to_proto(model).SerializeToString())
+
+
+def changes(work: Callable[[ir.Model], None], model: ir.Model) -> bool:
+    """Does the work; whether the model is another one then."""
+    before = frozen(model)
+    work(model)
+    return frozen(model) != before
 
 
 def exactly(model: ir.Model | bytes | Path) -> bytes | Path:

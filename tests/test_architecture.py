@@ -7,8 +7,15 @@ import sys
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
 from pathlib import Path
+from typing import get_args
 
 import pytest
+
+from calib.ranges import RANGE_METHODS
+from converter.config import keys
+from converter.config.keys import ActivationQuantMethod, QuantType, TargetDevice
+from converter.modes import MODES
+from converter.plan.targets import TARGETS
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = ("calib", "converter")
@@ -36,6 +43,12 @@ ROOMS = (
     "api",
     "cli",
     "__main__",
+)
+# What of `weights` is plain numbers, and what holds or runs graphs.
+ALGORITHMS = ("gptq", "grids", "mixed_bits", "smoothquant", "trained")
+OF_GRAPHS = (
+    *("onnx", "calib.session", "calib.samples"),
+    *("converter.graph", "converter.emit", "converter.calibrate", "converter.measure"),
 )
 # What `qconvert batch` needs to see that nothing has changed.
 LIGHT = ("converter.api", "converter.batch", "converter.measure.gates")
@@ -141,6 +154,16 @@ def test_graph_changes_know_only_the_tables(package):
             assert known - {package} <= ALLOWED, f"{module} imports {known}"
 
 
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_algorithms_are_arrays_and_plans_in_arrays_and_plans_out(name):
+    module = f"converter.weights.{name}"
+    of_graphs = [i for i in imports_of(MODULES[module]) if i.startswith(OF_GRAPHS)]
+    assert not of_graphs, (
+        f"{module} imports {of_graphs}: let its caller (converter/plan/layers.py, the walk) read "
+        "the graph, and hand it arrays"
+    )
+
+
 def test_what_help_needs_is_light():
     heavy = {"onnx", "onnx_ir", "onnxscript", "onnxruntime", "numpy"}
     for module, path in MODULES.items():
@@ -163,6 +186,62 @@ def test_no_test_file_imports_another():
     for path in (ROOT / "tests").glob("*.py"):
         lenders = [name for name in imports_of(path) if name.startswith("test_")]
         assert not lenders, f"{path.name}: move what {lenders} lend to a module that is no test"
+
+
+def named_operators(path: Path) -> Iterator[int]:
+    """Lines of `path` that compare an op_type with operators by name."""
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.Compare):
+            sides = [node.left, *node.comparators]
+            asks = any(isinstance(side, ast.Attribute) and side.attr == "op_type" for side in sides)
+            inner = (part for side in sides for part in ast.walk(side))
+            names = (part for part in inner if isinstance(part, ast.Constant))
+            if asks and any(isinstance(part.value, str) for part in names):
+                yield node.lineno
+
+
+def test_operators_are_known_by_the_table_alone():
+    # A pass of `prepare` may be about one operator, in one written form.
+    free = ("converter.plan.ops", "converter.graph.qdq", "converter.prepare.")
+    for module, path in MODULES.items():
+        lines = list(named_operators(path))
+        assert not lines or module.startswith(free), (
+            f"{module}, lines {lines}: ask the operator's row (`rule_of(node)`), and make what it "
+            "is asked a fact of the rows of OPS in converter/plan/ops.py."
+        )
+
+
+# Tables whose rows a config names: what a row is, where the table stands, and the names that the
+# config knows.
+NAMED = {
+    "range method": (RANGE_METHODS, "_METHODS in calib/ranges/__init__.py", ActivationQuantMethod),
+    "target": (TARGETS, "TARGETS in converter/plan/targets.py", TargetDevice),
+    "mode": (
+        {k: v for k, v in MODES.items() if "FLOAT" not in k},
+        "MODES in converter/modes/__init__.py",
+        QuantType,
+    ),
+}
+
+
+@pytest.mark.parametrize("what", NAMED)
+def test_what_a_table_has_a_config_can_name(what):
+    table, place, names = NAMED[what]
+    alias = next(name for name, value in vars(keys).items() if value is names)
+    unnamed, missing = set(table) - set(get_args(names)), set(get_args(names)) - set(table)
+    assert not unnamed, (
+        f"no config can ask for the {what} {unnamed}: add it to {alias} in "
+        "converter/config/keys.py, and run docs/update_readme.py"
+    )
+    assert not missing, f"{alias} in converter/config/keys.py offers {missing}: add it to {place}"
+
+
+def test_every_file_of_range_methods_has_a_row():
+    known = {method.function.__module__ for method in RANGE_METHODS.values()}
+    files = {m for m in MODULES if m.startswith("calib.ranges.")} - {"calib.ranges.spec"}
+    assert files == known, (
+        f"{files - known}: give what it holds a row of _METHODS in calib/ranges/__init__.py"
+    )
 
 
 def test_only_model_reads_and_writes_model_files():

@@ -11,8 +11,9 @@ from graphs import build, normal
 from running import Ear
 from running import weights_converted as converted
 
+from converter.weights.bit_search import divergence
 from converter.weights.journal import Journal
-from converter.weights.mixed_bits import WIDTHS, allocation, divergence, path
+from converter.weights.mixed_bits import WIDTHS, allocation, path
 
 SENSITIVITY = {"search": "SENSITIVITY", "target_ratio": 5}
 X = normal(12, 32)

@@ -6,7 +6,7 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
-from graphs import assert_same, frozen, node, normal, positive, prepared, types, uneven
+from graphs import assert_same, changes, frozen, node, normal, positive, prepared, types, uneven
 
 from converter.graph.edit import constant
 from converter.prepare.equalize import equalize
@@ -30,7 +30,7 @@ WEIGHTS = {
 def equalized(nodes, **more):
     model = prepared(f"{HEAD} {{ {nodes} }}", **WEIGHTS, **more)
     before = frozen(model)
-    changed = equalize(model)
+    changed = changes(equalize, model)
     assert_same(before, model, X)
     return model, before, changed
 
@@ -105,7 +105,7 @@ def test_what_does_not_commute_is_left_alone(nodes):
     graph = HEAD.replace("x)", "x, float[5,6,1,1] k)") if "Relu (k)" in nodes else HEAD
     model = prepared(f"{graph} {{ {nodes} }}", **WEIGHTS)
     before = frozen(model)
-    assert not equalize(model)
+    assert not changes(equalize, model)
     assert frozen(model) == before
 
 

@@ -17,7 +17,7 @@ from converter.calibrate.walk import Walk, steps_of
 from converter.emit.qdq import emit
 from converter.graph.edit import values_by_name
 from converter.graph.files import load, saved
-from converter.plan.matrices import view_of
+from converter.plan.ops import view_of
 from converter.plan.placement import Wishes, build_plan
 from converter.plan.targets import TARGETS
 from converter.prepare import prepare

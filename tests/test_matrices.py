@@ -8,7 +8,8 @@ import onnxruntime as ort
 import pytest
 from onnx import TensorProto, helper
 
-from converter.plan.matrices import ConvView, ProductView, view_of
+from converter.plan.matrices import ConvView, ProductView
+from converter.plan.ops import view_of
 
 EVERY = 10**6
 WHOLE = np.random.default_rng

@@ -10,7 +10,8 @@ import pytest
 from graphs import build, normal, positive, run
 
 from calib.affine import INT8_NARROW
-from converter.plan.ops import OPS, weights_of
+from converter.plan.matrices import no_view
+from converter.plan.ops import INTEGER_OPS, OPS, rule_of, view_of, weights_of
 from converter.plan.targets import TARGETS
 
 IMAGE = "g (float[2,4,6,6] x) => (float[] y)"
@@ -60,7 +61,22 @@ SETTINGS = {
     "scales": np.array([1, 1, 2, 1.5], np.float32),
     "nought": np.float32(0),
     "some": np.float32(0.5),
+    "low": np.float32(-0.5),
     "edges": np.array([0, 0, 1, 2, 0, 0, 0, 1]),
+}
+
+# Operators whose outputs lie within their inputs and zero.
+WITHIN = {
+    "Concat": "y = Concat <axis=0> (x, u)",
+    "Max": "y = Max (x, u)",
+    "Min": "y = Min (x, u)",
+    "Relu": "y = Relu (x)",
+    "Clip": "y = Clip (x, low, some)",
+    "AveragePool": "y = AveragePool <kernel_shape=[3,3], pads=[1,1,1,1]> (x)",
+    "GlobalAveragePool": "y = GlobalAveragePool (x)",
+    "ReduceMax": "y = ReduceMax (x)",
+    "ReduceMean": "y = ReduceMean (x)",
+    "ReduceMin": "y = ReduceMin (x)",
 }
 
 # Operators that compute on all or on their first input.
@@ -107,9 +123,11 @@ def output(head, text, **constants):
 
 
 def test_these_tests_know_every_row():
-    assert set(OPS) == {*WEIGHTED, *MOVES, *OTHERS}
+    unknown = set(OPS) ^ {*WEIGHTED, *MOVES, *OTHERS}
+    assert not unknown, f"{unknown}: add to WEIGHTED, MOVES or OTHERS above how it is written"
     assert {op for op, rule in OPS.items() if rule.weight is not None} == set(WEIGHTED)
     assert {op for op, rule in OPS.items() if rule.moves} == set(MOVES)
+    assert {op for op, rule in OPS.items() if rule.within} == set(WITHIN)
 
 
 @pytest.mark.parametrize("opset", [13, 18, 21])
@@ -176,6 +194,62 @@ def test_moves_only_hand_on_values(op):
     assert model.graph[len(model.graph) - 1].op_type == op
     x = -positive(2, 4, 6, 6)
     assert np.isin(run(model, {"x": x})["y"], [*x.flat, 0] if op == "Pad" else x).all()
+
+
+@pytest.mark.parametrize("op", WITHIN)
+@pytest.mark.parametrize("far", [-3.0, 0.0, 3.0])
+def test_outputs_lie_within_inputs_and_zero(op, far):
+    x, u = normal(2, 4, 6, 6) + np.float32(far), normal(2, 4, 6, 6, seed=1) * 4
+    y = run(build(f"{IMAGE} {{ {WITHIN[op]} }}", u=u, **SETTINGS), {"x": x})["y"]
+    read = [x, u] if OPS[op].data is None else [x]
+    assert min(0, *(a.min() for a in read)) <= y.min()
+    assert y.max() <= max(0, *(a.max() for a in read))
+    if OPS[op].joins:
+        assert sorted(y.flat) == sorted([*x.flat, *u.flat])
+
+
+@pytest.mark.parametrize(
+    ("text", "floor"),
+    [
+        ("y = Relu (x)", 0.0),
+        ("y = Clip (x, nought)", 0.0),
+        ("y = Clip (x, low, some)", -0.5),
+        ("y = Clip (x, , some)", None),
+        ("y = Clip (x, given)", None),
+    ],
+)
+def test_bounds_only_cut_off(text, floor):
+    head = "g (float[2,4,6,6] x, float given) => (float[] y)"
+    node = only_node(head, text, **SETTINGS)
+    assert OPS[node.op_type].bounds
+    assert OPS[node.op_type].floor(node) == floor
+    x = normal(2, 4, 6, 6)
+    y = run(
+        build(f"{head} {{ {text} }}", **SETTINGS), {"x": x, "given": np.array(-0.5, np.float32)}
+    )["y"]
+    low = -0.5 if "given" in text else floor
+    high = 0.5 if "some" in text else None
+    np.testing.assert_array_equal(y, np.clip(x, low, high))
+
+
+def test_probabilities_vanish_for_small_inputs():
+    assert [op for op, rule in OPS.items() if rule.probabilities] == ["Softmax"]
+    x = normal(3, 4)
+    x[:, 0] = -200
+    y = run(build(f"{ROWS} {{ y = Softmax (x) }}"), {"x": x})["y"]
+    assert (y[:, 0] == 0).all()
+    assert y.min() >= 0
+    assert y.max() <= 1
+
+
+def test_what_fills_up_says_with_which_number():
+    constants = {**SETTINGS, "with": np.float32(7)}
+    y = run(
+        build(f"{IMAGE} {{ y = Pad (x, edges, with) }}", **constants), {"x": normal(2, 4, 6, 6)}
+    )
+    fills = {op: rule.fill for op, rule in OPS.items() if rule.fill is not None}
+    assert fills == {"Pad": 2}
+    assert (y["y"] == 7).any()
 
 
 @pytest.mark.parametrize(
@@ -256,10 +330,41 @@ def test_obstacles(text, reason):
     ],
 )
 def test_only_a_plain_depthwise_convolution_adds_no_pairs(attribute, shape, pairs):
-    assert (
-        OPS["Conv"].pairs(only_node(IMAGE, f"y = Conv {attribute} (x, w)", w=normal(*shape)))
-        is pairs
+    node = only_node(IMAGE, f"y = Conv {attribute} (x, w)", w=normal(*shape))
+    assert OPS["Conv"].pairs(node, shape) is pairs
+
+
+def test_an_operator_of_another_domain_has_no_row():
+    node = only_node(ROWS, "y = local.Relu (x)")
+    assert rule_of(node) == rule_of(only_node(ROWS, "y = Unknown (x)"))
+    assert not rule_of(node).bounds
+
+
+@pytest.mark.parametrize("op", [op for op, rule in OPS.items() if rule.weight is not None])
+def test_every_weight_says_how_it_is_rounded(op):
+    assert OPS[op].view is not None, (
+        f"converter/plan/ops.py: the row of {op} in OPS has a weight and says nothing of `view`: "
+        "give it the View in converter/plan/matrices.py that writes it as a matrix product, so "
+        "that rounding sees what its inputs do, or `no_view` to round it number by number."
     )
+
+
+@pytest.mark.parametrize(("op", "head", "text", "shape"), CASES)
+def test_a_rounding_view_is_the_product_that_the_operator_computes(op, head, text, shape):
+    weight = normal(*shape)
+    node = only_node(head, text, w=weight)
+    view = view_of(node, shape, OPS[op].weight)
+    if view is None:
+        assert OPS[op].view is no_view or len(shape) > 2
+        return
+    assert view_of(node, shape, 0) is None
+    matrix, many = view.matrix(weight), 10**6
+    np.testing.assert_array_equal(view.weight(matrix), weight)
+    x = normal(*(int(d) for d in build(f"{head} {{ {text} }}", w=weight).graph.inputs[0].shape))
+    columns = view.columns(x, many, 0, np.random.default_rng(0))
+    mine = np.einsum("grk,gnk->ngr", matrix, columns).reshape(columns.shape[1], -1)
+    theirs = np.moveaxis(output(head, text, w=weight), OPS[op].output_axis, -1)
+    np.testing.assert_allclose(mine, theirs.reshape(mine.shape), atol=1e-4)
 
 
 @pytest.mark.parametrize("target", TARGETS.values(), ids=TARGETS)
@@ -302,3 +407,21 @@ def test_weights_and_their_channel_axes(text, expected):
     constants = {"w": normal(4, 4, 3, 3), "k": normal(4, 4), "b": normal(4), **SETTINGS}
     gates = {"input": normal(1, 8, 4), "recurrent": normal(1, 8, 2)}
     assert weights_of(only_node(DYNAMIC, text, **constants, **gates)) == expected
+
+
+@pytest.mark.parametrize("op", [op for op in INTEGER_OPS if onnx.defs.has(op)])
+def test_rows_of_integer_operators_name_inputs_of_the_schema(op):
+    schema, row = onnx.defs.get_schema(op, 13), INTEGER_OPS[op]
+    names = [given.name.lower() for given in schema.inputs]
+    for read in row.reads:
+        codes, scale, zero_point = read
+        assert "zero_point" in names[zero_point]
+        if scale is not None:
+            assert "scale" in names[scale]
+            assert codes < scale < zero_point
+    if row.writes:
+        assert "scale" in names[row.writes[0]]
+        assert "zero_point" in names[row.writes[1]]
+    for product in row.products:
+        codes, *_ = row.reads[product.signed]
+        assert "tensor(int8)" in schema.inputs[codes].types

@@ -19,6 +19,7 @@ from converter.graph.dimensions import contradicted, name_apart
 from converter.graph.edit import constant
 from converter.graph.files import default_inputs, fed_inputs
 from converter.job import Job, Resources, Watch, processors
+from converter.plan.ops import rule_of
 
 
 def open_data(
@@ -109,7 +110,7 @@ def _rows_indexed(value: ir.Value) -> int | None:
     tables = (
         constant(use.node.inputs[0])
         for use in value.uses()
-        if use.node.op_type == "Gather" and use.idx == 1
+        if rule_of(use.node).looks_up and use.idx == 1
     )
     return next((len(table) for table in tables if table is not None), None)
 

@@ -20,7 +20,7 @@ from calib.stats import TensorStats
 from converter.calibrate.exact import runnable
 from converter.graph.edit import constant, known, values_by_name
 from converter.job import Resources, Watch
-from converter.plan.ops import OPS
+from converter.plan.ops import rule_of
 from converter.plan.plan import QuantPlan, TensorPlan
 
 Statistics = dict[str, TensorStats]
@@ -276,8 +276,8 @@ def probability_qparams(
     """
     values, found = values_by_name(graph), {}
     for name, group in plan.groups().items():
-        softmax = _behind(values[name], ("Relu", "Clip")).producer()
-        source = softmax.inputs[0] if softmax and softmax.op_type == "Softmax" else None
+        softmax = _behind(values[name], bounds=True).producer()
+        source = softmax.inputs[0] if softmax and rule_of(softmax).probabilities else None
         if source and _behind(source).name in plan.tensors:
             largest = statistics[name].hi if name in statistics else 1.0
             span = Range(np.array(0.0), np.array(_probability_above(largest)))
@@ -303,11 +303,11 @@ def masked_qparams(
             own = replace(spec, format=tensor.format, symmetric=tensor.symmetric)
             found[group] = own.qparams(span)
 
-    for softmax in (node for node in graph if node.op_type == "Softmax"):
+    for softmax in (node for node in graph if rule_of(node).probabilities):
         source = _behind(known(softmax.inputs[0]))
         cut_off(source.name or "", NOTHING_LEFT)
         adder = source.producer()
-        if adder is None or adder.op_type != "Add":
+        if adder is None or not rule_of(adder).adds:
             continue
         names = [value.name or "" for value in adder.inputs if value is not None]
         spans = [statistics[n].hi - statistics[n].lo for n in names if n in statistics]
@@ -323,10 +323,8 @@ def _probability_above(largest: float) -> float:
     return float(np.exp2(np.ceil(np.log2(2 * largest))))
 
 
-def _behind(value: ir.Value, bounds: tuple[str, ...] = ()) -> ir.Value:
+def _behind(value: ir.Value, bounds: bool = False) -> ir.Value:
     """The value that `value` is but for moves, and bounds."""
     node = value.producer()
-    moves = node is not None and (
-        node.op_type in bounds or (node.op_type in OPS and OPS[node.op_type].moves)
-    )
-    return _behind(node.inputs[0], bounds) if moves and node and node.inputs[0] else value
+    passes = node is not None and (rule_of(node).moves or (bounds and rule_of(node).bounds))
+    return _behind(node.inputs[0], bounds) if passes and node and node.inputs[0] else value

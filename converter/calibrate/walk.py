@@ -26,8 +26,8 @@ from converter.emit.qdq import emit
 from converter.graph.edit import constant, known, submodel, values_read
 from converter.graph.files import serialized
 from converter.job import Resources
-from converter.plan.matrices import View, view_of
-from converter.plan.ops import OPS
+from converter.plan.matrices import View
+from converter.plan.ops import OPS, view_of
 from converter.plan.plan import NodePlan, QuantPlan
 
 # Bytes of activations kept between steps; as many samples take part as fit.

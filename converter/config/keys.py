@@ -26,6 +26,7 @@ ActivationQuantMethod = Literal[
     "RANGE_ABS_MAX",
     "AUTO",
 ]
+TargetDevice = Literal["CPU", "CPU_VNNI", "ARM", "OPENVINO", "NVGPU", "DSP"]
 
 QUANT_TYPES: tuple[QuantType, ...] = get_args(QuantType)
 
@@ -313,7 +314,7 @@ class FullQuantParam:
         "right answers if label_file is given; the fewest nodes that achieve it stay float. "
         "Unset: no bound.",
     )
-    target_device: Literal["CPU", "CPU_VNNI", "ARM", "OPENVINO", "NVGPU", "DSP"] | None = _choice(
+    target_device: TargetDevice | None = _choice(
         "Hardware that sets the integer types and operators; unset: CPU."
     )
 

@@ -19,8 +19,10 @@ import onnx_ir as ir
 
 from calib.affine import INT8_NARROW, SMALLEST_SCALE, UINT8, Array
 from converter.emit.planes import PlaneWriter
-from converter.emit.stored import emit_stored, planned, write_bias
+from converter.emit.stored import emit_stored, write_bias
 from converter.graph.edit import Names, graph_of, known
+from converter.plan.layers import planned
+from converter.plan.ops import is_transposed, own_bias, rule_of
 from converter.plan.plan import NodePlan, QuantPlan
 
 # ReduceMax takes its axes as an input from this opset on.
@@ -34,7 +36,7 @@ def emit_dynamic(model: ir.Model, plan: QuantPlan, by_row: bool) -> None:
     emitter = _Emitter(model, plan, by_row)
     for node, unit in list(planned(model, plan)):
         if unit.name in plan.weights:
-            (emitter.lookup if node.op_type == "Gather" else emitter.product)(node, unit)
+            (emitter.lookup if rule_of(node).looks_up else emitter.product)(node, unit)
     emit_stored(model, plan, PlaneWriter(model))
 
 
@@ -54,7 +56,7 @@ class _Emitter:
         )
         # Stored as it was: a lookup may read the same codes. Runtimes transpose when they load the
         # model.
-        codes = self._node("Transpose", codes) if node.attributes.get_int("transB", 0) else codes
+        codes = self._node("Transpose", codes) if is_transposed(node) else codes
         x, x_scale, zero = self._activation(node)
         products = self._node(
             "Cast", self._node("MatMulInteger", x, codes, zero), to=ir.DataType.FLOAT
@@ -65,7 +67,7 @@ class _Emitter:
             y = self._node("Mul", self._node("Mul", products, x_scale), w_scale)
         else:
             y = self._node("Mul", products, self._node("Mul", x_scale, w_scale))
-        bias = node.inputs[2] if node.op_type == "Gemm" and len(node.inputs) > 2 else None
+        bias = own_bias(node)
         self._replace(y if bias is None else self._node("Add", y, bias))
 
     def lookup(self, node: ir.Node, unit: NodePlan) -> None:

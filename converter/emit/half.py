@@ -9,6 +9,7 @@ import onnx_ir as ir
 
 from calib.affine import Array
 from converter.graph.edit import Names, add_constant, constant, known
+from converter.graph.qdq import is_conversion
 from converter.plan.ops import draws
 
 # Below this many elements the Cast costs more bytes than float16 saves.
@@ -50,7 +51,7 @@ def _wants_constant(node: ir.Node, index: int) -> bool:
     """Whether `node` must read a constant itself: a scale, for runtimes to recognise the operator
     around it, and what a Dropout in training drops, which ONNX Runtime would drop once, at loading.
     """
-    scale = node.op_type in {"QuantizeLinear", "DequantizeLinear"} and index == 1
+    scale = is_conversion(node) and index == 1
     return scale or draws(node)
 
 

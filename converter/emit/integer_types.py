@@ -9,6 +9,7 @@ from calib.affine import QParams
 from converter.emit.integer_edges import feed_integers, hand_out_integers
 from converter.errors import UsageError
 from converter.graph.edit import Names, known, operand
+from converter.graph.qdq import is_dequantize, is_quantize
 from converter.prepare.pixels import Pixels
 
 TYPES = {"UINT8": ir.DataType.UINT8, "INT8": ir.DataType.INT8}
@@ -19,7 +20,7 @@ def take_integers(model: ir.Model, name: str, kind: str, pixels: Pixels | None) 
     plan's codes.
     """
     value = next(v for v in model.graph.inputs if v.name == name)
-    pair = next((use.node for use in value.uses() if use.node.op_type == "QuantizeLinear"), None)
+    pair = next((use.node for use in value.uses() if is_quantize(use.node)), None)
     # The plan's own int8 codes are no pixels.
     if _holds(kind, pair) and len(value.uses()) == 1 and not (pixels and kind == "INT8"):
         feed_integers(model.graph, name)
@@ -34,7 +35,7 @@ def give_integers(model: ir.Model, name: str, kind: str, q: QParams) -> str:
     """Graph output `name` becomes integers; says what they stand for."""
     value = next(v for v in model.graph.outputs if v.name == name)
     restore = value.producer()
-    direct = restore and restore.op_type == "DequantizeLinear" and _holds(kind, restore)
+    direct = is_dequantize(restore) and _holds(kind, restore)
     conversion = restore if restore and direct else _quantize_output(model, value, kind, q)
     told = (
         f"Output '{name}' is {kind}: value = (code - {operand(conversion, 2)}) * "

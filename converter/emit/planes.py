@@ -35,11 +35,8 @@ from converter.plan.plan import QuantizedWeight
 
 # Widths that integer types of ONNX hold as they are.
 PLAIN_BITS = (8, 16)
-# Codes of up to this many bits are worth scales and zeros of float16.
-HALF_BITS = 8
-# Bytes the file grows by for the nodes of one weight, about, and for those of a mask and of a
-# table.
-OVERHEAD, MASK_OVERHEAD, TABLE_OVERHEAD = 1100, 2400, 300
+# Bytes the file grows by, about, for the nodes of a mask and for those of a table.
+MASK_OVERHEAD, TABLE_OVERHEAD = 2400, 300
 # Bytes of a mask that count their positions from one stored number.
 GROUP = 32
 
@@ -49,13 +46,6 @@ def to_planes(codes: Array, bits: int) -> Array:
     flat = codes.reshape(-1)
     planes = [np.packbits((flat >> p).astype(np.uint8) & 1, bitorder="little") for p in range(bits)]
     return np.stack(planes, axis=1)[..., None]
-
-
-def stored_bytes(size: int, channels: int, bits: int) -> int:
-    """Bytes that `size` weights with a scale and a zero point for each of `channels` take in the
-    file.
-    """
-    return -(-size * bits // 8) + channels * (4 if bits <= HALF_BITS else 8) + OVERHEAD
 
 
 def half_if_exact(array: Array) -> Array:

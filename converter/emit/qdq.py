@@ -11,8 +11,11 @@ import onnx_ir as ir
 
 from calib.affine import INT32, Array, QParams, quantize
 from converter.emit.planes import PlaneWriter
-from converter.emit.stored import bias_place, emit_stored
-from converter.graph.edit import Names, constant, known, operand, values_by_name
+from converter.emit.stored import emit_stored
+from converter.graph.edit import Names, constant, known, operand, set_input, values_by_name
+from converter.graph.qdq import is_dequantize, is_quantize
+from converter.plan.layers import bias_place
+from converter.plan.ops import rule_of
 from converter.plan.plan import NodePlan, QuantizedWeight, QuantPlan
 
 
@@ -80,7 +83,7 @@ class _Emitter:
         runtimes keep it.
         """
         clip = self.nodes[unit.absorbed[-1]] if unit.absorbed else None
-        high = operand(clip, 2) if clip and clip.op_type == "Clip" else None
+        high = operand(clip, 2) if clip else None
         if clip is None or high is None or unit.outputs[0] not in self.plan.tensors:
             return
         q = self.plan.params(unit.outputs[0])
@@ -92,11 +95,7 @@ class _Emitter:
 
     def _pair(self, value: ir.Value, q: QParams) -> ir.Value:
         name, producer = known(value.name), value.producer()
-        if (
-            producer is not None
-            and producer.op_type == "DequantizeLinear"
-            and _restores(producer, q)
-        ):
+        if is_dequantize(producer) and _restores(producer, q):
             return value
         parameters, kind = self._parameters(name, q), np.iinfo(q.format.dtype)
         nodes = [self.names.node("QuantizeLinear", [value, *parameters], name, "quantized")]
@@ -121,14 +120,11 @@ class _Emitter:
     def _bare(self, node: ir.Node) -> None:
         """Lets a node between two conversions of the same parameters run on the integers."""
         restore = known(known(node.inputs[0]).producer())
-        quantize_again = next(
-            use.node for use in node.outputs[0].uses() if use.node.op_type == "QuantizeLinear"
-        )
+        quantize_again = next(use.node for use in node.outputs[0].uses() if is_quantize(use.node))
         zero_point = known(restore.inputs[2])
         node.replace_input_with(0, restore.inputs[0])
-        if node.op_type == "Pad":
-            node.resize_inputs(max(3, len(node.inputs)))
-            node.replace_input_with(2, zero_point)
+        if (fill := rule_of(node).fill) is not None:
+            set_input(node, fill, zero_point)
         node.outputs[0].type = zero_point.type
         quantize_again.outputs[0].replace_all_uses_with(node.outputs[0])
         self.graph.remove(quantize_again, safe=True)
@@ -170,8 +166,7 @@ class _Emitter:
             written = self._dequantized(name, quantize(bias, q), q)
         else:
             written = self.names.constant(f"{name}_corrected", bias.astype(np.float32))
-        owner.resize_inputs(max(index + 1, len(owner.inputs)))
-        owner.replace_input_with(index, written)
+        set_input(owner, index, written)
 
     def _dequantized(self, name: str, codes: Array, q: QParams) -> ir.Value:
         """A constant stored as `codes` behind a DequantizeLinear."""

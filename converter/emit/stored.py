@@ -4,21 +4,21 @@ float biases.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 
 import numpy as np
 import onnx_ir as ir
 
-from calib.affine import Array, dequantize
+from calib.affine import dequantize
 from converter.graph.edit import (
     Names,
     add_constant,
     drop_unread,
     graph_of,
     known,
-    operand,
     replace_constant,
 )
+from converter.plan.layers import bias_of, bias_place, planned
 from converter.plan.plan import NodePlan, QuantizedWeight, QuantPlan
 
 # (graph, name, weight) -> the value of the restored floats
@@ -49,33 +49,8 @@ def as_floats(graph: ir.Graph, name: str, weight: QuantizedWeight) -> ir.Value:
     return add_constant(graph, f"{name}_restored", dequantize(weight.codes, weight.qparams))
 
 
-def planned(model: ir.Model, plan: QuantPlan) -> Iterator[tuple[ir.Node, NodePlan]]:
-    """The quantized nodes of all graphs of `model` with their plans."""
-    for graph in model.graphs():
-        for node in graph:
-            unit = plan.nodes.get(node.name or "")
-            if unit and unit.quantized:
-                yield node, unit
-
-
-def bias_of(node: ir.Node, unit: NodePlan) -> Array | None:
-    """The unit's constant bias."""
-    return operand(*bias_place(node, unit))
-
-
 def write_bias(node: ir.Node, unit: NodePlan, plan: QuantPlan, names: Names) -> None:
     """Gives the unit the plan's bias."""
     old, bias = bias_of(node, unit), plan.biases[unit.name].astype(np.float32)
     owner, index = bias_place(node, unit)
     replace_constant(owner, index, bias if old is None else bias.reshape(old.shape), names)
-
-
-def bias_place(node: ir.Node, unit: NodePlan) -> tuple[ir.Node, int]:
-    """The node that adds the bias, and at which input."""
-    product = node.outputs[0]
-    readers = [
-        use.node
-        for use in product.uses()
-        if use.node.op_type == "Add" and use.node.name in unit.absorbed
-    ]
-    return (readers[0], int(readers[0].inputs[0] is product)) if readers else (node, 2)

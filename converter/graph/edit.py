@@ -56,9 +56,20 @@ def constant(value: ir.Value | None) -> Array | None:
     return value.const_value.numpy()
 
 
+def input_at(node: ir.Node, index: int) -> ir.Value | None:
+    """What `node` reads at `index`, None for nothing."""
+    return node.inputs[index] if index < len(node.inputs) else None
+
+
+def set_input(node: ir.Node, index: int, value: ir.Value) -> None:
+    """Lets `node` read `value` at `index`, also where it reads nothing yet."""
+    node.resize_inputs(max(len(node.inputs), index + 1))
+    node.replace_input_with(index, value)
+
+
 def operand(node: ir.Node, index: int) -> Array | None:
     """The constant that `node` reads at `index`, None for anything else and for nothing."""
-    return constant(node.inputs[index]) if index < len(node.inputs) else None
+    return constant(input_at(node, index))
 
 
 def known(found: T | None) -> T:
@@ -159,33 +170,16 @@ def add_constant(
     return value
 
 
-def bias_add(node: ir.Node) -> ir.Node | None:
-    """The Add that gives a MatMul with constant right operand one constant bias a channel."""
-    weight = constant(node.inputs[1]) if node.op_type == "MatMul" else None
-    add = only_consumer(node.outputs[0])
-    if weight is None or weight.ndim != 2 or add is None or add.op_type != "Add" or add.domain:
-        return None
-    bias, shape = (
-        constant(next(v for v in add.inputs if v is not node.outputs[0])),
-        node.outputs[0].shape,
-    )
-    # A bias of more dimensions than the product would add them to it.
-    if bias is None or not 1 <= bias.ndim <= (shape.rank() if shape else 1):
-        return None
-    return add if bias.size == bias.shape[-1] == weight.shape[1] else None
-
-
 def replace_constant(node: ir.Node, index: int, array: Array, names: Names) -> None:
     """Gives `node` another constant operand; a node that reads the same constant keeps the old
     one.
     """
-    old = node.inputs[index] if index < len(node.inputs) else None
+    old = input_at(node, index)
     if old is not None and len(old.uses()) == 1 and not old.is_graph_output():
         old.const_value, old.shape = ir.tensor(array, name=old.name), ir.Shape(array.shape)
         return
     name = names.fresh(old.name if old and old.name else f"{node.name}.bias")
-    node.resize_inputs(max(len(node.inputs), index + 1))
-    node.replace_input_with(index, add_constant(graph_of(node), name, array))
+    set_input(node, index, add_constant(graph_of(node), name, array))
 
 
 def drop_unread(model: ir.Model) -> None:

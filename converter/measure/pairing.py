@@ -14,8 +14,8 @@ import onnx_ir as ir
 
 from calib.affine import INT32, Array, QParams, dequantize
 from converter.graph.edit import Names, constant, values_by_name
-from converter.graph.qdq import QUANTIZERS, codes_behind, parameters, qparams_of
-from converter.plan.ops import OPS
+from converter.graph.qdq import codes_behind, is_dequantize, qparams_of, quantizes
+from converter.plan.ops import parameters, rule_of
 from converter.plan.plan import QuantizedWeight, QuantPlan
 
 
@@ -74,7 +74,7 @@ def _renamed(reference: ir.Model, names: Set[str]) -> Iterator[tuple[str, str | 
     """What a Relu or Clip makes, where an operator on integers before it does its work, and what it
     reads, to None.
     """
-    for node in (node for node in reference.graph if node.op_type in {"Relu", "Clip"}):
+    for node in (node for node in reference.graph if rule_of(node).bounds):
         before, after = (
             value.name if value else None for value in (node.inputs[0], node.outputs[0])
         )
@@ -99,9 +99,7 @@ class _Finder:
         self.codes = {
             codes: found for node in list(model.graph) for codes, found in parameters(node)
         }
-        for node in (
-            node for node in model.graph if node.op_type in OPS and OPS[node.op_type].moves
-        ):
+        for node in (node for node in model.graph if rule_of(node).moves):
             if node.inputs[0] in self.codes:
                 self.codes.setdefault(node.outputs[0], self.codes[node.inputs[0]])
 
@@ -168,12 +166,12 @@ class _Finder:
         codes = codes_behind(value) or (value if value in self.codes else None)
         if codes or not follow:
             return codes
-        quantizers = (use.node for use in value.uses() if use.node.op_type in QUANTIZERS)
+        quantizers = (use.node for use in value.uses() if quantizes(use.node))
         return next((node.outputs[0] for node in quantizers if node.outputs[0] in self.codes), None)
 
     def _floats(self, codes: ir.Value) -> ir.Value:
         """What a DequantizeLinear makes of the codes; a new one if there is none."""
-        readers = [use.node for use in codes.uses() if use.node.op_type == "DequantizeLinear"]
+        readers = [use.node for use in codes.uses() if is_dequantize(use.node)]
         if not readers:
             scale, zero_point, axis = self.codes[codes]
             inputs = [codes, scale, *([zero_point] if zero_point else [])]

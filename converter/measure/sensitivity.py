@@ -25,17 +25,16 @@ from calib.session import open_session, over_samples, run
 from converter.calibrate.exact import runnable
 from converter.errors import DataError
 from converter.graph.edit import Names, constant, known, only_consumer, values_by_name
-from converter.graph.qdq import QUANTIZERS, codes_behind
+from converter.graph.qdq import codes_behind, quantizes
 from converter.job import Resources
 from converter.measure.errors import TensorError, error_of, output_errors, tally, worst_of
 from converter.measure.pairing import Pairing
+from converter.plan.ops import rule_of
 from converter.plan.plan import NodePlan, QuantPlan
 
 T = TypeVar("T")
 # Samples that rank the nodes; the bound itself is measured on all.
 RANKED_ON = 8
-# What runtimes compute together with the operator before it.
-FUSED = {"Add", "Relu", "Clip"}
 
 
 @dataclass(frozen=True)
@@ -145,7 +144,7 @@ def _leaf(value: ir.Value, integer: set[str]) -> str:
     it.
     """
     reader = only_consumer(value) if value.name not in integer else None
-    if reader is None or reader.op_type not in FUSED:
+    if reader is None or not (rule_of(reader).adds or rule_of(reader).bounds):
         return value.name or ""
     others = [operand for operand in reader.inputs if operand is not None and operand is not value]
     return (
@@ -197,7 +196,7 @@ def _source(value: ir.Value) -> ir.Value | None:
     if codes is None:
         return value
     maker = codes.producer()
-    return maker.inputs[0] if maker is not None and maker.op_type in QUANTIZERS else None
+    return maker.inputs[0] if quantizes(maker) else None
 
 
 def _injected(model: ir.Model, leaves: Iterable[str]) -> tuple[ir.Model, Mapping[str, str]]:

@@ -9,7 +9,9 @@ import onnx_ir as ir
 
 from converter.errors import ModelError
 from converter.graph.edit import operand
-from converter.plan.matrices import breaks_bound, view_of
+from converter.graph.qdq import is_conversion
+from converter.plan.matrices import breaks_bound
+from converter.plan.ops import view_of
 from converter.plan.plan import QuantPlan
 from converter.plan.targets import Target
 
@@ -44,7 +46,7 @@ def _parameters(model: ir.Model, target: Target) -> Iterator[str]:
         *([np.dtype(np.int32)] if target.integer_bias else []),
     }
     for node in model.graph:
-        if node.domain or node.op_type not in {"QuantizeLinear", "DequantizeLinear"}:
+        if node.domain or not is_conversion(node):
             continue
         codes, scale, zero_point = (operand(node, index) for index in range(3))
         dtype = (

@@ -19,6 +19,7 @@ from converter.config.left import against_saturation
 from converter.errors import DataError
 from converter.graph.edit import weight_bytes
 from converter.graph.files import nodes_in
+from converter.graph.qdq import CONVERSIONS
 from converter.job import Resources, Watch
 from converter.measure.errors import (
     TensorError,
@@ -106,9 +107,7 @@ def _verified(
         top1=_top1(answers, data, labels, watch) if labels and answers is not None else None,
         agreement=_agreement(answers),
         kernels=dict(Counter(op_type for _, op_type in executed)),
-        conversions=tuple(
-            name for name, op_type in executed if op_type in {"QuantizeLinear", "DequantizeLinear"}
-        ),
+        conversions=tuple(name for name, op_type in executed if op_type in CONVERSIONS),
         saturated=() if result.exact else tuple(saturating(result.model)),
         random=not len(result.data),
         here=_here(names, before, after, here),

@@ -13,7 +13,7 @@ from converter.plan.result import Quantized
 
 
 class Mode(Protocol):
-    """What a quant_type does to a prepared float model; each is a module."""
+    """What a quant_type makes of a prepared float model, which stays as it is; each is a module."""
 
     def make_plan(self, model: ir.Model, job: Job) -> QuantPlan:
         """The plan without the numbers that data gives."""

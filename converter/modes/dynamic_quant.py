@@ -21,18 +21,18 @@ from converter.calibrate.data import open_data, resources_of, synthetic_data
 from converter.calibrate.observe import Wanted, observe
 from converter.calibrate.walk import Walk
 from converter.emit.dynamic import emit_dynamic
-from converter.emit.stored import bias_place, planned
 from converter.graph.edit import known, operand
 from converter.job import Job, Resources, Watch
 from converter.modes import weight_quant
+from converter.plan.layers import bias_place, planned
 from converter.plan.matrices import ProductView
-from converter.plan.ops import OPS
+from converter.plan.ops import is_transposed, rule_of
 from converter.plan.plan import NodePlan, QuantizedWeight, QuantPlan, TensorPlan, WeightPlan
 from converter.plan.result import Quantized
-from converter.plan.targets import CPU
+from converter.plan.targets import PAIR_LIMIT
 from converter.weights.integer import Rounding, packed, rounded
 from converter.weights.layers import decide_weights, products, store_by_weights
-from converter.weights.smoothquant import smooth
+from converter.weights.smoothing import smooth
 from converter.weights.stored import Storage
 
 # Random samples that show which channels stand out, and the tokens in each.
@@ -85,7 +85,7 @@ def _multiplies(node: ir.Node) -> bool:
     """Whether `node` multiplies rows with a constant matrix, so that runtimes have an integer
     kernel for it.
     """
-    if node.op_type not in {"MatMul", "Gemm"} or node.domain or OPS[node.op_type].obstacle(node):
+    if not rule_of(node).product or rule_of(node).obstacle(node):
         return False
     weight = operand(node, 1)
     return weight is not None and weight.ndim == 2
@@ -93,11 +93,8 @@ def _multiplies(node: ir.Node) -> bool:
 
 def _looks_up(node: ir.Node) -> bool:
     """Whether `node` picks rows of a table that is large or read by others too."""
-    table = (
-        operand(node, 0)
-        if node.op_type == "Gather" and node.attributes.get_int("axis", 0) == 0
-        else None
-    )
+    by_row = rule_of(node).looks_up and node.attributes.get_int("axis", 0) == 0
+    table = operand(node, 0) if by_row else None
     if table is None or table.ndim != 2:
         return False
     return table.size > SMALL_TABLE or len(known(node.inputs[0]).uses()) > 1
@@ -111,7 +108,7 @@ def _product_plan(node: ir.Node, unit: NodePlan, per_channel: bool) -> NodePlan:
         unit,
         reason="integer product, activations quantized at run time",
         outputs=(last.outputs[0].name or "",),
-        weight=WeightPlan(weight.name, 1, INT8_NARROW, axis, CPU.pair_limit),
+        weight=WeightPlan(weight.name, 1, INT8_NARROW, axis, PAIR_LIMIT),
         bias=bias.name if bias else None,
     )
 
@@ -163,7 +160,7 @@ def _by_themselves(model: ir.Model, plan: QuantPlan, watch: Watch) -> QuantPlan:
 
 
 def _fitted(node: ir.Node, wanted: WeightPlan) -> QuantizedWeight:
-    view = ProductView(node.op_type == "Gather" or bool(node.attributes.get_int("transB", 0)))
+    view = ProductView(rule_of(node).looks_up or is_transposed(node))
     matrix = view.matrix(known(operand(node, wanted.index)).astype(np.float64))
     codes, scale = rounded(matrix, None, wanted, np.zeros(matrix.shape[:2]), Rounding())
     return packed(view.weight(codes), scale, wanted)

@@ -6,22 +6,27 @@ import onnx_ir as ir
 
 from converter.calibrate.data import open_data
 from converter.errors import ModelError
-from converter.job import FLOATS, Job, Watch
+from converter.job import Job, Watch
 from converter.plan.plan import NodePlan, QuantPlan
 from converter.plan.result import Quantized
-from converter.prepare.fake_quant import take_trained
+from converter.prepare.fake_quant import without_training
 
 
 def make_plan(model: ir.Model, job: Job) -> QuantPlan:
     """All nodes that are left, float; raises ModelError for a model without quantization."""
-    if not take_trained(model, job.input_type in FLOATS, job.output_type in FLOATS):
+    return _with_plan(model, job)[1]
+
+
+def _with_plan(model: ir.Model, job: Job) -> tuple[ir.Model, QuantPlan]:
+    floats, trained = without_training(model, job)
+    if not trained:
         where = job.config.at("transform_quant_param", "export_precision_mode")
         msg = (
             f"{where}: {job.model} was not trained with quantization; convert a model that was, "
             "or keep this one."
         )
         raise ModelError(msg)
-    return float_plan(model, "export_precision_mode = FLOAT32")
+    return floats, float_plan(floats, "export_precision_mode = FLOAT32")
 
 
 def float_plan(model: ir.Model, reason: str) -> QuantPlan:
@@ -33,6 +38,5 @@ def float_plan(model: ir.Model, reason: str) -> QuantPlan:
 
 def quantize(model: ir.Model, job: Job, watch: Watch) -> Quantized:
     """The model without its quantization, beside itself as it was trained."""
-    reference = model.clone()
-    plan = make_plan(model, job)
-    return Quantized(reference, model, plan, open_data(model, job, watch), trained=True)
+    floats, plan = _with_plan(model, job)
+    return Quantized(model, floats, plan, open_data(floats, job, watch), trained=True)

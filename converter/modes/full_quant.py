@@ -31,22 +31,23 @@ from converter.emit.qdq import emit
 from converter.errors import ConfigError, ModelError, UsageError
 from converter.graph.edit import constant, is_float, values_by_name
 from converter.graph.files import fed_inputs
-from converter.job import FLOATS, Job, Resources, Watch
+from converter.job import Job, Resources, Watch
 from converter.measure.pairing import pair
 from converter.measure.sensitivity import RANKED_ON, alone, fewest, output_drop, read_labels
 from converter.measure.target_checks import check
 from converter.modes import weight_quant
-from converter.plan.ops import OPS
+from converter.plan.layers import layers
+from converter.plan.ops import rule
 from converter.plan.placement import Wishes, build_plan
 from converter.plan.plan import NodePlan, QuantPlan, TensorPlan
 from converter.plan.result import Quantized
 from converter.plan.targets import TARGETS, Target
 from converter.prepare.equalize import equalize
-from converter.prepare.fake_quant import Trained, take_trained
+from converter.prepare.fake_quant import Trained, without_training
 from converter.prepare.pixels import Pixels, fold_normalisation, trained_pixels
 from converter.weights.integer import Rounding
 from converter.weights.layers import decide_weights, products, store_by_weights
-from converter.weights.smoothquant import smooth
+from converter.weights.smoothing import smooth
 from converter.weights.stored import Storage
 from converter.weights.trained import Kept, tell_kept, with_trained_weights
 
@@ -56,27 +57,26 @@ MIXED_RANGES = 16.0
 
 def make_plan(model: ir.Model, job: Job) -> QuantPlan:
     """The plan without the numbers that data gives."""
-    return _planned(model, job.config, _taken(model, job), {})
+    return _planned(*_taken(model, job), job.config, {})
 
 
 def quantize(model: ir.Model, job: Job, watch: Watch) -> Quantized:
     """The quantized copy of a prepared float model."""
-    given = model.clone()
     setup = set_up(model, job, watch)
     evidence = observed(setup, watch)
     found = within_drop(setup, evidence, watch)
     check(found.model, found.plan, setup.target)
     _require_full_integer(found.plan, job.config)
     # What was trained is compared with what training saw, unless flags gave it other types.
-    as_given = setup.trained and _edges(given) == _edges(model)
+    as_given = setup.trained and _edges(model) == _edges(setup.model)
     return Quantized(
-        reference=given if as_given else model,
+        reference=model if as_given else setup.model,
         model=found.model,
         plan=found.plan,
         data=setup.data,
-        tensors=_restored_outputs(model, found),
+        tensors=_restored_outputs(setup.model, found),
         finish=partial(set_edges, found.model, setup, evidence, watch),
-        compared=model,
+        compared=setup.model,
         trained=bool(setup.trained),
         exact=_named_target(job.config).pair_limit is None,
     )
@@ -113,12 +113,13 @@ class Setup:
 
     def planned(self, kept_float: Mapping[str, str]) -> QuantPlan:
         """The plan without numbers that leaves some nodes float."""
-        return _planned(self.model, self.job.config, self.trained, kept_float)
+        return _planned(self.model, self.trained, self.job.config, kept_float)
 
     def with_trained_weights(self, plan: QuantPlan) -> tuple[QuantPlan, Mapping[str, Kept]]:
         """The plan with what training knew of the weights, and what became of it."""
         everything = not len(self.data)
-        return with_trained_weights(self.model, plan, self.trained, everything=everything)
+        found = layers(self.model, plan)
+        return with_trained_weights(found, plan, self.trained, everything)
 
 
 @dataclass(frozen=True)
@@ -134,11 +135,11 @@ class Attempt:
 
 
 def set_up(model: ir.Model, job: Job, watch: Watch) -> Setup:
-    """Takes out what training knew and moves between weights and activations what may be moved;
-    the model does not change after it.
+    """A copy of the model in its last form: without what training knew, and with all that may be
+    moved between weights and activations where it belongs. Nothing changes it afterwards.
     """
     wanted, resources = job.config.full_quant, resources_of(job)
-    trained = _taken(model, job)
+    model, trained = _taken(model, job)
     if wanted.equalize and not wanted.per_channel and not trained:
         equalize(model)
     samples, pixels = job.config.preprocess, trained_pixels(job.config.transform, watch)
@@ -165,11 +166,11 @@ def _target(config: Config) -> Target:
     return target if config.full_quant.overflow_safe else replace(target, pair_limit=None)
 
 
-def _taken(model: ir.Model, job: Job) -> Trained:
-    """What the model knows of its quantization, taken out of it; raises ModelError where it must
-    know and does not.
+def _taken(model: ir.Model, job: Job) -> tuple[ir.Model, Trained]:
+    """A copy without what training knew of its quantization, and that; raises ModelError where it
+    must be known and is not.
     """
-    trained = take_trained(model, job.input_type in FLOATS, job.output_type in FLOATS)
+    copy, trained = without_training(model, job)
     if not trained and not job.config.preprocess.calibrate_path:
         where = job.config.at("transform_quant_param", "export_precision_mode")
         msg = (
@@ -177,11 +178,11 @@ def _taken(model: ir.Model, job: Job) -> Trained:
             "quantize it."
         )
         raise ModelError(msg)
-    return trained
+    return copy, trained
 
 
 def _planned(
-    model: ir.Model, config: Config, trained: Trained, kept_float: Mapping[str, str]
+    model: ir.Model, trained: Trained, config: Config, kept_float: Mapping[str, str]
 ) -> QuantPlan:
     """The plan with trained ranges; without data, the nodes whose ranges are open stay float."""
     common, full = config.common, config.full_quant
@@ -194,7 +195,7 @@ def _planned(
     left = untrained(
         plan, {group for group in plan.groups() if constant(values[group]) is not None}
     )
-    return _planned(model, config, trained, {**kept_float, **left}) if left else plan
+    return _planned(model, trained, config, {**kept_float, **left}) if left else plan
 
 
 # --- what the data says
@@ -246,7 +247,7 @@ def within_drop(setup: Setup, evidence: Evidence, watch: Watch) -> Attempt:
     pairing = pair(setup.model, first.model, first.plan)
     found = alone(pairing, setup.data, RANKED_ON, setup.resources)
     # What only moves values has its neighbours' integers, or none where they are float.
-    units = [unit.name for unit in first.plan.units() if not OPS[unit.op_type].moves]
+    units = [unit.name for unit in first.plan.units() if not rule(unit.op_type).moves]
     leaves = {name: found[name].output.sqnr_db if name in found else math.inf for name in units}
     worst = sorted(units, key=lambda name: leaves[name])
     for name in worst:
@@ -311,7 +312,7 @@ def _with_tables(setup: Setup, plan: QuantPlan, watch: Watch) -> QuantPlan:
     nodes = {
         unit.name: unit
         for unit in weight_quant.storage_plan(setup.model, setup.job).units()
-        if unit.op_type == "Gather" and unit.name in plan.nodes
+        if rule(unit.op_type).looks_up and unit.name in plan.nodes
         if not plan.nodes[unit.name].quantized
     }
     lookups = replace(plan, nodes=nodes)
@@ -376,20 +377,16 @@ def _fed_by_floats(model: ir.Model, plan: QuantPlan) -> list[NodePlan]:
     other = {value.name for value in model.graph.inputs} | {
         name for unit in plan.units() for name in unit.outputs
     }
-    products = [unit for unit in plan.units() if unit.op_type in {"MatMul", "Gemm"} and unit.weight]
+    products = [unit for unit in plan.units() if rule(unit.op_type).product and unit.weight]
     return [unit for unit in products if unit.inputs[0] not in other]
 
 
 def _mixed_concats(plan: QuantPlan) -> dict[str, str]:
     """Concat nodes whose inputs are too different in range to share one, with the reason."""
     mixed = {}
-    for unit in plan.units():
-        scales = (
-            [float(plan.params(name).scale) for name in unit.inputs]
-            if unit.op_type == "Concat"
-            else []
-        )
-        if scales and max(scales) > MIXED_RANGES * min(scales):
+    for unit in (unit for unit in plan.units() if rule(unit.op_type).joins):
+        scales = [float(plan.params(name).scale) for name in unit.inputs]
+        if max(scales) > MIXED_RANGES * min(scales):
             mixed[unit.name] = (
                 f"the ranges of its inputs differ {max(scales) / min(scales):.0f} times"
             )

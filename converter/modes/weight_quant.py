@@ -15,20 +15,20 @@ from converter.calibrate.cache import fingerprint_of
 from converter.calibrate.data import open_data, resources_of, synthetic_data
 from converter.config.keys import WeightQuantParam
 from converter.emit.dequantize import NEWEST_OPSET, TYPES, DequantizeWriter, type_for, type_of
-from converter.emit.planes import PlaneWriter, stored_bytes
+from converter.emit.planes import PlaneWriter
 from converter.emit.stored import emit_stored
 from converter.errors import ModelError
-from converter.graph.edit import bias_add, constant, known
+from converter.graph.edit import constant, known
 from converter.graph.files import accepting, refusal, save, saved
 from converter.job import Job, Watch
-from converter.plan.ops import takes_weight, unusable, weights_of
+from converter.plan.ops import bias_add, rule_of, takes_weight, unusable, weights_of
 from converter.plan.placement import Wishes, skipped
-from converter.plan.plan import NodePlan, QuantPlan, WeightPlan
+from converter.plan.plan import NodePlan, QuantPlan, WeightPlan, stored_bytes
 from converter.plan.result import Quantized, Tradeoff
 from converter.prepare.opset import opset_of, raise_opset
+from converter.weights.bit_search import Search
 from converter.weights.journal import Journal
 from converter.weights.layers import Fitter
-from converter.weights.mixed_bits import Search
 from converter.weights.stored import WIDEST, Storage
 
 # The width in a plan whose widths are not found yet.
@@ -233,7 +233,7 @@ def _block(
     node: ir.Node, shape: tuple[int, ...], axis: int | None, wanted: int | None
 ) -> int | None:
     """The block size, where a channel is a whole number of blocks of a matrix product's weights."""
-    if axis is None or wanted is None or len(shape) != 2 or node.op_type not in {"MatMul", "Gemm"}:
+    if axis is None or wanted is None or len(shape) != 2 or not rule_of(node).product:
         return None
     return wanted if shape[1 - axis] % wanted == 0 else None
 
@@ -247,10 +247,9 @@ def _obstacle(node: ir.Node, weight: WeightPlan, job: Job) -> str | None:
     few, narrow = common.min_quant_weight_size, common.min_quant_weight_channel
     if array.size <= few:
         return f"not more than min_quant_weight_size = {few} weights"
-    if (
-        node.op_type in {"Conv", "ConvTranspose"}
-        and array.shape[weights_of(node)[weight.index] or 0] <= narrow
-    ):
+    own = rule_of(node)
+    convolves = own.weight is not None and not own.product
+    if convolves and array.shape[weights_of(node)[weight.index] or 0] <= narrow:
         return f"not more than min_quant_weight_channel = {narrow} channels"
     bits = weight.format.bits
     return (

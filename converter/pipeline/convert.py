@@ -18,6 +18,7 @@ from converter.graph import files as models
 from converter.graph.dimensions import name_apart
 from converter.graph.edit import constant
 from converter.graph.files import accepting
+from converter.graph.qdq import is_conversion
 from converter.job import Job, Watch
 from converter.measure.errors import independent_names, largest_difference
 from converter.measure.results import Findings, Outcome
@@ -150,11 +151,7 @@ def _tell_of_integers(result: Quantized, watch: Watch) -> None:
     nodes = [
         node for graph in result.reference.graphs() for node in graph if computes_on_integers(node)
     ]
-    if integer := [
-        n
-        for n in nodes
-        if not (result.trained and n.op_type in {"QuantizeLinear", "DequantizeLinear"})
-    ]:
+    if integer := [node for node in nodes if not (result.trained and is_conversion(node))]:
         watch.warn(
             f"The model is quantized already: {len(integer)} node(s) such as '{integer[0].name}' "
             f"({integer[0].op_type}) stay as they are; start from the float model for the least "

@@ -14,7 +14,7 @@ from converter.config import Config, DataPreprocessParam
 from converter.config.keys import QUANT_TYPES, QuantType, default_config
 from converter.graph import files as models
 from converter.graph.edit import constant, operand
-from converter.graph.qdq import codes_behind
+from converter.graph.qdq import codes_behind, is_conversion
 from converter.job import Job, Watch
 from converter.modes import MODES
 from converter.pipeline.convert import read
@@ -35,7 +35,7 @@ def inspect(path: Path) -> dict[str, int | str | list[Row]]:
     job = Job(path, path.with_suffix(".quantized"), _defaults("WEIGHT_QUANT"))
     prepared = read(job, Watch())
     plans: dict[str, QuantPlan] = {
-        mode: MODES[mode].make_plan(prepared.clone(), replace(job, config=_defaults(mode)))
+        mode: MODES[mode].make_plan(prepared, replace(job, config=_defaults(mode)))
         for mode in QUANT_TYPES
     }
     nodes = [node for graph in model.graphs() for node in graph]
@@ -144,7 +144,7 @@ def _parameters(nodes: list[ir.Node]) -> dict[str | None, Row]:
     its scales.
     """
     found = {}
-    for node in (node for node in nodes if node.op_type in {"QuantizeLinear", "DequantizeLinear"}):
+    for node in (node for node in nodes if is_conversion(node)):
         scale, zero_point = operand(node, 1), operand(node, 2)
         value = codes_behind(node.outputs[0]) or node.outputs[0]
         scales = [] if scale is None else scale.ravel().tolist()

@@ -154,24 +154,27 @@ def plain_weight(matrix: Array, shape: Sequence[int], axis: int | None) -> Array
     return np.moveaxis(matrix.reshape(moved), 0, axis)
 
 
-def view_of(node: ir.Node, shape: Sequence[int], weight_index: int) -> View | None:
-    """How `node` with a constant weight of `shape` is a matrix product; None if it is not known as
-    one.
-    """
-    if node.op_type == "Conv":
-        spatial = len(shape) - 2
-        get = node.attributes.get_ints
-        return ConvView(
-            tuple(shape),
-            node.attributes.get_int("group", 1),
-            tuple(get("strides", (1,) * spatial)),
-            tuple(get("dilations", (1,) * spatial)),
-            tuple(get("pads", (0,) * 2 * spatial)),
-            node.attributes.get_string("auto_pad", "NOTSET"),
-        )
-    if node.op_type in {"Gemm", "MatMul"} and weight_index == 1 and len(shape) == 2:
-        return ProductView(bool(node.attributes.get_int("transB", 0)))
-    return None
+def conv_view(node: ir.Node, shape: Sequence[int]) -> View:
+    """A convolution with a weight of `shape`."""
+    spatial = len(shape) - 2
+    get = node.attributes.get_ints
+    return ConvView(
+        tuple(shape),
+        node.attributes.get_int("group", 1),
+        tuple(get("strides", (1,) * spatial)),
+        tuple(get("dilations", (1,) * spatial)),
+        tuple(get("pads", (0,) * 2 * spatial)),
+        node.attributes.get_string("auto_pad", "NOTSET"),
+    )
+
+
+def product_view(node: ir.Node, shape: Sequence[int]) -> View | None:
+    """A product with one matrix."""
+    return ProductView(bool(node.attributes.get_int("transB", 0))) if len(shape) == 2 else None
+
+
+def no_view(node: ir.Node, shape: Sequence[int]) -> None:
+    """Of what is not known as a matrix product: its weights are rounded number by number."""
 
 
 def breaks_bound(codes: Array, limit: int) -> Array:

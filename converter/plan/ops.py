@@ -3,45 +3,87 @@ output range is.
 
 Everything that must know an operator reads this table: the plan, the emitter, the algorithms and
 the docs. A new operator is one row here and one row in tests/test_ops.py, which checks every row
-against the ONNX schema.
+against the ONNX schema. Operators on integers have a table of their own below.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
 
 from calib.affine import Array
-from converter.graph.edit import operand
+from converter.graph.edit import constant, input_at, only_consumer, operand
+from converter.graph.qdq import is_conversion
+from converter.plan.matrices import View, conv_view, no_view, product_view
 
 Obstacle = Callable[[ir.Node], str | None]
+Axis = Callable[[ir.Node], int | None]
 
 
 @dataclass(frozen=True)
 class OpRule:
     """One operator.
 
-    `data`: indices of the inputs that carry activations, None for all of them. `weight`, `bias`:
-    indices of the operands that may be a constant weight and a bias. `channel_axis`: axis of the
-    weight's output channels; None where one scale must serve the whole weight. `output_axis`: axis
-    of the output that holds the weight's output channels. `pairs`: whether integer kernels add
-    products in pairs (a depthwise convolution's do not). `moves`: values are only moved or chosen,
-    so that input and output share one range. `obstacle`: why this very node cannot be computed on
-    integers, None if it can.
+    What it reads. `data`: indices of the inputs that carry activations, None for all of them.
+    `weight`, `bias`: indices of the operands that may be a constant weight and a bias; a weight
+    among the data may be an activation too, as in attention. `looks_up`: it picks rows of its first
+    input.
+
+    How it multiplies. `channel_axis`: axis of the weight's output channels; None where one scale
+    must serve the whole weight. `output_axis`: axis of the output that holds the weight's output
+    channels. `view`: the matrix product that node and weight of a shape are, by whose rows and
+    columns a weight is rounded; `no_view` where each number is rounded by itself. `pairs`: whether
+    integer kernels add its products in pairs; None where none do.
+
+    What its output range is. `moves`: values are only moved or chosen, so that input and output
+    share one range. `joins`: the same for several inputs. `within`: no output lies beyond the
+    inputs and zero. `floor`: what it cuts values off at from below, and it does nothing else to
+    them than cut off. `probabilities`: outputs from 0 to 1 that vanish for small inputs.
+
+    How its numbers meet. `adds`: it is the sum of two inputs. `merges`: inputs share the codes of
+    one range. `fill`: index of the number that it fills up with.
+
+    `obstacle`: why this very node cannot be computed on integers, None if it can;
+    `obstacle_spreads`: nodes behind such a one stay float with it.
     """
 
     data: tuple[int, ...] | None = (0,)
     weight: int | None = None
     bias: int | None = None
-    channel_axis: Callable[[ir.Node], int | None] = lambda node: None
+    looks_up: bool = False
+    channel_axis: Axis = lambda node: None
     output_axis: int = 1
-    pairs: Callable[[ir.Node], bool] = lambda node: True
+    view: Callable[[ir.Node, Sequence[int]], View | None] | None = None
+    pairs: Callable[[ir.Node, Sequence[int]], bool] | None = None
     moves: bool = False
+    joins: bool = False
+    within: bool = False
+    floor: Callable[[ir.Node], float | None] | None = None
+    probabilities: bool = False
+    adds: bool = False
+    merges: bool = False
+    fill: int | None = None
     obstacle: Obstacle = lambda node: None
+    obstacle_spreads: bool = False
+
+    @property
+    def product(self) -> bool:
+        """Whether it multiplies rows with a matrix."""
+        return self.view is product_view
+
+    @property
+    def of_activations(self) -> bool:
+        """Whether it may multiply two activations."""
+        return self.weight in (self.data or ())
+
+    @property
+    def bounds(self) -> bool:
+        """Whether it only cuts values off."""
+        return self.floor is not None
 
 
 def _all_of(*obstacles: Obstacle) -> Obstacle:
@@ -66,7 +108,7 @@ def _weight_unusable(node: ir.Node) -> str | None:
 
 
 def _bias_unusable(node: ir.Node) -> str | None:
-    if len(node.inputs) < 3 or node.inputs[2] is None:
+    if input_at(node, 2) is None:
         return None
     array = operand(node, 2)
     reason = (
@@ -105,8 +147,13 @@ def _conv_transpose_axis(node: ir.Node) -> int | None:
     return 1 if node.attributes.get_int("group", 1) == 1 else None
 
 
+def is_transposed(node: ir.Node) -> bool:
+    """Whether a product multiplies with the transposed of its weight."""
+    return bool(node.attributes.get_int("transB", 0))
+
+
 def _gemm_axis(node: ir.Node) -> int:
-    return 0 if node.attributes.get_int("transB", 0) else 1
+    return 0 if is_transposed(node) else 1
 
 
 def _matmul_weight(node: ir.Node) -> str | None:
@@ -122,16 +169,24 @@ def _matmul_axis(node: ir.Node) -> int | None:
     return rank - 1 if rank > 1 else None
 
 
-def _not_depthwise(node: ir.Node) -> bool:
-    weight, group = operand(node, 1), node.attributes.get_int("group", 1)
-    return weight is None or not (weight.shape[1] == 1 and weight.shape[0] == group)
+def _not_depthwise(node: ir.Node, shape: Sequence[int]) -> bool:
+    # A depthwise convolution's kernels add in 32 bits.
+    return tuple(shape[:2]) != (node.attributes.get_int("group", 1), 1)
+
+
+def _always(node: ir.Node, shape: Sequence[int]) -> bool:
+    return True
+
+
+def _clip_floor(node: ir.Node) -> float | None:
+    low = operand(node, 1)
+    return float(low.item()) if low is not None and low.size == 1 else None
 
 
 def _pad_mode(node: ir.Node) -> str | None:
-    value = operand(node, 2) if len(node.inputs) > 2 and node.inputs[2] is not None else np.zeros(1)
-    other = node.attributes.get_string("mode", "constant") == "constant" and (
-        value is None or value.any()
-    )
+    value = operand(node, 2) if input_at(node, 2) else np.zeros(1)
+    constant_mode = node.attributes.get_string("mode", "constant") == "constant"
+    other = constant_mode and (value is None or value.any())
     return "it pads with something else than zero" if other else None
 
 
@@ -142,86 +197,118 @@ def _dilations(node: ir.Node) -> str | None:
 
 _CHECKED = _all_of(_weight_unusable, _bias_unusable)
 
+_BOUNDED = OpRule(within=True)
+_MOVED = OpRule(moves=True)
+
+
+def _rows(text: str, rule: OpRule) -> dict[str, OpRule]:
+    return dict.fromkeys(text.split(), rule)
+
+
 OPS: dict[str, OpRule] = {
     "Conv": OpRule(
-        weight=1, bias=2, channel_axis=lambda node: 0, pairs=_not_depthwise, obstacle=_CHECKED
+        weight=1,
+        bias=2,
+        channel_axis=lambda node: 0,
+        view=conv_view,
+        pairs=_not_depthwise,
+        obstacle=_CHECKED,
     ),
-    "ConvTranspose": OpRule(weight=1, bias=2, channel_axis=_conv_transpose_axis, obstacle=_CHECKED),
+    "ConvTranspose": OpRule(
+        weight=1, bias=2, channel_axis=_conv_transpose_axis, view=no_view, obstacle=_CHECKED
+    ),
     "Gemm": OpRule(
         weight=1,
         bias=2,
         channel_axis=_gemm_axis,
+        view=product_view,
+        pairs=_always,
         obstacle=_all_of(_gemm_attributes, _CHECKED, _gemm_bias),
     ),
     "MatMul": OpRule(
-        data=(0, 1), weight=1, channel_axis=_matmul_axis, output_axis=-1, obstacle=_matmul_weight
+        data=(0, 1),
+        weight=1,
+        channel_axis=_matmul_axis,
+        output_axis=-1,
+        view=product_view,
+        pairs=_always,
+        obstacle=_matmul_weight,
     ),
-    **dict.fromkeys(
-        ("Add", "Sub", "Mul", "Div", "Max", "Min", "Concat", "PRelu"), OpRule(data=None)
-    ),
-    **dict.fromkeys(
-        (
-            *(
-                "GlobalAveragePool",
-                "ReduceMax",
-                "ReduceMean",
-                "ReduceMin",
-                "ReduceSum",
-            ),
-            *(
-                "Sigmoid",
-                "Tanh",
-                "LeakyRelu",
-                "Relu",
-                "Clip",
-                "Softmax",
-                "Abs",
-                "Ceil",
-                "Exp",
-                "Floor",
-                "Neg",
-                "Round",
-            ),
-            *("Sqrt", "BatchNormalization", "InstanceNormalization"),
-        ),
-        OpRule(),
-    ),
-    **dict.fromkeys(
-        (
-            *(
-                "MaxPool",
-                "Reshape",
-                "Flatten",
-                "Squeeze",
-                "Unsqueeze",
-                "Transpose",
-                "Slice",
-                "Split",
-            ),
-            *("DepthToSpace", "SpaceToDepth", "Gather", "Tile"),
-        ),
-        OpRule(moves=True),
-    ),
-    "AveragePool": OpRule(obstacle=_dilations),
-    "Pad": OpRule(moves=True, obstacle=_pad_mode),
+    "Add": OpRule(data=None, adds=True, merges=True),
+    "Sub": OpRule(data=None, merges=True),
+    "Concat": OpRule(data=None, joins=True, within=True, merges=True),
+    **_rows("Max Min", OpRule(data=None, within=True, merges=True)),
+    **_rows("Mul Div PRelu", OpRule(data=None)),
+    "Relu": OpRule(floor=lambda node: 0.0, within=True),
+    "Clip": OpRule(floor=_clip_floor, within=True),
+    "AveragePool": OpRule(within=True, obstacle=_dilations, obstacle_spreads=True),
+    **_rows("GlobalAveragePool ReduceMax ReduceMean ReduceMin", _BOUNDED),
+    "Softmax": OpRule(probabilities=True),
+    **_rows("ReduceSum Sigmoid Tanh LeakyRelu Abs Ceil Exp Floor Neg Round Sqrt", OpRule()),
+    **_rows("BatchNormalization InstanceNormalization", OpRule()),
+    **_rows("MaxPool Reshape Flatten Squeeze Unsqueeze Transpose Slice Split", _MOVED),
+    **_rows("DepthToSpace SpaceToDepth Tile", _MOVED),
+    "Gather": OpRule(looks_up=True, moves=True),
+    "Pad": OpRule(moves=True, fill=2, obstacle=_pad_mode),
     "Resize": OpRule(moves=True, obstacle=_resize_mode),
 }
+_NO_ROW = OpRule()
 
 
+def rule(op_type: str) -> OpRule:
+    """The row of a standard operator, or one that says nothing."""
+    return OPS.get(op_type, _NO_ROW)
+
+
+def rule_of(node: ir.Node) -> OpRule:
+    """The row of the node's operator, or one that says nothing."""
+    return _NO_ROW if node.domain else rule(node.op_type)
+
+
+def view_of(node: ir.Node, shape: Sequence[int], index: int) -> View | None:
+    """How `node` with a constant weight of `shape` at input `index` is a matrix product; None if it
+    is not known as one.
+    """
+    own = rule_of(node)
+    return own.view(node, shape) if own.view and own.weight == index else None
+
+
+def own_bias(node: ir.Node) -> ir.Value | None:
+    """What the operator itself adds as a bias."""
+    index = rule_of(node).bias
+    return None if index is None else input_at(node, index)
+
+
+def bias_add(node: ir.Node) -> ir.Node | None:
+    """The Add that gives a product without a bias of its own, and with a constant matrix, one
+    constant bias a channel.
+    """
+    own, product = rule_of(node), node.outputs[0]
+    weight = None if own.weight is None or own.bias is not None else operand(node, own.weight)
+    add = only_consumer(product)
+    if weight is None or weight.ndim != 2 or add is None or not rule_of(add).adds:
+        return None
+    bias, shape = constant(next(v for v in add.inputs if v is not product)), product.shape
+    # A bias of more dimensions than the product would add them to it.
+    if bias is None or not 1 <= bias.ndim <= (shape.rank() if shape else 1):
+        return None
+    return add if bias.size == bias.shape[-1] == weight.shape[1] else None
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+# What hands every number on as it is, once.
+ONE_FOR_ONE = _names("Cast CastLike Identity Transpose Reshape Flatten Squeeze Unsqueeze")
+# What computes from the bits of numbers.
+OF_BITS = {"BitCast"}
 # What divides by the size of what it reads, so that even small values count.
-NORMALIZES = {
-    "Div",
-    "GroupNormalization",
-    "InstanceNormalization",
-    "LayerNormalization",
-    "LpNormalization",
-    "MeanVarianceNormalization",
-    "RMSNormalization",
-    "ReduceL2",
-    "ReduceMean",
-    "ReduceSumSquare",
-    "SimplifiedLayerNormalization",
-}
+NORMALIZES = _names(
+    "Div GroupNormalization InstanceNormalization LayerNormalization LpNormalization "
+    "MeanVarianceNormalization RMSNormalization ReduceL2 ReduceMean ReduceSumSquare "
+    "SimplifiedLayerNormalization"
+)
 
 
 def is_normalized(value: ir.Value) -> bool:
@@ -229,21 +316,16 @@ def is_normalized(value: ir.Value) -> bool:
     for node in (use.node for use in value.uses()):
         if node.op_type in NORMALIZES:
             return True
-        passes_on = node.op_type == "Add" or (node.op_type in OPS and OPS[node.op_type].moves)
+        passes_on = rule_of(node).adds or rule_of(node).moves
         if passes_on and any(is_normalized(output) for output in node.outputs):
             return True
     return False
 
 
 # What draws random numbers, anew at every run.
-RANDOM = {
-    "Bernoulli",
-    "Multinomial",
-    "RandomNormal",
-    "RandomNormalLike",
-    "RandomUniform",
-    "RandomUniformLike",
-}
+RANDOM = _names(
+    "Bernoulli Multinomial RandomNormal RandomNormalLike RandomUniform RandomUniformLike"
+)
 
 
 def draws(node: ir.Node) -> bool:
@@ -253,7 +335,14 @@ def draws(node: ir.Node) -> bool:
     if node.domain or node.op_type != "Dropout":
         return not node.domain and node.op_type in RANDOM
     mode = operand(node, 2)
-    return len(node.inputs) > 2 and node.inputs[2] is not None and (mode is None or bool(mode))
+    return input_at(node, 2) is not None and (mode is None or bool(mode))
+
+
+def cast_to(node: ir.Node) -> ir.DataType | None:
+    """The type that a Cast makes."""
+    if node.op_type != "Cast" or node.domain:
+        return None
+    return ir.DataType(node.attributes.get_int("to", 0))
 
 
 def computes_on_integers(node: ir.Node) -> bool:
@@ -261,10 +350,9 @@ def computes_on_integers(node: ir.Node) -> bool:
     return re.fullmatch(r"QLinear\w+|\w*[Qq]uantizeLinear|\w+Integer", node.op_type) is not None
 
 
-# Operators without a row above that multiply with, or pick from, constants: input index → axis of
-# the channels.
-_RECURRENT: dict[int, Callable[[ir.Node], int | None]] = {1: lambda node: 1, 2: lambda node: 1}
-_TABLES: dict[str, dict[int, Callable[[ir.Node], int | None]]] = {
+# What else multiplies with, or picks from, constants: input index → axis of the channels.
+_RECURRENT: dict[int, Axis] = {1: lambda node: 1, 2: lambda node: 1}
+_TABLES: dict[str, dict[int, Axis]] = {
     "Gather": {0: lambda node: node.attributes.get_int("axis", 0)},
     **dict.fromkeys(("LSTM", "GRU", "RNN"), _RECURRENT),
 }
@@ -272,31 +360,115 @@ _TABLES: dict[str, dict[int, Callable[[ir.Node], int | None]]] = {
 
 def may_have_weight(op_type: str) -> bool:
     """Whether the operator multiplies with, or picks from, what may be a constant."""
-    return op_type in _TABLES or (op_type in OPS and OPS[op_type].weight is not None)
+    return op_type in _TABLES or rule(op_type).weight is not None
 
 
 def takes_weight(node: ir.Node, index: int) -> bool:
     """Whether the operator has a weight at the input, if that is a constant."""
-    rule = OPS.get(node.op_type)
-    at = rule.weight if rule else None
-    return not node.domain and (at == index or index in _TABLES.get(node.op_type, {}))
+    table = {} if node.domain else _TABLES.get(node.op_type, {})
+    return index in table or rule_of(node).weight == index
 
 
 def weights_of(node: ir.Node) -> dict[int, int | None]:
     """The constant float32 weights of `node`, whatever it computes on: input index → axis of the
     channels.
     """
-    rule = OPS.get(node.op_type)
-    axes = _TABLES.get(node.op_type, {})
-    if rule and rule.weight is not None:
-        others = {
-            i: lambda node: None
-            for i in rule.data or ()
-            if i != rule.weight and node.op_type == "MatMul"
-        }
-        axes = {rule.weight: rule.channel_axis, **others}
-    arrays = {i: operand(node, i) for i in axes if not node.domain}
+    own = rule_of(node)
+    axes = {} if node.domain else _TABLES.get(node.op_type, {})
+    if own.weight is not None:
+        axes = {own.weight: own.channel_axis}
+        for index in own.data or () if own.of_activations else ():
+            axes.setdefault(index, lambda node: None)
+    arrays = {i: operand(node, i) for i in axes}
     found = {
         i: a for i, a in arrays.items() if a is not None and a.dtype == np.float32 and a.ndim > 1
     }
     return {i: axes[i](node) for i in found}
+
+
+# --- operators on integers
+
+
+# Indices of integers, of their scale where the table knows it, and of their zero point.
+Operand = tuple[int, int | None, int]
+
+
+@dataclass(frozen=True)
+class Product:
+    """A product of bytes: numbers of `reads` that x86 kernels take as the signed and as the
+    unsigned one.
+
+    `unsigned` is None where the operator quantizes floats itself, to unsigned bytes. `like` is the
+    float operator whose weights are added in the same order, empty if there is none.
+    """
+
+    signed: int = 1
+    unsigned: int | None = 0
+    like: str = ""
+
+
+@dataclass(frozen=True)
+class IntegerRule:
+    """An operator on integers: what it reads, indices of the scale and zero point of its output,
+    and what it multiplies.
+
+    `axis` is that of the channels of what it reads.
+    """
+
+    reads: tuple[Operand, ...] = ()
+    writes: tuple[int, int] | None = None
+    products: tuple[Product, ...] = ()
+    axis: int = 1
+
+
+_ONE, _TWO = ((0, 1, 2),), ((0, 1, 2), (3, 4, 5))
+_LIKE_MATMUL = (Product(like="MatMul"),)
+
+INTEGER_OPS: Mapping[str, IntegerRule] = {
+    "QuantizeLinear": IntegerRule(writes=(1, 2)),
+    "DequantizeLinear": IntegerRule(_ONE),
+    "QLinearConv": IntegerRule(_TWO, (6, 7), (Product(like="Conv"),), axis=0),
+    "QLinearMatMul": IntegerRule(_TWO, (6, 7), _LIKE_MATMUL),
+    **dict.fromkeys(("QLinearAdd", "QLinearMul"), IntegerRule(_TWO, (6, 7))),
+    **dict.fromkeys(
+        (
+            *("QLinearAveragePool", "QLinearGlobalAveragePool"),
+            *("QLinearLeakyRelu", "QLinearSigmoid", "QLinearSoftmax"),
+        ),
+        IntegerRule(_ONE, (3, 4)),
+    ),
+    "QLinearConcat": IntegerRule(writes=(0, 1)),
+    "QGemm": IntegerRule(_TWO, (7, 8), (Product(like="Gemm"),)),
+    "MatMulInteger": IntegerRule(((0, None, 2), (1, None, 3)), None, _LIKE_MATMUL),
+    "MatMulIntegerToFloat": IntegerRule(((0, 2, 4), (1, 3, 5)), None, _LIKE_MATMUL),
+    "DynamicQuantizeMatMul": IntegerRule(((1, 2, 3),), None, (Product(0, None, like="MatMul"),)),
+    "QAttention": IntegerRule(((0, None, 6), (1, None, 7)), None, _LIKE_MATMUL),
+    "DynamicQuantizeLSTM": IntegerRule(
+        ((1, None, 9), (2, None, 11)), None, (Product(0, None), Product(1, None))
+    ),
+    # The kernel has weights on the left.
+    "ConvInteger": IntegerRule(((0, None, 2), (1, None, 3)), None, (Product(0, 1),)),
+}
+_NO_INTEGERS = IntegerRule()
+
+
+def integer_rule(node: ir.Node) -> IntegerRule:
+    """The row of an operator on integers, or one that says nothing; of any domain."""
+    return INTEGER_OPS.get(node.op_type, _NO_INTEGERS)
+
+
+Parameters = tuple[ir.Value, ir.Value | None, int]
+
+
+def parameters(node: ir.Node) -> Iterator[tuple[ir.Value, Parameters]]:
+    """The integers that `node` reads or writes, with their scale, zero point and axis."""
+    own, values = integer_rule(node), [*node.inputs, *[None] * 9]
+    axis = node.attributes.get_int("axis", 1) if is_conversion(node) else own.axis
+    for read in own.reads:
+        codes, scale = values[read[0]], None if read[1] is None else values[read[1]]
+        if codes is not None and scale is not None:
+            yield codes, (scale, values[read[2]], axis)
+    if own.writes and (scale := values[own.writes[0]]) is not None:
+        yield node.outputs[0], (scale, values[own.writes[1]], axis)
+    if node.op_type == "DynamicQuantizeLinear":
+        yield node.outputs[0], (node.outputs[1], node.outputs[2], axis)

@@ -19,7 +19,6 @@ from calib.sources import as_item
 from converter.config import Config
 from converter.errors import ConfigError
 from converter.graph.edit import (
-    bias_add,
     constant,
     is_float,
     known,
@@ -28,7 +27,7 @@ from converter.graph.edit import (
     values_read,
 )
 from converter.graph.files import DEFAULTS
-from converter.plan.ops import OPS, OpRule
+from converter.plan.ops import OpRule, bias_add, own_bias, rule_of
 from converter.plan.plan import NodePlan, QuantPlan, TensorPlan, WeightPlan
 from converter.plan.targets import Target
 
@@ -126,7 +125,7 @@ def _candidates(
         if reason := _obstacle(node, target, wishes):
             reasons[node] = reason
             continue
-        units[node] = _Unit(node, OPS[node.op_type], tuple(_absorbed(node, target, wishes)))
+        units[node] = _Unit(node, rule_of(node), tuple(_absorbed(node, target, wishes)))
         reasons.update((inner, f"computed inside {node.name}") for inner in units[node].absorbed)
     return units, reasons
 
@@ -141,11 +140,7 @@ def _moved_into_bodies(graph: ir.Graph) -> dict[str, str]:
     for node in graph:
         for value in set(values_read(node)) - set(node.inputs):
             chain = [value.producer()]
-            while (
-                (last := chain[-1]) is not None
-                and OPS.get(last.op_type, OPS["Conv"]).moves
-                and last.inputs[0]
-            ):
+            while (last := chain[-1]) is not None and rule_of(last).moves and last.inputs[0]:
                 chain.append(last.inputs[0].producer())
             if len(chain) > 1:
                 kept.update(
@@ -162,11 +157,10 @@ def _behind_dilated_pools(graph: ir.Graph) -> dict[str, str]:
     ONNX Runtime takes a pair of conversions around it for its integer kernel, and then refuses
     the model.
     """
-    pools = (node for node in graph if node.op_type == "AveragePool" and not node.domain)
-    obstacle = OPS["AveragePool"].obstacle
+    pools = (node for node in graph if rule_of(node).obstacle_spreads)
     kept: dict[str, str] = {}
     for pool in pools:
-        if obstacle(pool):
+        if rule_of(pool).obstacle(pool):
             readers = (use.node for use in pool.outputs[0].uses())
             kept.update((node.name or "", f"it reads the dilated {pool.name}") for node in readers)
     return kept
@@ -229,26 +223,26 @@ def _unknown(config: Config, key: str, what: str, wish: str, there: list[str]) -
 
 
 def _obstacle(node: ir.Node, target: Target, wishes: Wishes) -> str | None:
-    rule = OPS.get(node.op_type)
+    rule = rule_of(node)
     if reason := skipped(node, wishes):
         return reason
     if any(isinstance(attribute.value, ir.Graph) for attribute in node.attributes.values()):
         return "FULL_QUANT leaves the bodies of control flow float"
     if node.domain:
         return f"operator of the domain {node.domain}"
-    if rule is None or node.op_type not in target.integer | target.bare:
+    if node.op_type not in target.integer | target.bare:
         return f"no integer kernel for {node.op_type} on target {target.name}"
     if not all(is_float(value) for value in node.outputs):
         return "its values are not float32"
     constants = any(constant(value) is not None for value in node.inputs)
-    if node.op_type == "MatMul" and not constants and not target.computed_products:
+    if rule.of_activations and not constants and not target.computed_products:
         return f"a product of two activations is no faster in integers on target {target.name}"
     return rule.obstacle(node)
 
 
 def _absorbed(node: ir.Node, target: Target, wishes: Wishes) -> Iterator[ir.Node]:
     """The nodes behind `node` that the target computes inside it."""
-    if OPS[node.op_type].moves:
+    if rule_of(node).moves:
         return
     add = bias_add(node)
     if add and not skipped(add, wishes):
@@ -265,8 +259,8 @@ def clips_at_zero(node: ir.Node, target: Target) -> bool:
     """
     if node.domain or node.op_type not in target.fused:
         return False
-    low = operand(node, 1)
-    return node.op_type == "Relu" or (low is not None and low.size == 1 and low.item() == 0.0)
+    floor = rule_of(node).floor
+    return floor is not None and floor(node) == 0.0
 
 
 # --- which of them pay
@@ -339,7 +333,7 @@ def _tensor_plans(units: Iterable[_Unit], target: Target) -> dict[str, TensorPla
 
 def _fused_branch(unit: _Unit, units: list[_Unit]) -> ir.Value | None:
     """The convolution output that the runtime adds to inside the convolution."""
-    if unit.node.op_type != "Add":
+    if not unit.rule.adds:
         return None
     made = {value for other in units if other.anchor for value in other.outputs}
     return next((v for v in unit.data if v in made and only_consumer(v) is unit.node), None)
@@ -366,20 +360,13 @@ def _weight_plan(unit: _Unit, target: Target, wishes: Wishes) -> WeightPlan | No
     if (index := unit.weight_index) is None:
         return None
     axis = unit.rule.channel_axis(unit.node) if wishes.per_channel else None
-    pair_limit = target.pair_limit if unit.rule.pairs(unit.node) else None
-    return WeightPlan(
-        known(unit.node.inputs[index]).name or "", index, target.weight, axis, pair_limit
-    )
+    weight = known(unit.node.inputs[index])
+    pairs, shape = unit.rule.pairs, known(constant(weight)).shape
+    pair_limit = target.pair_limit if pairs and pairs(unit.node, shape) else None
+    return WeightPlan(weight.name or "", index, target.weight, axis, pair_limit)
 
 
 def _bias_name(unit: _Unit) -> str | None:
-    product, index = unit.node.outputs[0], unit.rule.bias
-    added = [
-        v
-        for node in unit.absorbed
-        if node.op_type == "Add"
-        for v in node.inputs
-        if v is not product
-    ]
-    own = [] if index is None else unit.node.inputs[index : index + 1]
-    return next((value.name for value in (*added, *own) if value), None)
+    product, adders = unit.node.outputs[0], [node for node in unit.absorbed if rule_of(node).adds]
+    added = [value for node in adders for value in node.inputs if value is not product]
+    return next((value.name for value in (*added, own_bias(unit.node)) if value), None)

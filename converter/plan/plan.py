@@ -13,6 +13,18 @@ from dataclasses import dataclass, field, replace
 
 from calib.affine import Array, IntFormat, QParams
 
+# Codes of up to this many bits are worth scales and zeros of float16.
+HALF_BITS = 8
+# Bytes the file grows by for the nodes that restore one weight, about.
+OVERHEAD = 1100
+
+
+def stored_bytes(size: int, channels: int, bits: int) -> int:
+    """Bytes that `size` weights with a scale and a zero point for each of `channels` take in the
+    file.
+    """
+    return -(-size * bits // 8) + channels * (4 if bits <= HALF_BITS else 8) + OVERHEAD
+
 
 @dataclass(frozen=True)
 class TensorPlan:

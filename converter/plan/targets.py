@@ -8,6 +8,10 @@ from dataclasses import dataclass, replace
 
 from calib.affine import INT8, INT8_NARROW, UINT8, IntFormat
 
+# x86 without VNNI multiplies u8 by s8 and adds two products in 16 bits: 128 * 255 fits, 129 * 255
+# does not.
+PAIR_LIMIT = 128
+
 
 @dataclass(frozen=True)
 class Target:
@@ -58,9 +62,7 @@ CPU = Target(
     integer=_WEIGHTED | _COMPUTED | _MOVES,
     float_output=_set("Gemm MatMul"),
     bare=_set("Pad"),
-    # x86 without VNNI multiplies u8 by s8 and adds two products in 16 bits: 128 * 255 fits, 129 *
-    # 255 does not.
-    pair_limit=128,
+    pair_limit=PAIR_LIMIT,
     computed_products=False,
 )
 OPENVINO = replace(

@@ -8,17 +8,15 @@ from converter.graph.edit import graph_of, known
 from converter.plan.ops import draws
 
 
-def drop_identities(model: ir.Model) -> bool:
-    """Lets readers of y = Identity(x) read x, in place; returns whether there was any.
+def drop_identities(model: ir.Model) -> None:
+    """Lets readers of y = Identity(x) read x, in place.
 
     A node stays where its output is a graph output (the name must survive), where it copies a value
     of an outer graph, or where the mask of a Dropout is read.
     """
-    removable = [node for graph in model.graphs() for node in graph if _removable(node)]
-    for node in removable:
+    for node in [node for graph in model.graphs() for node in graph if _removable(node)]:
         node.outputs[0].replace_all_uses_with(known(node.inputs[0]))
         graph_of(node).remove(node, safe=True)
-    return bool(removable)
 
 
 def _removable(node: ir.Node) -> bool:

@@ -23,15 +23,12 @@ from converter.plan.ops import OPS
 ROUNDS = 10
 
 
-def equalize(model: ir.Model) -> bool:
-    """Equalizes every pair of convolutions of the main graph, in place; returns whether there is
-    any.
-    """
+def equalize(model: ir.Model) -> None:
+    """Equalizes every pair of convolutions of the main graph, in place."""
     names, pairs = Names(model), list(_pairs(model.graph))
     for _ in range(ROUNDS):
         for first, second in pairs:
             _equalize(first, second, names)
-    return bool(pairs)
 
 
 def _pairs(graph: ir.Graph) -> Iterator[tuple[ir.Node, ir.Node]]:

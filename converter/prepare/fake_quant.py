@@ -17,8 +17,9 @@ import onnx_ir.passes.common as common
 
 from calib.affine import Array, IntFormat, QParams, dequantize, quantize
 from converter.graph.edit import Names, add_constant, constant, known, operand, replace_constant
-from converter.graph.qdq import qparams_of
-from converter.plan.ops import OPS
+from converter.graph.qdq import is_dequantize, is_quantize, qparams_of
+from converter.job import FLOATS, Job
+from converter.plan.ops import rule_of
 from converter.plan.plan import QuantizedWeight
 from converter.prepare import prepare
 from converter.prepare.fake_quant_chains import Chain, chain_from, format_of
@@ -56,6 +57,12 @@ def take_trained(
     return replace(trained, tensors=spread(model.graph, trained.tensors))
 
 
+def without_training(model: ir.Model, job: Job) -> tuple[ir.Model, Trained]:
+    """A copy of a prepared model without its quantization, and what was known of that."""
+    copy = model.clone()
+    return copy, take_trained(copy, job.input_type in FLOATS, job.output_type in FLOATS)
+
+
 class _Taker:
     def __init__(self, model: ir.Model) -> None:
         self.graph, self.names = model.graph, Names(model)
@@ -68,21 +75,16 @@ class _Taker:
             self._float_input(value)
         for value in list(self.graph.outputs) if float_outputs else ():
             node = value.producer()
-            if (
-                node
-                and node.op_type == "QuantizeLinear"
-                and (q := _qparams(node))
-                and _may_hand_over(node.inputs[0])
-            ):
+            if is_quantize(node) and (q := _qparams(node)) and _may_hand_over(node.inputs[0]):
                 _join(value, node.inputs[0])
                 self.tensors[value.name or ""] = q
         for node in nodes:
-            if node.op_type == "QuantizeLinear" and (q := _qparams(node)):
+            if is_quantize(node) and (q := _qparams(node)):
                 self._pairs(node, q)
             elif chain := chain_from(node):
                 self._chain(chain)
         for node in nodes:
-            if node.op_type == "DequantizeLinear" and (q := _qparams(node)):
+            if is_dequantize(node) and (q := _qparams(node)):
                 self._restored(node, q)
         return Trained(self.tensors, self.weights)
 
@@ -138,7 +140,7 @@ class _Taker:
         ):
             return
         for node in readers if chain.codes else ():
-            index = OPS[node.op_type].weight or 0
+            index = rule_of(node).weight or 0
             replace_constant(
                 node, index, known(operand(node, index)) / chain.qparams.scale, self.names
             )
@@ -172,7 +174,7 @@ class _Taker:
             turned = replace(q, axis=None if q.axis is None else order.index(q.axis % codes.ndim))
             for use in node.outputs[0].uses():
                 self._weight(use.node, use.idx, codes.transpose(order), turned)
-        elif node.op_type in OPS and OPS[node.op_type].weight == index:
+        elif rule_of(node).weight == index:
             self.weights[node.name or ""] = QuantizedWeight(codes, q)
 
 
@@ -180,7 +182,7 @@ def _qparams(node: ir.Node) -> QParams | None:
     """The constant parameters of a QuantizeLinear or DequantizeLinear; None for computed ones and
     other types.
     """
-    codes = node.outputs[0] if node.op_type == "QuantizeLinear" else known(node.inputs[0])
+    codes = node.outputs[0] if is_quantize(node) else known(node.inputs[0])
     scale, zero_point = known(node.inputs[1]), node.inputs[2] if len(node.inputs) > 2 else None
     kind = (codes if zero_point is None else zero_point).dtype
     if node.domain or scale.dtype != ir.DataType.FLOAT or kind is None or not kind.is_integer():
@@ -228,14 +230,14 @@ def _reach(codes: ir.Value) -> _Reach | None:
             return None
         for use in value.uses():
             node = use.node
-            if node.op_type == "DequantizeLinear" and use.idx == 0 and _qparams(node):
+            if is_dequantize(node) and use.idx == 0 and _qparams(node):
                 found.ends.append(node)
             elif node.op_type == "Clip" and all(
                 v is None or constant(v) is not None for v in node.inputs[1:]
             ):
                 found.clips.append(node)
                 values += node.outputs
-            elif node.op_type in OPS and OPS[node.op_type].moves and use.idx == 0:
+            elif rule_of(node).moves and use.idx == 0:
                 found.moved.extend(node.outputs)
                 values += node.outputs
             else:
@@ -259,5 +261,5 @@ def _join(gone: ir.Value, kept: ir.Value | None) -> None:
 
 def _multiplies(node: ir.Node) -> bool:
     """Whether all that `node` reads but its constant weight is the data it multiplies."""
-    rule = OPS.get(node.op_type)
-    return rule is not None and rule.weight is not None and operand(node, rule.weight) is not None
+    index = rule_of(node).weight
+    return index is not None and operand(node, index) is not None

@@ -8,22 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from calib.affine import UINT8, QParams, Range, qparams_of
-from converter.plan.ops import OPS
-
-# Operators, beside those that only move values, whose outputs lie within the range of their inputs.
-SEVERAL = {"Concat", "Max", "Min"}
-
-
-WITHIN = {
-    *SEVERAL,
-    "AveragePool",
-    "GlobalAveragePool",
-    "ReduceMax",
-    "ReduceMean",
-    "ReduceMin",
-    "Relu",
-    "Clip",
-}
+from converter.plan.ops import rule_of
 
 
 def spread(graph: ir.Graph, trained: Mapping[str, QParams]) -> dict[str, QParams]:
@@ -32,27 +17,21 @@ def spread(graph: ir.Graph, trained: Mapping[str, QParams]) -> dict[str, QParams
     """
     found = dict(trained)
     for node in graph:
-        data = [
-            v.name for v in node.inputs[: None if node.op_type in SEVERAL else 1] if v is not None
-        ]
-        if _keeps(node) and data and all(name in found for name in data):
+        own = rule_of(node)
+        data = [v.name for v in node.inputs[: None if own.data is None else 1] if v is not None]
+        if (own.within or own.moves) and data and all(name in found for name in data):
             q = _together([found[name or ""] for name in data])
             found.update((v.name or "", q) for v in node.outputs if v.name not in found)
     for node in reversed(graph):
-        if node.outputs[0].name in found and (
-            node.op_type == "Concat" or (_keeps(node) and OPS[node.op_type].moves)
-        ):
-            sources = node.inputs if node.op_type == "Concat" else node.inputs[:1]
+        own = rule_of(node)
+        if node.outputs[0].name in found and (own.joins or own.moves):
+            sources = node.inputs if own.joins else node.inputs[:1]
             found.update(
                 (v.name or "", found[node.outputs[0].name])
                 for v in sources
                 if v and v.name not in found
             )
     return found
-
-
-def _keeps(node: ir.Node) -> bool:
-    return node.op_type in WITHIN or (node.op_type in OPS and OPS[node.op_type].moves)
 
 
 def _together(parameters: list[QParams]) -> QParams:

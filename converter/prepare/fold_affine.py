@@ -27,30 +27,25 @@ from converter.graph.edit import (
     operand,
     replace_constant,
 )
-from converter.plan.ops import OPS
+from converter.plan.ops import rule_of
 
 Affine = tuple[Array, Array]
 
 
-def fold_affine(model: ir.Model) -> bool:
-    """Folds into the nodes of every graph, in place; returns whether there was anything to fold."""
+def fold_affine(model: ir.Model) -> None:
+    """Folds into the nodes of every graph, in place."""
     names = Names(model)
-    folded = [
-        _fold(node, names) for graph in model.graphs() for node in list(graph) if _foldable(node)
-    ]
-    return any(folded)
+    for node in [node for graph in model.graphs() for node in graph if _foldable(node)]:
+        _fold(node, names)
 
 
 def _foldable(node: ir.Node) -> bool:
-    if node.op_type not in {"Conv", "ConvTranspose", "Gemm"} or node.domain:
-        return False
     # A Gemm scaled by alpha or beta computes something else than W x + b.
-    return OPS[node.op_type].obstacle(node) is None
+    return rule_of(node).bias is not None and rule_of(node).obstacle(node) is None
 
 
-def _fold(node: ir.Node, names: Names) -> bool:
-    """Folds all foldable followers of `node` into it; returns whether there was one."""
-    folded = False
+def _fold(node: ir.Node, names: Names) -> None:
+    """Folds all foldable followers of `node` into it."""
     while (
         (follower := only_consumer(node.outputs[0]))
         and (affine := _affine_of(follower, node))
@@ -62,8 +57,6 @@ def _fold(node: ir.Node, names: Names) -> bool:
         ir.convenience.replace_nodes_and_values(
             graph, follower, [follower], [], outputs, node.outputs
         )
-        folded = True
-    return folded
 
 
 def _usable(affine: Affine) -> bool:
@@ -149,4 +142,4 @@ def _by_channel(node: ir.Node, weight: Array) -> Array:
     if node.op_type == "ConvTranspose":
         groups = node.attributes.get_int("group", 1)
         return weight.reshape(groups, -1, *weight.shape[1:]).swapaxes(1, 2)
-    return np.moveaxis(weight, OPS[node.op_type].channel_axis(node) or 0, 0)[None]
+    return np.moveaxis(weight, rule_of(node).channel_axis(node) or 0, 0)[None]

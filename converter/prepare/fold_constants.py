@@ -8,17 +8,13 @@ import onnx_ir as ir
 from onnxscript import optimizer
 
 from converter.graph.edit import operand
-from converter.plan.ops import takes_weight
+from converter.graph.qdq import is_conversion
+from converter.plan.ops import ONE_FOR_ONE, cast_to, takes_weight
 
 # Scales and reshapes of weights are folded whatever their size; generated tables (a position grid)
 # up to 4 MB.
 INPUT_LIMIT = 1 << 30
 OUTPUT_LIMIT = 1 << 20
-CONVERSIONS = {"DequantizeLinear", "QuantizeLinear"}
-ONE_FOR_ONE = {
-    *("Cast", "CastLike", "Identity", "Transpose"),
-    *("Reshape", "Flatten", "Squeeze", "Unsqueeze"),
-}
 
 
 def fold_constants(model: ir.Model) -> None:
@@ -58,19 +54,15 @@ def _worth_folding(node: ir.Node) -> bool | None:
         return None
     # A weight stored as integers must stay as small as it is; its scales and zero points may be
     # cast.
-    parameter = all(
-        use.idx > 0 and use.node.op_type in CONVERSIONS for use in node.outputs[0].uses()
-    )
-    return (
-        False if node.op_type in CONVERSIONS or (node.op_type == "Cast" and not parameter) else None
-    )
+    parameter = all(use.idx > 0 and is_conversion(use.node) for use in node.outputs[0].uses())
+    return False if is_conversion(node) or (cast_to(node) and not parameter) else None
 
 
 def _is_float_cast(node: ir.Node) -> bool:
     """Whether a Cast makes float32 of a constant in another float type, as a weight in float64, or
     float64 only on the way there.
     """
-    array = operand(node, 0) if node.op_type == "Cast" else None
-    to, readers = node.attributes.get_int("to", 0), {u.node.op_type for u in node.outputs[0].uses()}
-    there = to == ir.DataType.FLOAT or (to == ir.DataType.DOUBLE and readers == {"Cast"})
+    to, array, uses = cast_to(node), operand(node, 0), node.outputs[0].uses()
+    cast_again = bool(uses) and all(cast_to(use.node) for use in uses)
+    there = to == ir.DataType.FLOAT or (to == ir.DataType.DOUBLE and cast_again)
     return array is not None and there and array.dtype.kind == "f"

@@ -14,53 +14,44 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from converter.graph.edit import Names, bias_add, graph_of, known, operand, replace_constant
+from converter.graph.edit import Names, graph_of, input_at, known, operand, replace_constant
+from converter.plan.ops import bias_add, is_transposed
 
 
-def normal_gemm(model: ir.Model) -> bool:
-    """Does both rewrites over the nodes of every graph, in place; returns whether anything
-    changed.
-    """
+def normal_gemm(model: ir.Model) -> None:
+    """Does both rewrites over the nodes of every graph, in place."""
     names = Names(model)
-    joined = [
-        _join(node) for graph in model.graphs() for node in list(graph) if _is("MatMul", node)
-    ]
-    scaled = [
-        _scale(node, names) for graph in model.graphs() for node in graph if _is("Gemm", node)
-    ]
-    return any(joined) or any(scaled)
+    for operator, rewrite in (("MatMul", _join), ("Gemm", _scale)):
+        nodes = [node for graph in model.graphs() for node in graph if node.op_type == operator]
+        for node in nodes:
+            if not node.domain:
+                rewrite(node, names)
 
 
-def _is(op_type: str, node: ir.Node) -> bool:
-    return node.op_type == op_type and not node.domain
-
-
-def _join(matmul: ir.Node) -> bool:
+def _join(matmul: ir.Node, names: Names) -> None:
     add, x = bias_add(matmul), known(matmul.inputs[0])
     if add is None or x.dtype != ir.DataType.FLOAT or x.shape is None or x.shape.rank() != 2:
-        return False
+        return
     bias = next(value for value in add.inputs if value is not matmul.outputs[0])
     gemm = ir.node("Gemm", [*matmul.inputs, bias], name=matmul.name, outputs=[ir.Value()])
     graph = graph_of(matmul)
     ir.convenience.replace_nodes_and_values(
         graph, add, [matmul, add], [gemm], add.outputs, gemm.outputs
     )
-    return True
 
 
-def _scale(gemm: ir.Node, names: Names) -> bool:
+def _scale(gemm: ir.Node, names: Names) -> None:
     weight, bias = operand(gemm, 1), operand(gemm, 2)
-    if weight is None or (bias is None and len(gemm.inputs) > 2 and gemm.inputs[2] is not None):
-        return False
+    if weight is None or (bias is None and input_at(gemm, 2)):
+        return
     if bias is not None and bias.ndim == 2 and bias.shape[0] > 1:
-        return False
+        return
     alpha, beta = (gemm.attributes.get_float(name, 1.0) for name in ("alpha", "beta"))
-    columns = weight.shape[0 if gemm.attributes.get_int("transB", 0) else 1]
+    columns = weight.shape[0 if is_transposed(gemm) else 1]
     if alpha != 1.0:
         replace_constant(gemm, 1, (weight * np.float64(alpha)).astype(weight.dtype), names)
-    if widened := bias is not None and (beta != 1.0 or bias.shape != (columns,)):
+    if bias is not None and (beta != 1.0 or bias.shape != (columns,)):
         scaled = np.broadcast_to(bias.reshape(-1) * np.float64(beta), (columns,))
         replace_constant(gemm, 2, scaled.astype(weight.dtype), names)
     gemm.attributes.pop("alpha", None)
     gemm.attributes.pop("beta", None)
-    return alpha != 1.0 or widened

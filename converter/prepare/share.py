@@ -14,23 +14,19 @@ from converter.graph.edit import Names, graph_of, known
 LEAST_SIZE = 1 << 12
 
 
-def share_shapes(model: ir.Model) -> bool:
+def share_shapes(model: ir.Model) -> None:
     """Lets a Shape read what an earlier one of its graph reads, where all dimensions have the same
     size or name.
 
     As ONNX has it, equal names are equal sizes. What is computed from equal shapes are common
-    subexpressions then. Works in place; returns whether there was any.
+    subexpressions then. Works in place.
     """
-    modified = False
     for graph in model.graphs():
         first: dict[tuple[str, ...], ir.Value] = {}
         for node in (node for node in graph if node.op_type == "Shape" and not node.domain):
             x = known(node.inputs[0])
             if x.shape is not None and not x.shape.has_unknown_dim():
-                earlier = first.setdefault(tuple(map(str, x.shape)), x)
-                node.replace_input_with(0, earlier)
-                modified |= earlier is not x
-    return modified
+                node.replace_input_with(0, first.setdefault(tuple(map(str, x.shape)), x))
 
 
 def share_constants(model: ir.Model) -> None:

@@ -11,10 +11,8 @@ import onnx_ir as ir
 
 from calib.affine import Array
 from converter.graph.edit import Names, graph_of, known, only_consumer, operand, replace_constant
+from converter.plan.ops import is_transposed, rule_of
 
-# Operators whose output is linear in the constants behind their first input, channel by channel of
-# the last axis.
-_LINEAR = {"LayerNormalization", "MatMul", "Gemm"}
 # From where the heads are joined back to where they are parted: the operators, and by which input
 # each is reached.
 _ATTENTION = (("Transpose", 0), ("MatMul", 0), ("Transpose", 1), ("Reshape", 0))
@@ -36,11 +34,12 @@ def divide_channels(
         nodes = products[tensor]
         if places := linear_in(nodes):
             for node, index in places:
-                _multiply(node, index, 1 / by, by_row=index == 1 and _transposed(node), names=names)
+                by_row = index == 1 and is_transposed(node)
+                _multiply(node, index, 1 / by, by_row=by_row, names=names)
         else:
             _divide(nodes, by, names)
         for node in nodes:
-            _multiply(node, 1, by, by_row=not _transposed(node), names=names)
+            _multiply(node, 1, by, by_row=not is_transposed(node), names=names)
 
 
 def _divide(nodes: Sequence[ir.Node], factors: Array, names: Names) -> None:
@@ -59,7 +58,7 @@ def linear_in(readers: Sequence[ir.Node]) -> list[Place]:
     Those of a LayerNormalization or a product and its bias, also where attention weighs the rows of
     the product.
     """
-    size = known(operand(readers[0], 1)).shape[int(_transposed(readers[0]))]
+    size = known(operand(readers[0], 1)).shape[int(is_transposed(readers[0]))]
     return _constants_of(readers[0].inputs[0], set(readers), size)
 
 
@@ -75,9 +74,10 @@ def _constants_of(x: ir.Value | None, readers: set[ir.Node], size: int) -> list[
         return []
     operands = [index for index, value in enumerate(node.inputs) if value is not None]
     found = [(node, index) for index in operands if operand(node, index) is not None]
-    if node.op_type in _LINEAR and node.attributes.get_int("axis", -1) == -1:
+    linear = rule_of(node).product or node.op_type == "LayerNormalization"
+    if linear and node.attributes.get_int("axis", -1) == -1:
         return found if operands[1:] == [index for _, index in found] else []
-    if node.op_type == "Add" and len(found) == 1:
+    if rule_of(node).adds and len(found) == 1:
         before = _constants_of(node.inputs[1 - found[0][1]], {node}, size)
         return [*before, *found] if before else []
     part = _parting(node, size) if node.op_type == "Reshape" else None
@@ -103,10 +103,6 @@ def _parting(join: ir.Node, size: int) -> ir.Node | None:
     if not turned or whole is None or parts is None or whole.has_unknown_dim():
         return None
     return part if list(whole)[:-1] == list(parts)[:-2] and whole[-1] == size else None
-
-
-def _transposed(node: ir.Node) -> bool:
-    return bool(node.attributes.get_int("transB", 0))
 
 
 def _multiply(node: ir.Node, index: int, factors: Array, by_row: bool, names: Names) -> None:

@@ -15,16 +15,17 @@ import onnx_ir as ir
 
 from calib.affine import Array
 from converter.graph.edit import Names, constant, graph_of
+from converter.plan.ops import rule_of
 
 
-def tie(model: ir.Model) -> bool:
+def tie(model: ir.Model) -> None:
     """Turns products with the transposed of a table, in the graph that holds it, into Gemm nodes
     that read it.
 
-    Rewrites in place; returns whether there was any.
+    Rewrites in place.
     """
     names, nodes = Names(model), [node for node in model.graph if not node.domain]
-    tables = [node.inputs[0] for node in nodes if node.op_type == "Gather"]
+    tables = [node.inputs[0] for node in nodes if rule_of(node).looks_up]
     arrays = {
         v: a for v in tables if v is not None and (a := constant(v)) is not None and a.ndim == 2
     }
@@ -32,7 +33,6 @@ def tie(model: ir.Model) -> bool:
     tied = [(node, table) for node in products if (table := _tied(node, arrays)) is not None]
     for node, table in tied:
         _read(table, arrays[table].shape, node, names)
-    return bool(tied)
 
 
 def _tied(product: ir.Node, tables: Mapping[ir.Value, Array]) -> ir.Value | None:

@@ -13,6 +13,7 @@ import numpy as np
 import onnx_ir as ir
 
 from converter.graph.edit import Names, graph_of, known
+from converter.plan.ops import OF_BITS, cast_to
 
 NARROW = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
 # Attributes by which operators name the type that they compute, or compute in.
@@ -20,20 +21,19 @@ TYPE_ATTRIBUTES = {
     *("to", "dtype", "output_dtype", "output_datatype"),
     *("precision", "softmax_precision", "stash_type"),
 }
-# Domains whose operators compute in float32 as well, and operators whose results follow from bits.
+# Domains whose operators compute in float32 as well.
 KNOWN_DOMAINS = {"", "ai.onnx.ml", "com.microsoft"}
-OF_BITS = {"BitCast"}
 
 
-def widen(model: ir.Model) -> bool:
-    """Computes in float32, in place; returns whether there was anything narrow to widen.
+def widen(model: ir.Model) -> None:
+    """Computes in float32, in place.
 
     A model that takes or gives sequences or optionals of narrow tensors stays as it is: no Cast
     stands for those.
     """
     edges = [*model.graph.inputs, *model.graph.outputs]
     if any(_is_narrow(v.type) and not isinstance(v.type, ir.TensorType) for v in edges):
-        return False
+        return
     nodes = [node for graph in model.graphs() for node in graph]
     narrow = {value: value.dtype for value in _values(model) if _is_narrow(value.type)}
     names, wide = Names(model), {value for value in narrow if not _is_given(value, model.graph)}
@@ -48,7 +48,6 @@ def widen(model: ir.Model) -> bool:
         else:
             _take(value, model.graph, names)
     _drop_casts(nodes)
-    return bool(wide)
 
 
 def _values(model: ir.Model) -> Iterator[ir.Value]:
@@ -168,10 +167,10 @@ def _cast(value: ir.Value, to: ir.DataType, name: str, names: Names) -> ir.Value
 def _drop_casts(nodes: list[ir.Node]) -> None:
     """Removes Casts from float32 to float32."""
     for node in nodes:
-        source = node.inputs[0] if node.op_type == "Cast" and not node.domain else None
+        to, source = cast_to(node), node.inputs[0] if node.inputs else None
         if source is None or source.dtype != ir.DataType.FLOAT or source.graph is not node.graph:
             continue
-        to, result = node.attributes.get_int("to", 0), node.outputs[0]
+        result = node.outputs[0]
         if to == ir.DataType.FLOAT and not result.is_graph_output():
             result.replace_all_uses_with(source)
             graph_of(node).remove(node, safe=True)

@@ -9,11 +9,11 @@ from converter.config import Config
 from converter.config.left import against_saturation, left
 from converter.measure.pairing import Place
 from converter.measure.results import NodeFinding, Verification
+from converter.plan.ops import rule
 from converter.report.rounds import Figures
 
-# Operators whose inputs share the codes of one range, and how many times as large as others some
-# may be.
-MERGES, MIXED_RANGES = {"Add", "Sub", "Concat", "Max", "Min"}, 4.0
+# How many times as large as others some inputs that share the codes of one range may be.
+MIXED_RANGES = 4.0
 # Shares of values cut off, of the range cut off, and of the outputs' error that deserve a word, as
 # do a node's own noise and its noise at the outputs, in dB.
 CLIPPED, SHORTENED, COSTLY, NOISY_DB, HEARD_DB = 0.01, 0.02, 0.1, 15.0, 40.0
@@ -42,7 +42,7 @@ def _advice(
     if saturates:
         yield "Its products can saturate in 16 bits: see the advice on the whole."
     ratio = _ratio([figures for place, figures in tensors if not place.output])
-    if node.op_type in MERGES and ratio > MIXED_RANGES:
+    if rule(node.op_type).merges and ratio > MIXED_RANGES:
         yield (
             f"Its inputs differ {ratio:.1f} times in size (mixed ranges): leave it float with "
             "skip_quant_node."

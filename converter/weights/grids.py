@@ -18,7 +18,7 @@ import numpy as np
 
 from calib import trellis
 from calib.affine import SMALLEST_SCALE, Array, IntFormat
-from converter.emit.planes import HALF_BITS
+from converter.plan.plan import HALF_BITS
 from converter.weights.gptq import DAMPING, Grid, chosen, compensated, row_parts
 
 # Widths tried for the first grid, as shares of the one that covers all weights of a row.

@@ -20,12 +20,13 @@ from calib.affine import Array, dequantize
 from calib.samples import Dataset
 from converter.calibrate.observe import Mean
 from converter.calibrate.walk import Emit, Walk, product_of_mean
-from converter.emit.stored import as_floats, bias_of, emit_stored, planned
+from converter.emit.stored import as_floats, emit_stored
 from converter.graph.edit import constant, known, values_by_name
 from converter.job import Resources, Watch
-from converter.plan.matrices import View, plain_matrix, plain_weight, view_of
-from converter.plan.ops import OPS, is_normalized
-from converter.plan.plan import NodePlan, QuantizedWeight, QuantPlan, WeightPlan
+from converter.plan.layers import Layer, bias_of, layer_of, planned
+from converter.plan.matrices import View, plain_matrix, plain_weight
+from converter.plan.ops import OPS, is_normalized, view_of
+from converter.plan.plan import NodePlan, QuantizedWeight, QuantPlan
 from converter.weights import integer, stored
 from converter.weights.gptq import helps_everywhere
 from converter.weights.integer import Rounding, least_scales
@@ -44,24 +45,6 @@ STORE_BYTES, MOST_SAMPLES = 448 << 20, 128
 Decide = Callable[[NodePlan, QuantPlan], QuantPlan]
 
 
-@dataclass(frozen=True)
-class Layer:
-    """A weighted unit with its constants; `bias` is float64 of shape (channels,) or None, `view`
-    the weight as a matrix of products or None.
-    """
-
-    unit: NodePlan
-    node: ir.Node
-    weight: Array
-    bias: Array | None
-    view: View | None
-
-    @property
-    def wanted(self) -> WeightPlan:
-        """The weight's plan."""
-        return known(self.unit.weight)
-
-
 def in_turn(walks: Sequence[Walk], plan: QuantPlan, decide: Decide, watch: Watch) -> QuantPlan:
     """The plan with every layer decided in the light of those before it, which the walks, over the
     same steps, have taken.
@@ -73,13 +56,6 @@ def in_turn(walks: Sequence[Walk], plan: QuantPlan, decide: Decide, watch: Watch
         for walk in walks:
             walk.advance(position, plan)
     return plan
-
-
-def _layer(unit: NodePlan, node: ir.Node, bias: Array | None) -> Layer:
-    wanted = known(unit.weight)
-    weight = known(constant(node.inputs[wanted.index]))
-    row = None if bias is None else bias.reshape(-1).astype(np.float64)
-    return Layer(unit, node, weight, row, view_of(node, weight.shape, wanted.index))
 
 
 def _count(draws: tuple[int, int, int], columns: int) -> int:
@@ -125,7 +101,7 @@ def decide_weights(
         if unit.name in plan.weights:
             return plan
         bias = constant(values[unit.bias]) if unit.bias else None
-        layer = _layer(unit, nodes[unit.name], bias)
+        layer = layer_of(unit, nodes[unit.name], bias)
         weight = _rounded(layer, plan, walk, rounding)
         # Another unit may watch the same tensor for a bias that this one has no place for.
         mean = means.get(_source(unit, layer.node)) if _correctable(unit) else None
@@ -150,7 +126,7 @@ def _source(unit: NodePlan, node: ir.Node) -> Mean:
     """What the mean of the product follows from: its input, which is watched anyway, where
     possible, or the product.
     """
-    view = _layer(unit, node, None).view
+    view = layer_of(unit, node, None).view
     if view and view.input_axis is not None:
         return unit.inputs[0], view.input_axis
     return node.outputs[0].name or "", OPS[unit.op_type].output_axis
@@ -282,7 +258,7 @@ class _StoredLayers:
         first.
         """
         node = self.nodes[unit.name]
-        layer = _layer(unit, node, bias_of(node, unit))
+        layer = layer_of(unit, node, bias_of(node, unit))
         value = known(node.inputs[layer.wanted.index])
         if layer.view is None or value not in self.seen:
             return plan

@@ -8,20 +8,12 @@ the product least.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
-import onnx_ir as ir
 
 from calib.affine import INT8_NARROW, UINT8, Array
-from calib.samples import Dataset
-from calib.session import open_session, over_samples, run
-from converter.calibrate.exact import runnable
-from converter.graph.edit import constant
-from converter.job import Watch
-from converter.plan.plan import NodePlan
-from converter.prepare.smooth import divide_channels, linear_in
 
 # Limits tried, as shares of the largest magnitude.
 LIMITS = 2.0 ** -np.arange(0, 5.5, 0.5)
@@ -31,50 +23,6 @@ LEAST_GAIN, LEAST_FREE_GAIN = 4.0, 1.0
 # Values that crowd around zero in a wide step are rounded alike, so that their errors add up: this
 # much, measured.
 CORRELATION = 4.0
-
-
-def smooth(
-    model: ir.Model, products: Iterable[NodePlan], data: Dataset, threads: int, watch: Watch
-) -> None:
-    """Moves the channels that stand out in what `products` of the main graph read into their
-    weights, in place.
-    """
-    readers = _readers(model.graph, {unit.name: unit.inputs[0] for unit in products})
-    if not readers:
-        return
-    channels = observe_channels(model, list(readers), data, threads)
-    weights = {
-        name: np.concatenate(list(map(_weight, nodes)), axis=1) for name, nodes in readers.items()
-    }
-    found = {
-        name: smoothing_factors(channels[name], weights[name], free=bool(linear_in(nodes)))
-        for name, nodes in readers.items()
-    }
-    factors = {name: values for name, values in found.items() if values is not None}
-    watch.say(
-        f"Channels that stand out in {len(factors)} of {len(readers)} tensors are moved into "
-        "the weights."
-    )
-    divide_channels(model, factors, readers)
-
-
-def _readers(graph: ir.Graph, inputs: Mapping[str, str]) -> dict[str, list[ir.Node]]:
-    """By tensor the products that read it, where their weights are theirs alone."""
-    readers: dict[str, list[ir.Node]] = {}
-    for node in (node for node in graph if node.name in inputs):
-        readers.setdefault(inputs[node.name or ""], []).append(node)
-    return {name: nodes for name, nodes in readers.items() if all(map(_alone, nodes))}
-
-
-def _alone(product: ir.Node) -> bool:
-    return product.inputs[1] is not None and len(product.inputs[1].uses()) == 1
-
-
-def _weight(product: ir.Node) -> Array:
-    """float64 (channels, columns)."""
-    weight = constant(product.inputs[1])
-    assert weight is not None
-    return (weight.T if product.attributes.get_int("transB", 0) else weight).astype(np.float64)
 
 
 @dataclass(frozen=True)
@@ -88,24 +36,8 @@ class Channels:
     square: Array
 
 
-def observe_channels(
-    model: ir.Model, names: Sequence[str], data: Dataset, threads: int
-) -> dict[str, Channels]:
-    """The channels of the named tensors over all samples."""
-    fed = {value.name for value in model.graph.inputs}
-    taps = [name for name in names if name not in fed]
-    with runnable(model, taps) as path:
-        session = open_session(path)
-
-        def step(index: int) -> dict[str, Channels]:
-            tensors = {**data.sample(index), **run(session, taps, data.sample(index))}
-            return {name: _channels(tensors[name]) for name in names}
-
-        found = list(over_samples(len(data), step, threads))
-    return {name: _joined(sample[name] for sample in found) for name in names}
-
-
-def _channels(x: Array) -> Channels:
+def channels_of(x: Array) -> Channels:
+    """The channels of one sample."""
     rows = x.reshape(-1, x.shape[-1])
     rows = rows[np.isfinite(rows).all(axis=1)]
     if not len(rows):
@@ -117,7 +49,8 @@ def _channels(x: Array) -> Channels:
     )
 
 
-def _joined(parts: Iterable[Channels]) -> Channels:
+def joined(parts: Iterable[Channels]) -> Channels:
+    """The channels of all samples."""
     columns = zip(*((part.lo, part.hi, part.square) for part in parts), strict=True)
     lo, hi, square = (np.stack(column) for column in columns)
     return Channels(lo.min(axis=0), hi.max(axis=0), square.mean(axis=0))

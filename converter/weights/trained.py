@@ -4,18 +4,16 @@ that they do.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
-import onnx_ir as ir
 
 from calib.affine import Array, QParams, along
-from converter.emit.stored import bias_of, planned
-from converter.graph.edit import known, operand
 from converter.job import Watch
-from converter.plan.matrices import breaks_bound, plain_matrix, plain_weight, view_of
+from converter.plan.layers import Layer
+from converter.plan.matrices import breaks_bound, plain_matrix, plain_weight
 from converter.plan.plan import QuantizedWeight, QuantPlan, WeightPlan
 from converter.prepare.fake_quant import Trained
 from converter.weights.gptq import Grid, nearest, search_scales
@@ -44,28 +42,24 @@ class Kept:
 
 
 def with_trained_weights(
-    model: ir.Model, plan: QuantPlan, trained: Trained, everything: bool
+    layers: Iterable[Layer], plan: QuantPlan, trained: Trained, everything: bool
 ) -> tuple[QuantPlan, dict[str, Kept]]:
     """The plan with the trained weights and their biases, and how much of each was kept.
 
     Weights on no grid are left out, or, with `everything`, rounded for least error of the weights.
     """
     kept: dict[str, Kept] = {}
-    for node, unit in planned(model, plan) if trained else ():
-        if unit.weight is None:
-            continue
-        rows = _Rows.of(unit.weight, node, trained.weights.get(unit.name))
+    for layer in layers if trained else ():
+        unit, bias, rows = layer.unit, layer.bias, _Rows.of(layer, trained.weights)
         if not (everything or rows.scale.any()):
             continue
-        bias = bias_of(node, unit)
-        bias = None if bias is None else bias.reshape(-1).astype(np.float64)
         tensor = plan.tensors.get(unit.inputs[0])
         data = (
             plan.params(tensor.name)
             if bias is not None and tensor and tensor.group in plan.qparams
             else None
         )
-        found, how_much = rows.decided(unit.weight, bias, data)
+        found, how_much = rows.decided(layer.wanted, bias, data)
         kept.update({unit.name: how_much} if rows.scale.any() else {})
         plan = plan.with_weights({unit.name: found}, {} if bias is None else {unit.name: bias})
     return plan, kept
@@ -104,9 +98,9 @@ class _Rows:
     scale: Array
 
     @classmethod
-    def of(cls, wanted: WeightPlan, node: ir.Node, taught: QuantizedWeight | None) -> _Rows:
-        weight, axis = known(operand(node, wanted.index)), wanted.axis
-        view = view_of(node, weight.shape, wanted.index)
+    def of(cls, layer: Layer, trained: Mapping[str, QuantizedWeight]) -> _Rows:
+        weight, view, axis = layer.weight, layer.view, layer.wanted.axis
+        taught = trained.get(layer.unit.name)
         rows = view.matrix if view else partial(plain_matrix, axis=axis)
         weight_of = view.weight if view else partial(plain_weight, shape=weight.shape, axis=axis)
         matrix = rows(weight.astype(np.float64))

@@ -1,0 +1,69 @@
+"""Where the units of a plan stand in a graph, and the constants they multiply with and add."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from calib.affine import Array
+from converter.graph.edit import known, operand
+from converter.plan.matrices import View
+from converter.plan.ops import rule_of, view_of
+from converter.plan.plan import NodePlan, QuantPlan, WeightPlan
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A unit that multiplies with `weight`, and adds a `bias`, float64 of shape (channels,); `view`
+    is the weight as a matrix of products, None if it is none.
+    """
+
+    unit: NodePlan
+    node: ir.Node
+    wanted: WeightPlan
+    weight: Array
+    bias: Array | None
+    view: View | None
+
+
+def layers(model: ir.Model, plan: QuantPlan) -> Iterator[Layer]:
+    """The quantized units of all graphs that multiply with a weight."""
+    for node, unit in planned(model, plan):
+        if unit.weight is not None:
+            yield layer_of(unit, node, bias_of(node, unit))
+
+
+def layer_of(unit: NodePlan, node: ir.Node, bias: Array | None) -> Layer:
+    """A weighted unit with its constants."""
+    wanted = known(unit.weight)
+    weight = known(operand(node, wanted.index))
+    row = None if bias is None else bias.reshape(-1).astype(np.float64)
+    return Layer(unit, node, wanted, weight, row, view_of(node, weight.shape, wanted.index))
+
+
+def planned(model: ir.Model, plan: QuantPlan) -> Iterator[tuple[ir.Node, NodePlan]]:
+    """The quantized nodes of all graphs of `model` with their plans."""
+    for graph in model.graphs():
+        for node in graph:
+            unit = plan.nodes.get(node.name or "")
+            if unit and unit.quantized:
+                yield node, unit
+
+
+def bias_of(node: ir.Node, unit: NodePlan) -> Array | None:
+    """The unit's constant bias."""
+    return operand(*bias_place(node, unit))
+
+
+def bias_place(node: ir.Node, unit: NodePlan) -> tuple[ir.Node, int]:
+    """The node that adds the bias, and at which input."""
+    product = node.outputs[0]
+    readers = [
+        use.node
+        for use in product.uses()
+        if rule_of(use.node).adds and use.node.name in unit.absorbed
+    ]
+    return (readers[0], int(readers[0].inputs[0] is product)) if readers else (node, 2)
