@@ -22,6 +22,7 @@ from converter.job import Job
 from converter.modes import dynamic_quant
 from converter.plan.plan import QuantPlan
 from converter.prepare import prepare
+from converter.prepare.fake_quant import without_training
 from converter.prepare.smooth import divide_channels
 from converter.weights.smoothquant import Channels, expected_error, smoothing_factors
 
@@ -54,7 +55,8 @@ def quantized(
         }
     config = load_config(write_config(folder / "c.cfg", **sections))
     ear = Ear()
-    made = dynamic_quant.quantize(model, Job(Path("model.onnx"), Path("out.onnx"), config), ear)
+    job = Job(Path("model.onnx"), Path("out.onnx"), config)
+    made = dynamic_quant.quantize(without_training(model, job), job, ear)
     result, plan = made.model, made.plan
     onnx.checker.check_model(ir.to_proto(result), full_check=True)
     return result, plan, ear

@@ -19,6 +19,7 @@ from converter.job import Job, Watch
 from converter.modes import MODES, full_quant
 from converter.pipeline.inspect import inspect
 from converter.prepare import prepare
+from converter.prepare.fake_quant import without_training
 
 CONVOLUTIONS = "c = Conv (x, w, b)  r = Relu (c)  d = Conv (r, v)  y = Relu (d)"
 SCALES = {"s": np.float32(0.05), "z": np.uint8(128)}
@@ -99,9 +100,10 @@ def job_of(case: Case, folder: Path) -> Job:
 def test_no_mode_changes_the_model_it_is_given(case, tmp_path):
     job = job_of(case, tmp_path)
     before = frozen(case.model)
-    MODES[job.mode].make_plan(case.model, job)
+    given = without_training(case.model, job)
+    MODES[job.mode].make_plan(given, job)
     assert frozen(case.model) == before, "make_plan changed the model: work on model.clone()"
-    result = MODES[job.mode].quantize(case.model, job, Watch())
+    result = MODES[job.mode].quantize(given, job, Watch())
     result.finish()
     assert frozen(case.model) == before, "quantize changed the model: work on model.clone()"
     assert result.model is not case.model
@@ -111,7 +113,7 @@ def test_no_mode_changes_the_model_it_is_given(case, tmp_path):
 def test_full_quant_changes_nothing_after_its_set_up(name, tmp_path):
     case = CASES[name]
     job = job_of(case, tmp_path)
-    setup = full_quant.set_up(case.model, job, Watch())
+    setup = full_quant.set_up(without_training(case.model, job), job, Watch())
     last = frozen(setup.model)
     assert (last != frozen(case.model)) == case.changes
     evidence = full_quant.observed(setup, Watch())
@@ -129,7 +131,7 @@ def test_pixels_are_folded_into_the_copy_alone(tmp_path):
     normalize = {"normalize_mean": "[0, 0, 0]", "normalize_std": "[50, 60, 70]"}
     case = replace(case, sections={"data_preprocess": {**pictures, **normalize}})
     job, before = job_of(case, tmp_path), frozen(case.model)
-    setup = full_quant.set_up(case.model, job, Watch())
+    setup = full_quant.set_up(without_training(case.model, job), job, Watch())
     assert setup.pixels is not None
     assert frozen(case.model) == before != frozen(setup.model)
 

@@ -30,6 +30,7 @@ from converter.plan.ops import is_transposed, rule_of
 from converter.plan.plan import NodePlan, QuantizedWeight, QuantPlan, TensorPlan, WeightPlan
 from converter.plan.result import Quantized
 from converter.plan.targets import PAIR_LIMIT
+from converter.prepare.fake_quant import Prepared
 from converter.weights.integer import Rounding, packed, rounded
 from converter.weights.layers import decide_weights, products, store_by_weights
 from converter.weights.smoothing import smooth
@@ -42,10 +43,14 @@ RANDOM_SAMPLES, RANDOM_LENGTH = 32, 32
 SMALL_TABLE = 1 << 18
 
 
-def make_plan(model: ir.Model, job: Job) -> QuantPlan:
+def make_plan(prepared: Prepared, job: Job) -> QuantPlan:
     """The plan without numbers: integer products have a pair limit, weights that are only stored
     have none.
     """
+    return _plan_of(prepared.model, job)
+
+
+def _plan_of(model: ir.Model, job: Job) -> QuantPlan:
     plan = weight_quant.storage_plan(model, job)
     nodes, tensors = dict(plan.nodes), dict[str, TensorPlan]()
     for node, unit in planned(model, plan):
@@ -60,16 +65,16 @@ def make_plan(model: ir.Model, job: Job) -> QuantPlan:
     return QuantPlan(nodes, tensors)
 
 
-def quantize(model: ir.Model, job: Job, watch: Watch) -> Quantized:
+def quantize(prepared: Prepared, job: Job, watch: Watch) -> Quantized:
     """The quantized copy of a prepared float model."""
+    model = prepared.model
     resources = resources_of(job)
     data = open_data(model, job, watch)
     quantized = model.clone()
-    if not _by_row(
-        job
-    ):  # rows with scales of their own, before weights with one for all, gain little
-        _smooth(quantized, make_plan(quantized, job), data, resources, watch)
-    plan = _by_themselves(quantized, make_plan(quantized, job), watch)
+    # Rows with scales of their own, before weights with one for all, gain little.
+    if not _by_row(job):
+        _smooth(quantized, _plan_of(quantized, job), data, resources, watch)
+    plan = _by_themselves(quantized, _plan_of(quantized, job), watch)
     if len(data):
         plan = _by_outputs(quantized, plan, data, resources, watch)
     smoothed = quantized.clone()

@@ -5,28 +5,15 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from converter.calibrate.data import open_data
-from converter.errors import ModelError
 from converter.job import Job, Watch
 from converter.plan.plan import NodePlan, QuantPlan
 from converter.plan.result import Quantized
-from converter.prepare.fake_quant import without_training
+from converter.prepare.fake_quant import Prepared
 
 
-def make_plan(model: ir.Model, job: Job) -> QuantPlan:
-    """All nodes that are left, float; raises ModelError for a model without quantization."""
-    return _with_plan(model, job)[1]
-
-
-def _with_plan(model: ir.Model, job: Job) -> tuple[ir.Model, QuantPlan]:
-    floats, trained = without_training(model, job)
-    if not trained:
-        where = job.config.at("transform_quant_param", "export_precision_mode")
-        msg = (
-            f"{where}: {job.model} was not trained with quantization; convert a model that was, "
-            "or keep this one."
-        )
-        raise ModelError(msg)
-    return floats, float_plan(floats, "export_precision_mode = FLOAT32")
+def make_plan(prepared: Prepared, job: Job) -> QuantPlan:
+    """All nodes that are left, float."""
+    return float_plan(prepared.floats, "export_precision_mode = FLOAT32")
 
 
 def float_plan(model: ir.Model, reason: str) -> QuantPlan:
@@ -36,7 +23,8 @@ def float_plan(model: ir.Model, reason: str) -> QuantPlan:
     )
 
 
-def quantize(model: ir.Model, job: Job, watch: Watch) -> Quantized:
+def quantize(prepared: Prepared, job: Job, watch: Watch) -> Quantized:
     """The model without its quantization, beside itself as it was trained."""
-    floats, plan = _with_plan(model, job)
-    return Quantized(model, floats, plan, open_data(floats, job, watch), trained=True)
+    data = open_data(prepared.floats, job, watch)
+    plan = make_plan(prepared, job)
+    return Quantized(prepared.model, prepared.floats.clone(), plan, data, trained=True)

@@ -28,7 +28,7 @@ from converter.config import Config
 from converter.config.keys import FullQuantParam
 from converter.emit.integer_types import TYPES, give_integers, take_integers
 from converter.emit.qdq import emit
-from converter.errors import ConfigError, ModelError, UsageError
+from converter.errors import ConfigError, UsageError
 from converter.graph.edit import constant, is_float, values_by_name
 from converter.graph.files import fed_inputs
 from converter.job import Job, Resources, Watch
@@ -43,7 +43,7 @@ from converter.plan.plan import NodePlan, QuantPlan, TensorPlan
 from converter.plan.result import Quantized
 from converter.plan.targets import TARGETS, Target
 from converter.prepare.equalize import equalize
-from converter.prepare.fake_quant import Trained, without_training
+from converter.prepare.fake_quant import Prepared, Trained
 from converter.prepare.pixels import Pixels, fold_normalisation, trained_pixels
 from converter.weights.integer import Rounding
 from converter.weights.layers import decide_weights, products, store_by_weights
@@ -55,22 +55,22 @@ from converter.weights.trained import Kept, tell_kept, with_trained_weights
 MIXED_RANGES = 16.0
 
 
-def make_plan(model: ir.Model, job: Job) -> QuantPlan:
+def make_plan(prepared: Prepared, job: Job) -> QuantPlan:
     """The plan without the numbers that data gives."""
-    return _planned(*_taken(model, job), job.config, {})
+    return _planned(prepared.floats, prepared.trained, job.config, {})
 
 
-def quantize(model: ir.Model, job: Job, watch: Watch) -> Quantized:
+def quantize(prepared: Prepared, job: Job, watch: Watch) -> Quantized:
     """The quantized copy of a prepared float model."""
-    setup = set_up(model, job, watch)
+    setup = set_up(prepared, job, watch)
     evidence = observed(setup, watch)
     found = within_drop(setup, evidence, watch)
     check(found.model, found.plan, setup.target)
     _require_full_integer(found.plan, job.config)
     # What was trained is compared with what training saw, unless flags gave it other types.
-    as_given = setup.trained and _edges(model) == _edges(setup.model)
+    as_given = setup.trained and _edges(prepared.model) == _edges(setup.model)
     return Quantized(
-        reference=model if as_given else setup.model,
+        reference=prepared.model if as_given else setup.model,
         model=found.model,
         plan=found.plan,
         data=setup.data,
@@ -82,11 +82,11 @@ def quantize(model: ir.Model, job: Job, watch: Watch) -> Quantized:
     )
 
 
-def calibrate(model: ir.Model, job: Job, watch: Watch) -> None:
+def calibrate(prepared: Prepared, job: Job, watch: Watch) -> None:
     """Looks at `job.part` of the calibration data and leaves what it finds beside the calibration
     cache.
     """
-    observed(set_up(model, job, watch), watch)
+    observed(set_up(prepared, job, watch), watch)
 
 
 @dataclass(frozen=True)
@@ -134,12 +134,12 @@ class Attempt:
 # --- the float model in its last form
 
 
-def set_up(model: ir.Model, job: Job, watch: Watch) -> Setup:
-    """A copy of the model in its last form: without what training knew, and with all that may be
-    moved between weights and activations where it belongs. Nothing changes it afterwards.
+def set_up(prepared: Prepared, job: Job, watch: Watch) -> Setup:
+    """A copy of the model in its last form, with all that may be moved between weights and
+    activations where it belongs. Nothing changes it afterwards.
     """
     wanted, resources = job.config.full_quant, resources_of(job)
-    model, trained = _taken(model, job)
+    model, trained = prepared.floats.clone(), prepared.trained
     if wanted.equalize and not wanted.per_channel and not trained:
         equalize(model)
     samples, pixels = job.config.preprocess, trained_pixels(job.config.transform, watch)
@@ -164,21 +164,6 @@ def _named_target(config: Config) -> Target:
 def _target(config: Config) -> Target:
     target = _named_target(config)
     return target if config.full_quant.overflow_safe else replace(target, pair_limit=None)
-
-
-def _taken(model: ir.Model, job: Job) -> tuple[ir.Model, Trained]:
-    """A copy without what training knew of its quantization, and that; raises ModelError where it
-    must be known and is not.
-    """
-    copy, trained = without_training(model, job)
-    if not trained and not job.config.preprocess.calibrate_path:
-        where = job.config.at("transform_quant_param", "export_precision_mode")
-        msg = (
-            f"{where}: {job.model} was not trained with quantization; give it calibrate_path to "
-            "quantize it."
-        )
-        raise ModelError(msg)
-    return copy, trained
 
 
 def _planned(

@@ -4,20 +4,21 @@ half the bytes.
 
 from __future__ import annotations
 
-import onnx_ir as ir
-
 from converter.calibrate.data import open_data
 from converter.job import Job, Watch
 from converter.modes.floats import float_plan
 from converter.plan.plan import QuantPlan
 from converter.plan.result import Quantized
+from converter.prepare.fake_quant import Prepared
 
 
-def make_plan(model: ir.Model, job: Job) -> QuantPlan:
+def make_plan(prepared: Prepared, job: Job) -> QuantPlan:
     """All nodes, float."""
-    return float_plan(model, "--fp16=on without a quant_type")
+    return float_plan(prepared.model, "--fp16=on without a quant_type")
 
 
-def quantize(model: ir.Model, job: Job, watch: Watch) -> Quantized:
+def quantize(prepared: Prepared, job: Job, watch: Watch) -> Quantized:
     """The model beside a copy, whose constants the pipeline stores as float16."""
-    return Quantized(model, model.clone(), make_plan(model, job), open_data(model, job, watch))
+    model = prepared.model
+    plan, data = make_plan(prepared, job), open_data(model, job, watch)
+    return Quantized(model, model.clone(), plan, data)

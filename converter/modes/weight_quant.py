@@ -25,6 +25,7 @@ from converter.plan.ops import bias_add, rule_of, takes_weight, unusable, weight
 from converter.plan.placement import Wishes, skipped
 from converter.plan.plan import NodePlan, QuantPlan, WeightPlan, stored_bytes
 from converter.plan.result import Quantized, Tradeoff
+from converter.prepare.fake_quant import Prepared
 from converter.prepare.opset import opset_of, raise_opset
 from converter.weights.bit_search import Search
 from converter.weights.journal import Journal
@@ -35,8 +36,12 @@ from converter.weights.stored import WIDEST, Storage
 UNKNOWN_BITS = 8
 
 
-def make_plan(model: ir.Model, job: Job) -> QuantPlan:
+def make_plan(prepared: Prepared, job: Job) -> QuantPlan:
     """The plan without numbers."""
+    return _plan_of(prepared.model, job)
+
+
+def _plan_of(model: ir.Model, job: Job) -> QuantPlan:
     nodes: dict[str, NodePlan] = {}
     for node in (node for graph in model.graphs() for node in graph):
         unit = nodes.setdefault(node.name or "", _node_plan(node, job))
@@ -54,14 +59,13 @@ def storage_plan(model: ir.Model, job: Job) -> QuantPlan:
     common = replace(
         job.config.common, bit_num=8, min_quant_weight_size=0, min_quant_weight_channel=0
     )
-    return make_plan(
-        model,
-        replace(job, config=replace(job.config, common=common, weight_quant=WeightQuantParam())),
-    )
+    config = replace(job.config, common=common, weight_quant=WeightQuantParam())
+    return _plan_of(model, replace(job, config=config))
 
 
-def quantize(model: ir.Model, job: Job, watch: Watch) -> Quantized:
+def quantize(prepared: Prepared, job: Job, watch: Watch) -> Quantized:
     """The quantized copy of a prepared float model."""
+    model = prepared.model
     wanted, data, resources = job.config.weight_quant, _data(model, job, watch), resources_of(job)
     given = bool(job.config.preprocess.calibrate_path)
     storage = Storage(
@@ -69,7 +73,7 @@ def quantize(model: ir.Model, job: Job, watch: Watch) -> Quantized:
     )
     newest = _newest_opset(model, job, watch) if wanted.on_the_fly else None
     fitter = Fitter(model, data, resources, storage, watch)
-    plan, pareto = make_plan(model, job), tuple[Tradeoff, ...]()
+    plan, pareto = make_plan(prepared, job), tuple[Tradeoff, ...]()
     if job.config.common.bit_num:
         plan = fitter.fitted(plan)
     else:

@@ -30,6 +30,7 @@ from converter.plan.placement import check_skips
 from converter.plan.plan import QuantPlan
 from converter.plan.result import Quantized
 from converter.prepare import make_plain, prepare
+from converter.prepare.fake_quant import Prepared, without_training
 from converter.prepare.inputs import check_shapes, set_input_shapes
 from converter.prepare.opset import opset_of, raise_opset
 from converter.report.advice import listed
@@ -48,12 +49,10 @@ def convert(job: Job, watch: Watch | None = None) -> Outcome:
     What comes behind the finished file, measuring and reporting, never loses it.
     """
     watch = watch or Watch()
-    model = read(job, watch)
+    prepared = read(job, watch)
     before = models.file_bytes(job.model)
-    if job.mode in INTEGER_ACTIVATIONS:
-        _name_apart(model, watch)
     try:
-        result = MODES[job.mode].quantize(model, job, watch)
+        result = MODES[job.mode].quantize(prepared, job, watch)
         result = replace(result, settings=job.config)
         forget_inferred(result.model)
         if job.fp16:
@@ -61,7 +60,7 @@ def convert(job: Job, watch: Watch | None = None) -> Outcome:
         unfinished = replace(result, model=result.model.clone())
         result.finish()
         result.model.metadata_props.update(provenance(job, result.data))
-        _check_numbers(model, result.model)
+        _check_numbers(prepared.model, result.model)
         models.save(result.model, job.output, accepting(job.model, watch))
     except CalibError as error:
         raise QConvertError(str(error)) from error
@@ -191,8 +190,8 @@ def make_plan(job: Job, watch: Watch) -> QuantPlan:
     return MODES[job.mode].make_plan(read(job, watch), job)
 
 
-def read(job: Job, watch: Watch) -> ir.Model:
-    """The job's model in normal form."""
+def read(job: Job, watch: Watch) -> Prepared:
+    """The job's model in normal form; nothing changes it from here on."""
     if folder := job.config.common.debug_info_save_path:
         check_folder(folder, job.config.at("common_quant_param", "debug_info_save_path"))
     for warning in job.config.warnings:
@@ -205,10 +204,25 @@ def read(job: Job, watch: Watch) -> ir.Model:
     raised = raise_opset(model)
     if raised is not model:
         _check_raised(model, raised, watch)
-    prepared = prepare(raised)
-    check_shapes(prepared)
-    check_skips(job.config, nodes | _nodes(prepared))
+    normal = prepare(raised)
+    check_shapes(normal)
+    check_skips(job.config, nodes | _nodes(normal))
+    if job.mode in INTEGER_ACTIVATIONS:
+        _name_apart(normal, watch)
+    prepared = without_training(normal, job)
+    _require_training(prepared, job)
     return prepared
+
+
+def _require_training(prepared: Prepared, job: Job) -> None:
+    """Raises ModelError for a model without quantization where only that could be used."""
+    advice = {"FLOAT32": "convert a model that was, or keep this one"}
+    if not job.config.preprocess.calibrate_path:
+        advice["FULL_QUANT"] = "give it calibrate_path to quantize it"
+    if job.mode in advice and not prepared.trained:
+        where = job.config.at("transform_quant_param", "export_precision_mode")
+        msg = f"{where}: {job.model} was not trained with quantization; {advice[job.mode]}."
+        raise ModelError(msg)
 
 
 def _tell_of_inputs(model: ir.Model, job: Job, watch: Watch) -> None:

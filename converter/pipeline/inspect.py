@@ -49,7 +49,7 @@ def inspect(path: Path) -> dict[str, int | str | list[Row]]:
             {"operator": name, "count": n}
             for name, n in Counter(n.op_type for n in nodes).most_common()
         ],
-        "layers": _layers(prepared, plans),
+        "layers": _layers(prepared.model, plans),
         "modes": [_mode(name, plan) for name, plan in plans.items()],
         "left_float": [row for name, plan in plans.items() for row in _left(name, plan)],
         "integer_weights": _integer_weights(model),

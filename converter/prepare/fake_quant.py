@@ -57,10 +57,22 @@ def take_trained(
     return replace(trained, tensors=spread(model.graph, trained.tensors))
 
 
-def without_training(model: ir.Model, job: Job) -> tuple[ir.Model, Trained]:
-    """A copy of a prepared model without its quantization, and what was known of that."""
-    copy = model.clone()
-    return copy, take_trained(copy, job.input_type in FLOATS, job.output_type in FLOATS)
+@dataclass(frozen=True)
+class Prepared:
+    """A model in normal form, which nobody changes: `model` as it came, `floats` without the
+    quantization that it was trained with, and what was known of that.
+    """
+
+    model: ir.Model
+    floats: ir.Model
+    trained: Trained
+
+
+def without_training(model: ir.Model, job: Job) -> Prepared:
+    """A prepared model beside a copy without its quantization."""
+    floats = model.clone()
+    trained = take_trained(floats, job.input_type in FLOATS, job.output_type in FLOATS)
+    return Prepared(model, floats if trained else model, trained)
 
 
 class _Taker:
