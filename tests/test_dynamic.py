@@ -131,7 +131,9 @@ def test_per_channel_weights_are_within_half_a_step_of_the_nearest_and_no_pair_o
     )
     weight[:2] = np.abs(weight).max(axis=0)  # a pair of the largest weights
     node = build("g (float[N,10] x) => (float[N,6] y) { y = MatMul (x, w) }", w=weight).graph[0]
-    unit = dynamic_quant.WeightPlan("w", 1, dynamic_quant.INT8_NARROW, 1, 128)
+    unit = dynamic_quant.WeightPlan(
+        "w", 1, dynamic_quant.INT8_NARROW, dynamic_quant.PerAxis(1), 128
+    )
     found = dynamic_quant._fitted(node, unit)
     codes = found.codes.astype(int)
     assert np.abs(codes[::2] + codes[1::2]).max() <= 128

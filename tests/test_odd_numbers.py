@@ -20,7 +20,7 @@ from converter.graph.edit import constant, is_float, values_by_name
 from converter.job import Watch
 from converter.plan.ops import is_normalized
 from converter.plan.placement import is_named
-from converter.plan.plan import NodePlan, QuantPlan, WeightPlan
+from converter.plan.plan import NodePlan, PerAxis, QuantPlan, WeightPlan
 from converter.prepare import prepare
 from converter.weights.gptq import helps_everywhere
 from converter.weights.layers import store_by_weights
@@ -151,7 +151,7 @@ def test_more_channels_than_a_chunk(bits: int) -> None:
     model = prepared(
         "g (float[1,4] x) => (float[1,N] y) { [n] y = MatMul (x, w) }", w=normal(4, 40_000)
     )
-    weight = WeightPlan("w", 1, UINT8, 1)
+    weight = WeightPlan("w", 1, UINT8, PerAxis(1))
     unit = NodePlan("n", "MatMul", True, "", ("x",), weight=weight).in_bits(bits)
     plan = store_by_weights(model, QuantPlan({"n": unit}, {}), Storage(), Watch())
     assert plan.stored["n", 1].codes.shape == (4, 40_000)

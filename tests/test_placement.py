@@ -8,7 +8,7 @@ from graphs import normal, prepared
 
 from calib.affine import INT8, INT8_NARROW, UINT8
 from converter.plan.placement import Wishes, build_plan
-from converter.plan.plan import WeightPlan
+from converter.plan.plan import PerAxis, WeightPlan
 from converter.plan.targets import CPU, TARGETS
 
 HEAD = "g (float[1,4,8,8] x) => (float[] y)"
@@ -53,7 +53,7 @@ def test_a_convolution_with_its_activation_is_one_unit():
         "b",
         "integer kernel of target CPU",
     )
-    assert unit.weight == WeightPlan("w", 1, INT8_NARROW, 0, 128)
+    assert unit.weight == WeightPlan("w", 1, INT8_NARROW, PerAxis(0), 128)
     assert plan.nodes["relu"].reason == "computed inside conv"
     assert (plan.nodes["relu"].inside, plan.nodes["relu"].quantized) == ("conv", False)
     assert list(plan.tensors) == ["x", "y"]
@@ -284,7 +284,7 @@ def test_all_outputs_of_a_split_behind_an_anchor_share_its_group():
 
 def test_a_product_with_its_weight_on_the_right():
     (unit,) = plan_of(f"{ROWS} {{ [n] y = MatMul (x, k) }}").units()
-    assert unit.weight == WeightPlan("k", 1, INT8_NARROW, 1, 128)
+    assert unit.weight == WeightPlan("k", 1, INT8_NARROW, PerAxis(1), 128)
     assert unit.inputs == ("x",)
 
 

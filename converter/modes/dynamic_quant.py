@@ -27,7 +27,15 @@ from converter.modes import weight_quant
 from converter.plan.layers import bias_place, planned
 from converter.plan.matrices import ProductView
 from converter.plan.ops import is_transposed, rule_of
-from converter.plan.plan import NodePlan, QuantizedWeight, QuantPlan, TensorPlan, WeightPlan
+from converter.plan.plan import (
+    NodePlan,
+    PerAxis,
+    PerTensor,
+    QuantizedWeight,
+    QuantPlan,
+    TensorPlan,
+    WeightPlan,
+)
 from converter.plan.result import Quantized
 from converter.plan.targets import PAIR_LIMIT
 from converter.prepare.fake_quant import Prepared
@@ -60,7 +68,7 @@ def _plan_of(model: ir.Model, job: Job) -> QuantPlan:
             tensors.setdefault(x, TensorPlan(x, UINT8, False, x, why))
         elif unit.weight and _looks_up(node):
             nodes[unit.name] = replace(
-                unit, weight=replace(unit.weight, format=INT8_NARROW, axis=0)
+                unit, weight=replace(unit.weight, format=INT8_NARROW, granularity=PerAxis(0))
             )
     return QuantPlan(nodes, tensors)
 
@@ -108,12 +116,12 @@ def _looks_up(node: ir.Node) -> bool:
 def _product_plan(node: ir.Node, unit: NodePlan, per_channel: bool) -> NodePlan:
     weight, (last, index) = known(unit.weight), bias_place(node, unit)
     bias = last.inputs[index] if operand(last, index) is not None else None
-    axis = weight.axis if per_channel else None
+    granularity = weight.granularity if per_channel else PerTensor()
     return replace(
         unit,
         reason="integer product, activations quantized at run time",
         outputs=(last.outputs[0].name or "",),
-        weight=WeightPlan(weight.name, 1, INT8_NARROW, axis, PAIR_LIMIT),
+        weight=WeightPlan(weight.name, 1, INT8_NARROW, granularity, PAIR_LIMIT),
         bias=bias.name if bias else None,
     )
 

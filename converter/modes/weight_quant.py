@@ -23,7 +23,16 @@ from converter.graph.files import accepting, refusal, save, saved
 from converter.job import Job, Watch
 from converter.plan.ops import bias_add, rule_of, takes_weight, unusable, weights_of
 from converter.plan.placement import Wishes, skipped
-from converter.plan.plan import NodePlan, QuantPlan, WeightPlan, stored_bytes
+from converter.plan.plan import (
+    Granularity,
+    NodePlan,
+    PerAxis,
+    PerBlock,
+    PerTensor,
+    QuantPlan,
+    WeightPlan,
+    stored_bytes,
+)
 from converter.plan.result import Quantized, Tradeoff
 from converter.prepare.fake_quant import Prepared
 from converter.prepare.opset import opset_of, raise_opset
@@ -226,20 +235,19 @@ def _weight_plan(node: ir.Node, index: int, axis: int | None, job: Job) -> Weigh
     wanted, value, array = job.config.weight_quant, node.inputs[index], constant(node.inputs[index])
     assert value is not None
     assert array is not None
-    axis = axis % array.ndim if axis is not None and wanted.per_channel else None
+    granularity: Granularity = PerTensor()
+    if axis is not None and wanted.per_channel:
+        granularity = _along(node, array.shape, axis % array.ndim, wanted.block_size)
     fmt = IntFormat(job.config.common.bit_num or UNKNOWN_BITS, signed=False)
-    return WeightPlan(
-        value.name or "", index, fmt, axis, block=_block(node, array.shape, axis, wanted.block_size)
-    )
+    return WeightPlan(value.name or "", index, fmt, granularity)
 
 
-def _block(
-    node: ir.Node, shape: tuple[int, ...], axis: int | None, wanted: int | None
-) -> int | None:
-    """The block size, where a channel is a whole number of blocks of a matrix product's weights."""
-    if axis is None or wanted is None or len(shape) != 2 or not rule_of(node).product:
-        return None
-    return wanted if shape[1 - axis] % wanted == 0 else None
+def _along(node: ir.Node, shape: tuple[int, ...], axis: int, size: int | None) -> Granularity:
+    """In blocks of `size` where a channel is a whole number of them in a matrix product."""
+    is_matrix = len(shape) == 2 and rule_of(node).product
+    if size and is_matrix and shape[1 - axis] % size == 0:
+        return PerBlock(axis, size)
+    return PerAxis(axis)
 
 
 def _obstacle(node: ir.Node, weight: WeightPlan, job: Job) -> str | None:
@@ -247,7 +255,7 @@ def _obstacle(node: ir.Node, weight: WeightPlan, job: Job) -> str | None:
     assert array is not None
     if reason := unusable(array):
         return f"its weight {reason}"
-    channels = array.shape[weight.axis] if weight.axis is not None else 1
+    channels = 1 if weight.axis is None else array.shape[weight.axis]
     few, narrow = common.min_quant_weight_size, common.min_quant_weight_channel
     if array.size <= few:
         return f"not more than min_quant_weight_size = {few} weights"

@@ -28,7 +28,7 @@ from converter.graph.edit import (
 )
 from converter.graph.files import DEFAULTS
 from converter.plan.ops import OpRule, bias_add, own_bias, rule_of
-from converter.plan.plan import NodePlan, QuantPlan, TensorPlan, WeightPlan
+from converter.plan.plan import NodePlan, PerAxis, PerTensor, QuantPlan, TensorPlan, WeightPlan
 from converter.plan.targets import Target
 
 
@@ -363,7 +363,8 @@ def _weight_plan(unit: _Unit, target: Target, wishes: Wishes) -> WeightPlan | No
     weight = known(unit.node.inputs[index])
     pairs, shape = unit.rule.pairs, known(constant(weight)).shape
     pair_limit = target.pair_limit if pairs and pairs(unit.node, shape) else None
-    return WeightPlan(weight.name or "", index, target.weight, axis, pair_limit)
+    granularity = PerTensor() if axis is None else PerAxis(axis)
+    return WeightPlan(weight.name or "", index, target.weight, granularity, pair_limit)
 
 
 def _bias_name(unit: _Unit) -> str | None:

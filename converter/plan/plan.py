@@ -10,6 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
+from typing import ClassVar
 
 from calib.affine import Array, IntFormat, QParams
 
@@ -40,20 +41,48 @@ class TensorPlan:
 
 
 @dataclass(frozen=True)
-class WeightPlan:
-    """A constant operand that becomes integers; `axis` is the channel axis, None for one scale.
+class PerTensor:
+    """One scale for all."""
 
-    `block` is the number of weights of a channel that share a scale where it is stored, None for
-    all. `pair_limit` bounds the sum of two codes that a kernel multiplies and adds in 16 bits; None
-    if it does not.
+    axis: ClassVar[None] = None
+
+
+@dataclass(frozen=True)
+class PerAxis:
+    """A scale for every channel."""
+
+    axis: int
+
+
+@dataclass(frozen=True)
+class PerBlock:
+    """A scale for every `size` weights of a channel, which are the next to one another in it."""
+
+    axis: int
+    size: int
+
+
+Granularity = PerTensor | PerAxis | PerBlock
+
+
+@dataclass(frozen=True)
+class WeightPlan:
+    """A constant operand that becomes integers.
+
+    `pair_limit` bounds the sum of two codes that a kernel multiplies and adds in 16 bits; None if
+    it does not.
     """
 
     name: str
     index: int
     format: IntFormat
-    axis: int | None
+    granularity: Granularity
     pair_limit: int | None = None
-    block: int | None = None
+
+    @property
+    def axis(self) -> int | None:
+        """The channel axis, None for one scale."""
+        return self.granularity.axis
 
 
 @dataclass(frozen=True)

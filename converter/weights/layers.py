@@ -26,7 +26,7 @@ from converter.job import Resources, Watch
 from converter.plan.layers import Layer, bias_of, layer_of, planned
 from converter.plan.matrices import View, plain_matrix, plain_weight
 from converter.plan.ops import OPS, is_normalized, view_of
-from converter.plan.plan import NodePlan, QuantizedWeight, QuantPlan
+from converter.plan.plan import NodePlan, PerBlock, QuantizedWeight, QuantPlan
 from converter.weights import integer, stored
 from converter.weights.gptq import helps_everywhere
 from converter.weights.integer import Rounding, least_scales
@@ -283,7 +283,8 @@ class _StoredLayers:
         value = known(node.inputs[wanted.index])
         shape = known(constant(value)).shape
         view = view_of(node, shape, wanted.index) and not OPS[unit.op_type].obstacle(node)
-        return value if view and wanted.block is None else None
+        in_blocks = isinstance(wanted.granularity, PerBlock)
+        return value if view and not in_blocks else None
 
     def _fitted(self, layer: Layer, view: View, plan: QuantPlan) -> QuantizedWeight:
         matrix = view.matrix(layer.weight.astype(np.float64))

@@ -9,7 +9,7 @@ import numpy as np
 from calib.affine import Array, QParams
 from converter.measure.sensitivity import fewest
 from converter.plan.matrices import plain_matrix, plain_weight
-from converter.plan.plan import QuantizedWeight, WeightPlan
+from converter.plan.plan import PerAxis, PerBlock, PerTensor, QuantizedWeight, WeightPlan
 from converter.weights.gptq import kept_weights
 from converter.weights.grids import Grids, Rows, fit, with_variance
 from converter.weights.moments import second_moments
@@ -42,8 +42,8 @@ class Storage:
 def fitted_alone(weight: Array, wanted: WeightPlan, storage: Storage) -> QuantizedWeight:
     """The weight fitted to itself."""
     matrix = plain_matrix(weight, wanted.axis)
-    if wanted.axis is not None and wanted.block:
-        matrix = matrix.reshape(1, -1, wanted.block)  # blocks have grids of their own
+    if isinstance(wanted.granularity, PerBlock):
+        matrix = matrix.reshape(1, -1, wanted.granularity.size)  # blocks have grids of their own
     kept = kept_weights(matrix)
     rows = _fewest_bits(matrix, None, wanted, storage, kept)
     if storage.correct and not storage.integer_zero and kept is None:
@@ -154,7 +154,10 @@ def _as_stored(numbers: Array, shape: tuple[int, ...], wanted: WeightPlan) -> Ar
     """A number a row as it stands along the weight: one, one a channel, or one a block with a
     weight's axes.
     """
-    if wanted.axis is None:
-        return numbers.reshape(())
-    by_channel = numbers.reshape(shape[wanted.axis], -1)
-    return by_channel[:, 0] if wanted.block is None else np.moveaxis(by_channel, 0, wanted.axis)
+    match wanted.granularity:
+        case PerTensor():
+            return numbers.reshape(())
+        case PerAxis():
+            return numbers.reshape(-1)
+        case PerBlock(axis, _):
+            return np.moveaxis(numbers.reshape(shape[axis], -1), 0, axis)
