@@ -5,7 +5,6 @@ from __future__ import annotations
 import onnx_ir as ir
 
 from converter.calibrate.data import open_data
-from converter.errors import ModelError
 from converter.job import Job, Watch
 from converter.plan.plan import NodePlan, QuantPlan
 from converter.plan.result import Quantized
@@ -14,18 +13,11 @@ from converter.prepare.fake_quant import without_training
 
 def make_plan(model: ir.Model, job: Job) -> QuantPlan:
     """All nodes that are left, float; raises ModelError for a model without quantization."""
-    return _with_plan(model, job)[1]
+    return _untaught(model, job)[1]
 
 
-def _with_plan(model: ir.Model, job: Job) -> tuple[ir.Model, QuantPlan]:
-    floats, trained = without_training(model, job)
-    if not trained:
-        where = job.config.at("transform_quant_param", "export_precision_mode")
-        msg = (
-            f"{where}: {job.model} was not trained with quantization; convert a model that was, "
-            "or keep this one."
-        )
-        raise ModelError(msg)
+def _untaught(model: ir.Model, job: Job) -> tuple[ir.Model, QuantPlan]:
+    floats, _ = without_training(model, job, "convert a model that was, or keep this one")
     return floats, float_plan(floats, "export_precision_mode = FLOAT32")
 
 
@@ -38,5 +30,5 @@ def float_plan(model: ir.Model, reason: str) -> QuantPlan:
 
 def quantize(model: ir.Model, job: Job, watch: Watch) -> Quantized:
     """The model without its quantization, beside itself as it was trained."""
-    floats, plan = _with_plan(model, job)
+    floats, plan = _untaught(model, job)
     return Quantized(model, floats, plan, open_data(floats, job, watch), trained=True)

@@ -28,7 +28,7 @@ from converter.config import Config
 from converter.config.keys import FullQuantParam
 from converter.emit.integer_types import TYPES, give_integers, take_integers
 from converter.emit.qdq import emit
-from converter.errors import ConfigError, ModelError, UsageError
+from converter.errors import ConfigError, UsageError
 from converter.graph.edit import constant, is_float, values_by_name
 from converter.graph.files import fed_inputs
 from converter.job import Job, Resources, Watch
@@ -170,15 +170,8 @@ def _taken(model: ir.Model, job: Job) -> tuple[ir.Model, Trained]:
     """A copy without what training knew of its quantization, and that; raises ModelError where it
     must be known and is not.
     """
-    copy, trained = without_training(model, job)
-    if not trained and not job.config.preprocess.calibrate_path:
-        where = job.config.at("transform_quant_param", "export_precision_mode")
-        msg = (
-            f"{where}: {job.model} was not trained with quantization; give it calibrate_path to "
-            "quantize it."
-        )
-        raise ModelError(msg)
-    return copy, trained
+    data = job.config.preprocess.calibrate_path
+    return without_training(model, job, "" if data else "give it calibrate_path to quantize it")
 
 
 def _planned(

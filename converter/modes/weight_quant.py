@@ -18,7 +18,7 @@ from converter.emit.dequantize import NEWEST_OPSET, TYPES, DequantizeWriter, typ
 from converter.emit.planes import PlaneWriter
 from converter.emit.stored import emit_stored
 from converter.errors import ModelError
-from converter.graph.edit import constant, known
+from converter.graph.edit import constant, known, nodes_of
 from converter.graph.files import accepting, refusal, save, saved
 from converter.job import Job, Watch
 from converter.plan.ops import bias_add, rule_of, takes_weight, unusable, weights_of
@@ -37,7 +37,7 @@ UNKNOWN_BITS = 8
 def make_plan(model: ir.Model, job: Job) -> QuantPlan:
     """The plan without numbers."""
     nodes: dict[str, NodePlan] = {}
-    for node in (node for graph in model.graphs() for node in graph):
+    for node in nodes_of(model):
         unit = nodes.setdefault(node.name or "", _node_plan(node, job))
         for name in unit.absorbed:
             nodes[name] = NodePlan(

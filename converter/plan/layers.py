@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from calib.affine import Array
-from converter.graph.edit import known, operand
+from converter.graph.edit import known, nodes_of, operand, readers_of
 from converter.plan.matrices import View
 from converter.plan.ops import rule_of, view_of
 from converter.plan.plan import NodePlan, QuantPlan, WeightPlan
@@ -37,11 +37,10 @@ def layers(model: ir.Model, plan: QuantPlan) -> Iterator[Layer]:
 
 def planned(model: ir.Model, plan: QuantPlan) -> Iterator[tuple[ir.Node, NodePlan]]:
     """The quantized nodes of all graphs of `model` with their plans."""
-    for graph in model.graphs():
-        for node in graph:
-            unit = plan.nodes.get(node.name or "")
-            if unit and unit.quantized:
-                yield node, unit
+    for node in nodes_of(model):
+        unit = plan.nodes.get(node.name or "")
+        if unit and unit.quantized:
+            yield node, unit
 
 
 def bias_of(node: ir.Node, unit: NodePlan) -> Array | None:
@@ -52,9 +51,6 @@ def bias_of(node: ir.Node, unit: NodePlan) -> Array | None:
 def bias_place(node: ir.Node, unit: NodePlan) -> tuple[ir.Node, int]:
     """The node that adds the bias, and at which input."""
     product = node.outputs[0]
-    readers = [
-        use.node
-        for use in product.uses()
-        if rule_of(use.node).adds and use.node.name in unit.absorbed
-    ]
+    absorbed = [node for node in readers_of(product) if node.name in unit.absorbed]
+    readers = [node for node in absorbed if rule_of(node).adds]
     return (readers[0], int(readers[0].inputs[0] is product)) if readers else (node, 2)

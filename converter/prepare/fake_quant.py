@@ -16,7 +16,16 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from calib.affine import Array, IntFormat, QParams, dequantize, quantize
-from converter.graph.edit import Names, add_constant, constant, known, operand, replace_constant
+from converter.errors import ModelError
+from converter.graph.edit import (
+    Names,
+    add_constant,
+    constant,
+    known,
+    operand,
+    readers_of,
+    replace_constant,
+)
 from converter.graph.qdq import is_dequantize, is_quantize, qparams_of
 from converter.job import FLOATS, Job
 from converter.plan.ops import rule_of
@@ -57,10 +66,17 @@ def take_trained(
     return replace(trained, tensors=spread(model.graph, trained.tensors))
 
 
-def without_training(model: ir.Model, job: Job) -> tuple[ir.Model, Trained]:
-    """A copy of a prepared model without its quantization, and what was known of that."""
+def without_training(model: ir.Model, job: Job, remedy: str = "") -> tuple[ir.Model, Trained]:
+    """A copy of a prepared model without its quantization, and what was known of that; raises
+    ModelError where nothing was and a `remedy` is to be told.
+    """
     copy = model.clone()
-    return copy, take_trained(copy, job.input_type in FLOATS, job.output_type in FLOATS)
+    trained = take_trained(copy, job.input_type in FLOATS, job.output_type in FLOATS)
+    if remedy and not trained:
+        where = job.config.at("transform_quant_param", "export_precision_mode")
+        msg = f"{where}: {job.model} was not trained with quantization; {remedy}."
+        raise ModelError(msg)
+    return copy, trained
 
 
 class _Taker:
@@ -130,7 +146,7 @@ class _Taker:
             self.tensors[value.name or ""] = q
 
     def _chain(self, chain: Chain) -> None:
-        readers, array = [use.node for use in chain.output.uses()], constant(chain.source)
+        readers, array = readers_of(chain.output), constant(chain.source)
         if array is not None and not chain.codes:
             self._constant(chain.output, quantize(array, chain.qparams), chain.qparams)
         if (
