@@ -22,9 +22,9 @@ from converter.graph.edit import (
     values_by_name,
 )
 from converter.graph.qdq import is_dequantize, is_quantize
-from converter.plan.layers import bias_place
 from converter.plan.ops import rule_of
 from converter.plan.plan import NodePlan, QuantizedWeight, QuantPlan
+from converter.plan.units import bias_place
 
 
 def emit(model: ir.Model, plan: QuantPlan) -> dict[str, str]:

@@ -24,12 +24,12 @@ from converter.emit.dynamic import emit_dynamic
 from converter.graph.edit import known, operand
 from converter.job import Job, Resources, Watch
 from converter.modes import weight_quant
-from converter.plan.layers import bias_place, planned
 from converter.plan.matrices import ProductView
 from converter.plan.ops import is_transposed, rule_of
 from converter.plan.plan import NodePlan, QuantizedWeight, QuantPlan, TensorPlan, WeightPlan
 from converter.plan.result import Quantized
 from converter.plan.targets import PAIR_LIMIT
+from converter.plan.units import bias_place, planned
 from converter.weights.gptq import Grid, nearest, search_scales
 from converter.weights.integer import Options, decide_weights, packed, products
 from converter.weights.smoothing import smooth

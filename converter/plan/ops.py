@@ -32,8 +32,8 @@ class OpRule:
 
     What it reads. `data`: indices of the inputs that carry activations, None for all of them.
     `weight`, `bias`: indices of the operands that may be a constant weight and a bias; a weight
-    among the data may be an activation too, as in attention. `picks`: what else may
-    be a constant weight, by the axis of its channels.
+    among the data may be an activation too, as in attention. `picks`: what else may be a constant
+    weight, by the axis of its channels.
 
     How it multiplies. `channel_axis`: axis of the weight's output channels; None where one scale
     must serve the whole weight. `output_axis`: axis of the output that holds the weight's output
@@ -424,7 +424,6 @@ class IntegerRule:
 
 _ONE, _TWO = ((0, 1, 2),), ((0, 1, 2), (3, 4, 5))
 _LIKE_MATMUL = (Product(like="MatMul"),)
-
 
 INTEGER_OPS: Mapping[str, IntegerRule] = {
     "QuantizeLinear": IntegerRule(writes=(1, 2)),

@@ -18,9 +18,9 @@ from converter.emit.stored import as_floats, emit_stored
 from converter.graph.edit import constant, weight_bytes
 from converter.measure.errors import side_by_side
 from converter.measure.sensitivity import fewest, only, output_drop
-from converter.plan.layers import planned
 from converter.plan.plan import QuantPlan, stored_bytes
 from converter.plan.result import Tradeoff
+from converter.plan.units import planned
 from converter.weights.journal import Journal
 from converter.weights.mixed_bits import WIDTHS, Budget, allocation, path
 from converter.weights.stored import Fitter

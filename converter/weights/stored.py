@@ -22,10 +22,10 @@ from converter.emit.stored import as_floats, emit_stored
 from converter.graph.edit import constant
 from converter.job import Resources, Watch
 from converter.measure.sensitivity import fewest
-from converter.plan.layers import bias_of, planned
 from converter.plan.matrices import View, plain_matrix, plain_weight
 from converter.plan.ops import OPS, is_normalized, view_of
 from converter.plan.plan import NodePlan, QuantizedWeight, QuantPlan, WeightPlan
+from converter.plan.units import bias_of, planned
 from converter.weights.gptq import helps_everywhere, kept_weights
 from converter.weights.grids import Grids, Rows, fit, with_variance
 

@@ -16,7 +16,7 @@ from converter.plan.plan import NodePlan, QuantPlan, WeightPlan
 
 
 @dataclass(frozen=True)
-class Layer:
+class Weighted:
     """A unit that multiplies with `weight`, and adds a `bias`, float64 of shape (channels,)."""
 
     unit: NodePlan
@@ -26,13 +26,13 @@ class Layer:
     view: View | None
 
 
-def layers(model: ir.Model, plan: QuantPlan) -> Iterator[Layer]:
+def weighted(model: ir.Model, plan: QuantPlan) -> Iterator[Weighted]:
     """The quantized units of all graphs that multiply with a weight."""
     for node, unit in planned(model, plan):
         if (wanted := unit.weight) is not None:
             weight, bias = known(operand(node, wanted.index)), bias_of(node, unit)
             bias = None if bias is None else bias.reshape(-1).astype(np.float64)
-            yield Layer(unit, wanted, weight, bias, view_of(node, weight.shape, wanted.index))
+            yield Weighted(unit, wanted, weight, bias, view_of(node, weight.shape, wanted.index))
 
 
 def planned(model: ir.Model, plan: QuantPlan) -> Iterator[tuple[ir.Node, NodePlan]]:
