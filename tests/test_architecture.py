@@ -159,7 +159,7 @@ def test_algorithms_are_arrays_and_plans_in_arrays_and_plans_out(name):
     module = f"converter.weights.{name}"
     of_graphs = [i for i in imports_of(MODULES[module]) if i.startswith(OF_GRAPHS)]
     assert not of_graphs, (
-        f"{module} imports {of_graphs}: let its caller (converter/plan/layers.py, the walk) read "
+        f"{module} imports {of_graphs}: let its caller (converter/plan/units.py, the walk) read "
         "the graph, and hand it arrays"
     )
 

@@ -25,6 +25,7 @@ from converter.graph.edit import (
     graph_of,
     input_at,
     known,
+    nodes_of,
     operand,
     set_input,
 )
@@ -119,7 +120,7 @@ def _multiplied(x: Array, w: Array) -> Array:
 
 
 def _operands(model: ir.Model) -> Iterator[Saturating]:
-    for node in (node for graph in model.graphs() for node in graph):
+    for node in nodes_of(model):
         if rule_of(node).pairs:
             yield from _between_pairs(node)
         for product in integer_rule(node).products:

@@ -21,9 +21,9 @@ from calib.affine import INT8_NARROW, SMALLEST_SCALE, UINT8, Array
 from converter.emit.planes import PlaneWriter
 from converter.emit.stored import emit_stored, write_bias
 from converter.graph.edit import Names, graph_of, known
-from converter.plan.layers import planned
 from converter.plan.ops import is_transposed, own_bias, rule_of
 from converter.plan.plan import NodePlan, QuantPlan
+from converter.plan.units import planned
 
 # ReduceMax takes its axes as an input from this opset on.
 AXES_AS_INPUT = 18

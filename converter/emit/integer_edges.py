@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from converter.graph.edit import known
+from converter.graph.edit import known, readers_of
 from converter.graph.qdq import is_dequantize, is_quantize
 from converter.plan.ops import rule_of
 
@@ -12,7 +12,7 @@ from converter.plan.ops import rule_of
 def feed_integers(graph: ir.Graph, name: str) -> None:
     """Graph input `name`, quantized by an emitted pair, becomes an input of the pair's integers."""
     old = next(value for value in graph.inputs if value.name == name)
-    quantize = next(use.node for use in old.uses() if is_quantize(use.node))
+    quantize = next(filter(is_quantize, readers_of(old)))
     codes = quantize.outputs[0]
     for use in [use for use in old.uses() if use.node is not quantize]:
         use.node.replace_input_with(use.idx, _restoring(codes).outputs[0])
@@ -39,7 +39,7 @@ def hand_out_integers(graph: ir.Graph, name: str) -> None:
 
 def _restoring(codes: ir.Value) -> ir.Node:
     """The DequantizeLinear behind `codes`, or behind the Clip to their bounds."""
-    readers = [use.node for use in codes.uses()]
+    readers = readers_of(codes)
     reader = next(node for node in readers if is_dequantize(node) or rule_of(node).bounds)
     return reader if is_dequantize(reader) else _restoring(reader.outputs[0])
 

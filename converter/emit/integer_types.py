@@ -8,7 +8,7 @@ import onnx_ir as ir
 from calib.affine import QParams
 from converter.emit.integer_edges import feed_integers, hand_out_integers
 from converter.errors import UsageError
-from converter.graph.edit import Names, known, operand
+from converter.graph.edit import Names, known, operand, readers_of
 from converter.graph.qdq import is_dequantize, is_quantize
 from converter.prepare.pixels import Pixels
 
@@ -20,7 +20,7 @@ def take_integers(model: ir.Model, name: str, kind: str, pixels: Pixels | None) 
     plan's codes.
     """
     value = next(v for v in model.graph.inputs if v.name == name)
-    pair = next((use.node for use in value.uses() if is_quantize(use.node)), None)
+    pair = next(filter(is_quantize, readers_of(value)), None)
     # The plan's own int8 codes are no pixels.
     if _holds(kind, pair) and len(value.uses()) == 1 and not (pixels and kind == "INT8"):
         feed_integers(model.graph, name)

@@ -12,11 +12,19 @@ import onnx_ir as ir
 from calib.affine import INT32, Array, QParams, quantize
 from converter.emit.planes import PlaneWriter
 from converter.emit.stored import emit_stored
-from converter.graph.edit import Names, constant, known, operand, set_input, values_by_name
+from converter.graph.edit import (
+    Names,
+    constant,
+    known,
+    operand,
+    readers_of,
+    set_input,
+    values_by_name,
+)
 from converter.graph.qdq import is_dequantize, is_quantize
-from converter.plan.layers import bias_place
 from converter.plan.ops import rule_of
 from converter.plan.plan import NodePlan, QuantizedWeight, QuantPlan
+from converter.plan.units import bias_place
 
 
 def emit(model: ir.Model, plan: QuantPlan) -> dict[str, str]:
@@ -120,7 +128,7 @@ class _Emitter:
     def _bare(self, node: ir.Node) -> None:
         """Lets a node between two conversions of the same parameters run on the integers."""
         restore = known(known(node.inputs[0]).producer())
-        quantize_again = next(use.node for use in node.outputs[0].uses() if is_quantize(use.node))
+        quantize_again = next(filter(is_quantize, readers_of(node.outputs[0])))
         zero_point = known(restore.inputs[2])
         node.replace_input_with(0, restore.inputs[0])
         if (fill := rule_of(node).fill) is not None:

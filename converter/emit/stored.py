@@ -18,8 +18,8 @@ from converter.graph.edit import (
     known,
     replace_constant,
 )
-from converter.plan.layers import bias_of, bias_place, planned
 from converter.plan.plan import NodePlan, QuantizedWeight, QuantPlan
+from converter.plan.units import bias_of, bias_place, planned
 
 # (graph, name, weight) -> the value of the restored floats
 Writer = Callable[[ir.Graph, str, QuantizedWeight], ir.Value]

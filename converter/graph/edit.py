@@ -39,14 +39,24 @@ def values_read(node: ir.Node) -> list[ir.Value]:
     return [v for n in (node, *inner) for v in n.inputs if v is not None and v.graph is node.graph]
 
 
+def nodes_of(model: ir.Model) -> list[ir.Node]:
+    """The nodes of all graphs, graph by graph."""
+    return [node for graph in model.graphs() for node in graph]
+
+
+def initializers_of(model: ir.Model) -> list[ir.Value]:
+    """The initializers of all graphs."""
+    return [value for graph in model.graphs() for value in graph.initializers.values()]
+
+
+def readers_of(value: ir.Value) -> list[ir.Node]:
+    """The nodes that read `value`, as often as they do."""
+    return [use.node for use in value.uses()]
+
+
 def weight_bytes(model: ir.Model) -> int:
     """Bytes of all initializers, subgraphs included."""
-    return sum(
-        v.const_value.nbytes
-        for g in model.graphs()
-        for v in g.initializers.values()
-        if v.const_value
-    )
+    return sum(v.const_value.nbytes for v in initializers_of(model) if v.const_value)
 
 
 def constant(value: ir.Value | None) -> Array | None:
@@ -108,11 +118,11 @@ class Names:
     def __init__(self, model: ir.Model) -> None:
         self._main, self._constants = model.graph, dict[tuple[str, str, bytes], ir.Value]()
         nodes = [node for graph in model.graphs() for node in graph.all_nodes()]
-        values = [v for g in model.graphs() for v in (*g.inputs, *g.initializers.values())]
+        inputs = [value for graph in model.graphs() for value in graph.inputs]
         self._taken = (
             {n.name for n in nodes}
             | {v.name for n in nodes for v in n.outputs}
-            | {v.name for v in values}
+            | {v.name for v in (*inputs, *initializers_of(model))}
         )
 
     def fresh(self, wish: str) -> str:
@@ -186,8 +196,8 @@ def drop_unread(model: ir.Model) -> None:
     """Drops the constants of all graphs that nothing reads, or only a branch that is part of the
     model no more.
     """
-    alive = {node for graph in model.graphs() for node in graph}
-    for value in [value for graph in model.graphs() for value in graph.initializers.values()]:
+    alive = set(nodes_of(model))
+    for value in initializers_of(model):
         for use in [use for use in value.uses() if use.node not in alive]:
             use.node.replace_input_with(use.idx, None)
         if not value.uses() and not value.is_graph_output():

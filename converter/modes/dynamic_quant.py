@@ -24,7 +24,6 @@ from converter.emit.dynamic import emit_dynamic
 from converter.graph.edit import known, operand
 from converter.job import Job, Resources, Watch
 from converter.modes import weight_quant
-from converter.plan.layers import bias_place, planned
 from converter.plan.matrices import ProductView
 from converter.plan.ops import is_transposed, rule_of
 from converter.plan.plan import (
@@ -38,6 +37,7 @@ from converter.plan.plan import (
 )
 from converter.plan.result import Quantized
 from converter.plan.targets import PAIR_LIMIT
+from converter.plan.units import bias_place, planned
 from converter.prepare.fake_quant import Prepared
 from converter.weights.integer import Rounding, packed, rounded
 from converter.weights.layers import decide_weights, products, store_by_weights

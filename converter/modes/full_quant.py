@@ -36,12 +36,12 @@ from converter.measure.pairing import pair
 from converter.measure.sensitivity import RANKED_ON, alone, fewest, output_drop, read_labels
 from converter.measure.target_checks import check
 from converter.modes import weight_quant
-from converter.plan.layers import layers
 from converter.plan.ops import rule
 from converter.plan.placement import Wishes, build_plan
 from converter.plan.plan import NodePlan, QuantPlan, TensorPlan
 from converter.plan.result import Quantized
 from converter.plan.targets import TARGETS, Target
+from converter.plan.units import weighted
 from converter.prepare.equalize import equalize
 from converter.prepare.fake_quant import Prepared, Trained
 from converter.prepare.pixels import Pixels, fold_normalisation, trained_pixels
@@ -118,7 +118,7 @@ class Setup:
     def with_trained_weights(self, plan: QuantPlan) -> tuple[QuantPlan, Mapping[str, Kept]]:
         """The plan with what training knew of the weights, and what became of it."""
         everything = not len(self.data)
-        found = layers(self.model, plan)
+        found = weighted(self.model, plan)
         return with_trained_weights(found, plan, self.trained, everything)
 
 

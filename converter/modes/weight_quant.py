@@ -18,7 +18,7 @@ from converter.emit.dequantize import NEWEST_OPSET, TYPES, DequantizeWriter, typ
 from converter.emit.planes import PlaneWriter
 from converter.emit.stored import emit_stored
 from converter.errors import ModelError
-from converter.graph.edit import constant, known
+from converter.graph.edit import constant, known, nodes_of
 from converter.graph.files import accepting, refusal, save, saved
 from converter.job import Job, Watch
 from converter.plan.ops import bias_add, rule_of, takes_weight, unusable, weights_of
@@ -52,7 +52,7 @@ def make_plan(prepared: Prepared, job: Job) -> QuantPlan:
 
 def _plan_of(model: ir.Model, job: Job) -> QuantPlan:
     nodes: dict[str, NodePlan] = {}
-    for node in (node for graph in model.graphs() for node in graph):
+    for node in nodes_of(model):
         unit = nodes.setdefault(node.name or "", _node_plan(node, job))
         for name in unit.absorbed:
             nodes[name] = NodePlan(

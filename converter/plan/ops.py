@@ -10,18 +10,20 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from typing import TypeVar
 
 import numpy as np
 import onnx_ir as ir
 
 from calib.affine import Array
-from converter.graph.edit import constant, input_at, only_consumer, operand
+from converter.graph.edit import constant, input_at, known, only_consumer, operand, readers_of
 from converter.graph.qdq import is_conversion
 from converter.plan.matrices import View, conv_view, no_view, product_view
 
 Obstacle = Callable[[ir.Node], str | None]
 Axis = Callable[[ir.Node], int | None]
+Row = TypeVar("Row")
 
 
 @dataclass(frozen=True)
@@ -30,8 +32,8 @@ class OpRule:
 
     What it reads. `data`: indices of the inputs that carry activations, None for all of them.
     `weight`, `bias`: indices of the operands that may be a constant weight and a bias; a weight
-    among the data may be an activation too, as in attention. `looks_up`: it picks rows of its first
-    input.
+    among the data may be an activation too, as in attention. `picks`: what else may be a constant
+    weight, by the axis of its channels.
 
     How it multiplies. `channel_axis`: axis of the weight's output channels; None where one scale
     must serve the whole weight. `output_axis`: axis of the output that holds the weight's output
@@ -54,7 +56,7 @@ class OpRule:
     data: tuple[int, ...] | None = (0,)
     weight: int | None = None
     bias: int | None = None
-    looks_up: bool = False
+    picks: Mapping[int, Axis] = field(default_factory=dict)
     channel_axis: Axis = lambda node: None
     output_axis: int = 1
     view: Callable[[ir.Node, Sequence[int]], View | None] | None = None
@@ -74,6 +76,11 @@ class OpRule:
     def product(self) -> bool:
         """Whether it multiplies rows with a matrix."""
         return self.view is product_view
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether it picks from its first input."""
+        return 0 in self.picks
 
     @property
     def of_activations(self) -> bool:
@@ -126,8 +133,8 @@ def _gemm_attributes(node: ir.Node) -> str | None:
 
 def _gemm_bias(node: ir.Node) -> str | None:
     # A Gemm's bias may be of any shape that broadcasts; a Conv's may not.
-    weight, bias = operand(node, 1), operand(node, 2)
-    fits = weight is None or bias is None or bias.shape == (weight.shape[_gemm_axis(node)],)
+    weight, bias = known(operand(node, 1)), operand(node, 2)
+    fits = bias is None or bias.size == weight.shape[_gemm_axis(node)]
     return None if fits else "its bias is not one constant a channel"
 
 
@@ -201,7 +208,7 @@ _BOUNDED = OpRule(within=True)
 _MOVED = OpRule(moves=True)
 
 
-def _rows(text: str, rule: OpRule) -> dict[str, OpRule]:
+def _rows(text: str, rule: Row) -> dict[str, Row]:
     return dict.fromkeys(text.split(), rule)
 
 
@@ -248,16 +255,18 @@ OPS: dict[str, OpRule] = {
     **_rows("BatchNormalization InstanceNormalization", OpRule()),
     **_rows("MaxPool Reshape Flatten Squeeze Unsqueeze Transpose Slice Split", _MOVED),
     **_rows("DepthToSpace SpaceToDepth Tile", _MOVED),
-    "Gather": OpRule(looks_up=True, moves=True),
+    "Gather": OpRule(moves=True, picks={0: lambda node: node.attributes.get_int("axis", 0)}),
     "Pad": OpRule(moves=True, fill=2, obstacle=_pad_mode),
     "Resize": OpRule(moves=True, obstacle=_resize_mode),
 }
+# What no target computes on integers, and still has weights.
+_OTHERS = _rows("LSTM GRU RNN", OpRule(picks={1: lambda node: 1, 2: lambda node: 1}))
 _NO_ROW = OpRule()
 
 
 def rule(op_type: str) -> OpRule:
     """The row of a standard operator, or one that says nothing."""
-    return OPS.get(op_type, _NO_ROW)
+    return OPS.get(op_type) or _OTHERS.get(op_type, _NO_ROW)
 
 
 def rule_of(node: ir.Node) -> OpRule:
@@ -313,7 +322,7 @@ NORMALIZES = _names(
 
 def is_normalized(value: ir.Value) -> bool:
     """Whether a normalisation reads `value`, also behind sums and moves."""
-    for node in (use.node for use in value.uses()):
+    for node in readers_of(value):
         if node.op_type in NORMALIZES:
             return True
         passes_on = rule_of(node).adds or rule_of(node).moves
@@ -350,23 +359,14 @@ def computes_on_integers(node: ir.Node) -> bool:
     return re.fullmatch(r"QLinear\w+|\w*[Qq]uantizeLinear|\w+Integer", node.op_type) is not None
 
 
-# What else multiplies with, or picks from, constants: input index → axis of the channels.
-_RECURRENT: dict[int, Axis] = {1: lambda node: 1, 2: lambda node: 1}
-_TABLES: dict[str, dict[int, Axis]] = {
-    "Gather": {0: lambda node: node.attributes.get_int("axis", 0)},
-    **dict.fromkeys(("LSTM", "GRU", "RNN"), _RECURRENT),
-}
-
-
 def may_have_weight(op_type: str) -> bool:
     """Whether the operator multiplies with, or picks from, what may be a constant."""
-    return op_type in _TABLES or rule(op_type).weight is not None
+    return rule(op_type).weight is not None or bool(rule(op_type).picks)
 
 
 def takes_weight(node: ir.Node, index: int) -> bool:
     """Whether the operator has a weight at the input, if that is a constant."""
-    table = {} if node.domain else _TABLES.get(node.op_type, {})
-    return index in table or rule_of(node).weight == index
+    return rule_of(node).weight == index or index in rule_of(node).picks
 
 
 def weights_of(node: ir.Node) -> dict[int, int | None]:
@@ -374,16 +374,17 @@ def weights_of(node: ir.Node) -> dict[int, int | None]:
     channels.
     """
     own = rule_of(node)
-    axes = {} if node.domain else _TABLES.get(node.op_type, {})
+    axes = dict(own.picks)
     if own.weight is not None:
-        axes = {own.weight: own.channel_axis}
-        for index in own.data or () if own.of_activations else ():
-            axes.setdefault(index, lambda node: None)
-    arrays = {i: operand(node, i) for i in axes}
-    found = {
-        i: a for i, a in arrays.items() if a is not None and a.dtype == np.float32 and a.ndim > 1
+        axes[own.weight] = own.channel_axis
+        others = own.data or () if own.of_activations else ()
+        axes.update((index, lambda node: None) for index in others if index != own.weight)
+    arrays = {index: operand(node, index) for index in axes}
+    return {
+        index: axes[index](node)
+        for index, array in arrays.items()
+        if array is not None and array.dtype == np.float32 and array.ndim > 1
     }
-    return {i: axes[i](node) for i in found}
 
 
 # --- operators on integers
@@ -429,25 +430,20 @@ INTEGER_OPS: Mapping[str, IntegerRule] = {
     "DequantizeLinear": IntegerRule(_ONE),
     "QLinearConv": IntegerRule(_TWO, (6, 7), (Product(like="Conv"),), axis=0),
     "QLinearMatMul": IntegerRule(_TWO, (6, 7), _LIKE_MATMUL),
-    **dict.fromkeys(("QLinearAdd", "QLinearMul"), IntegerRule(_TWO, (6, 7))),
-    **dict.fromkeys(
-        (
-            *("QLinearAveragePool", "QLinearGlobalAveragePool"),
-            *("QLinearLeakyRelu", "QLinearSigmoid", "QLinearSoftmax"),
-        ),
-        IntegerRule(_ONE, (3, 4)),
-    ),
+    **_rows("QLinearAdd QLinearMul", IntegerRule(_TWO, (6, 7))),
+    **_rows("QLinearAveragePool QLinearGlobalAveragePool", IntegerRule(_ONE, (3, 4))),
+    **_rows("QLinearLeakyRelu QLinearSigmoid QLinearSoftmax", IntegerRule(_ONE, (3, 4))),
     "QLinearConcat": IntegerRule(writes=(0, 1)),
     "QGemm": IntegerRule(_TWO, (7, 8), (Product(like="Gemm"),)),
-    "MatMulInteger": IntegerRule(((0, None, 2), (1, None, 3)), None, _LIKE_MATMUL),
-    "MatMulIntegerToFloat": IntegerRule(((0, 2, 4), (1, 3, 5)), None, _LIKE_MATMUL),
-    "DynamicQuantizeMatMul": IntegerRule(((1, 2, 3),), None, (Product(0, None, like="MatMul"),)),
-    "QAttention": IntegerRule(((0, None, 6), (1, None, 7)), None, _LIKE_MATMUL),
+    "MatMulInteger": IntegerRule(((0, None, 2), (1, None, 3)), products=_LIKE_MATMUL),
+    "MatMulIntegerToFloat": IntegerRule(((0, 2, 4), (1, 3, 5)), products=_LIKE_MATMUL),
+    "DynamicQuantizeMatMul": IntegerRule(((1, 2, 3),), products=(Product(0, None, "MatMul"),)),
+    "QAttention": IntegerRule(((0, None, 6), (1, None, 7)), products=_LIKE_MATMUL),
     "DynamicQuantizeLSTM": IntegerRule(
-        ((1, None, 9), (2, None, 11)), None, (Product(0, None), Product(1, None))
+        ((1, None, 9), (2, None, 11)), products=(Product(0, None), Product(1, None))
     ),
     # The kernel has weights on the left.
-    "ConvInteger": IntegerRule(((0, None, 2), (1, None, 3)), None, (Product(0, 1),)),
+    "ConvInteger": IntegerRule(((0, None, 2), (1, None, 3)), products=(Product(0, 1),)),
 }
 _NO_INTEGERS = IntegerRule()
 

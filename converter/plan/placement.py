@@ -24,6 +24,7 @@ from converter.graph.edit import (
     known,
     only_consumer,
     operand,
+    readers_of,
     values_read,
 )
 from converter.graph.files import DEFAULTS
@@ -161,8 +162,8 @@ def _behind_dilated_pools(graph: ir.Graph) -> dict[str, str]:
     kept: dict[str, str] = {}
     for pool in pools:
         if rule_of(pool).obstacle(pool):
-            readers = (use.node for use in pool.outputs[0].uses())
-            kept.update((node.name or "", f"it reads the dilated {pool.name}") for node in readers)
+            for node in readers_of(pool.outputs[0]):
+                kept[node.name or ""] = f"it reads the dilated {pool.name}"
     return kept
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from converter.graph.edit import graph_of, known
+from converter.graph.edit import graph_of, known, nodes_of
 from converter.plan.ops import draws
 
 
@@ -14,7 +14,7 @@ def drop_identities(model: ir.Model) -> None:
     A node stays where its output is a graph output (the name must survive), where it copies a value
     of an outer graph, or where the mask of a Dropout is read.
     """
-    for node in [node for graph in model.graphs() for node in graph if _removable(node)]:
+    for node in [node for node in nodes_of(model) if _removable(node)]:
         node.outputs[0].replace_all_uses_with(known(node.inputs[0]))
         graph_of(node).remove(node, safe=True)
 

@@ -16,7 +16,15 @@ import onnx_ir as ir
 import onnx_ir.passes.common as common
 
 from calib.affine import Array, IntFormat, QParams, dequantize, quantize
-from converter.graph.edit import Names, add_constant, constant, known, operand, replace_constant
+from converter.graph.edit import (
+    Names,
+    add_constant,
+    constant,
+    known,
+    operand,
+    readers_of,
+    replace_constant,
+)
 from converter.graph.qdq import is_dequantize, is_quantize, qparams_of
 from converter.job import FLOATS, Job
 from converter.plan.ops import rule_of
@@ -142,7 +150,7 @@ class _Taker:
             self.tensors[value.name or ""] = q
 
     def _chain(self, chain: Chain) -> None:
-        readers, array = [use.node for use in chain.output.uses()], constant(chain.source)
+        readers, array = readers_of(chain.output), constant(chain.source)
         if array is not None and not chain.codes:
             self._constant(chain.output, quantize(array, chain.qparams), chain.qparams)
         if (

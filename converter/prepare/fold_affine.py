@@ -23,6 +23,7 @@ from converter.graph.edit import (
     constant,
     graph_of,
     known,
+    nodes_of,
     only_consumer,
     operand,
     replace_constant,
@@ -35,7 +36,7 @@ Affine = tuple[Array, Array]
 def fold_affine(model: ir.Model) -> None:
     """Folds into the nodes of every graph, in place."""
     names = Names(model)
-    for node in [node for graph in model.graphs() for node in graph if _foldable(node)]:
+    for node in filter(_foldable, nodes_of(model)):
         _fold(node, names)
 
 

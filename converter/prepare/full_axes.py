@@ -6,13 +6,13 @@ import numpy as np
 import onnx_ir as ir
 
 from calib.affine import Array
-from converter.graph.edit import Names, operand, replace_constant
+from converter.graph.edit import Names, nodes_of, operand, replace_constant
 
 
 def full_axes(model: ir.Model) -> None:
     """Rewrites, in place, what opsets 18 and 19 say in a new way in the words of opset 13."""
     names = Names(model)
-    for node in (node for graph in model.graphs() for node in graph if not node.domain):
+    for node in (node for node in nodes_of(model) if not node.domain):
         if node.op_type == "Pad":
             _full_pads(node, names)
         elif node.op_type == "Resize":

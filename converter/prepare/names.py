@@ -6,6 +6,8 @@ import itertools
 
 import onnx_ir as ir
 
+from converter.graph.edit import nodes_of
+
 
 def name_nodes(model: ir.Model) -> bool:
     """Names unnamed nodes after their first output and numbers repeated names, in place; given
@@ -13,7 +15,7 @@ def name_nodes(model: ir.Model) -> bool:
 
     Returns whether there was anything to name.
     """
-    nodes = [node for graph in model.graphs() for node in graph]
+    nodes = nodes_of(model)
     first = {node.name: node for node in reversed(nodes) if node.name}
     taken = set(first)
     renamed = [node for node in nodes if not node.name or first[node.name] is not node]

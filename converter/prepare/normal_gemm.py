@@ -14,7 +14,15 @@ from __future__ import annotations
 import numpy as np
 import onnx_ir as ir
 
-from converter.graph.edit import Names, graph_of, input_at, known, operand, replace_constant
+from converter.graph.edit import (
+    Names,
+    graph_of,
+    input_at,
+    known,
+    nodes_of,
+    operand,
+    replace_constant,
+)
 from converter.plan.ops import bias_add, is_transposed
 
 
@@ -22,9 +30,8 @@ def normal_gemm(model: ir.Model) -> None:
     """Does both rewrites over the nodes of every graph, in place."""
     names = Names(model)
     for operator, rewrite in (("MatMul", _join), ("Gemm", _scale)):
-        nodes = [node for graph in model.graphs() for node in graph if node.op_type == operator]
-        for node in nodes:
-            if not node.domain:
+        for node in nodes_of(model):
+            if node.op_type == operator and not node.domain:
                 rewrite(node, names)
 
 

@@ -9,7 +9,7 @@ import onnx
 import onnx_ir as ir
 
 from converter.errors import ModelError
-from converter.graph.edit import Names, add_constant, constant, graph_of
+from converter.graph.edit import Names, add_constant, constant, graph_of, initializers_of
 from converter.graph.files import MAKERS_OF_MAPS, first_line
 
 # Per-channel QuantizeLinear/DequantizeLinear, the youngest operators that are written, came with
@@ -118,7 +118,7 @@ def without_weights(model: ir.Model) -> list[ir.TensorProtocol]:
     folder the converter would lose; returns them.
     """
     tensors = list[ir.TensorProtocol]()
-    for value in (v for graph in model.graphs() for v in graph.initializers.values()):
+    for value in initializers_of(model):
         tensor = value.const_value
         if tensor is None or not (tensor.size > SEEN_SIZE or isinstance(tensor, ir.ExternalTensor)):
             continue
@@ -132,8 +132,7 @@ def without_weights(model: ir.Model) -> list[ir.TensorProtocol]:
 
 def _with_weights(model: ir.Model, tensors: Sequence[ir.TensorProtocol]) -> None:
     """Puts the tensors back that references stand for."""
-    for graph in model.graphs():
-        for value in graph.initializers.values():
-            found = value.const_value
-            if isinstance(found, ir.ExternalTensor) and str(found.location).startswith(HIDDEN):
-                value.const_value = tensors[int(str(found.location).removeprefix(HIDDEN))]
+    for value in initializers_of(model):
+        found = value.const_value
+        if isinstance(found, ir.ExternalTensor) and str(found.location).startswith(HIDDEN):
+            value.const_value = tensors[int(str(found.location).removeprefix(HIDDEN))]

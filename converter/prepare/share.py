@@ -7,7 +7,7 @@ from collections import defaultdict
 
 import onnx_ir as ir
 
-from converter.graph.edit import Names, graph_of, known
+from converter.graph.edit import Names, graph_of, initializers_of, known
 
 # Smaller constants are not worth the search, and equal biases belong to operators that may want
 # different ones later.
@@ -36,7 +36,7 @@ def share_constants(model: ir.Model) -> None:
     Exporters write tied weights, and folding what branches share, several times.
     """
     found: dict[tuple[object, ...], list[ir.Value]] = defaultdict(list)
-    for value in [value for graph in model.graphs() for value in graph.initializers.values()]:
+    for value in initializers_of(model):
         tensor = value.const_value
         if tensor is not None and tensor.size >= LEAST_SIZE and not value.is_graph_output():
             content = hashlib.sha256(tensor.tobytes()).digest()

@@ -10,7 +10,15 @@ import numpy as np
 import onnx_ir as ir
 
 from calib.affine import Array
-from converter.graph.edit import Names, graph_of, known, only_consumer, operand, replace_constant
+from converter.graph.edit import (
+    Names,
+    graph_of,
+    known,
+    only_consumer,
+    operand,
+    readers_of,
+    replace_constant,
+)
 from converter.plan.ops import is_transposed, rule_of
 
 # From where the heads are joined back to where they are parted: the operators, and by which input
@@ -69,7 +77,7 @@ def _constants_of(x: ir.Value | None, readers: set[ir.Node], size: int) -> list[
         or node is None
         or node.domain
         or x.is_graph_output()
-        or {use.node for use in x.uses()} != readers
+        or set(readers_of(x)) != readers
     ):
         return []
     operands = [index for index, value in enumerate(node.inputs) if value is not None]

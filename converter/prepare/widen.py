@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_ir as ir
 
-from converter.graph.edit import Names, graph_of, known
+from converter.graph.edit import Names, graph_of, known, nodes_of
 from converter.plan.ops import OF_BITS, cast_to
 
 NARROW = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -34,7 +34,7 @@ def widen(model: ir.Model) -> None:
     edges = [*model.graph.inputs, *model.graph.outputs]
     if any(_is_narrow(v.type) and not isinstance(v.type, ir.TensorType) for v in edges):
         return
-    nodes = [node for graph in model.graphs() for node in graph]
+    nodes = nodes_of(model)
     narrow = {value: value.dtype for value in _values(model) if _is_narrow(value.type)}
     names, wide = Names(model), {value for value in narrow if not _is_given(value, model.graph)}
     for value in wide:

@@ -18,9 +18,9 @@ from converter.emit.stored import as_floats, emit_stored
 from converter.graph.edit import constant, weight_bytes
 from converter.measure.errors import side_by_side
 from converter.measure.sensitivity import fewest, only, output_drop
-from converter.plan.layers import planned
 from converter.plan.plan import QuantPlan, stored_bytes
 from converter.plan.result import Tradeoff
+from converter.plan.units import planned
 from converter.weights.journal import Journal
 from converter.weights.layers import Fitter
 from converter.weights.mixed_bits import WIDTHS, Budget, allocation, path
@@ -202,26 +202,18 @@ class Search:
         )
 
     def _outputs(self, model: ir.Model) -> list[list[Array]]:
-        start, names = (
-            len(self.fitter.data) - (self._judges or len(self.fitter.data)),
-            _names(model),
-        )
+        data, names = self.fitter.data, [value.name or "" for value in model.graph.outputs]
+        judges = range(len(data))[-self._judges :]
         with runnable(model) as file:
             session = open_session(file)
 
             def outputs(i: int) -> list[Array]:
-                found = run(session, names, self.fitter.data.sample(start + i))
+                found = run(session, names, data.sample(judges[i]))
                 return [found[name] for name in names]
 
-            return list(
-                over_samples(len(self.fitter.data) - start, outputs, self.fitter.resources.threads)
-            )
+            return list(over_samples(len(judges), outputs, self.fitter.resources.threads))
 
     def _restored(self, plan: QuantPlan) -> ir.Model:
         quantized = self.fitter.model.clone()
         emit_stored(quantized, plan, as_floats)
         return quantized
-
-
-def _names(model: ir.Model) -> list[str]:
-    return [value.name or "" for value in model.graph.outputs]

@@ -23,10 +23,10 @@ from converter.calibrate.walk import Emit, Walk, product_of_mean
 from converter.emit.stored import as_floats, emit_stored
 from converter.graph.edit import constant, known, values_by_name
 from converter.job import Resources, Watch
-from converter.plan.layers import Layer, bias_of, layer_of, planned
 from converter.plan.matrices import View, plain_matrix, plain_weight
 from converter.plan.ops import OPS, is_normalized, view_of
 from converter.plan.plan import NodePlan, PerBlock, QuantizedWeight, QuantPlan
+from converter.plan.units import Weighted, bias_of, planned, weighted_of
 from converter.weights import integer, stored
 from converter.weights.gptq import helps_everywhere
 from converter.weights.integer import Rounding, least_scales
@@ -64,7 +64,7 @@ def _count(draws: tuple[int, int, int], columns: int) -> int:
 
 
 def _shift_worth(
-    layer: Layer, weight: QuantizedWeight, shift: Array, plan: QuantPlan, walk: Walk
+    layer: Weighted, weight: QuantizedWeight, shift: Array, plan: QuantPlan, walk: Walk
 ) -> Array | None:
     """What is added to the bias so that every channel keeps its mean; None where that is not to be
     trusted: before a normalisation quiet rows count as well.
@@ -101,7 +101,7 @@ def decide_weights(
         if unit.name in plan.weights:
             return plan
         bias = constant(values[unit.bias]) if unit.bias else None
-        layer = layer_of(unit, nodes[unit.name], bias)
+        layer = weighted_of(unit, nodes[unit.name], bias)
         weight = _rounded(layer, plan, walk, rounding)
         # Another unit may watch the same tensor for a bias that this one has no place for.
         mean = means.get(_source(unit, layer.node)) if _correctable(unit) else None
@@ -126,13 +126,13 @@ def _source(unit: NodePlan, node: ir.Node) -> Mean:
     """What the mean of the product follows from: its input, which is watched anyway, where
     possible, or the product.
     """
-    view = layer_of(unit, node, None).view
+    view = weighted_of(unit, node, None).view
     if view and view.input_axis is not None:
         return unit.inputs[0], view.input_axis
     return node.outputs[0].name or "", OPS[unit.op_type].output_axis
 
 
-def _rounded(layer: Layer, plan: QuantPlan, walk: Walk, rounding: Rounding) -> QuantizedWeight:
+def _rounded(layer: Weighted, plan: QuantPlan, walk: Walk, rounding: Rounding) -> QuantizedWeight:
     wanted, view, weight = layer.wanted, layer.view, layer.weight.astype(np.float64)
     matrix = view.matrix(weight) if view else plain_matrix(weight, wanted.axis)
     least = _least(layer, plan, matrix.shape[:2])
@@ -148,7 +148,7 @@ def _rounded(layer: Layer, plan: QuantPlan, walk: Walk, rounding: Rounding) -> Q
     return integer.packed(view.weight(codes), scale, wanted)
 
 
-def _least(layer: Layer, plan: QuantPlan, shape: tuple[int, ...]) -> Array:
+def _least(layer: Weighted, plan: QuantPlan, shape: tuple[int, ...]) -> Array:
     """The least scale of each row."""
     name = layer.unit.inputs[0]
     if layer.bias is None or name not in plan.tensors:
@@ -157,7 +157,7 @@ def _least(layer: Layer, plan: QuantPlan, shape: tuple[int, ...]) -> Array:
 
 
 def _corrected(
-    layer: Layer, weight: QuantizedWeight, mean: Array, plan: QuantPlan, walk: Walk
+    layer: Weighted, weight: QuantizedWeight, mean: Array, plan: QuantPlan, walk: Walk
 ) -> Array:
     """The bias that gives the quantized product the float product's mean in every channel.
 
@@ -258,7 +258,7 @@ class _StoredLayers:
         first.
         """
         node = self.nodes[unit.name]
-        layer = layer_of(unit, node, bias_of(node, unit))
+        layer = weighted_of(unit, node, bias_of(node, unit))
         value = known(node.inputs[layer.wanted.index])
         if layer.view is None or value not in self.seen:
             return plan
@@ -286,7 +286,7 @@ class _StoredLayers:
         in_blocks = isinstance(wanted.granularity, PerBlock)
         return value if view and not in_blocks else None
 
-    def _fitted(self, layer: Layer, view: View, plan: QuantPlan) -> QuantizedWeight:
+    def _fitted(self, layer: Weighted, view: View, plan: QuantPlan) -> QuantizedWeight:
         matrix = view.matrix(layer.weight.astype(np.float64))
         x, reference = self._drawn(layer.unit, view, _count(STORED_DRAWS, matrix.shape[2]), plan)
         both = usable(x) & usable(reference)

@@ -12,9 +12,9 @@ import numpy as np
 
 from calib.affine import Array, QParams, along
 from converter.job import Watch
-from converter.plan.layers import Layer
 from converter.plan.matrices import breaks_bound, plain_matrix, plain_weight
 from converter.plan.plan import QuantizedWeight, QuantPlan, WeightPlan
+from converter.plan.units import Weighted
 from converter.prepare.fake_quant import Trained
 from converter.weights.gptq import Grid, nearest, search_scales
 from converter.weights.integer import least_scales, packed
@@ -42,15 +42,15 @@ class Kept:
 
 
 def with_trained_weights(
-    layers: Iterable[Layer], plan: QuantPlan, trained: Trained, everything: bool
+    units: Iterable[Weighted], plan: QuantPlan, trained: Trained, everything: bool
 ) -> tuple[QuantPlan, dict[str, Kept]]:
     """The plan with the trained weights and their biases, and how much of each was kept.
 
     Weights on no grid are left out, or, with `everything`, rounded for least error of the weights.
     """
     kept: dict[str, Kept] = {}
-    for layer in layers if trained else ():
-        unit, bias, rows = layer.unit, layer.bias, _Rows.of(layer, trained.weights)
+    for own in units if trained else ():
+        unit, bias, rows = own.unit, own.bias, _Rows.of(own, trained.weights)
         if not (everything or rows.scale.any()):
             continue
         tensor = plan.tensors.get(unit.inputs[0])
@@ -59,7 +59,7 @@ def with_trained_weights(
             if bias is not None and tensor and tensor.group in plan.qparams
             else None
         )
-        found, how_much = rows.decided(layer.wanted, bias, data)
+        found, how_much = rows.decided(own.wanted, bias, data)
         kept.update({unit.name: how_much} if rows.scale.any() else {})
         plan = plan.with_weights({unit.name: found}, {} if bias is None else {unit.name: bias})
     return plan, kept
@@ -98,9 +98,9 @@ class _Rows:
     scale: Array
 
     @classmethod
-    def of(cls, layer: Layer, trained: Mapping[str, QuantizedWeight]) -> _Rows:
-        weight, view, axis = layer.weight, layer.view, layer.wanted.axis
-        taught = trained.get(layer.unit.name)
+    def of(cls, own: Weighted, trained: Mapping[str, QuantizedWeight]) -> _Rows:
+        weight, view, axis = own.weight, own.view, own.wanted.axis
+        taught = trained.get(own.unit.name)
         rows = view.matrix if view else partial(plain_matrix, axis=axis)
         weight_of = view.weight if view else partial(plain_weight, shape=weight.shape, axis=axis)
         matrix = rows(weight.astype(np.float64))

@@ -9,14 +9,14 @@ import numpy as np
 import onnx_ir as ir
 
 from calib.affine import Array
-from converter.graph.edit import known, operand
+from converter.graph.edit import known, nodes_of, operand, readers_of
 from converter.plan.matrices import View
 from converter.plan.ops import rule_of, view_of
 from converter.plan.plan import NodePlan, QuantPlan, WeightPlan
 
 
 @dataclass(frozen=True)
-class Layer:
+class Weighted:
     """A unit that multiplies with `weight`, and adds a `bias`, float64 of shape (channels,); `view`
     is the weight as a matrix of products, None if it is none.
     """
@@ -29,28 +29,27 @@ class Layer:
     view: View | None
 
 
-def layers(model: ir.Model, plan: QuantPlan) -> Iterator[Layer]:
+def weighted(model: ir.Model, plan: QuantPlan) -> Iterator[Weighted]:
     """The quantized units of all graphs that multiply with a weight."""
     for node, unit in planned(model, plan):
         if unit.weight is not None:
-            yield layer_of(unit, node, bias_of(node, unit))
+            yield weighted_of(unit, node, bias_of(node, unit))
 
 
-def layer_of(unit: NodePlan, node: ir.Node, bias: Array | None) -> Layer:
+def weighted_of(unit: NodePlan, node: ir.Node, bias: Array | None) -> Weighted:
     """A weighted unit with its constants."""
     wanted = known(unit.weight)
     weight = known(operand(node, wanted.index))
     row = None if bias is None else bias.reshape(-1).astype(np.float64)
-    return Layer(unit, node, wanted, weight, row, view_of(node, weight.shape, wanted.index))
+    return Weighted(unit, node, wanted, weight, row, view_of(node, weight.shape, wanted.index))
 
 
 def planned(model: ir.Model, plan: QuantPlan) -> Iterator[tuple[ir.Node, NodePlan]]:
     """The quantized nodes of all graphs of `model` with their plans."""
-    for graph in model.graphs():
-        for node in graph:
-            unit = plan.nodes.get(node.name or "")
-            if unit and unit.quantized:
-                yield node, unit
+    for node in nodes_of(model):
+        unit = plan.nodes.get(node.name or "")
+        if unit and unit.quantized:
+            yield node, unit
 
 
 def bias_of(node: ir.Node, unit: NodePlan) -> Array | None:
@@ -61,9 +60,6 @@ def bias_of(node: ir.Node, unit: NodePlan) -> Array | None:
 def bias_place(node: ir.Node, unit: NodePlan) -> tuple[ir.Node, int]:
     """The node that adds the bias, and at which input."""
     product = node.outputs[0]
-    readers = [
-        use.node
-        for use in product.uses()
-        if rule_of(use.node).adds and use.node.name in unit.absorbed
-    ]
+    absorbed = [node for node in readers_of(product) if node.name in unit.absorbed]
+    readers = [node for node in absorbed if rule_of(node).adds]
     return (readers[0], int(readers[0].inputs[0] is product)) if readers else (node, 2)
