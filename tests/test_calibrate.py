@@ -146,7 +146,7 @@ def test_tensors_are_observed_in_groups_that_fit():
 
 
 def test_sizes_are_those_of_one_sample(monkeypatch):
-    monkeypatch.setattr(calibrate, "PROBED", 2)
+    monkeypatch.setattr(runs, "PROBED", 2)
     sizes = tensor_bytes(
         prepared(GRAPH, **CONSTANTS), ["x", "m", "r", "y"], SAMPLES[0], resources()
     )
@@ -155,7 +155,7 @@ def test_sizes_are_those_of_one_sample(monkeypatch):
 
 @given(st.dictionaries(st.text(min_size=1), st.integers(0, 50), max_size=12), st.integers(0, 120))
 def test_groups_fit_the_budget_and_keep_the_order(sizes, budget):
-    groups = list(calibrate.groups_within(sizes, budget))
+    groups = list(runs.groups_within(sizes, budget))
     assert [name for group in groups for name in group] == list(sizes)
     totals = [sum(sizes[name] for name in group) for group in groups]
     assert all(

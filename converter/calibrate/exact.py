@@ -9,7 +9,7 @@ gives the same everywhere.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -98,18 +98,6 @@ def exact_here(model: ir.Model) -> ir.Model:
 def runnable(model: ir.Model, taps: Iterable[str] = ()) -> AbstractContextManager[Path]:
     """A temporary file of `model` that is exact on this processor."""
     return saved(exact_here(model), taps)
-
-
-@contextmanager
-def both_files(model: ir.Model) -> Iterator[tuple[Path, Path]]:
-    """Temporary files of `model` as it is and exact here, one where that is the same."""
-    other = exact_here(model)
-    with saved(model) as file:
-        if other is model:
-            yield file, file
-        else:
-            with saved(other) as exact_file:
-                yield file, exact_file
 
 
 @cache

@@ -5,7 +5,7 @@ parameters.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
 
@@ -15,9 +15,9 @@ import onnx_ir as ir
 from calib.affine import Array, QParams, Range
 from calib.ranges import RangeMethod, RangeSpec, range_of
 from calib.samples import Dataset
-from calib.session import Sample, open_session, over_samples, run
+from calib.session import over_samples
 from calib.stats import TensorStats
-from converter.calibrate.exact import runnable
+from converter.calibrate.runs import groups_within, opened, tensor_bytes
 from converter.graph.edit import constant, known, values_by_name
 from converter.job import Resources, Watch
 from converter.plan.ops import OPS
@@ -29,8 +29,6 @@ Statistics = dict[str, TensorStats]
 Mean = tuple[str, int]
 # Lower numbers before a Softmax are masks, and so far below the largest one exp is 1e-14 of it.
 MASKED, NOTHING_LEFT = -1e4, 32.0
-# Tensors tapped at once while their sizes are found out.
-PROBED = 16
 
 
 @dataclass(frozen=True)
@@ -107,38 +105,6 @@ def observe(
     return evidence
 
 
-def tensor_bytes(
-    model: ir.Model, names: Sequence[str], sample: Sample, resources: Resources
-) -> dict[str, int]:
-    """Bytes of each named tensor for one sample, found by running it."""
-    sizes = {name: x.nbytes for name, x in sample.items() if name in names}
-    tapped = [name for name in names if name not in sizes]
-    with runnable(model, tapped) as path:
-        session = open_session(path, resources.threads, providers=resources.providers)
-        for start in range(0, len(tapped), PROBED):
-            part = tapped[start : start + PROBED]
-            found = run(session, part, sample)
-            # A map has no size of its own.
-            sizes.update((name, getattr(x, "nbytes", 0)) for name, x in found.items())
-    return sizes
-
-
-def groups_within(sizes: Mapping[str, int], budget: int) -> Iterator[list[str]]:
-    """Consecutive tensors that fit the budget together; one that alone does not fit is a group of
-    its own.
-    """
-    group: list[str] = []
-    room = budget
-    for name, size in sizes.items():
-        if group and size > room:
-            yield group
-            group, room = [], budget
-        group.append(name)
-        room -= size
-    if group:
-        yield group
-
-
 def of_constants(wanted: Wanted, values: Mapping[str, ir.Value]) -> Statistics:
     """Statistics of those of the tensors wanted that are constants."""
     statistics = {}
@@ -159,37 +125,29 @@ def _observe_group(
 ) -> Evidence:
     watched = [name for name in group if name in wanted.tensors]
     averaged = [mean for mean in wanted.means if mean[0] in group and not wanted.part[0]]
-    inputs = {value.name for value in model.graph.inputs}
-    taps = [name for name in group if name not in inputs]
-    watched_taps = [name for name in taps if name in watched]
     # A worker takes whichever statistics are idle: they merge into the same result however the
     # samples were spread.
     idle: SimpleQueue[Statistics] = SimpleQueue()
     for _ in range(resources.threads):
         idle.put({name: wanted.new_stats() for name in watched})
-    with runnable(model, taps) as path:
-        # Which operators ONNX Runtime fuses depends on what is tapped; without that, groups do not
-        # change a bit.
-        session = open_session(path, optimize=False, providers=resources.providers)
+    tapped = opened(model, group, providers=resources.providers)
 
-        def step(index: int) -> dict[Mean, Array]:
-            sample, compared = data.sample(index), index < wanted.first
-            tensors = {**sample, **run(session, taps if compared else watched_taps, sample)}
-            mine = idle.get()
-            for name, stats in mine.items():
-                stats.update(tensors[name], index)
-            idle.put(mine)
-            return {
-                (name, axis): channel_mean(tensors[name], axis)
-                for name, axis in averaged
-                if compared
-            }
+    def step(index: int) -> dict[Mean, Array]:
+        compared = index < wanted.first
+        tensors = tapped.fetch(group if compared else watched, data.sample(index))
+        mine = idle.get()
+        for name, stats in mine.items():
+            stats.update(tensors[name], index)
+        idle.put(mine)
+        return {
+            (name, axis): channel_mean(tensors[name], axis) for name, axis in averaged if compared
+        }
 
-        totals = {mean: np.zeros(()) for mean in averaged}
-        part = wanted.indices(len(data))
-        results = over_samples(len(part), lambda number: step(part[number]), resources.threads)
-        for found in watch.track(results, "Calibrating", len(part)):
-            totals.update((mean, totals[mean] + x) for mean, x in found.items())
+    totals = {mean: np.zeros(()) for mean in averaged}
+    part = wanted.indices(len(data))
+    results = over_samples(len(part), lambda number: step(part[number]), resources.threads)
+    for found in watch.track(results, "Calibrating", len(part)):
+        totals.update((mean, totals[mean] + x) for mean, x in found.items())
     stats = [idle.get() for _ in range(resources.threads)]
     means = {mean: total / min(wanted.first, len(data)) for mean, total in totals.items()}
     return Evidence(merged(stats), means, wanted.first)

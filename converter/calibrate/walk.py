@@ -20,7 +20,8 @@ from calib.affine import Array, quantize
 from calib.samples import Dataset
 from calib.session import open_session, over_samples, run
 from converter.calibrate.exact import exact_here
-from converter.calibrate.observe import channel_mean, tensor_bytes
+from converter.calibrate.observe import channel_mean
+from converter.calibrate.runs import tensor_bytes
 from converter.emit.integer_edges import feed_integers, hand_out_integers
 from converter.emit.qdq import emit
 from converter.graph.edit import constant, known, submodel, values_read

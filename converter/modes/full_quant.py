@@ -22,6 +22,7 @@ from converter.calibrate.observe import (
     of_constants,
     probability_qparams,
 )
+from converter.calibrate.runs import opened
 from converter.calibrate.trained_ranges import in_format, untrained, with_trained_ranges
 from converter.calibrate.walk import Walk
 from converter.config import Config
@@ -244,7 +245,8 @@ def within_drop(setup: Setup, evidence: Evidence, watch: Watch) -> Attempt:
     if _drop(setup, first, labels, watch) <= bound:
         return first
     pairing = pair(setup.model, first.model, first.plan)
-    found = alone(pairing, setup.data, RANKED_ON, setup.resources)
+    floats = opened(setup.model, pairing.tensors)
+    found = alone(pairing, floats, setup.data, RANKED_ON, setup.resources.threads)
     # What only moves values has its neighbours' integers, or none where they are float.
     units = [unit.name for unit in first.plan.units() if not OPS[unit.op_type].moves]
     leaves = {name: found[name].output.sqnr_db if name in found else math.inf for name in units}

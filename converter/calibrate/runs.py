@@ -1,0 +1,148 @@
+"""Models that samples run through: the one place where a model gets a session of ONNX Runtime."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+from onnxruntime import InferenceSession
+
+from calib.affine import Array
+from calib.session import CPU_PROVIDERS, Sample, open_session, run
+from converter.calibrate.exact import exact_here
+from converter.graph.edit import values_by_name
+from converter.graph.files import nodes_in, saved
+from converter.job import Resources
+
+# Tensors tapped at once while their sizes are found out.
+PROBED = 16
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model that samples can run through; `outputs` are its own, beside which `session` may have
+    taps.
+    """
+
+    session: InferenceSession
+    outputs: tuple[str, ...]
+
+    def fetch(self, names: Iterable[str], sample: Sample) -> dict[str, Array]:
+        """The named tensors for a sample, and all that is fed; CalibError if the model fails."""
+        wanted = [name for name in dict.fromkeys(names) if name not in sample]
+        return {**sample, **run(self.session, wanted, sample)}
+
+    def answer(self, sample: Sample) -> list[Array]:
+        """Its outputs for a sample; CalibError if the model fails on it."""
+        return list(run(self.session, self.outputs, sample).values())
+
+
+def opened(
+    model: ir.Model,
+    taps: Iterable[str] = (),
+    *,
+    optimize: bool = False,
+    threads: int = 1,
+    providers: Sequence[str] = CPU_PROVIDERS,
+) -> Opened:
+    """`model`, exact on this processor, with tensors to look at; CalibError if the runtime refuses
+    it.
+
+    Which operators ONNX Runtime fuses depends on what is tapped; without optimizations, taps do not
+    change a bit.
+    """
+    fed = {value.name for value in model.graph.inputs}
+    with saved(exact_here(model), [name for name in taps if name not in fed]) as path:
+        return Opened(open_session(path, threads, optimize, providers), _outputs(model))
+
+
+def _outputs(model: ir.Model) -> tuple[str, ...]:
+    return tuple(value.name or "" for value in model.graph.outputs)
+
+
+@dataclass(frozen=True)
+class Executed:
+    """A model as ONNX Runtime executes it, optimized: `here` the file itself, `exact` what is exact
+    on this processor, one where that is the same.
+
+    `nodes` are name and operator type of what its optimizations leave.
+    """
+
+    here: Opened
+    exact: Opened
+    nodes: Sequence[tuple[str, str]] = ()
+
+
+def executed(model: ir.Model, look: bool) -> Executed:
+    """The model as it is executed, its nodes with `look`; CalibError if the runtime refuses it."""
+    with saved(model) as path:
+        # In a form that the ONNX checker need not accept.
+        optimized = path.with_name("optimized.onnx") if look else None
+        here = Opened(open_session(path, optimized=optimized), _outputs(model))
+        nodes = nodes_in(optimized) if optimized else []
+    other = exact_here(model)
+    return Executed(here, here if other is model else opened(other, optimize=True), nodes)
+
+
+# --- sizes
+
+
+def tensor_bytes(
+    model: ir.Model, names: Sequence[str], sample: Sample, resources: Resources
+) -> dict[str, int]:
+    """Bytes of each named tensor for one sample: as its shape says or, where that leaves it open,
+    found by running it.
+    """
+    fed = {name: x.nbytes for name, x in sample.items() if name in names}
+    stated = {**dict(_stated_bytes(model, sample)), **fed}
+    unknown = [name for name in names if name not in stated]
+    if unknown:
+        probe = opened(
+            model,
+            unknown,
+            optimize=True,
+            threads=resources.threads,
+            providers=resources.providers,
+        )
+        for start in range(0, len(unknown), PROBED):
+            found = probe.fetch(unknown[start : start + PROBED], sample)
+            # A map has no size of its own.
+            stated.update((name, getattr(x, "nbytes", 0)) for name, x in found.items())
+    return {name: stated[name] for name in dict.fromkeys([*fed, *names])}
+
+
+def _stated_bytes(model: ir.Model, sample: Sample) -> Iterator[tuple[str, int]]:
+    """The tensors whose shapes are known, with the named dimensions that the sample gives."""
+    named = dict[str | None, int]()
+    for value in model.graph.inputs:
+        fed = sample.get(value.name or "")
+        if fed is not None and value.shape is not None:
+            named.update(zip(map(_name_of, value.shape), fed.shape, strict=False))
+    named.pop(None, None)
+    for name, value in values_by_name(model.graph).items():
+        if isinstance(value.type, ir.TensorType) and value.shape is not None:
+            shape = [d if isinstance(d, int) else named.get(d.value, 0) for d in value.shape]
+            if min(shape, default=1) > 0:  # some exporters write 0 or less for any size
+                yield name, math.prod(shape) * value.type.dtype.numpy().itemsize
+
+
+def _name_of(size: int | ir.SymbolicDim) -> str | None:
+    return None if isinstance(size, int) else size.value
+
+
+def groups_within(sizes: Mapping[str, int], budget: int) -> Iterator[list[str]]:
+    """Consecutive tensors that fit the budget together; one that alone does not fit is a group of
+    its own.
+    """
+    group: list[str] = []
+    room = budget
+    for name, size in sizes.items():
+        if group and size > room:
+            yield group
+            group, room = [], budget
+        group.append(name)
+        room -= size
+    if group:
+        yield group
