@@ -17,7 +17,7 @@ from calib.ranges import RangeMethod, RangeSpec, range_of
 from calib.samples import Dataset
 from calib.session import over_samples
 from calib.stats import TensorStats
-from converter.calibrate.runs import groups_within, opened, tensor_bytes
+from converter.calibrate.runs import Opened, groups_within, opened
 from converter.graph.edit import constant, known, values_by_name
 from converter.job import Resources, Watch
 from converter.plan.ops import OPS
@@ -86,7 +86,8 @@ def observe(
     evidence = Evidence({} if wanted.part[0] else constants, {}, wanted.first)
     names = dict.fromkeys([*wanted.tensors, *(name for name, _ in wanted.means)])
     computed = [name for name in names if name not in constants]
-    sizes = tensor_bytes(model, computed, data.sample(0), resources)
+    tapped = opened(model, computed, providers=resources.providers)
+    sizes = tapped.sizes(computed, data.sample(0))
     groups = list(groups_within(sizes, resources.memory // resources.threads))
     total = sum(sizes.values()) / 1e6
     watch.say(
@@ -94,7 +95,9 @@ def observe(
         "pass(es) over the data."
     )
     for group in groups:
-        found = _observe_group(model, group, wanted, data, resources, watch)
+        if len(groups) > 1:  # what is tapped takes memory though nobody asks for it
+            tapped = opened(model, group, providers=resources.providers)
+        found = _observe_group(tapped, group, wanted, data, resources, watch)
         evidence = Evidence(
             {**evidence.statistics, **found.statistics},
             {**evidence.means, **found.means},
@@ -116,7 +119,7 @@ def of_constants(wanted: Wanted, values: Mapping[str, ir.Value]) -> Statistics:
 
 
 def _observe_group(
-    model: ir.Model,
+    tapped: Opened,
     group: Sequence[str],
     wanted: Wanted,
     data: Dataset,
@@ -130,7 +133,6 @@ def _observe_group(
     idle: SimpleQueue[Statistics] = SimpleQueue()
     for _ in range(resources.threads):
         idle.put({name: wanted.new_stats() for name in watched})
-    tapped = opened(model, group, providers=resources.providers)
 
     def step(index: int) -> dict[Mean, Array]:
         compared = index < wanted.first

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -12,7 +11,6 @@ from onnxruntime import InferenceSession
 from calib.affine import Array
 from calib.session import CPU_PROVIDERS, Sample, open_session, run
 from converter.calibrate.exact import exact_here
-from converter.graph.edit import values_by_name
 from converter.graph.files import nodes_in, saved
 from converter.job import Resources
 
@@ -37,6 +35,16 @@ class Opened:
     def answer(self, sample: Sample) -> list[Array]:
         """Its outputs for a sample; CalibError if the model fails on it."""
         return list(run(self.session, self.outputs, sample).values())
+
+    def sizes(self, names: Sequence[str], sample: Sample) -> dict[str, int]:
+        """Bytes of each named tensor for a sample, those that are fed first."""
+        sizes = {name: x.nbytes for name, x in sample.items() if name in names}
+        for start in range(0, len(names), PROBED):
+            part = names[start : start + PROBED]
+            found = self.fetch(part, sample)
+            # A map has no size of its own.
+            sizes.update((name, getattr(found[name], "nbytes", 0)) for name in part)
+        return sizes
 
 
 def opened(
@@ -92,44 +100,10 @@ def executed(model: ir.Model, look: bool) -> Executed:
 def tensor_bytes(
     model: ir.Model, names: Sequence[str], sample: Sample, resources: Resources
 ) -> dict[str, int]:
-    """Bytes of each named tensor for one sample: as its shape says or, where that leaves it open,
-    found by running it.
-    """
-    fed = {name: x.nbytes for name, x in sample.items() if name in names}
-    stated = {**dict(_stated_bytes(model, sample)), **fed}
-    unknown = [name for name in names if name not in stated]
-    if unknown:
-        probe = opened(
-            model,
-            unknown,
-            optimize=True,
-            threads=resources.threads,
-            providers=resources.providers,
-        )
-        for start in range(0, len(unknown), PROBED):
-            found = probe.fetch(unknown[start : start + PROBED], sample)
-            # A map has no size of its own.
-            stated.update((name, getattr(x, "nbytes", 0)) for name, x in found.items())
-    return {name: stated[name] for name in dict.fromkeys([*fed, *names])}
-
-
-def _stated_bytes(model: ir.Model, sample: Sample) -> Iterator[tuple[str, int]]:
-    """The tensors whose shapes are known, with the named dimensions that the sample gives."""
-    named = dict[str | None, int]()
-    for value in model.graph.inputs:
-        fed = sample.get(value.name or "")
-        if fed is not None and value.shape is not None:
-            named.update(zip(map(_name_of, value.shape), fed.shape, strict=False))
-    named.pop(None, None)
-    for name, value in values_by_name(model.graph).items():
-        if isinstance(value.type, ir.TensorType) and value.shape is not None:
-            shape = [d if isinstance(d, int) else named.get(d.value, 0) for d in value.shape]
-            if min(shape, default=1) > 0:  # some exporters write 0 or less for any size
-                yield name, math.prod(shape) * value.type.dtype.numpy().itemsize
-
-
-def _name_of(size: int | ir.SymbolicDim) -> str | None:
-    return None if isinstance(size, int) else size.value
+    """Bytes of each named tensor for one sample, found by running it."""
+    threads, providers = resources.threads, resources.providers
+    tapped = opened(model, names, optimize=True, threads=threads, providers=providers)
+    return tapped.sizes(names, sample)
 
 
 def groups_within(sizes: Mapping[str, int], budget: int) -> Iterator[list[str]]:

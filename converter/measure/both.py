@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from functools import cached_property
 
 from converter.calibrate.runs import Opened, opened
@@ -15,23 +16,19 @@ from converter.plan.result import Quantized
 TIMED_BYTES = 500_000_000
 
 
+@dataclass(frozen=True)
 class Both:
     """What a conversion made, and the models as they are without optimizations, each opened once:
     exact on this processor, and with every tensor that anybody asks for.
 
-    With `inside`, `pairing` has all that can be compared, and nothing without.
+    `pairing` has all that can be compared, and is empty where nobody wants more than the outputs
+    and `result.tensors`.
     """
 
-    def __init__(
-        self, result: Quantized, resources: Resources, watch: Watch, *, inside: bool = False
-    ) -> None:
-        self.result, self.resources, self.watch = result, resources, watch
-        compared = result.compared or result.reference
-        self.pairing = (
-            pair(compared, result.model, result.plan)
-            if inside
-            else Pairing(compared, result.model, ())
-        )
+    result: Quantized
+    pairing: Pairing
+    resources: Resources
+    watch: Watch
 
     @property
     def big(self) -> bool:
@@ -40,7 +37,7 @@ class Both:
 
     @cached_property
     def reference(self) -> Opened:
-        """The float model that the outputs, and `result.tensors`, are held against."""
+        """The float model that outputs, and `result.tensors`, are held against."""
         if self.result.reference is self.pairing.reference:
             return self.floats
         return opened(self.result.reference, self.result.tensors)
@@ -55,3 +52,13 @@ class Both:
         """The quantized model, with floats for all its integers."""
         others = self.result.tensors.values()
         return opened(self.pairing.model, [*others, *self.pairing.counterparts])
+
+
+def paired(result: Quantized) -> Pairing:
+    """All places of both models."""
+    return pair(result.compared or result.reference, result.model, result.plan)
+
+
+def unpaired(result: Quantized) -> Pairing:
+    """None of them."""
+    return Pairing(result.compared or result.reference, result.model, ())

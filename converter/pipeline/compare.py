@@ -12,7 +12,7 @@ from converter.calibrate.data import open_data, resources_of
 from converter.errors import ModelError, QConvertError
 from converter.graph import files as models
 from converter.job import Job, Watch
-from converter.measure.both import Both
+from converter.measure.both import Both, paired, unpaired
 from converter.measure.results import Findings
 from converter.measure.verify import verify
 from converter.pipeline.behind import Behind
@@ -44,14 +44,11 @@ def compare(job: Job, watch: Watch) -> Findings:
             "Compared on": samples,
         }
         behind = Behind(watch, not len(result.data))
-        look = partial(Both, result, resources, watch)
-        inside = behind.attempt(UNSEEN, partial(look, inside=True))
-        both, labels = inside or look(), job.config.preprocess.label_file
-        known = Findings(facts, sizes, verify(both, labels))
-        if inside is None:
-            return known
-        report = partial(write_reports, folder, job.output.name) if folder else findings
-        return behind.attempt(UNSEEN, lambda: report(both, known)) or known
+        pairing = behind.attempt(UNSEEN, lambda: paired(result))
+        both = Both(result, pairing or unpaired(result), resources, watch)
+        known = Findings(facts, sizes, verify(both, job.config.preprocess.label_file))
+        look = partial(write_reports, folder, job.output.name) if folder else findings
+        return (pairing and behind.attempt(UNSEEN, lambda: look(both, known))) or known
     except CalibError as error:
         raise QConvertError(str(error)) from error
 

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import replace
-from functools import partial
 
 import numpy as np
 import onnx_ir as ir
@@ -20,7 +19,7 @@ from converter.graph.dimensions import name_apart
 from converter.graph.edit import constant
 from converter.graph.files import accepting
 from converter.job import Job, Watch
-from converter.measure.both import Both
+from converter.measure.both import Both, paired, unpaired
 from converter.measure.errors import independent_names, largest_difference
 from converter.measure.results import Findings, Outcome
 from converter.measure.verify import tensor_errors, verify
@@ -109,28 +108,25 @@ def _not_finite(model: ir.Model) -> Iterator[str]:
 def _measured(job: Job, result: Quantized, sizes: tuple[int, int], watch: Watch) -> Outcome:
     """What is found out about a conversion whose file is written."""
     kept = f"Interrupted; {job.output} is written, but what comes behind it is not done."
-    behind, folder = (
-        Behind(watch, not len(result.data), kept),
-        job.config.common.debug_info_save_path,
-    )
+    behind = Behind(watch, not len(result.data), kept)
+    folder = job.config.common.debug_info_save_path
     behind.attempt("It is not said what was changed", lambda: _tell(job, result, sizes, watch))
-    look = partial(Both, result, resources_of(job), watch)
-    inside = behind.attempt(UNREPORTED, partial(look, inside=True)) if folder else None
-    both, labels, verification, errors = (
-        inside or look(),
-        job.config.preprocess.label_file,
-        None,
-        None,
-    )
+    pairing = behind.attempt(UNREPORTED, lambda: paired(result)) if folder else None
+    both = Both(result, pairing or unpaired(result), resources_of(job), watch)
+    labels, verification, errors = job.config.preprocess.label_file, None, None
     if job.verify:
         verification = behind.attempt("The result is not verified", lambda: verify(both, labels))
     why = behind.reason if job.verify else "--verify=off"
     if verification:
         errors = behind.attempt("The tensors inside are not compared", lambda: tensor_errors(both))
-    if folder and inside:
-        facts = {**_facts(job, result), **provenance(job, result.data)}
-        known = Findings(facts, sizes, verification)
-        behind.attempt(UNREPORTED, lambda: write_reports(folder, job.output.name, inside, known))
+    if folder and pairing:
+
+        def report() -> Findings:
+            facts = {**_facts(job, result), **provenance(job, result.data)}
+            known = Findings(facts, sizes, verification)
+            return write_reports(folder, job.output.name, both, known)
+
+        behind.attempt(UNREPORTED, report)
     return Outcome(result.plan, *sizes, errors or (), verification, why)
 
 

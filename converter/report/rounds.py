@@ -12,7 +12,7 @@ import numpy as np
 from calib.affine import Array
 from calib.samples import Dataset
 from calib.session import over_samples
-from converter.calibrate.runs import groups_within, tensor_bytes
+from converter.calibrate.runs import groups_within
 from converter.measure.both import Both
 from converter.measure.errors import APART, Tally, TensorError, error_of, tally
 from converter.measure.pairing import Pairing, Place
@@ -133,7 +133,7 @@ def _parts(both: Both, data: Dataset) -> list[list[Place]]:
     places, resources = both.pairing.places, both.resources
     tapped = {key_of(p): p for p in places if p.counterpart or p.weight is None}.values()
     names = list(dict.fromkeys(place.name for place in tapped if place.weight is None))
-    sizes = tensor_bytes(both.pairing.reference, names, data.sample(0), resources)
+    sizes = both.floats.sizes(names, data.sample(0))
     # Beside a tensor there are its counterpart and temporary float64 arrays.
     groups = list(groups_within(sizes, resources.memory // resources.threads // 8)) or [[]]
     parts = [[place for place in tapped if place.name in group] for group in groups]
