@@ -20,6 +20,7 @@ import numpy as np
 from common import CLASSIFIERS, Classifier
 
 from converter.calibrate.data import open_data, resources_of
+from converter.calibrate.runs import opened
 from converter.config import load_config
 from converter.emit.qdq import emit
 from converter.job import Job, Watch
@@ -65,7 +66,9 @@ def correlation(model: Classifier, folder: Path, samples: int) -> tuple[float, f
         errors = output_errors(result.reference, by_itself, few, resources.threads)
         thorough[unit.name] = min(error.sqnr_db for error in errors)
     middle = time.perf_counter()
-    cheap = alone(pair(result.reference, result.model, result.plan), data, RANKED_ON, resources)
+    pairing = pair(result.reference, result.model, result.plan)
+    floats = opened(pairing.reference, pairing.tensors)
+    cheap = alone(pairing, floats, data, RANKED_ON, resources.threads)
     end = time.perf_counter()
     both = [[thorough[name], cheap[name].output.sqnr_db] for name in thorough if name in cheap]
     ranks = np.argsort(np.argsort(np.array(both).T))

@@ -19,13 +19,12 @@ from running import Ear, InMemory, resources
 from calib.affine import INT8, UINT8
 from calib.ranges import RANGE_METHODS, RangeSpec
 from calib.stats import TensorStats
-from converter.calibrate import observe as calibrate
+from converter.calibrate import runs
 from converter.calibrate.observe import (
     Wanted,
     activation_qparams,
     channel_mean,
     observe,
-    tensor_bytes,
 )
 from converter.graph.files import load
 from converter.plan.placement import Wishes, build_plan
@@ -147,7 +146,7 @@ def test_tensors_are_observed_in_groups_that_fit():
 
 def test_sizes_are_those_of_one_sample(monkeypatch):
     monkeypatch.setattr(runs, "PROBED", 2)
-    sizes = tensor_bytes(
+    sizes = runs.tensor_bytes(
         prepared(GRAPH, **CONSTANTS), ["x", "m", "r", "y"], SAMPLES[0], resources()
     )
     assert sizes == {"x": 48, "m": 72, "r": 72, "y": 72}

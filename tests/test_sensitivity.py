@@ -16,22 +16,27 @@ from hypothesis import strategies as st
 from running import InMemory, resources
 
 from calib.samples import Sample
+from converter.calibrate.runs import opened
 from converter.emit.qdq import emit
 from converter.errors import DataError
-from converter.graph.files import saved
 from converter.measure.errors import output_errors
-from converter.measure.pairing import pair
+from converter.measure.pairing import Pairing, pair
 from converter.measure.sensitivity import Alone, alone, fewest, only, output_drop, read_labels, top1
 from converter.plan.plan import QuantPlan
 
 ROWS = "g (float[5,8] x) => (float[] y)"
 
 
+def alone_in(pairing: Pairing, samples: list[Sample]) -> dict[str, Alone]:
+    floats = opened(pairing.reference, pairing.tensors)
+    return alone(pairing, floats, InMemory(samples), len(samples), threads=1)
+
+
 def by_themselves(model: ir.Model, plan: QuantPlan, samples: list[Sample]) -> dict[str, Alone]:
     """What every node of the plan does alone, over all samples."""
     quantized = model.clone()
     emit(quantized, plan)
-    return alone(pair(model, quantized, plan), InMemory(samples), len(samples), resources())
+    return alone_in(pair(model, quantized, plan), samples)
 
 
 def test_the_node_with_the_coarsest_integers_comes_first():
@@ -102,9 +107,7 @@ def test_a_tensor_of_one_number():
         k=np.float32(0.5),
         z=np.uint8(128),
     )
-    found = alone(
-        pair(model, quantized, QuantPlan({}, {})), InMemory(BATCHES), len(BATCHES), resources()
-    )
+    found = alone_in(pair(model, quantized, QuantPlan({}, {})), BATCHES)
     sums = np.array([np.sum(sample["x"].astype(np.float64) @ normal(8, 6)) for sample in BATCHES])
     codes = np.clip(np.rint(sums / 0.5), -128, 127) * 0.5
     (error,) = (cost.output for cost in found.values())
@@ -135,8 +138,7 @@ LABELS = {"a.png": 0, "b.png": 1, "c.png": 2, "d.png": 1, "unused.png": 7}
     [((0, 0, 0), 3 / 4), ((0, 1.5, 0), 1), ((9, 0, 0), 1 / 4), ((0, 9, 0), 2 / 4)],
 )
 def test_right_answers(shift, share):
-    with saved(scores(*shift)) as path:
-        assert top1(path, DATA, LABELS, resources(2)) == share
+    assert top1(opened(scores(*shift)), DATA, LABELS, 2) == share
     assert output_drop(scores(0, 0, 0), scores(*shift), DATA, LABELS, resources()) == 3 / 4 - share
 
 
@@ -162,8 +164,8 @@ def test_several_rows_a_sample_have_no_one_label():
         build("g (float[2,3] x) => (float[2,3] y) { y = Neg (x) }"),
     )
     words = "label_file: output 'y' has 2 rows a sample; give --inputShape"
-    with saved(model) as path, pytest.raises(DataError, match=words):
-        top1(path, data, LABELS, resources())
+    with pytest.raises(DataError, match=words):
+        top1(opened(model), data, LABELS, 1)
 
 
 # --- labels
