@@ -63,7 +63,8 @@ def correlation(model: Classifier, folder: Path, samples: int) -> tuple[float, f
     for unit in result.plan.units():
         by_itself = result.reference.clone()
         emit(by_itself, only(result.plan, unit))
-        errors = output_errors(result.reference, by_itself, few, resources.threads)
+        sides = opened(result.reference, optimize=True), opened(by_itself, optimize=True)
+        errors = output_errors(*sides, few, resources.threads)
         thorough[unit.name] = min(error.sqnr_db for error in errors)
     middle = time.perf_counter()
     pairing = pair(result.reference, result.model, result.plan)

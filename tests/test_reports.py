@@ -304,7 +304,7 @@ def test_the_cheap_ranking_is_the_thorough_one():
     for unit in plan.units():
         by_itself = float_model.clone()
         emit(by_itself, only(plan, unit))
-        (error,) = output_errors(float_model, by_itself, InMemory(IMAGES), 1)
+        (error,) = output_errors(opened(float_model), opened(by_itself), InMemory(IMAGES), 1)
         thorough[unit.name] = error.sqnr_db
     quantized = float_model.clone()
     emit(quantized, plan)

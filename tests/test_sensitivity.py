@@ -13,7 +13,7 @@ from calibrated import BATCHES, IMAGES, decided
 from graphs import build, normal, types
 from hypothesis import given
 from hypothesis import strategies as st
-from running import InMemory, resources
+from running import InMemory
 
 from calib.samples import Sample
 from converter.calibrate.runs import opened
@@ -85,7 +85,8 @@ def test_a_float_that_is_an_output_and_becomes_integers():
     model, plan = decided(graph, BATCHES)
     quantized = model.clone()
     emit(quantized, plan)
-    lost = next(e for e in output_errors(model, quantized, InMemory(BATCHES), 1) if e.name == "y")
+    errors = output_errors(opened(model), opened(quantized), InMemory(BATCHES), 1)
+    lost = next(error for error in errors if error.name == "y")
     found = by_themselves(model, plan, BATCHES)["one"]
     # Nothing else is quantized.
     assert found.output.name == "y"
@@ -133,29 +134,29 @@ DATA = InMemory(
 LABELS = {"a.png": 0, "b.png": 1, "c.png": 2, "d.png": 1, "unused.png": 7}
 
 
+def drop(model: ir.Model, other: ir.Model, labels: dict[str, int] | None = None) -> float:
+    return output_drop(opened(model), opened(other), DATA, labels, threads=1)
+
+
 @pytest.mark.parametrize(
     ("shift", "share"),
     [((0, 0, 0), 3 / 4), ((0, 1.5, 0), 1), ((9, 0, 0), 1 / 4), ((0, 9, 0), 2 / 4)],
 )
 def test_right_answers(shift, share):
     assert top1(opened(scores(*shift)), DATA, LABELS, 2) == share
-    assert output_drop(scores(0, 0, 0), scores(*shift), DATA, LABELS, resources()) == 3 / 4 - share
+    assert drop(scores(0, 0, 0), scores(*shift), LABELS) == 3 / 4 - share
 
 
 def test_without_labels_the_cosine_counts():
     x = np.concatenate([DATA.sample(i)["x"] for i in range(4)]).astype(np.float64)
     y = x + np.array([0, 1.5, 0])
     cosine = np.sum(x * y) / math.sqrt(np.sum(x * x) * np.sum(y * y))
-    assert output_drop(
-        scores(0, 0, 0), scores(0, 1.5, 0), DATA, None, resources()
-    ) == pytest.approx(1 - cosine)
+    assert drop(scores(0, 0, 0), scores(0, 1.5, 0)) == pytest.approx(1 - cosine)
 
 
 def test_the_worst_output_counts():
     graph = "g (float[1,3] x) => (float[1,3] y, float[1,3] z) {{ y = Neg (x)  z = {} (x) }}"
-    assert output_drop(
-        build(graph.format("Abs")), build(graph.format("Neg")), DATA, None, resources()
-    ) == pytest.approx(2)
+    assert drop(build(graph.format("Abs")), build(graph.format("Neg"))) == pytest.approx(2)
 
 
 def test_several_rows_a_sample_have_no_one_label():

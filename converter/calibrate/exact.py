@@ -8,11 +8,9 @@ gives the same everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -20,7 +18,7 @@ import onnx_ir as ir
 from calib.affine import Array
 from calib.session import open_session, run
 from converter.graph.edit import Names, constant, graph_of, known
-from converter.graph.files import saved, serialized
+from converter.graph.files import serialized
 from converter.plan.matrices import breaks_bound, view_of
 from converter.plan.ops import OPS
 
@@ -93,11 +91,6 @@ def exact(model: ir.Model) -> ir.Model:
 def exact_here(model: ir.Model) -> ir.Model:
     """What computes here what `model` does on exact kernels: itself, if this processor has such."""
     return exact(model) if saturates_here() else model
-
-
-def runnable(model: ir.Model, taps: Iterable[str] = ()) -> AbstractContextManager[Path]:
-    """A temporary file of `model` that is exact on this processor."""
-    return saved(exact_here(model), taps)
 
 
 @cache

@@ -75,12 +75,11 @@ def compare(
 
 
 def output_errors(
-    model: ir.Model, quantized: ir.Model, data: Dataset, threads: int
+    reference: Opened, other: Opened, data: Dataset, threads: int
 ) -> list[TensorError]:
     """What the outputs lost over all samples."""
-    both = opened(model, optimize=True), opened(quantized, optimize=True)
-    names = both[0].outputs
-    return compare(both, dict(zip(names, names, strict=True)), data, len(data), threads)
+    names = {name: name for name in reference.outputs}
+    return compare((reference, other), names, data, len(data), threads)
 
 
 def tally(x: object, y: object) -> Tally:

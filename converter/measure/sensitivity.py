@@ -26,7 +26,6 @@ from converter.calibrate.runs import Opened, opened
 from converter.errors import DataError
 from converter.graph.edit import Names, constant, known, only_consumer, values_by_name
 from converter.graph.qdq import QUANTIZERS, codes_behind
-from converter.job import Resources
 from converter.measure.errors import TensorError, error_of, output_errors, tally, worst_of
 from converter.measure.pairing import Pairing
 from converter.plan.plan import NodePlan, QuantPlan
@@ -216,17 +215,17 @@ def only(plan: QuantPlan, unit: NodePlan) -> QuantPlan:
 
 
 def output_drop(
-    model: ir.Model,
-    quantized: ir.Model,
+    reference: Opened,
+    other: Opened,
     data: Dataset,
     labels: Mapping[str, int] | None,
-    resources: Resources,
+    threads: int,
 ) -> float:
-    """What the quantized model loses over all samples: top-1 share with `labels` by file name, else
+    """What the other model loses over all samples: top-1 share with `labels` by file name, else
     1 - cosine.
     """
     if labels is None:
-        errors = output_errors(model, quantized, data, resources.threads)
+        errors = output_errors(reference, other, data, threads)
         if worst := worst_of(errors):
             return 1 - worst.cosine
         if any(error.apart for error in errors):
@@ -236,11 +235,7 @@ def output_drop(
             "any sample; give other data, or leave max_drop and min_cosine out."
         )
         raise DataError(msg)
-    before, after = (
-        top1(opened(each, optimize=True), data, labels, resources.threads)
-        for each in (model, quantized)
-    )
-    return before - after
+    return top1(reference, data, labels, threads) - top1(other, data, labels, threads)
 
 
 def top1(model: Opened, data: Dataset, labels: Mapping[str, int], threads: int) -> float:

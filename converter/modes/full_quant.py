@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import onnx_ir as ir
 
@@ -22,7 +22,7 @@ from converter.calibrate.observe import (
     of_constants,
     probability_qparams,
 )
-from converter.calibrate.runs import opened
+from converter.calibrate.runs import Opened, opened
 from converter.calibrate.trained_ranges import in_format, untrained, with_trained_ranges
 from converter.calibrate.walk import Walk
 from converter.config import Config
@@ -111,6 +111,11 @@ class Setup:
     def method(self) -> RangeMethod:
         """How ranges follow from statistics."""
         return RANGE_METHODS[self.wanted.activation_quant_method]
+
+    @cached_property
+    def executed(self) -> Opened:
+        """The model as ONNX Runtime executes it."""
+        return opened(self.model, optimize=True)
 
     def planned(self, kept_float: Mapping[str, str]) -> QuantPlan:
         """The plan without numbers that leaves some nodes float."""
@@ -267,7 +272,8 @@ def within_drop(setup: Setup, evidence: Evidence, watch: Watch) -> Attempt:
 
 
 def _drop(setup: Setup, tried: Attempt, labels: Mapping[str, int] | None, watch: Watch) -> float:
-    drop = output_drop(setup.model, tried.model, setup.data, labels, setup.resources)
+    quantized, threads = opened(tried.model, optimize=True), setup.resources.threads
+    drop = output_drop(setup.executed, quantized, setup.data, labels, threads)
     units, measure = len(tried.plan.units()), "cosine" if labels is None else "top-1"
     watch.say(f"With {units} nodes quantized the output loses {drop:.5f} of {measure}.")
     return drop

@@ -18,8 +18,8 @@ import numpy as np
 import onnx_ir as ir
 
 from calib.affine import SMALLEST_SCALE, Array
-from calib.session import open_session, over_samples, run
-from converter.calibrate.exact import runnable
+from calib.session import over_samples
+from converter.calibrate.runs import opened
 from converter.config.keys import MixedBitWeightQuantParam
 from converter.emit.planes import stored_bytes
 from converter.emit.stored import as_floats, emit_stored, planned
@@ -133,15 +133,12 @@ class Search:
     def _least(self, most: int, decide: Callable[[int], QuantPlan]) -> QuantPlan:
         """decide(n) for the least n up to `most` whose outputs keep the cosine, or decide(most)."""
 
+        fitter, reference = self.fitter, opened(self.fitter.model, optimize=True)
+
         def cosine(n: int) -> float:
             plan = decide(n)
-            drop = output_drop(
-                self.fitter.model,
-                self._restored(plan),
-                self.fitter.data,
-                None,
-                self.fitter.resources,
-            )
+            other = opened(self._restored(plan), optimize=True)
+            drop = output_drop(reference, other, fitter.data, None, fitter.resources.threads)
             if 1 - drop >= self.wanted.min_cosine:
                 self.keep(plan)
             return 1 - drop
@@ -240,29 +237,19 @@ class Search:
         )
 
     def _outputs(self, model: ir.Model) -> list[list[Array]]:
-        start, names = (
-            len(self.fitter.data) - (self._judges or len(self.fitter.data)),
-            _names(model),
-        )
-        with runnable(model) as file:
-            session = open_session(file)
+        fitter, executed = self.fitter, opened(model, optimize=True)
+        count = self._judges or len(fitter.data)
+        start = len(fitter.data) - count
 
-            def outputs(i: int) -> list[Array]:
-                found = run(session, names, self.fitter.data.sample(start + i))
-                return [found[name] for name in names]
+        def outputs(i: int) -> list[Array]:
+            return executed.answer(fitter.data.sample(start + i))
 
-            return list(
-                over_samples(len(self.fitter.data) - start, outputs, self.fitter.resources.threads)
-            )
+        return list(over_samples(count, outputs, fitter.resources.threads))
 
     def _restored(self, plan: QuantPlan) -> ir.Model:
         quantized = self.fitter.model.clone()
         emit_stored(quantized, plan, as_floats)
         return quantized
-
-
-def _names(model: ir.Model) -> list[str]:
-    return [value.name or "" for value in model.graph.outputs]
 
 
 @dataclass(frozen=True)
