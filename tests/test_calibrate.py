@@ -146,9 +146,8 @@ def test_tensors_are_observed_in_groups_that_fit():
 
 def test_sizes_are_those_of_one_sample(monkeypatch):
     monkeypatch.setattr(runs, "PROBED", 2)
-    sizes = runs.tensor_bytes(
-        prepared(GRAPH, **CONSTANTS), ["x", "m", "r", "y"], SAMPLES[0], resources()
-    )
+    names = ["x", "m", "r", "y"]
+    sizes = runs.opened(prepared(GRAPH, **CONSTANTS), names).sizes(names, SAMPLES[0])
     assert sizes == {"x": 48, "m": 72, "r": 72, "y": 72}
 
 

@@ -26,8 +26,8 @@ FLOAT = build("g (float[N,4] x) => (float[N,4] y) { h = Abs (x)  y = Neg (x) }")
 
 
 def compared(left, right, samples, tensors=None, count=99, threads=1):
-    both = opened(left), opened(right)
-    return compare(both, tensors or {"y": "y"}, InMemory(samples), count, threads)
+    data = InMemory(samples)
+    return compare(opened(left), opened(right), data, threads, tensors=tensors, count=count)
 
 
 def times(factor, name="y"):

@@ -19,7 +19,7 @@ from calib.samples import Sample
 from converter.calibrate.runs import opened
 from converter.emit.qdq import emit
 from converter.errors import DataError
-from converter.measure.errors import output_errors
+from converter.measure.errors import compare
 from converter.measure.pairing import Pairing, pair
 from converter.measure.sensitivity import Alone, alone, fewest, only, output_drop, read_labels, top1
 from converter.plan.plan import QuantPlan
@@ -85,7 +85,7 @@ def test_a_float_that_is_an_output_and_becomes_integers():
     model, plan = decided(graph, BATCHES)
     quantized = model.clone()
     emit(quantized, plan)
-    errors = output_errors(opened(model), opened(quantized), InMemory(BATCHES), 1)
+    errors = compare(opened(model), opened(quantized), InMemory(BATCHES), 1)
     lost = next(error for error in errors if error.name == "y")
     found = by_themselves(model, plan, BATCHES)["one"]
     # Nothing else is quantized.

@@ -80,10 +80,9 @@ def observe(
     Tensors are tapped in groups whose arrays fit the memory budget together; each group is one pass
     over the data.
     """
-    values = values_by_name(model.graph)
-    constants = of_constants(wanted, values)
+    constants, means = of_constants(wanted, values_by_name(model.graph)), dict[Mean, Array]()
     # The parts together see a constant once.
-    evidence = Evidence({} if wanted.part[0] else constants, {}, wanted.first)
+    statistics = {} if wanted.part[0] else {**constants}
     names = dict.fromkeys([*wanted.tensors, *(name for name, _ in wanted.means)])
     computed = [name for name in names if name not in constants]
     tapped = opened(model, computed, providers=resources.providers)
@@ -98,14 +97,11 @@ def observe(
         if len(groups) > 1:  # what is tapped takes memory though nobody asks for it
             tapped = opened(model, group, providers=resources.providers)
         found = _observe_group(tapped, group, wanted, data, resources, watch)
-        evidence = Evidence(
-            {**evidence.statistics, **found.statistics},
-            {**evidence.means, **found.means},
-            wanted.first,
-        )
+        statistics |= found.statistics
+        means |= found.means
     if wanted.part == (0, 1):
-        warn_of_oddities(evidence.statistics, watch)
-    return evidence
+        warn_of_oddities(statistics, watch)
+    return Evidence(statistics, means, wanted.first)
 
 
 def of_constants(wanted: Wanted, values: Mapping[str, ir.Value]) -> Statistics:

@@ -12,7 +12,6 @@ from calib.affine import Array
 from calib.session import CPU_PROVIDERS, Sample, open_session, run
 from converter.calibrate.exact import exact_here
 from converter.graph.files import nodes_in, saved
-from converter.job import Resources
 
 # Tensors tapped at once while their sizes are found out.
 PROBED = 16
@@ -52,7 +51,6 @@ def opened(
     taps: Iterable[str] = (),
     *,
     optimize: bool = False,
-    threads: int = 1,
     providers: Sequence[str] = CPU_PROVIDERS,
 ) -> Opened:
     """`model`, exact on this processor, with tensors to look at; CalibError if the runtime refuses
@@ -63,7 +61,7 @@ def opened(
     """
     fed = {value.name for value in model.graph.inputs}
     with saved(exact_here(model), [name for name in taps if name not in fed]) as path:
-        return Opened(open_session(path, threads, optimize, providers), _outputs(model))
+        return Opened(open_session(path, optimize=optimize, providers=providers), _outputs(model))
 
 
 def _outputs(model: ir.Model) -> tuple[str, ...]:
@@ -92,18 +90,6 @@ def executed(model: ir.Model, look: bool) -> Executed:
         nodes = nodes_in(optimized) if optimized else []
     other = exact_here(model)
     return Executed(here, here if other is model else opened(other, optimize=True), nodes)
-
-
-# --- sizes
-
-
-def tensor_bytes(
-    model: ir.Model, names: Sequence[str], sample: Sample, resources: Resources
-) -> dict[str, int]:
-    """Bytes of each named tensor for one sample, found by running it."""
-    threads, providers = resources.threads, resources.providers
-    tapped = opened(model, names, optimize=True, threads=threads, providers=providers)
-    return tapped.sizes(names, sample)
 
 
 def groups_within(sizes: Mapping[str, int], budget: int) -> Iterator[list[str]]:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
+import onnx_ir as ir
+
 from converter.calibrate.runs import Opened, opened
 from converter.graph.edit import weight_bytes
 from converter.job import Resources, Watch
@@ -21,14 +23,19 @@ class Both:
     """What a conversion made, and the models as they are without optimizations, each opened once:
     exact on this processor, and with every tensor that anybody asks for.
 
-    `pairing` has all that can be compared, and is empty where nobody wants more than the outputs
-    and `result.tensors`.
+    `inside` has all that can be compared, None where nobody wants more than the outputs and
+    `result.tensors`.
     """
 
     result: Quantized
-    pairing: Pairing
+    inside: Pairing | None
     resources: Resources
     watch: Watch
+
+    @property
+    def pairing(self) -> Pairing:
+        """`inside`, or one without places."""
+        return self.inside or Pairing(_compared(self.result), self.result.model, ())
 
     @property
     def big(self) -> bool:
@@ -56,9 +63,8 @@ class Both:
 
 def paired(result: Quantized) -> Pairing:
     """All places of both models."""
-    return pair(result.compared or result.reference, result.model, result.plan)
+    return pair(_compared(result), result.model, result.plan)
 
 
-def unpaired(result: Quantized) -> Pairing:
-    """None of them."""
-    return Pairing(result.compared or result.reference, result.model, ())
+def _compared(result: Quantized) -> ir.Model:
+    return result.compared or result.reference

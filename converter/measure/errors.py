@@ -4,6 +4,7 @@ were.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -58,28 +59,26 @@ class TensorError:
 
 
 def compare(
-    both: tuple[Opened, Opened], tensors: Mapping[str, str], data: Dataset, count: int, threads: int
+    reference: Opened,
+    other: Opened,
+    data: Dataset,
+    threads: int,
+    *,
+    tensors: Mapping[str, str] | None = None,
+    count: int = sys.maxsize,
 ) -> list[TensorError]:
-    """The error of each tensor over the first `count` samples; `tensors` maps names of the one
-    model to the other's.
+    """The error of each output over the first `count` samples, or of `tensors`, which map names of
+    the one model to the other's.
     """
-    first, second = both
+    pairs = tensors or {name: name for name in reference.outputs}
 
     def step(index: int) -> Array:
         sample = data.sample(index)
-        left, right = first.fetch(tensors, sample), second.fetch(tensors.values(), sample)
-        return np.array([tally(left[name], right[other]) for name, other in tensors.items()])
+        left, right = reference.fetch(pairs, sample), other.fetch(pairs.values(), sample)
+        return np.array([tally(left[name], right[there]) for name, there in pairs.items()])
 
     sums = sum(over_samples(min(count, len(data)), step, threads))
-    return [error_of(name, total) for name, total in zip(tensors, np.asarray(sums), strict=True)]
-
-
-def output_errors(
-    reference: Opened, other: Opened, data: Dataset, threads: int
-) -> list[TensorError]:
-    """What the outputs lost over all samples."""
-    names = {name: name for name in reference.outputs}
-    return compare((reference, other), names, data, len(data), threads)
+    return list(map(error_of, pairs, np.asarray(sums)))
 
 
 def tally(x: object, y: object) -> Tally:

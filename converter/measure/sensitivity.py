@@ -26,7 +26,7 @@ from converter.calibrate.runs import Opened, opened
 from converter.errors import DataError
 from converter.graph.edit import Names, constant, known, only_consumer, values_by_name
 from converter.graph.qdq import QUANTIZERS, codes_behind
-from converter.measure.errors import TensorError, error_of, output_errors, tally, worst_of
+from converter.measure.errors import TensorError, compare, error_of, tally, worst_of
 from converter.measure.pairing import Pairing
 from converter.plan.plan import NodePlan, QuantPlan
 
@@ -225,7 +225,7 @@ def output_drop(
     1 - cosine.
     """
     if labels is None:
-        errors = output_errors(reference, other, data, threads)
+        errors = compare(reference, other, data, threads)
         if worst := worst_of(errors):
             return 1 - worst.cosine
         if any(error.apart for error in errors):

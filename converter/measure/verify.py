@@ -22,6 +22,7 @@ from converter.errors import DataError
 from converter.job import Watch
 from converter.measure.both import Both
 from converter.measure.errors import (
+    Tally,
     TensorError,
     compare,
     error_of,
@@ -72,15 +73,14 @@ def verify(both: Both, label_file: Path | None) -> Verification:
     data, held_back = _samples(result, watch)
     seen = _run(both, data)
     plain = _outputs(both.quantized, data, PLAIN_SAMPLES, both) if len(seen.before) > 1 else []
-    answers = _answers(seen.before, seen.after)
-    labels = label_file if answers is not None else None
+    after, answers = _tallies(seen.before, seen.after), _answers(seen.before, seen.after)
     found = Verification(
         samples=len(seen.before),
         held_back=held_back,
-        outputs=_errors(seen.names, seen.before, seen.after),
+        outputs=_errors(seen.names, after),
         fused_difference=_difference(plain, seen.after),
         speedup=seen.speedup,
-        top1=_top1(answers, data, labels, watch) if labels and answers is not None else None,
+        top1=_top1(answers, data, label_file, watch),
         agreement=_agreement(answers),
         kernels=dict(Counter(op_type for _, op_type in seen.nodes)),
         conversions=tuple(name for name, op_type in seen.nodes if op_type in CONVERSIONS),
@@ -88,7 +88,7 @@ def verify(both: Both, label_file: Path | None) -> Verification:
         random=not len(result.data),
         here=_here(seen),
     )
-    fused = [_errors(seen.names, seen.before[: len(plain)], x) for x in (seen.after, plain)]
+    fused = [_errors(seen.names, x) for x in (after[: len(plain)], _tallies(seen.before, plain))]
     _warn(found, list(zip(*fused, strict=True)), result, watch)
     return found
 
@@ -129,21 +129,25 @@ def _outputs(model: Opened, data: Dataset, most: int, both: Both) -> Outputs:
     return [first, *rest]
 
 
-def _errors(names: Sequence[str], before: Outputs, after: Outputs) -> tuple[TensorError, ...]:
-    """The error of every output over the samples of `after`."""
-    found = [
-        [tally(x, y) for x, y in zip(*both, strict=True)]
-        for both in zip(before, after, strict=False)
-    ]
-    return tuple(map(error_of, names, np.sum(found, axis=0))) if found else ()
+def _tallies(before: Outputs, after: Outputs) -> list[list[Tally]]:
+    """Of every output, in the samples of `after`."""
+    return [list(map(tally, *sample)) for sample in zip(before, after, strict=False)]
+
+
+def _errors(names: Sequence[str], tallies: list[list[Tally]]) -> tuple[TensorError, ...]:
+    """The error of every output over all samples."""
+    return tuple(map(error_of, names, np.sum(tallies, axis=0))) if tallies else ()
+
+
+def _extents(first: Outputs, second: Outputs) -> list[tuple[float, float]]:
+    """The largest value and difference of every output, in the samples that both have."""
+    samples = zip(first, second, strict=False)
+    return [found for sample in samples for found in map(extent, *sample)]
 
 
 def _difference(plain: Outputs, after: Outputs) -> float:
     """The largest relative to the largest value."""
-    pairs = [
-        both for sample in zip(plain, after, strict=False) for both in zip(*sample, strict=True)
-    ]
-    extents = [found for x, y in pairs if np.isfinite(found := extent(x, y)).all()]
+    extents = [found for found in _extents(plain, after) if np.isfinite(found).all()]
     largest, difference = np.max([(0.0, 0.0), *extents], axis=0)
     return float(difference / (largest or 1.0))
 
@@ -170,17 +174,18 @@ def _agreement(answers: Array | None) -> float | None:
 
 def _here(seen: _Seen) -> Here | None:
     """What the outputs here tell, None where they are those of exact kernels."""
-    pairs = [both for x in zip(seen.after, seen.here, strict=True) for both in zip(*x, strict=True)]
-    worst = worst_of(_errors(seen.names, seen.before, seen.here))
-    if worst is None or all(extent(x, y)[1] == 0 for x, y in pairs):
+    worst = worst_of(_errors(seen.names, _tallies(seen.before, seen.here)))
+    if worst is None or not any(difference for _, difference in _extents(seen.after, seen.here)):
         return None
     return Here(worst, _agreement(_answers(seen.before, seen.here)))
 
 
 def _top1(
-    answers: Array, data: Dataset, label_file: Path, watch: Watch
+    answers: Array | None, data: Dataset, label_file: Path | None, watch: Watch
 ) -> tuple[float, float] | None:
-    """The share of right answers of both models."""
+    """The share of right answers of both models, None where it is not known."""
+    if answers is None or label_file is None:
+        return None
     try:
         labels = read_labels(label_file, data)
     except DataError as error:
@@ -249,5 +254,6 @@ def tensor_errors(both: Both) -> tuple[TensorError, ...]:
         return ()
     sides = both.reference, both.quantized
     tensors = {**both.result.tensors, **{name: name for name in both.reference.outputs}}
-    found = compare(sides, tensors, data, COMPARED_SAMPLES, both.resources.threads)
+    threads = both.resources.threads
+    found = compare(*sides, data, threads, tensors=tensors, count=COMPARED_SAMPLES)
     return tuple(sorted(found, key=lambda error: error.sqnr_db))

@@ -12,7 +12,7 @@ from converter.calibrate.data import open_data, resources_of
 from converter.errors import ModelError, QConvertError
 from converter.graph import files as models
 from converter.job import Job, Watch
-from converter.measure.both import Both, paired, unpaired
+from converter.measure.both import Both, paired
 from converter.measure.results import Findings
 from converter.measure.verify import verify
 from converter.pipeline.behind import Behind
@@ -45,7 +45,7 @@ def compare(job: Job, watch: Watch) -> Findings:
         }
         behind = Behind(watch, not len(result.data))
         pairing = behind.attempt(UNSEEN, lambda: paired(result))
-        both = Both(result, pairing or unpaired(result), resources, watch)
+        both = Both(result, pairing, resources, watch)
         known = Findings(facts, sizes, verify(both, job.config.preprocess.label_file))
         look = partial(write_reports, folder, job.output.name) if folder else findings
         return (pairing and behind.attempt(UNSEEN, lambda: look(both, known))) or known

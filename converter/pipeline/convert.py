@@ -19,7 +19,7 @@ from converter.graph.dimensions import name_apart
 from converter.graph.edit import constant
 from converter.graph.files import accepting
 from converter.job import Job, Watch
-from converter.measure.both import Both, paired, unpaired
+from converter.measure.both import Both, paired
 from converter.measure.errors import independent_names, largest_difference
 from converter.measure.results import Findings, Outcome
 from converter.measure.verify import tensor_errors, verify
@@ -112,7 +112,7 @@ def _measured(job: Job, result: Quantized, sizes: tuple[int, int], watch: Watch)
     folder = job.config.common.debug_info_save_path
     behind.attempt("It is not said what was changed", lambda: _tell(job, result, sizes, watch))
     pairing = behind.attempt(UNREPORTED, lambda: paired(result)) if folder else None
-    both = Both(result, pairing or unpaired(result), resources_of(job), watch)
+    both = Both(result, pairing, resources_of(job), watch)
     labels, verification, errors = job.config.preprocess.label_file, None, None
     if job.verify:
         verification = behind.attempt("The result is not verified", lambda: verify(both, labels))
