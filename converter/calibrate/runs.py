@@ -14,7 +14,7 @@ from converter.calibrate.exact import exact_here
 from converter.graph.files import nodes_in, saved
 
 # Tensors tapped at once while their sizes are found out.
-PROBED = 16
+PROBED = 32
 
 
 @dataclass(frozen=True)
