@@ -61,7 +61,7 @@ ROUND = [
 
 
 def both(result: Quantized, memory: int = 64 << 20) -> Both:
-    return Both(result, paired(result), resources(memory=memory), Ear())
+    return Both(result, paired(result, inside=True), resources(memory=memory), Ear())
 
 
 def table(path: Path) -> list[dict[str, str]]:

@@ -16,7 +16,7 @@ from calib.images import ImageOptions
 from calib.samples import Dataset, InputSpec, open_dataset
 from converter.calibrate.exact import saturating
 from converter.config import load_config
-from converter.measure.both import Both
+from converter.measure.both import Both, paired
 from converter.measure.errors import TensorError
 from converter.measure.results import Verification
 from converter.measure.verify import _difference, _warn, verify
@@ -50,7 +50,7 @@ SCORES = rows([3, 1, 0], [0, 2, 1], [1, 0, 4], [5, 4, 0])
 
 
 def both(result: Quantized, ear: Ear) -> Both:
-    return Both(result, None, resources(), ear)
+    return Both(result, paired(result, inside=False), resources(), ear)
 
 
 def checked(

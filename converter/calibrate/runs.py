@@ -78,7 +78,7 @@ class Executed:
 
     here: Opened
     exact: Opened
-    nodes: Sequence[tuple[str, str]] = ()
+    nodes: Sequence[tuple[str, str]]
 
 
 def executed(model: ir.Model, look: bool) -> Executed:

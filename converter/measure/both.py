@@ -5,8 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-import onnx_ir as ir
-
 from converter.calibrate.runs import Opened, opened
 from converter.graph.edit import weight_bytes
 from converter.job import Resources, Watch
@@ -23,19 +21,14 @@ class Both:
     """What a conversion made, and the models as they are without optimizations, each opened once:
     exact on this processor, and with every tensor that anybody asks for.
 
-    `inside` has all that can be compared, None where nobody wants more than the outputs and
+    `pairing` has all that can be compared, or no place where nobody wants more than the outputs and
     `result.tensors`.
     """
 
     result: Quantized
-    inside: Pairing | None
+    pairing: Pairing
     resources: Resources
     watch: Watch
-
-    @property
-    def pairing(self) -> Pairing:
-        """`inside`, or one without places."""
-        return self.inside or Pairing(_compared(self.result), self.result.model, ())
 
     @property
     def big(self) -> bool:
@@ -57,14 +50,11 @@ class Both:
     @cached_property
     def quantized(self) -> Opened:
         """The quantized model, with floats for all its integers."""
-        others = self.result.tensors.values()
-        return opened(self.pairing.model, [*others, *self.pairing.counterparts])
+        others = [place.counterpart for place in self.pairing.places if place.counterpart]
+        return opened(self.pairing.model, [*self.result.tensors.values(), *others])
 
 
-def paired(result: Quantized) -> Pairing:
-    """All places of both models."""
-    return pair(_compared(result), result.model, result.plan)
-
-
-def _compared(result: Quantized) -> ir.Model:
-    return result.compared or result.reference
+def paired(result: Quantized, *, inside: bool) -> Pairing:
+    """What can be compared `inside` both models, or nothing."""
+    reference, other = result.compared or result.reference, result.model
+    return pair(reference, other, result.plan) if inside else Pairing(reference, other, ())

@@ -60,11 +60,6 @@ class Pairing:
         """What the float model computes at the places, and what it is fed."""
         return [place.name for place in self.places if place.output or place.weight is None]
 
-    @property
-    def counterparts(self) -> list[str]:
-        """What the other model has for it."""
-        return [place.counterpart for place in self.places if place.counterpart]
-
 
 def pair(reference: ir.Model, other: ir.Model, plan: QuantPlan) -> Pairing:
     """The places of the main graph, and constants of subgraphs; `plan`, which may be empty, knows

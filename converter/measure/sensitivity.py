@@ -83,11 +83,11 @@ def alone(
         return np.array(rows)
 
     sums = sum(over_samples(min(count, len(data)), step, threads))
-    errors = {
-        unit: list(map(error_of, [unit, *floats.outputs], rows))
-        for unit, rows in zip(units, np.asarray(sums), strict=True)
-    }
-    return {unit: Alone(own, _loudest(outputs, own)) for unit, (own, *outputs) in errors.items()}
+    found = {}
+    for unit, rows in zip(units, np.asarray(sums), strict=True):
+        own, *outputs = map(error_of, [unit, *floats.outputs], rows)
+        found[unit] = Alone(own, _loudest(outputs, own))
+    return found
 
 
 def _loudest(outputs: Iterable[TensorError], own: TensorError) -> TensorError:

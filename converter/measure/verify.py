@@ -252,8 +252,13 @@ def tensor_errors(both: Both) -> tuple[TensorError, ...]:
     data = both.result.data
     if not len(data):
         return ()
-    sides = both.reference, both.quantized
-    tensors = {**both.result.tensors, **{name: name for name in both.reference.outputs}}
-    threads = both.resources.threads
-    found = compare(*sides, data, threads, tensors=tensors, count=COMPARED_SAMPLES)
+    outputs = {name: name for name in both.reference.outputs}
+    found = compare(
+        both.reference,
+        both.quantized,
+        data,
+        both.resources.threads,
+        tensors={**both.result.tensors, **outputs},
+        count=COMPARED_SAMPLES,
+    )
     return tuple(sorted(found, key=lambda error: error.sqnr_db))

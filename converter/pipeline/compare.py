@@ -44,11 +44,11 @@ def compare(job: Job, watch: Watch) -> Findings:
             "Compared on": samples,
         }
         behind = Behind(watch, not len(result.data))
-        pairing = behind.attempt(UNSEEN, lambda: paired(result))
-        both = Both(result, pairing, resources, watch)
+        inside = behind.attempt(UNSEEN, lambda: paired(result, inside=True))
+        both = Both(result, inside or paired(result, inside=False), resources, watch)
         known = Findings(facts, sizes, verify(both, job.config.preprocess.label_file))
         look = partial(write_reports, folder, job.output.name) if folder else findings
-        return (pairing and behind.attempt(UNSEEN, lambda: look(both, known))) or known
+        return (inside and behind.attempt(UNSEEN, lambda: look(both, known))) or known
     except CalibError as error:
         raise QConvertError(str(error)) from error
 

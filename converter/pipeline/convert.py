@@ -111,15 +111,15 @@ def _measured(job: Job, result: Quantized, sizes: tuple[int, int], watch: Watch)
     behind = Behind(watch, not len(result.data), kept)
     folder = job.config.common.debug_info_save_path
     behind.attempt("It is not said what was changed", lambda: _tell(job, result, sizes, watch))
-    pairing = behind.attempt(UNREPORTED, lambda: paired(result)) if folder else None
-    both = Both(result, pairing, resources_of(job), watch)
+    inside = behind.attempt(UNREPORTED, lambda: paired(result, inside=bool(folder)))
+    both = Both(result, inside or paired(result, inside=False), resources_of(job), watch)
     labels, verification, errors = job.config.preprocess.label_file, None, None
     if job.verify:
         verification = behind.attempt("The result is not verified", lambda: verify(both, labels))
     why = behind.reason if job.verify else "--verify=off"
     if verification:
         errors = behind.attempt("The tensors inside are not compared", lambda: tensor_errors(both))
-    if folder and pairing:
+    if folder and inside:
 
         def report() -> Findings:
             facts = {**_facts(job, result), **provenance(job, result.data)}

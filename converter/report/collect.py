@@ -26,6 +26,7 @@ from converter.measure.results import Findings, NodeFinding, TensorFinding, Veri
 from converter.measure.sensitivity import RANKED_ON, Alone, alone
 from converter.plan.plan import NodePlan
 from converter.plan.result import Quantized
+from converter.prepare.fake_quant_ranges import span_of
 from converter.report.advice import advice_for, overall_advice
 from converter.report.page import page
 from converter.report.rounds import Figures, Key, Summary, key_of, rounds
@@ -237,11 +238,8 @@ class _Shown:
 
 def _tensor(place: Place, q: QParams, statistics: TensorStats) -> TensorFinding:
     histogram = statistics.histogram()
-    edges, zero = histogram.edges, q.zero_point.astype(np.float64)
-    low, high = (
-        float(((q.format.qmin - zero) * q.scale).min()),
-        float(((q.format.qmax - zero) * q.scale).max()),
-    )
+    edges, span = histogram.edges, span_of(q)
+    low, high = float(span.lo.min()), float(span.hi.max())
     if q.format.trellis and place.restored is not None:
         low, high = float(place.restored.min()), float(place.restored.max())
     near = float(q.scale.max()) / 2  # rounding alone moves values so far
