@@ -20,10 +20,11 @@ import numpy as np
 from common import CLASSIFIERS, Classifier
 
 from converter.calibrate.data import open_data, resources_of
+from converter.calibrate.runs import opened
 from converter.config import load_config
 from converter.emit.qdq import emit
 from converter.job import Job, Watch
-from converter.measure.errors import output_errors
+from converter.measure.errors import compare
 from converter.measure.pairing import pair
 from converter.measure.sensitivity import RANKED_ON, alone, only
 from converter.modes.full_quant import quantize
@@ -62,10 +63,13 @@ def correlation(model: Classifier, folder: Path, samples: int) -> tuple[float, f
     for unit in result.plan.units():
         by_itself = result.reference.clone()
         emit(by_itself, only(result.plan, unit))
-        errors = output_errors(result.reference, by_itself, few, resources.threads)
+        sides = opened(result.reference, optimize=True), opened(by_itself, optimize=True)
+        errors = compare(*sides, few, resources.threads)
         thorough[unit.name] = min(error.sqnr_db for error in errors)
     middle = time.perf_counter()
-    cheap = alone(pair(result.reference, result.model, result.plan), data, RANKED_ON, resources)
+    pairing = pair(result.reference, result.model, result.plan)
+    floats = opened(pairing.reference, pairing.tensors)
+    cheap = alone(pairing, floats, data, RANKED_ON, resources.threads)
     end = time.perf_counter()
     both = [[thorough[name], cheap[name].output.sqnr_db] for name in thorough if name in cheap]
     ranks = np.argsort(np.argsort(np.array(both).T))

@@ -257,6 +257,14 @@ def test_only_model_reads_and_writes_model_files():
     assert callers_of(*names) == {"converter.graph.files"}
 
 
+def test_samples_run_where_sessions_are_opened_once():
+    # Apart from them: what loads at all, what type a tensor has, and what a processor computes.
+    asks = {"converter.graph.files", "converter.prepare.types", "converter.calibrate.exact"}
+    runs = {"converter.calibrate.runs", "converter.calibrate.walk"}
+    assert callers_of("open_session") == runs | asks
+    assert callers_of("ort.InferenceSession") == {"calib.session"}
+
+
 def test_only_config_reads_ini():
     assert importers_of("configparser") <= {m for m in MODULES if m.startswith("converter.config")}
     assert importers_of("converter.config.reader", "converter.config.grammar") <= {

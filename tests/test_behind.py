@@ -59,7 +59,7 @@ def test_a_step_that_fails_costs_one_warning(
     qconvert: Command, monkeypatch: pytest.MonkeyPatch, mode: str, step: str, error: Exception,
     words: str,
 ) -> None:  # fmt: skip
-    monkeypatch.setattr(f"converter.pipeline.{step}", failing(error))
+    monkeypatch.setattr(f"converter.pipeline.convert.{step}", failing(error))
     result = qconvert.convert(configured(mode), Path("q.onnx"), written())
     assert result.code == 0
     assert result.lines[-1] == "CONVERT RESULT SUCCESS:0"
@@ -74,7 +74,7 @@ def test_a_step_that_fails_costs_one_warning(
 def test_an_interrupt_behind_the_file_keeps_it(
     qconvert: Command, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
-    monkeypatch.setattr(f"converter.pipeline.{step}", failing(KeyboardInterrupt()))
+    monkeypatch.setattr(f"converter.pipeline.convert.{step}", failing(KeyboardInterrupt()))
     result = qconvert.convert(configured(), Path("q.onnx"), written())
     assert result.code == 130
     assert result.err.strip().splitlines()[-1] == (

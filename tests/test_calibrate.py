@@ -19,13 +19,12 @@ from running import Ear, InMemory, resources
 from calib.affine import INT8, UINT8
 from calib.ranges import RANGE_METHODS, RangeSpec
 from calib.stats import TensorStats
-from converter.calibrate import observe as calibrate
+from converter.calibrate import runs
 from converter.calibrate.observe import (
     Wanted,
     activation_qparams,
     channel_mean,
     observe,
-    tensor_bytes,
 )
 from converter.graph.files import load
 from converter.plan.placement import Wishes, build_plan
@@ -146,16 +145,15 @@ def test_tensors_are_observed_in_groups_that_fit():
 
 
 def test_sizes_are_those_of_one_sample(monkeypatch):
-    monkeypatch.setattr(calibrate, "PROBED", 2)
-    sizes = tensor_bytes(
-        prepared(GRAPH, **CONSTANTS), ["x", "m", "r", "y"], SAMPLES[0], resources()
-    )
+    monkeypatch.setattr(runs, "PROBED", 2)
+    names = ["x", "m", "r", "y"]
+    sizes = runs.opened(prepared(GRAPH, **CONSTANTS), names).sizes(names, SAMPLES[0])
     assert sizes == {"x": 48, "m": 72, "r": 72, "y": 72}
 
 
 @given(st.dictionaries(st.text(min_size=1), st.integers(0, 50), max_size=12), st.integers(0, 120))
 def test_groups_fit_the_budget_and_keep_the_order(sizes, budget):
-    groups = list(calibrate.groups_within(sizes, budget))
+    groups = list(runs.groups_within(sizes, budget))
     assert [name for group in groups for name in group] == list(sizes)
     totals = [sum(sizes[name] for name in group) for group in groups]
     assert all(

@@ -6,11 +6,12 @@ import math
 
 import numpy as np
 import pytest
-from graphs import build, frozen, normal
+from graphs import build, normal
 from hypothesis import given
 from hypothesis import strategies as st
 from running import InMemory
 
+from converter.calibrate.runs import opened
 from converter.measure.errors import (
     TensorError,
     compare,
@@ -21,11 +22,12 @@ from converter.measure.errors import (
     worst_of,
 )
 
-FLOAT = frozen(build("g (float[N,4] x) => (float[N,4] y) { h = Abs (x)  y = Neg (x) }"))
+FLOAT = build("g (float[N,4] x) => (float[N,4] y) { h = Abs (x)  y = Neg (x) }")
 
 
 def compared(left, right, samples, tensors=None, count=99, threads=1):
-    return compare(left, right, tensors or {"y": "y"}, InMemory(samples), count, threads)
+    data = InMemory(samples)
+    return compare(opened(left), opened(right), data, threads, tensors=tensors, count=count)
 
 
 def times(factor, name="y"):
@@ -117,11 +119,9 @@ def test_any_difference(row, addend):
 
 
 @pytest.mark.parametrize(("each", "expected"), [(0.02, 2.0), (0.0002, None)])
-def test_speed_is_the_ratio_of_medians(tmp_path, monkeypatch, each, expected):
+def test_speed_is_the_ratio_of_medians(monkeypatch, each, expected):
     """The clock stands still but for the runs: the float model takes two units, the other one."""
-    paths = [tmp_path / "left.onnx", tmp_path / "right.onnx"]
-    for path in paths:
-        path.write_bytes(FLOAT)
+    both = opened(FLOAT), opened(FLOAT)
     clock, first = [0.0], []
 
     def tick(session, outputs, sample):
@@ -130,7 +130,7 @@ def test_speed_is_the_ratio_of_medians(tmp_path, monkeypatch, each, expected):
 
     monkeypatch.setattr("converter.measure.errors.run", tick)
     monkeypatch.setattr("time.perf_counter", lambda: clock[0])
-    assert speedup(*paths, {}) == (expected and pytest.approx(expected))
+    assert speedup(*both, {}) == (expected and pytest.approx(expected))
 
 
 def test_values_that_are_not_finite_are_counted_and_left_out():

@@ -25,12 +25,14 @@ from running import Ear, InMemory, job, resources, write_config
 
 from calib.affine import Array
 from converter.calibrate.exact import saturating
+from converter.calibrate.runs import opened
 from converter.config import load_config
 from converter.emit.qdq import emit
 from converter.errors import ConfigError
 from converter.graph.files import load, saved
 from converter.job import Job
-from converter.measure.errors import output_errors
+from converter.measure.both import Both, paired
+from converter.measure.errors import compare
 from converter.measure.pairing import pair
 from converter.measure.results import Findings, Verification
 from converter.measure.sensitivity import alone, only
@@ -56,6 +58,10 @@ ROUND = [
     *("NodeName", "NodeType", "TensorName", "InOutFlag", "DataTypeFlag", "TensorTypeFlag"),
     *("Min", "Q1", "Median", "Q3", "MAX", "Mean", "Var", "Sparsity", "Clip", "CosineSimilarity"),
 ]
+
+
+def both(result: Quantized, memory: int = 64 << 20) -> Both:
+    return Both(result, paired(result, inside=True), resources(memory=memory), Ear())
 
 
 def table(path: Path) -> list[dict[str, str]]:
@@ -267,9 +273,9 @@ def test_memory_does_not_change_the_figures(tmp_path):
         tmp_path / "model.onnx", tmp_path / "quantized.onnx", load_config(tmp_path / "c.cfg")
     )
     before, after = load(task.model), load(task.output)
-    places = pair(before, after, QuantPlan({}, {}))
     data = InMemory([{"x": DATA[i : i + 1]} for i in range(3)])
-    whole, parts = (list(rounds(places, data, 3, resources(memory=m)))[2] for m in (1 << 30, 1))
+    result = Quantized(before, after, QuantPlan({}, {}), data)
+    whole, parts = (list(rounds(both(result, memory), data, 3))[2] for memory in (1 << 30, 1))
     assert whole == parts
     assert f"{whole.figures['r', 'r_dequantized'].cosine:.9g}" in wanted
 
@@ -298,11 +304,13 @@ def test_the_cheap_ranking_is_the_thorough_one():
     for unit in plan.units():
         by_itself = float_model.clone()
         emit(by_itself, only(plan, unit))
-        (error,) = output_errors(float_model, by_itself, InMemory(IMAGES), 1)
+        (error,) = compare(opened(float_model), opened(by_itself), InMemory(IMAGES), 1)
         thorough[unit.name] = error.sqnr_db
     quantized = float_model.clone()
     emit(quantized, plan)
-    cheap = alone(pair(float_model, quantized, plan), InMemory(IMAGES), len(IMAGES), resources())
+    pairing = pair(float_model, quantized, plan)
+    floats = opened(float_model, pairing.tensors)
+    cheap = alone(pairing, floats, InMemory(IMAGES), len(IMAGES), threads=1)
     assert thorough.keys() == cheap.keys()
     for name, sqnr in thorough.items():
         assert cheap[name].output.sqnr_db == pytest.approx(sqnr, abs=0.01)
@@ -342,9 +350,8 @@ def test_models_of_other_tools_are_paired(foreign):
         place.name for place in places if place.restored is None and place.counterpart is None
     }
     assert missing <= {"a", "c"}
-    (only_round,) = rounds(
-        pair(before, after, QuantPlan({}, {})), InMemory([{"x": DATA[:1]}]), 1, resources()
-    )
+    data = InMemory([{"x": DATA[:1]}])
+    (only_round,) = rounds(both(Quantized(before, after, QuantPlan({}, {}), data)), data, 1)
     figures = only_round.figures.items()
     similar = {key[0]: found.cosine for key, found in figures if found.dequant is not None}
     assert {"x", "r", "z", "y"} <= similar.keys()
@@ -361,7 +368,7 @@ def test_a_report_names_saturation_and_its_nodes(foreign):
     before, after = foreign
     result = Quantized(before, after, QuantPlan({}, {}), InMemory([{"x": DATA[:1]}]))
     verified = Verification(**NOTHING, saturated=tuple(saturating(after)))
-    found = findings(result, Findings({}, (1, 1), verified), resources(), Ear())
+    found = findings(both(result), Findings({}, (1, 1), verified))
     assert any(line.startswith("Saturation: the weights of one, two") for line in found.advice)
     assert {node.name for node in found.nodes if "saturate" in node.advice} == {
         "one, two",
@@ -396,7 +403,7 @@ def test_a_report_names_mixed_ranges(tmp_path, small, named):
     result = Quantized(
         before, load(tmp_path / "other.onnx"), QuantPlan({}, {}), InMemory([{"x": DATA[:1]}])
     )
-    found = findings(result, Findings({}, (1, 1), None), resources(), Ear())
+    found = findings(both(result), Findings({}, (1, 1), None))
     advice = {node.name: node.advice for node in found.nodes}
     assert ("mixed ranges" in advice["tail"]) == named
     assert (
@@ -417,7 +424,7 @@ def test_a_report_names_what_is_cut_off():
     quantized = float_model.clone()
     emit(quantized, plan.with_qparams({h: narrow}))
     result = Quantized(float_model, quantized, plan, InMemory(samples))
-    found = findings(result, Findings({}, (1, 1), None), resources(), Ear())
+    found = findings(both(result), Findings({}, (1, 1), None))
     advice = {node.name: node.advice for node in found.nodes}
     assert "of h is cut off" in advice["first"]
     assert any(line.startswith("Much is cut off at first") for line in found.advice)

@@ -13,25 +13,30 @@ from calibrated import BATCHES, IMAGES, decided
 from graphs import build, normal, types
 from hypothesis import given
 from hypothesis import strategies as st
-from running import InMemory, resources
+from running import InMemory
 
 from calib.samples import Sample
+from converter.calibrate.runs import opened
 from converter.emit.qdq import emit
 from converter.errors import DataError
-from converter.graph.files import saved
-from converter.measure.errors import output_errors
-from converter.measure.pairing import pair
+from converter.measure.errors import compare
+from converter.measure.pairing import Pairing, pair
 from converter.measure.sensitivity import Alone, alone, fewest, only, output_drop, read_labels, top1
 from converter.plan.plan import QuantPlan
 
 ROWS = "g (float[5,8] x) => (float[] y)"
 
 
+def alone_in(pairing: Pairing, samples: list[Sample]) -> dict[str, Alone]:
+    floats = opened(pairing.reference, pairing.tensors)
+    return alone(pairing, floats, InMemory(samples), len(samples), threads=1)
+
+
 def by_themselves(model: ir.Model, plan: QuantPlan, samples: list[Sample]) -> dict[str, Alone]:
     """What every node of the plan does alone, over all samples."""
     quantized = model.clone()
     emit(quantized, plan)
-    return alone(pair(model, quantized, plan), InMemory(samples), len(samples), resources())
+    return alone_in(pair(model, quantized, plan), samples)
 
 
 def test_the_node_with_the_coarsest_integers_comes_first():
@@ -80,7 +85,8 @@ def test_a_float_that_is_an_output_and_becomes_integers():
     model, plan = decided(graph, BATCHES)
     quantized = model.clone()
     emit(quantized, plan)
-    lost = next(e for e in output_errors(model, quantized, InMemory(BATCHES), 1) if e.name == "y")
+    errors = compare(opened(model), opened(quantized), InMemory(BATCHES), 1)
+    lost = next(error for error in errors if error.name == "y")
     found = by_themselves(model, plan, BATCHES)["one"]
     # Nothing else is quantized.
     assert found.output.name == "y"
@@ -102,9 +108,7 @@ def test_a_tensor_of_one_number():
         k=np.float32(0.5),
         z=np.uint8(128),
     )
-    found = alone(
-        pair(model, quantized, QuantPlan({}, {})), InMemory(BATCHES), len(BATCHES), resources()
-    )
+    found = alone_in(pair(model, quantized, QuantPlan({}, {})), BATCHES)
     sums = np.array([np.sum(sample["x"].astype(np.float64) @ normal(8, 6)) for sample in BATCHES])
     codes = np.clip(np.rint(sums / 0.5), -128, 127) * 0.5
     (error,) = (cost.output for cost in found.values())
@@ -130,30 +134,29 @@ DATA = InMemory(
 LABELS = {"a.png": 0, "b.png": 1, "c.png": 2, "d.png": 1, "unused.png": 7}
 
 
+def drop(model: ir.Model, other: ir.Model, labels: dict[str, int] | None = None) -> float:
+    return output_drop(opened(model), opened(other), DATA, labels, threads=1)
+
+
 @pytest.mark.parametrize(
     ("shift", "share"),
     [((0, 0, 0), 3 / 4), ((0, 1.5, 0), 1), ((9, 0, 0), 1 / 4), ((0, 9, 0), 2 / 4)],
 )
 def test_right_answers(shift, share):
-    with saved(scores(*shift)) as path:
-        assert top1(path, DATA, LABELS, resources(2)) == share
-    assert output_drop(scores(0, 0, 0), scores(*shift), DATA, LABELS, resources()) == 3 / 4 - share
+    assert top1(opened(scores(*shift)), DATA, LABELS, 2) == share
+    assert drop(scores(0, 0, 0), scores(*shift), LABELS) == 3 / 4 - share
 
 
 def test_without_labels_the_cosine_counts():
     x = np.concatenate([DATA.sample(i)["x"] for i in range(4)]).astype(np.float64)
     y = x + np.array([0, 1.5, 0])
     cosine = np.sum(x * y) / math.sqrt(np.sum(x * x) * np.sum(y * y))
-    assert output_drop(
-        scores(0, 0, 0), scores(0, 1.5, 0), DATA, None, resources()
-    ) == pytest.approx(1 - cosine)
+    assert drop(scores(0, 0, 0), scores(0, 1.5, 0)) == pytest.approx(1 - cosine)
 
 
 def test_the_worst_output_counts():
     graph = "g (float[1,3] x) => (float[1,3] y, float[1,3] z) {{ y = Neg (x)  z = {} (x) }}"
-    assert output_drop(
-        build(graph.format("Abs")), build(graph.format("Neg")), DATA, None, resources()
-    ) == pytest.approx(2)
+    assert drop(build(graph.format("Abs")), build(graph.format("Neg"))) == pytest.approx(2)
 
 
 def test_several_rows_a_sample_have_no_one_label():
@@ -162,8 +165,8 @@ def test_several_rows_a_sample_have_no_one_label():
         build("g (float[2,3] x) => (float[2,3] y) { y = Neg (x) }"),
     )
     words = "label_file: output 'y' has 2 rows a sample; give --inputShape"
-    with saved(model) as path, pytest.raises(DataError, match=words):
-        top1(path, data, LABELS, resources())
+    with pytest.raises(DataError, match=words):
+        top1(opened(model), data, LABELS, 1)
 
 
 # --- labels

@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import onnx
-import onnx_ir as ir
 import pytest
 from graphs import build, normal
 from running import Ear, InMemory, job, resources
@@ -19,7 +16,7 @@ from calib.images import ImageOptions
 from calib.samples import Dataset, InputSpec, open_dataset
 from converter.calibrate.exact import saturating
 from converter.config import load_config
-from converter.graph.files import saved
+from converter.measure.both import Both, paired
 from converter.measure.errors import TensorError
 from converter.measure.results import Verification
 from converter.measure.verify import _difference, _warn, verify
@@ -52,12 +49,16 @@ def rows(*values: list[float]) -> list[Array]:
 SCORES = rows([3, 1, 0], [0, 2, 1], [1, 0, 4], [5, 4, 0])
 
 
+def both(result: Quantized, ear: Ear) -> Both:
+    return Both(result, paired(result, inside=False), resources(), ear)
+
+
 def checked(
     shift: list[float], data: Dataset, labels: Path | None = None, ear: Ear | None = None
 ) -> Verification:
     """A model that adds nothing beside one that adds `shift`."""
     models = (build(ROWS, k=np.array([k], np.float32)) for k in ([0.0, 0, 0], shift))
-    found = verify(Quantized(*models, QuantPlan({}, {}), data), labels, resources(), ear or Ear())
+    found = verify(both(Quantized(*models, QuantPlan({}, {}), data), ear or Ear()), labels)
     assert found is not None
     return found
 
@@ -107,9 +108,8 @@ def test_missing_labels_are_no_error(tmp_path):
 def test_what_is_no_classifier_has_no_answers(shape):
     graph = f"g (float{shape} x) => (float[] y) {{ y = Abs (x) }}"
     data = Split([normal(*map(int, shape[1:-1].split(",")))], [])
-    found = verify(
-        Quantized(build(graph), build(graph), QuantPlan({}, {}), data), None, resources(), Ear()
-    )
+    result = Quantized(build(graph), build(graph), QuantPlan({}, {}), data)
+    found = verify(both(result, Ear()), None)
     assert found is not None
     assert found.agreement is None
 
@@ -207,16 +207,11 @@ def test_targets_with_exact_kernels_are_not_warned_of(tmp_path, target):
     assert not any("overflow 16-bit sums" in line for line in ear.warned)
 
 
-@contextmanager
-def saturated_files(model: ir.Model) -> Iterator[tuple[Path, Path]]:
-    """As on a processor where the middle of the row is lost."""
-    with saved(model) as exact_file, saved(build(ROWS, k=np.float32([[0, -2, 0]]))) as here:
-        yield here, exact_file
-
-
 def test_what_this_processor_makes_of_the_file_is_a_line_of_its_own(monkeypatch):
-    monkeypatch.setattr("converter.measure.verify.both_files", saturated_files)
-    found = checked([0, 0, 0], Split(SCORES, []))
+    # As on a processor where the middle of the row is lost.
+    whole = build(ROWS, k=np.zeros((1, 3), np.float32))
+    monkeypatch.setattr("converter.calibrate.runs.exact_here", lambda model: whole)
+    found = checked([0, -2, 0], Split(SCORES, []))
     assert found.outputs[0].sqnr_db == np.inf
     assert found.agreement == 1
     assert found.here is not None

@@ -8,11 +8,9 @@ gives the same everywhere.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -29,7 +27,7 @@ from converter.graph.edit import (
     operand,
     set_input,
 )
-from converter.graph.files import saved, serialized
+from converter.graph.files import serialized
 from converter.graph.qdq import is_dequantize, quantizes
 from converter.plan.matrices import breaks_bound
 from converter.plan.ops import Operand, Product, cast_to, integer_rule, rule, rule_of, view_of
@@ -72,23 +70,6 @@ def exact(model: ir.Model) -> ir.Model:
 def exact_here(model: ir.Model) -> ir.Model:
     """What computes here what `model` does on exact kernels: itself, if this processor has such."""
     return exact(model) if saturates_here() else model
-
-
-def runnable(model: ir.Model, taps: Iterable[str] = ()) -> AbstractContextManager[Path]:
-    """A temporary file of `model` that is exact on this processor."""
-    return saved(exact_here(model), taps)
-
-
-@contextmanager
-def both_files(model: ir.Model) -> Iterator[tuple[Path, Path]]:
-    """Temporary files of `model` as it is and exact here, one where that is the same."""
-    other = exact_here(model)
-    with saved(model) as file:
-        if other is model:
-            yield file, file
-        else:
-            with saved(other) as exact_file:
-                yield file, exact_file
 
 
 @cache

@@ -5,7 +5,7 @@ parameters.
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from queue import SimpleQueue
 
@@ -15,9 +15,9 @@ import onnx_ir as ir
 from calib.affine import Array, QParams, Range
 from calib.ranges import RangeMethod, RangeSpec, range_of
 from calib.samples import Dataset
-from calib.session import Sample, open_session, over_samples, run
+from calib.session import over_samples
 from calib.stats import TensorStats
-from converter.calibrate.exact import runnable
+from converter.calibrate.runs import Opened, groups_within, opened
 from converter.graph.edit import constant, known, values_by_name
 from converter.job import Resources, Watch
 from converter.plan.ops import rule_of
@@ -29,8 +29,6 @@ Statistics = dict[str, TensorStats]
 Mean = tuple[str, int]
 # Lower numbers before a Softmax are masks, and so far below the largest one exp is 1e-14 of it.
 MASKED, NOTHING_LEFT = -1e4, 32.0
-# Tensors tapped at once while their sizes are found out.
-PROBED = 16
 
 
 @dataclass(frozen=True)
@@ -82,13 +80,13 @@ def observe(
     Tensors are tapped in groups whose arrays fit the memory budget together; each group is one pass
     over the data.
     """
-    values = values_by_name(model.graph)
-    constants = of_constants(wanted, values)
+    constants, means = of_constants(wanted, values_by_name(model.graph)), dict[Mean, Array]()
     # The parts together see a constant once.
-    evidence = Evidence({} if wanted.part[0] else constants, {}, wanted.first)
+    statistics = {} if wanted.part[0] else {**constants}
     names = dict.fromkeys([*wanted.tensors, *(name for name, _ in wanted.means)])
     computed = [name for name in names if name not in constants]
-    sizes = tensor_bytes(model, computed, data.sample(0), resources)
+    tapped = opened(model, computed, providers=resources.providers)
+    sizes = tapped.sizes(computed, data.sample(0))
     groups = list(groups_within(sizes, resources.memory // resources.threads))
     total = sum(sizes.values()) / 1e6
     watch.say(
@@ -96,47 +94,14 @@ def observe(
         "pass(es) over the data."
     )
     for group in groups:
-        found = _observe_group(model, group, wanted, data, resources, watch)
-        evidence = Evidence(
-            {**evidence.statistics, **found.statistics},
-            {**evidence.means, **found.means},
-            wanted.first,
-        )
+        if len(groups) > 1:  # what is tapped takes memory though nobody asks for it
+            tapped = opened(model, group, providers=resources.providers)
+        found = _observe_group(tapped, group, wanted, data, resources, watch)
+        statistics |= found.statistics
+        means |= found.means
     if wanted.part == (0, 1):
-        warn_of_oddities(evidence.statistics, watch)
-    return evidence
-
-
-def tensor_bytes(
-    model: ir.Model, names: Sequence[str], sample: Sample, resources: Resources
-) -> dict[str, int]:
-    """Bytes of each named tensor for one sample, found by running it."""
-    sizes = {name: x.nbytes for name, x in sample.items() if name in names}
-    tapped = [name for name in names if name not in sizes]
-    with runnable(model, tapped) as path:
-        session = open_session(path, resources.threads, providers=resources.providers)
-        for start in range(0, len(tapped), PROBED):
-            part = tapped[start : start + PROBED]
-            found = run(session, part, sample)
-            # A map has no size of its own.
-            sizes.update((name, getattr(x, "nbytes", 0)) for name, x in found.items())
-    return sizes
-
-
-def groups_within(sizes: Mapping[str, int], budget: int) -> Iterator[list[str]]:
-    """Consecutive tensors that fit the budget together; one that alone does not fit is a group of
-    its own.
-    """
-    group: list[str] = []
-    room = budget
-    for name, size in sizes.items():
-        if group and size > room:
-            yield group
-            group, room = [], budget
-        group.append(name)
-        room -= size
-    if group:
-        yield group
+        warn_of_oddities(statistics, watch)
+    return Evidence(statistics, means, wanted.first)
 
 
 def of_constants(wanted: Wanted, values: Mapping[str, ir.Value]) -> Statistics:
@@ -150,7 +115,7 @@ def of_constants(wanted: Wanted, values: Mapping[str, ir.Value]) -> Statistics:
 
 
 def _observe_group(
-    model: ir.Model,
+    tapped: Opened,
     group: Sequence[str],
     wanted: Wanted,
     data: Dataset,
@@ -159,37 +124,28 @@ def _observe_group(
 ) -> Evidence:
     watched = [name for name in group if name in wanted.tensors]
     averaged = [mean for mean in wanted.means if mean[0] in group and not wanted.part[0]]
-    inputs = {value.name for value in model.graph.inputs}
-    taps = [name for name in group if name not in inputs]
-    watched_taps = [name for name in taps if name in watched]
     # A worker takes whichever statistics are idle: they merge into the same result however the
     # samples were spread.
     idle: SimpleQueue[Statistics] = SimpleQueue()
     for _ in range(resources.threads):
         idle.put({name: wanted.new_stats() for name in watched})
-    with runnable(model, taps) as path:
-        # Which operators ONNX Runtime fuses depends on what is tapped; without that, groups do not
-        # change a bit.
-        session = open_session(path, optimize=False, providers=resources.providers)
 
-        def step(index: int) -> dict[Mean, Array]:
-            sample, compared = data.sample(index), index < wanted.first
-            tensors = {**sample, **run(session, taps if compared else watched_taps, sample)}
-            mine = idle.get()
-            for name, stats in mine.items():
-                stats.update(tensors[name], index)
-            idle.put(mine)
-            return {
-                (name, axis): channel_mean(tensors[name], axis)
-                for name, axis in averaged
-                if compared
-            }
+    def step(index: int) -> dict[Mean, Array]:
+        compared = index < wanted.first
+        tensors = tapped.fetch(group if compared else watched, data.sample(index))
+        mine = idle.get()
+        for name, stats in mine.items():
+            stats.update(tensors[name], index)
+        idle.put(mine)
+        return {
+            (name, axis): channel_mean(tensors[name], axis) for name, axis in averaged if compared
+        }
 
-        totals = {mean: np.zeros(()) for mean in averaged}
-        part = wanted.indices(len(data))
-        results = over_samples(len(part), lambda number: step(part[number]), resources.threads)
-        for found in watch.track(results, "Calibrating", len(part)):
-            totals.update((mean, totals[mean] + x) for mean, x in found.items())
+    totals = {mean: np.zeros(()) for mean in averaged}
+    part = wanted.indices(len(data))
+    results = over_samples(len(part), lambda number: step(part[number]), resources.threads)
+    for found in watch.track(results, "Calibrating", len(part)):
+        totals.update((mean, totals[mean] + x) for mean, x in found.items())
     stats = [idle.get() for _ in range(resources.threads)]
     means = {mean: total / min(wanted.first, len(data)) for mean, total in totals.items()}
     return Evidence(merged(stats), means, wanted.first)

@@ -20,7 +20,8 @@ from calib.affine import Array, quantize
 from calib.samples import Dataset
 from calib.session import open_session, over_samples, run
 from converter.calibrate.exact import exact_here
-from converter.calibrate.observe import channel_mean, tensor_bytes
+from converter.calibrate.observe import channel_mean
+from converter.calibrate.runs import opened
 from converter.emit.integer_edges import feed_integers, hand_out_integers
 from converter.emit.qdq import emit
 from converter.graph.edit import constant, known, submodel, values_read
@@ -157,12 +158,7 @@ class Walk:
         most: int | None = None,
         samples: int | None = None,
     ) -> None:
-        self.model, self.resources, self.threads, self._write = (
-            model,
-            resources,
-            resources.threads,
-            write,
-        )
+        self.model, self.threads, self._write = model, resources.threads, write
         self._nodes = {node.name or "": node for node in model.graph}
         self.steps = steps_of(model.graph, plan)
         self._codes = {
@@ -186,7 +182,7 @@ class Walk:
     def _peak_bytes(self, data: Dataset) -> int:
         """The most bytes that one sample keeps between two steps."""
         names = [*data.sample(0), *(name for step in self.steps for name in step.writes)]
-        size = tensor_bytes(self.model, names, data.sample(0), self.resources)
+        size = opened(self.model, names).sizes(names, data.sample(0))
         size.update((name, size[name] // 4) for name in self._codes.intersection(size))
         held: set[str] = set(data.sample(0))
         peak = sum(size[name] for name in held)

@@ -4,25 +4,23 @@ were.
 
 from __future__ import annotations
 
+import sys
 import time
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from itertools import chain
-from pathlib import Path
+from itertools import chain, starmap
 
 import numpy as np
 import onnx_ir as ir
-from onnxruntime import InferenceSession
 
 from calib import CalibError
 from calib.affine import Array
 from calib.samples import Dataset
-from calib.session import Sample, open_session, over_samples, run
+from calib.session import Sample, over_samples, run
 from converter.calibrate.data import synthetic_data
-from converter.calibrate.exact import runnable
+from converter.calibrate.runs import Opened, opened
 from converter.errors import ModelError
 from converter.graph.dimensions import name_apart, shared_names, told_apart
-from converter.graph.files import saved
 
 TIMED_SECONDS, LEAST_SECONDS = 0.1, 1e-3
 # What two tensors x and y have in common, numbers that sum up over samples: the inner products
@@ -61,37 +59,26 @@ class TensorError:
 
 
 def compare(
-    reference: ir.Model,
-    other: ir.Model,
-    tensors: Mapping[str, str],
+    reference: Opened,
+    other: Opened,
     data: Dataset,
-    count: int,
     threads: int,
+    *,
+    tensors: Mapping[str, str] | None = None,
+    count: int = sys.maxsize,
 ) -> list[TensorError]:
-    """The error of each tensor over the first `count` samples; `tensors` maps names of the one
-    model to the other's.
+    """The error of each output over the first `count` samples, or of `tensors`, which map names of
+    the one model to the other's.
     """
-    with runnable(reference, tensors) as first, runnable(other, tensors.values()) as second:
-        sessions = open_session(first), open_session(second)
+    pairs = tensors or {name: name for name in reference.outputs}
 
     def step(index: int) -> Array:
         sample = data.sample(index)
-        left = run(sessions[0], list(tensors), sample)
-        right = run(sessions[1], list(tensors.values()), sample)
-        return np.array(
-            [tally(left[name], right[counterpart]) for name, counterpart in tensors.items()]
-        )
+        left, right = reference.fetch(pairs, sample), other.fetch(pairs.values(), sample)
+        return np.array([tally(left[name], right[there]) for name, there in pairs.items()])
 
     sums = sum(over_samples(min(count, len(data)), step, threads))
-    return [error_of(name, total) for name, total in zip(tensors, np.asarray(sums), strict=True)]
-
-
-def output_errors(
-    model: ir.Model, quantized: ir.Model, data: Dataset, threads: int
-) -> list[TensorError]:
-    """What the outputs lost over all samples."""
-    outputs = {value.name or "": value.name or "" for value in model.graph.outputs}
-    return compare(model, quantized, outputs, data, len(data), threads)
+    return list(map(error_of, pairs, np.asarray(sums)))
 
 
 def tally(x: object, y: object) -> Tally:
@@ -172,21 +159,19 @@ def worst_of(errors: Iterable[TensorError]) -> TensorError | None:
     return min((e for e in errors if e.compared), key=lambda error: error.cosine, default=None)
 
 
-def speedup(reference: Path, other: Path, sample: Sample) -> float | None:
+def speedup(reference: Opened, other: Opened, sample: Sample) -> float | None:
     """Least time of `reference` over that of `other` on one thread, runs interleaved for about
     TIMED_SECONDS.
 
     Whatever else the machine does only adds to the others. None where `reference` takes less than
     LEAST_SECONDS: then it is not the kernels that decide.
     """
-    sessions = open_session(reference), open_session(other)
-    outputs = [output.name for output in sessions[0].get_outputs()]
     times: tuple[list[float], list[float]] = ([], [])
     end = time.perf_counter() + TIMED_SECONDS
     while len(times[0]) < 3 or time.perf_counter() < end:
-        for session, taken in zip(sessions, times, strict=True):
+        for model, taken in zip((reference, other), times, strict=True):
             start = time.perf_counter()
-            run(session, outputs, sample)
+            run(model.session, reference.outputs, sample)
             taken.append(time.perf_counter() - start)
     reference_time, other_time = map(min, times)
     return reference_time / other_time if reference_time >= LEAST_SECONDS else None
@@ -199,17 +184,16 @@ def largest_difference(model: ir.Model, other: ir.Model) -> float:
     Dynamic dimensions are 1. Raises CalibError or ModelError where a model does not run on such a
     sample, or gives nothing that can be compared.
     """
-    with saved(model) as left, saved(other) as right:
-        sessions = [open_session(path, optimize=False) for path in (left, right)]
-    names = [value.name or "" for value in model.graph.outputs]
+    both = opened(model), opened(other)
     given = synthetic_data(model, 1).sample(0)
     # Roots and logarithms may want positive numbers.
     for sample in (given, {name: abs(x) for name, x in given.items()}):
-        before, after = (run(session, names, sample) for session in sessions)
-        errors = [error_of(name, tally(before[name], after[name])) for name in names]
+        pairs = list(zip(*(each.answer(sample) for each in both), strict=True))
+        errors = [error_of("", tally(*pair)) for pair in pairs]
         if any(error.compared or error.apart for error in errors):
-            extents = [extent(before[name], after[name]) for name in names]
-            return max(difference / (largest or 1) for largest, difference in extents)
+            return max(
+                difference / (largest or 1) for largest, difference in starmap(extent, pairs)
+            )
     msg = "the outputs hold no finite value for random input."
     raise ModelError(msg)
 
@@ -223,17 +207,15 @@ def independent_names(model: ir.Model) -> set[str]:
         return set()
     name_apart(apart := model.clone(), shared)
     try:
-        with saved(apart) as path:
-            session = open_session(path, optimize=False)
+        other = opened(apart)
     except CalibError:
         return set()
-    return {name for name in shared if _runs(session, told_apart(model, name))}
+    return {name for name in shared if _runs(other, told_apart(model, name))}
 
 
-def _runs(session: InferenceSession, model: ir.Model) -> bool:
+def _runs(other: Opened, model: ir.Model) -> bool:
     try:
-        outputs = [output.name for output in session.get_outputs()]
-        return bool(run(session, outputs, synthetic_data(model, 1).sample(0)))
+        return bool(other.answer(synthetic_data(model, 1).sample(0)))
     except (CalibError, ModelError):
         return False
 

@@ -55,6 +55,11 @@ class Pairing:
     model: ir.Model
     places: tuple[Place, ...]
 
+    @property
+    def tensors(self) -> list[str]:
+        """What the float model computes at the places, and what it is fed."""
+        return [place.name for place in self.places if place.output or place.weight is None]
+
 
 def pair(reference: ir.Model, other: ir.Model, plan: QuantPlan) -> Pairing:
     """The places of the main graph, and constants of subgraphs; `plan`, which may be empty, knows

@@ -21,13 +21,12 @@ import onnx_ir as ir
 
 from calib.affine import Array, QParams, dequantize, quantize
 from calib.samples import Dataset
-from calib.session import open_session, over_samples, run
-from converter.calibrate.exact import runnable
+from calib.session import over_samples
+from converter.calibrate.runs import Opened, opened
 from converter.errors import DataError
 from converter.graph.edit import Names, constant, known, only_consumer, values_by_name
 from converter.graph.qdq import codes_behind, quantizes
-from converter.job import Resources
-from converter.measure.errors import TensorError, error_of, output_errors, tally, worst_of
+from converter.measure.errors import TensorError, compare, error_of, tally, worst_of
 from converter.measure.pairing import Pairing
 from converter.plan.ops import rule_of
 from converter.plan.plan import NodePlan, QuantPlan
@@ -47,55 +46,47 @@ class Alone:
     output: TensorError
 
 
-def alone(pairing: Pairing, data: Dataset, count: int, resources: Resources) -> dict[str, Alone]:
+def alone(
+    pairing: Pairing, floats: Opened, data: Dataset, count: int, threads: int
+) -> dict[str, Alone]:
     """By name every quantized node of the main graph, over the first samples; none where integers
     feed integers.
+
+    `floats` is the pairing's float model with all of its tensors to look at.
     """
-    computed = _float_tensors(pairing.reference)
+    computed = _float_tensors(pairing.reference, floats)
     units = _units(pairing, computed)
     if not units or any(node.op_type.startswith("QLinear") for node in pairing.model.graph):
         return {}
     local, fed, taps = _cut(pairing, units, computed)
-    injected, deltas = _injected(pairing.reference, taps)
-    tapped, watched = list(dict.fromkeys([*taps, *fed])), [name for name, _ in taps.values()]
-    with (
-        runnable(pairing.reference, tapped) as a,
-        runnable(local, watched) as b,
-        runnable(injected) as c,
-    ):
-        first, second, third = (open_session(path, optimize=path == c) for path in (a, b, c))
-        outputs = [output.name for output in third.get_outputs()]
+    moved, deltas = _injected(pairing.reference, taps)
+    watched = [name for name, _ in taps.values()]
+    cut, injected = opened(local, watched), opened(moved, optimize=True)
 
-        def step(index: int) -> Array:
-            """Tallies (units, 1 + outputs, …): of the unit's own output, and of the graph's."""
-            sample = data.sample(index)
-            floats = run(first, tapped, sample)
-            found = run(
-                second, watched, {**sample, **{feed: floats[name] for name, feed in fed.items()}}
-            )
-            there = {
-                x: found[name] if q is None else dequantize(quantize(found[name], q), q)
-                for x, (name, q) in taps.items()
-            }
-            still = {**sample, **dict.fromkeys(deltas.values(), np.zeros((), np.float32))}
-            before, rows = run(third, outputs, still), []
-            for leaves in units.values():
-                after = run(
-                    third,
-                    outputs,
-                    {**still, **{deltas[x]: _delta(floats[x], there[x]) for x in leaves}},
-                )
-                own = np.sum([tally(floats[x], there[x]) for x in leaves], axis=0)
-                rows.append([own, *(tally(before[name], after[name]) for name in outputs)])
-            return np.array(rows)
+    def step(index: int) -> Array:
+        """Tallies (units, 1 + outputs, …): of the unit's own output, and of the graph's."""
+        sample = data.sample(index)
+        x = floats.fetch([*taps, *fed], sample)
+        y = cut.fetch(watched, {**sample, **{feed: x[name] for name, feed in fed.items()}})
+        there = {
+            leaf: y[name] if q is None else dequantize(quantize(y[name], q), q)
+            for leaf, (name, q) in taps.items()
+        }
+        still = {**sample, **dict.fromkeys(deltas.values(), np.zeros((), np.float32))}
+        before, rows = injected.answer(still), []
+        for leaves in units.values():
+            changes = {deltas[leaf]: _delta(x[leaf], there[leaf]) for leaf in leaves}
+            after = injected.answer({**still, **changes})
+            own = np.sum([tally(x[leaf], there[leaf]) for leaf in leaves], axis=0)
+            rows.append([own, *map(tally, before, after)])
+        return np.array(rows)
 
-        sums = sum(over_samples(min(count, len(data)), step, resources.threads))
-    names = [value.name or "" for value in pairing.reference.graph.outputs]
-    errors = {
-        unit: list(map(error_of, [unit, *names], rows))
-        for unit, rows in zip(units, np.asarray(sums), strict=True)
-    }
-    return {unit: Alone(own, _loudest(outputs, own)) for unit, (own, *outputs) in errors.items()}
+    sums = sum(over_samples(min(count, len(data)), step, threads))
+    found = {}
+    for unit, rows in zip(units, np.asarray(sums), strict=True):
+        own, *outputs = map(error_of, [unit, *floats.outputs], rows)
+        found[unit] = Alone(own, _loudest(outputs, own))
+    return found
 
 
 def _loudest(outputs: Iterable[TensorError], own: TensorError) -> TensorError:
@@ -111,15 +102,13 @@ def _delta(x: Array, y: Array) -> Array:
     return np.subtract(y, x, out=np.zeros_like(x), where=np.isfinite(x))
 
 
-def _float_tensors(model: ir.Model) -> set[str]:
+def _float_tensors(model: ir.Model, floats: Opened) -> set[str]:
     """The computed tensors of the main graph that hold float32, as ONNX Runtime infers their
     types.
     """
-    with runnable(
-        model, [value.name for node in model.graph for value in node.outputs if value.name]
-    ) as path:
-        outputs = open_session(path, optimize=False).get_outputs()
-    return {output.name for output in outputs if output.type == "tensor(float)"}
+    computed = {value.name for node in model.graph for value in node.outputs}
+    outputs = floats.session.get_outputs()
+    return {x.name for x in outputs if x.type == "tensor(float)" and x.name in computed}
 
 
 def _units(pairing: Pairing, floats: set[str]) -> dict[str, list[str]]:
@@ -225,17 +214,17 @@ def only(plan: QuantPlan, unit: NodePlan) -> QuantPlan:
 
 
 def output_drop(
-    model: ir.Model,
-    quantized: ir.Model,
+    reference: Opened,
+    other: Opened,
     data: Dataset,
     labels: Mapping[str, int] | None,
-    resources: Resources,
+    threads: int,
 ) -> float:
-    """What the quantized model loses over all samples: top-1 share with `labels` by file name, else
+    """What the other model loses over all samples: top-1 share with `labels` by file name, else
     1 - cosine.
     """
     if labels is None:
-        errors = output_errors(model, quantized, data, resources.threads)
+        errors = compare(reference, other, data, threads)
         if worst := worst_of(errors):
             return 1 - worst.cosine
         if any(error.apart for error in errors):
@@ -245,19 +234,17 @@ def output_drop(
             "any sample; give other data, or leave max_drop and min_cosine out."
         )
         raise DataError(msg)
-    with runnable(model) as reference, runnable(quantized) as other:
-        return top1(reference, data, labels, resources) - top1(other, data, labels, resources)
+    return top1(reference, data, labels, threads) - top1(other, data, labels, threads)
 
 
-def top1(path: Path, data: Dataset, labels: Mapping[str, int], resources: Resources) -> float:
+def top1(model: Opened, data: Dataset, labels: Mapping[str, int], threads: int) -> float:
     """Share of the samples whose first output, of one row, is largest at the label of their first
     file.
     """
-    session = open_session(path)
-    output = session.get_outputs()[0].name
+    output = model.outputs[0]
 
     def right(index: int) -> bool:
-        scores = run(session, [output], data.sample(index))[output]
+        scores = model.fetch([output], data.sample(index))[output]
         if not _are_scores(scores):
             msg = (
                 f"label_file: output '{output}', the first, holds no score for each class; leave "
@@ -272,7 +259,7 @@ def top1(path: Path, data: Dataset, labels: Mapping[str, int], resources: Resour
             raise DataError(msg)
         return int(np.argmax(scores)) == labels[data.files(index)[0].name]
 
-    return float(np.mean(list(over_samples(len(data), right, resources.threads))))
+    return float(np.mean(list(over_samples(len(data), right, threads))))
 
 
 def _are_scores(x: object) -> bool:

@@ -6,22 +6,24 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
 from calib.affine import Array
 from calib.samples import Dataset
-from calib.session import open_session, over_samples, run
+from calib.session import over_samples
 from converter.calibrate.data import synthetic_data
-from converter.calibrate.exact import both_files, saturating
+from converter.calibrate.exact import saturating
+from converter.calibrate.runs import Opened, executed
 from converter.config.left import against_saturation
 from converter.errors import DataError
-from converter.graph.edit import weight_bytes
-from converter.graph.files import nodes_in
 from converter.graph.qdq import CONVERSIONS
-from converter.job import Resources, Watch
+from converter.job import Watch
+from converter.measure.both import Both
 from converter.measure.errors import (
+    Tally,
     TensorError,
     compare,
     error_of,
@@ -38,9 +40,6 @@ from converter.plan.result import Quantized
 # Samples the outputs are compared on, those without the runtime's optimizations, and those for the
 # tensors inside.
 VERIFIED_SAMPLES, PLAIN_SAMPLES, COMPARED_SAMPLES = 16, 4, 4
-# Models with more weights are compared on one sample and not timed, which would take longer than
-# the conversion.
-TIMED_BYTES = 500_000_000
 # What is called slower and not noise, a cosine similarity called a loss, and dB that optimizations
 # may cost.
 SLOWER, LOST_COSINE, LOST_DB = 0.95, 0.95, 3.0
@@ -50,16 +49,48 @@ LAST_BITS_DB = 110.0
 Outputs = Sequence[Sequence[Array]]
 
 
-def verify(
-    result: Quantized, label_file: Path | None, resources: Resources, watch: Watch
-) -> Verification:
+@dataclass(frozen=True)
+class _Seen:
+    """The outputs of both models on the same samples, as ONNX Runtime executes them: those of exact
+    kernels, and what this processor makes of the quantized file; `nodes` are what it executes.
+    """
+
+    names: tuple[str, ...]
+    before: Outputs
+    after: Outputs
+    here: Outputs
+    speedup: float | None
+    nodes: Sequence[tuple[str, str]]
+
+
+def verify(both: Both, label_file: Path | None) -> Verification:
     """What running both models tells, on samples that calibration has not seen, where there are
     any.
 
     Warns of what the user should know. Raises CalibError or ModelError where a model does not run.
     """
+    result, watch = both.result, both.watch
     data, held_back = _samples(result, watch)
-    return _verified(result, data, held_back, label_file, resources, watch)
+    seen = _run(both, data)
+    plain = _outputs(both.quantized, data, PLAIN_SAMPLES, both) if len(seen.before) > 1 else []
+    after, answers = _tallies(seen.before, seen.after), _answers(seen.before, seen.after)
+    found = Verification(
+        samples=len(seen.before),
+        held_back=held_back,
+        outputs=_errors(seen.names, after),
+        fused_difference=_difference(plain, seen.after),
+        speedup=seen.speedup,
+        top1=_top1(answers, data, label_file, watch),
+        agreement=_agreement(answers),
+        kernels=dict(Counter(op_type for _, op_type in seen.nodes)),
+        conversions=tuple(name for name, op_type in seen.nodes if op_type in CONVERSIONS),
+        saturated=() if result.exact else tuple(saturating(result.model)),
+        random=not len(result.data),
+        here=_here(seen),
+    )
+    fused = [_errors(seen.names, x) for x in (after[: len(plain)], _tallies(seen.before, plain))]
+    _warn(found, list(zip(*fused, strict=True)), result, watch)
+    return found
 
 
 def _samples(result: Quantized, watch: Watch) -> tuple[Dataset, bool]:
@@ -75,85 +106,48 @@ def _samples(result: Quantized, watch: Watch) -> tuple[Dataset, bool]:
     return (further, True) if len(further) else (result.data, False)
 
 
-def _verified(
-    result: Quantized,
-    data: Dataset,
-    held_back: bool,
-    labels: Path | None,
-    resources: Resources,
-    watch: Watch,
-) -> Verification:
-    big = weight_bytes(result.reference) > TIMED_BYTES
-    with (
-        both_files(result.reference) as (reference, exact_reference),
-        both_files(result.model) as (other, exact_other),
-    ):
-        names, before = _outputs(exact_reference, data, 1 if big else VERIFIED_SAMPLES, resources)
-        _, after = _outputs(exact_other, data, len(before), resources)
-        _, plain = _outputs(
-            exact_other, data, PLAIN_SAMPLES if len(before) > 1 else 0, resources, optimize=False
-        )
-        differs = exact_other != other
-        here = _outputs(other, data, len(before), resources)[1] if differs else after
-        ratio = None if big else speedup(reference, other, data.sample(0))
-        executed = [] if big else _executed(other)
-    answers = _answers(before, after)
-    found = Verification(
-        samples=len(before),
-        held_back=held_back,
-        outputs=_errors(names, before, after),
-        fused_difference=_difference(plain, after),
-        speedup=ratio,
-        top1=_top1(answers, data, labels, watch) if labels and answers is not None else None,
-        agreement=_agreement(answers),
-        kernels=dict(Counter(op_type for _, op_type in executed)),
-        conversions=tuple(name for name, op_type in executed if op_type in CONVERSIONS),
-        saturated=() if result.exact else tuple(saturating(result.model)),
-        random=not len(result.data),
-        here=_here(names, before, after, here),
-    )
-    both = [_errors(names, before[: len(plain)], outputs) for outputs in (after, plain)]
-    _warn(found, list(zip(*both, strict=True)), result, watch)
-    return found
+def _run(both: Both, data: Dataset) -> _Seen:
+    result, big = both.result, both.big
+    reference, other = executed(result.reference, look=False), executed(result.model, look=not big)
+    before = _outputs(reference.exact, data, 1 if big else VERIFIED_SAMPLES, both)
+    after = _outputs(other.exact, data, len(before), both)
+    here = after if other.here is other.exact else _outputs(other.here, data, len(before), both)
+    ratio = None if big else speedup(reference.here, other.here, data.sample(0))
+    return _Seen(reference.exact.outputs, before, after, here, ratio, other.nodes)
 
 
-def _outputs(
-    path: Path, data: Dataset, most: int, resources: Resources, optimize: bool = True
-) -> tuple[list[str], Outputs]:
-    """Names of the outputs, and what they are for at most so many samples, as many as fit the
-    memory.
-    """
-    session = open_session(path, optimize=optimize)
-    names = [output.name for output in session.get_outputs()]
+def _outputs(model: Opened, data: Dataset, most: int, both: Both) -> Outputs:
+    """What a model gives for at most so many samples, as many as fit the memory."""
 
     def step(index: int) -> list[Array]:
-        return list(run(session, names, data.sample(index)).values())
+        return model.answer(data.sample(index))
 
-    first = [step(0)] if most else []
-    held = sum(getattr(x, "nbytes", 0) for sample in first for x in sample)
-    room = resources.memory // max(1, 3 * held) if first else 0
-    count = max(1, min(most, len(data), room))
-    return names, [
-        *first,
-        *over_samples(count - 1, lambda index: step(index + 1), resources.threads),
-    ]
+    first = step(0)
+    held = sum(getattr(x, "nbytes", 0) for x in first)
+    count = max(1, min(most, len(data), both.resources.memory // max(1, 3 * held)))
+    rest = over_samples(count - 1, lambda index: step(index + 1), both.resources.threads)
+    return [first, *rest]
 
 
-def _errors(names: Sequence[str], before: Outputs, after: Outputs) -> tuple[TensorError, ...]:
-    """The error of every output over the samples of `after`."""
-    found = [
-        [tally(x, y) for x, y in zip(*both, strict=True)]
-        for both in zip(before, after, strict=False)
-    ]
-    return tuple(map(error_of, names, np.sum(found, axis=0))) if found else ()
+def _tallies(before: Outputs, after: Outputs) -> list[list[Tally]]:
+    """Of every output, in the samples of `after`."""
+    return [list(map(tally, *sample)) for sample in zip(before, after, strict=False)]
+
+
+def _errors(names: Sequence[str], tallies: list[list[Tally]]) -> tuple[TensorError, ...]:
+    """The error of every output over all samples."""
+    return tuple(map(error_of, names, np.sum(tallies, axis=0))) if tallies else ()
+
+
+def _extents(first: Outputs, second: Outputs) -> list[tuple[float, float]]:
+    """The largest value and difference of every output, in the samples that both have."""
+    samples = zip(first, second, strict=False)
+    return [found for sample in samples for found in map(extent, *sample)]
 
 
 def _difference(plain: Outputs, after: Outputs) -> float:
     """The largest relative to the largest value."""
-    pairs = [
-        both for sample in zip(plain, after, strict=False) for both in zip(*sample, strict=True)
-    ]
-    extents = [found for x, y in pairs if np.isfinite(found := extent(x, y)).all()]
+    extents = [found for found in _extents(plain, after) if np.isfinite(found).all()]
     largest, difference = np.max([(0.0, 0.0), *extents], axis=0)
     return float(difference / (largest or 1.0))
 
@@ -178,19 +172,20 @@ def _agreement(answers: Array | None) -> float | None:
     return None if answers is None else float(np.mean(answers[:, 0] == answers[:, 1]))
 
 
-def _here(names: Sequence[str], before: Outputs, after: Outputs, here: Outputs) -> Here | None:
-    """What the outputs `here` tell, None where they are those of exact kernels."""
-    pairs = [both for sample in zip(after, here, strict=True) for both in zip(*sample, strict=True)]
-    worst = worst_of(_errors(names, before, here))
-    if worst is None or all(extent(x, y)[1] == 0 for x, y in pairs):
+def _here(seen: _Seen) -> Here | None:
+    """What the outputs here tell, None where they are those of exact kernels."""
+    worst = worst_of(_errors(seen.names, _tallies(seen.before, seen.here)))
+    if worst is None or not any(difference for _, difference in _extents(seen.after, seen.here)):
         return None
-    return Here(worst, _agreement(_answers(before, here)))
+    return Here(worst, _agreement(_answers(seen.before, seen.here)))
 
 
 def _top1(
-    answers: Array, data: Dataset, label_file: Path, watch: Watch
+    answers: Array | None, data: Dataset, label_file: Path | None, watch: Watch
 ) -> tuple[float, float] | None:
-    """The share of right answers of both models."""
+    """The share of right answers of both models, None where it is not known."""
+    if answers is None or label_file is None:
+        return None
     try:
         labels = read_labels(label_file, data)
     except DataError as error:
@@ -199,16 +194,6 @@ def _top1(
     wanted = [[labels[data.files(index)[0].name]] for index in range(len(answers))]
     before, after = np.mean(answers == wanted, axis=0).tolist()
     return before, after
-
-
-def _executed(path: Path) -> list[tuple[str, str]]:
-    """Name and operator type of the nodes that ONNX Runtime is left with after its optimizations.
-
-    It writes them beside the file at `path`, in a form that the ONNX checker need not accept.
-    """
-    optimized = path.with_name("optimized.onnx")
-    open_session(path, optimized=optimized)
-    return nodes_in(optimized)
 
 
 def _warn(
@@ -258,15 +243,22 @@ def _warn(
         )
 
 
-def tensor_errors(result: Quantized, resources: Resources) -> tuple[TensorError, ...]:
+def tensor_errors(both: Both) -> tuple[TensorError, ...]:
     """The error of every output and of every tensor inside that both models have, worst first; none
     without data.
+
+    These are the models as their files say, without the runtime's optimizations.
     """
-    if not len(result.data):
+    data = both.result.data
+    if not len(data):
         return ()
-    outputs = {value.name or "": value.name or "" for value in result.reference.graph.outputs}
-    tensors = {**result.tensors, **outputs}
+    outputs = {name: name for name in both.reference.outputs}
     found = compare(
-        result.reference, result.model, tensors, result.data, COMPARED_SAMPLES, resources.threads
+        both.reference,
+        both.quantized,
+        data,
+        both.resources.threads,
+        tensors={**both.result.tensors, **outputs},
+        count=COMPARED_SAMPLES,
     )
     return tuple(sorted(found, key=lambda error: error.sqnr_db))

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from functools import partial
+from functools import cached_property, partial
 
 import onnx_ir as ir
 
@@ -22,6 +22,7 @@ from converter.calibrate.observe import (
     of_constants,
     probability_qparams,
 )
+from converter.calibrate.runs import Opened, opened
 from converter.calibrate.trained_ranges import in_format, untrained, with_trained_ranges
 from converter.calibrate.walk import Walk
 from converter.config import Config
@@ -110,6 +111,11 @@ class Setup:
     def method(self) -> RangeMethod:
         """How ranges follow from statistics."""
         return RANGE_METHODS[self.wanted.activation_quant_method]
+
+    @cached_property
+    def executed(self) -> Opened:
+        """The model as ONNX Runtime executes it."""
+        return opened(self.model, optimize=True)
 
     def planned(self, kept_float: Mapping[str, str]) -> QuantPlan:
         """The plan without numbers that leaves some nodes float."""
@@ -230,7 +236,8 @@ def within_drop(setup: Setup, evidence: Evidence, watch: Watch) -> Attempt:
     if _drop(setup, first, labels, watch) <= bound:
         return first
     pairing = pair(setup.model, first.model, first.plan)
-    found = alone(pairing, setup.data, RANKED_ON, setup.resources)
+    floats = opened(setup.model, pairing.tensors)
+    found = alone(pairing, floats, setup.data, RANKED_ON, setup.resources.threads)
     # What only moves values has its neighbours' integers, or none where they are float.
     units = [unit.name for unit in first.plan.units() if not rule(unit.op_type).moves]
     leaves = {name: found[name].output.sqnr_db if name in found else math.inf for name in units}
@@ -251,7 +258,8 @@ def within_drop(setup: Setup, evidence: Evidence, watch: Watch) -> Attempt:
 
 
 def _drop(setup: Setup, tried: Attempt, labels: Mapping[str, int] | None, watch: Watch) -> float:
-    drop = output_drop(setup.model, tried.model, setup.data, labels, setup.resources)
+    quantized, threads = opened(tried.model, optimize=True), setup.resources.threads
+    drop = output_drop(setup.executed, quantized, setup.data, labels, threads)
     units, measure = len(tried.plan.units()), "cosine" if labels is None else "top-1"
     watch.say(f"With {units} nodes quantized the output loses {drop:.5f} of {measure}.")
     return drop

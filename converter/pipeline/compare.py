@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 
 import onnx_ir as ir
 
@@ -11,6 +12,7 @@ from converter.calibrate.data import open_data, resources_of
 from converter.errors import ModelError, QConvertError
 from converter.graph import files as models
 from converter.job import Job, Watch
+from converter.measure.both import Both, paired
 from converter.measure.results import Findings
 from converter.measure.verify import verify
 from converter.pipeline.behind import Behind
@@ -19,6 +21,8 @@ from converter.plan.result import Quantized
 from converter.prepare import make_plain, prepare
 from converter.prepare.inputs import set_input_shapes
 from converter.report.collect import check_folder, findings, write_reports
+
+UNSEEN = "There is no look inside"
 
 
 def compare(job: Job, watch: Watch) -> Findings:
@@ -39,17 +43,12 @@ def compare(job: Job, watch: Watch) -> Findings:
             "Quantized model": job.output.name,
             "Compared on": samples,
         }
-
-        def look() -> Findings:
-            if folder:
-                return write_reports(folder, job.output.name, result, known, resources, watch)
-            return findings(result, known, resources, watch)
-
-        known = Findings(
-            facts, sizes, verify(result, job.config.preprocess.label_file, resources, watch)
-        )
         behind = Behind(watch, not len(result.data))
-        return behind.attempt("There is no look inside", look) or known
+        inside = behind.attempt(UNSEEN, lambda: paired(result, inside=True))
+        both = Both(result, inside or paired(result, inside=False), resources, watch)
+        known = Findings(facts, sizes, verify(both, job.config.preprocess.label_file))
+        look = partial(write_reports, folder, job.output.name) if folder else findings
+        return (inside and behind.attempt(UNSEEN, lambda: look(both, known))) or known
     except CalibError as error:
         raise QConvertError(str(error)) from error
 

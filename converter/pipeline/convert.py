@@ -20,6 +20,7 @@ from converter.graph.edit import constant
 from converter.graph.files import accepting
 from converter.graph.qdq import is_conversion
 from converter.job import Job, Watch
+from converter.measure.both import Both, paired
 from converter.measure.errors import independent_names, largest_difference
 from converter.measure.results import Findings, Outcome
 from converter.measure.verify import tensor_errors, verify
@@ -39,6 +40,7 @@ from converter.report.provenance import provenance
 
 INTEGER_ACTIVATIONS = {"FULL_QUANT", "DYNAMIC_QUANT"}
 QUANTIZING = {"FULL_QUANT", "WEIGHT_QUANT", "DYNAMIC_QUANT"}
+UNREPORTED = "There are no reports"
 # Float32 outputs may differ in their last bits after an opset conversion.
 RAISED_TOLERANCE = 1e-4
 
@@ -106,26 +108,25 @@ def _not_finite(model: ir.Model) -> Iterator[str]:
 def _measured(job: Job, result: Quantized, sizes: tuple[int, int], watch: Watch) -> Outcome:
     """What is found out about a conversion whose file is written."""
     kept = f"Interrupted; {job.output} is written, but what comes behind it is not done."
-    behind, resources = Behind(watch, not len(result.data), kept), resources_of(job)
+    behind = Behind(watch, not len(result.data), kept)
+    folder = job.config.common.debug_info_save_path
     behind.attempt("It is not said what was changed", lambda: _tell(job, result, sizes, watch))
+    inside = behind.attempt(UNREPORTED, lambda: paired(result, inside=bool(folder)))
+    both = Both(result, inside or paired(result, inside=False), resources_of(job), watch)
     labels, verification, errors = job.config.preprocess.label_file, None, None
     if job.verify:
-        verification = behind.attempt(
-            "The result is not verified", lambda: verify(result, labels, resources, watch)
-        )
+        verification = behind.attempt("The result is not verified", lambda: verify(both, labels))
     why = behind.reason if job.verify else "--verify=off"
     if verification:
-        errors = behind.attempt(
-            "The tensors inside are not compared", lambda: tensor_errors(result, resources)
-        )
-    if folder := job.config.common.debug_info_save_path:
+        errors = behind.attempt("The tensors inside are not compared", lambda: tensor_errors(both))
+    if folder and inside:
 
         def report() -> Findings:
             facts = {**_facts(job, result), **provenance(job, result.data)}
             known = Findings(facts, sizes, verification)
-            return write_reports(folder, job.output.name, result, known, resources, watch)
+            return write_reports(folder, job.output.name, both, known)
 
-        behind.attempt("There are no reports", report)
+        behind.attempt(UNREPORTED, report)
     return Outcome(result.plan, *sizes, errors or (), verification, why)
 
 

@@ -10,24 +10,23 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from threading import Lock
 
 import numpy as np
 
-from calib.affine import QParams
-from calib.samples import Dataset
+from calib.affine import Array, QParams
 from calib.stats import TensorStats
 from converter.calibrate.data import synthetic_data
-from converter.calibrate.observe import Wanted, observe
 from converter.errors import ConfigError
-from converter.graph.edit import known, weight_bytes
-from converter.job import Resources, Watch
+from converter.graph.edit import known
+from converter.measure.both import Both
 from converter.measure.errors import error_of
-from converter.measure.pairing import Pairing, Place, pair
+from converter.measure.pairing import Pairing, Place
 from converter.measure.results import Findings, NodeFinding, TensorFinding, Verification
 from converter.measure.sensitivity import RANKED_ON, Alone, alone
-from converter.measure.verify import TIMED_BYTES
 from converter.plan.plan import NodePlan
 from converter.plan.result import Quantized
+from converter.prepare.fake_quant_ranges import span_of
 from converter.report.advice import advice_for, overall_advice
 from converter.report.page import page
 from converter.report.rounds import Figures, Key, Summary, key_of, rounds
@@ -59,9 +58,7 @@ def check_folder(folder: Path, where: str) -> None:
         raise ConfigError(msg)
 
 
-def write_reports(
-    folder: Path, title: str, result: Quantized, given: Findings, resources: Resources, watch: Watch
-) -> Findings:
+def write_reports(folder: Path, title: str, both: Both, given: Findings) -> Findings:
     """The tables, summary.json and report.html in `folder`, in place of those of an earlier run;
     what they tell.
 
@@ -70,7 +67,7 @@ def write_reports(
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         tables = Path(temporary)
-        found = findings(result, given, resources, watch, tables)
+        found = findings(both, given, tables)
         (tables / "summary.json").write_text(_summary(found), encoding="utf-8")
         (tables / "report.html").write_text(page(found, title), encoding="utf-8")
         for old in folder.iterdir():
@@ -95,41 +92,32 @@ def _summary(found: Findings) -> str:
     return json.dumps(finite, indent=2, ensure_ascii=False) + "\n"
 
 
-def findings(
-    result: Quantized,
-    given: Findings,
-    resources: Resources,
-    watch: Watch,
-    tables: Path | None = None,
-) -> Findings:
+def findings(both: Both, given: Findings, tables: Path | None = None) -> Findings:
     """What is `given` of a pair of models, with all that a look inside tells.
 
-    `result.plan` may be empty, as for what another tool made. Without data there is one random
-    sample. The tables of all samples are written into the folder `tables`.
+    The plan may be empty, as for what another tool made. Without data there is one random sample.
+    The tables of all samples are written into the folder `tables`.
     """
-    pairing = pair(result.compared or result.reference, result.model, result.plan)
+    pairing, result = both.pairing, both.result
     data = result.data if len(result.data) else synthetic_data(result.reference, 1)
     count = len(data) if tables else min(len(data), SHOWN_SAMPLES)
+    shown = _Shown(pairing, count // max(1, count // SHOWN_SAMPLES))
     totals: dict[Key, Figures] = {}
     outputs = [OUTPUTS]
-    for index, found in enumerate(
-        watch.track(rounds(pairing, data, count, resources), "Measuring tensors", count)
-    ):
+    measured = rounds(both, data, count, shown.see)
+    for index, found in enumerate(both.watch.track(measured, "Measuring tensors", count)):
         totals |= {key: _both(totals.get(key), x) for key, x in found.figures.items()}
         if tables:
             write_table(tables / f"round_{index}.csv", round_rows(pairing.places, found.figures))
             outputs += output_rows(index, found.outputs)
     totals = {key: replace(figures, clip=figures.clip / count) for key, figures in totals.items()}
-    big = weight_bytes(result.reference) > TIMED_BYTES
-    by_itself = {} if big else alone(pairing, data, RANKED_ON, resources)
-    nodes, tensors = (
-        _nodes(pairing, result, totals, by_itself, given.verification),
-        _tensors(pairing, data, resources),
-    )
+    threads = both.resources.threads
+    by_itself = {} if both.big else alone(pairing, both.floats, data, RANKED_ON, threads)
+    nodes = _nodes(pairing, result, totals, by_itself, given.verification)
     told = replace(
         given,
         nodes=nodes,
-        tensors=tuple(tensors),
+        tensors=tuple(shown.findings()),
         advice=tuple(overall_advice(nodes, given.verification, result.settings)),
     )
     if tables:
@@ -224,28 +212,34 @@ def _bytes_after(place: Place) -> int:
     )
 
 
-def _tensors(pairing: Pairing, data: Dataset, resources: Resources) -> Iterator[TensorFinding]:
-    """Histograms over a few samples of everything that became integers with known ranges."""
-    wanted = {place.name: place for place in pairing.places if place.bits}
-    parts = max(1, len(data) // SHOWN_SAMPLES)
-    activations = tuple(name for name, place in wanted.items() if place.weight is None)
-    asked = Wanted(activations, (), histogram=True, samples=False, part=(0, parts))
-    statistics = dict(observe(pairing.reference, asked, data, resources, Watch()).statistics)
-    for name, place in wanted.items():
-        if place.weight is not None:
-            statistics[name] = TensorStats(histogram=True)
-            statistics[name].update(place.weight, 0)
-        if statistics[name].count:
-            yield _tensor(place, known(place.qparams), statistics[name])
+class _Shown:
+    """Histograms over the first samples of everything that became integers with known ranges."""
+
+    def __init__(self, pairing: Pairing, samples: int) -> None:
+        self.samples, self.lock = samples, Lock()
+        self.places = {place.name: place for place in pairing.places if place.bits}
+        self.statistics = {name: TensorStats(histogram=True) for name in self.places}
+        for name, place in self.places.items():
+            if place.weight is not None:
+                self.statistics[name].update(place.weight, 0)
+
+    def see(self, index: int, name: str, x: Array) -> None:
+        """Takes in a float tensor of a sample, in any order."""
+        if index < self.samples and name in self.statistics:
+            with self.lock:
+                self.statistics[name].update(x, index)
+
+    def findings(self) -> Iterator[TensorFinding]:
+        """What was seen."""
+        for name, place in self.places.items():
+            if self.statistics[name].count:
+                yield _tensor(place, known(place.qparams), self.statistics[name])
 
 
 def _tensor(place: Place, q: QParams, statistics: TensorStats) -> TensorFinding:
     histogram = statistics.histogram()
-    edges, zero = histogram.edges, q.zero_point.astype(np.float64)
-    low, high = (
-        float(((q.format.qmin - zero) * q.scale).min()),
-        float(((q.format.qmax - zero) * q.scale).max()),
-    )
+    edges, span = histogram.edges, span_of(q)
+    low, high = float(span.lo.min()), float(span.hi.max())
     if q.format.trellis and place.restored is not None:
         low, high = float(place.restored.min()), float(place.restored.max())
     near = float(q.scale.max()) / 2  # rounding alone moves values so far

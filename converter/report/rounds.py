@@ -4,18 +4,16 @@ are.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import numpy as np
-from onnxruntime import InferenceSession
 
 from calib.affine import Array
 from calib.samples import Dataset
-from calib.session import Sample, open_session, over_samples, run
-from converter.calibrate.exact import runnable
-from converter.calibrate.observe import groups_within, tensor_bytes
-from converter.job import Resources
+from calib.session import over_samples
+from converter.calibrate.runs import groups_within
+from converter.measure.both import Both
 from converter.measure.errors import APART, Tally, TensorError, error_of, tally
 from converter.measure.pairing import Pairing, Place
 
@@ -86,64 +84,63 @@ def key_of(place: Place) -> Key:
     return (place.name, place.counterpart) if place.restored is None else (place.node, place.index)
 
 
-def rounds(pairing: Pairing, data: Dataset, count: int, resources: Resources) -> Iterator[Round]:
+def rounds(
+    both: Both, data: Dataset, count: int, see: Callable[[int, str, Array], None] = lambda *_: None
+) -> Iterator[Round]:
     """The figures of every place, and of the outputs, in each of the first samples; in memory are
     tensors that fit the budget only.
+
+    `see` is told the sample and the name of every float tensor, once, on several workers.
     """
-    fixed = [
-        (place, place.weight)
-        for place in pairing.places
-        if not place.counterpart and place.weight is not None
-    ]
-    constants = {
-        key_of(place): figures_of(weight, place.restored) for place, weight in fixed if weight.size
-    }
-    tapped = {
-        key_of(place): place
-        for place in pairing.places
-        if place.counterpart or place.weight is None
-    }
-    names = list(dict.fromkeys(place.name for place in tapped.values() if place.weight is None))
-    sizes = tensor_bytes(pairing.reference, names, data.sample(0), resources)
-    # Beside a tensor there are its counterpart and temporary float64 arrays.
-    groups = list(groups_within(sizes, resources.memory // resources.threads // 8)) or [[]]
-    parts = [[place for place in tapped.values() if place.name in group] for group in groups]
-    parts[0] += [place for place in tapped.values() if place.weight is not None]
-    given = [value.name or "" for value in pairing.reference.graph.outputs]
+    pairing, resources = both.pairing, both.resources
+    constants, parts = _constants(pairing), _parts(both, data)
+    given = both.floats.outputs
     computed = [place.name for place in pairing.places if place.output and place.name in given]
     outputs = list(dict.fromkeys([*computed, *given]))
-    others = [place.counterpart for place in tapped.values() if place.counterpart]
-    taps, other_taps = (_computed(wanted, data.sample(0)) for wanted in (names, others))
-    with runnable(pairing.reference, taps) as left, runnable(pairing.model, other_taps) as right:
-        sessions = [open_session(path, optimize=False) for path in (left, right)]
+    floats, quantized = both.floats, both.quantized
 
-        def step(index: int) -> Round:
-            found, errors, sample = dict(constants), list[TensorError](), data.sample(index)
-            for places in parts:
-                wanted = outputs if places is parts[0] else []
-                read = [place.name for place in places if place.weight is None]
-                counterparts = [place.counterpart for place in places if place.counterpart]
-                x = _fetch(sessions[0], [*read, *wanted], sample)
-                y = _fetch(sessions[1], [*counterparts, *wanted], sample)
-                errors += [error_of(name, tally(x[name], y[name])) for name in wanted]
-                for place in places:
-                    array = x[place.name] if place.weight is None else place.weight
-                    if _has_figures(array):
-                        found[key_of(place)] = figures_of(array, y.get(place.counterpart or ""))
-            return Round(found, tuple(errors))
+    def step(index: int) -> Round:
+        found, errors, sample = dict(constants), list[TensorError](), data.sample(index)
+        for places in parts:
+            wanted = outputs if places is parts[0] else []
+            read = dict.fromkeys(place.name for place in places if place.weight is None)
+            counterparts = [place.counterpart for place in places if place.counterpart]
+            x = floats.fetch([*read, *wanted], sample)
+            y = quantized.fetch([*counterparts, *wanted], sample)
+            errors += [error_of(name, tally(x[name], y[name])) for name in wanted]
+            for name in read:
+                see(index, name, x[name])
+            for place in places:
+                array = x[place.name] if place.weight is None else place.weight
+                if _has_figures(array):
+                    found[key_of(place)] = figures_of(array, y.get(place.counterpart or ""))
+        return Round(found, tuple(errors))
 
-        yield from over_samples(min(count, len(data)), step, resources.threads)
+    yield from over_samples(min(count, len(data)), step, resources.threads)
+
+
+def _constants(pairing: Pairing) -> dict[Key, Figures]:
+    """What there is of weights in both models before anything runs."""
+    return {
+        key_of(place): figures_of(place.weight, place.restored)
+        for place in pairing.places
+        if not place.counterpart and place.weight is not None and place.weight.size
+    }
+
+
+def _parts(both: Both, data: Dataset) -> list[list[Place]]:
+    """The other places in parts whose tensors fit the memory together."""
+    places, resources = both.pairing.places, both.resources
+    tapped = {key_of(p): p for p in places if p.counterpart or p.weight is None}.values()
+    names = list(dict.fromkeys(place.name for place in tapped if place.weight is None))
+    sizes = both.floats.sizes(names, data.sample(0))
+    # Beside a tensor there are its counterpart and temporary float64 arrays.
+    groups = list(groups_within(sizes, resources.memory // resources.threads // 8)) or [[]]
+    parts = [[place for place in tapped if place.name in group] for group in groups]
+    parts[0] += [place for place in tapped if place.weight is not None]
+    return parts
 
 
 def _has_figures(x: object) -> bool:
     """Whether it is a tensor of numbers, and no text, sequence or map."""
     return isinstance(x, np.ndarray) and x.size > 0 and x.dtype.kind in "fiub"
-
-
-def _computed(names: Iterable[str], sample: Sample) -> list[str]:
-    return [name for name in dict.fromkeys(names) if name not in sample]
-
-
-def _fetch(session: InferenceSession, names: Iterable[str], sample: Sample) -> dict[str, Array]:
-    """Tensors of a model for a sample, the inputs themselves included."""
-    return {**sample, **run(session, _computed(names, sample), sample)}

@@ -99,22 +99,10 @@ def parameter_rows(places: Sequence[Place], found: Mapping[Key, Figures]) -> Ite
         if figures is None or q is None:
             continue
         elements, dims = math.prod(figures.shape), " ".join(map(str, figures.shape))
-        scales, zero_points = np.broadcast_arrays(q.scale, q.zero_point)
-        for scale, zero_point in zip(
-            scales.ravel().tolist(), zero_points.ravel().tolist(), strict=True
-        ):
-            yield (
-                place.node,
-                place.op_type,
-                place.name,
-                elements,
-                dims,
-                scale,
-                zero_point,
-                q.format.bits,
-                1.0,
-                0.0,
-            )
+        head = (place.node, place.op_type, place.name, elements, dims)
+        channels = (x.ravel().tolist() for x in np.broadcast_arrays(q.scale, q.zero_point))
+        for scale, zero_point in zip(*channels, strict=True):
+            yield (*head, scale, zero_point, q.format.bits, 1.0, 0.0)
 
 
 def sensitivity_rows(ranked: Iterable[NodeFinding]) -> Iterator[Row]:

@@ -11,8 +11,8 @@ import numpy as np
 import onnx_ir as ir
 
 from calib.affine import SMALLEST_SCALE, Array
-from calib.session import open_session, over_samples, run
-from converter.calibrate.exact import runnable
+from calib.session import over_samples
+from converter.calibrate.runs import opened
 from converter.config.keys import MixedBitWeightQuantParam
 from converter.emit.stored import as_floats, emit_stored
 from converter.graph.edit import constant, weight_bytes
@@ -94,16 +94,12 @@ class Search:
 
     def _least(self, most: int, decide: Callable[[int], QuantPlan]) -> QuantPlan:
         """decide(n) for the least n up to `most` whose outputs keep the cosine, or decide(most)."""
+        fitter, reference = self.fitter, opened(self.fitter.model, optimize=True)
 
         def cosine(n: int) -> float:
             plan = decide(n)
-            drop = output_drop(
-                self.fitter.model,
-                self._restored(plan),
-                self.fitter.data,
-                None,
-                self.fitter.resources,
-            )
+            other = opened(self._restored(plan), optimize=True)
+            drop = output_drop(reference, other, fitter.data, None, fitter.resources.threads)
             if 1 - drop >= self.wanted.min_cosine:
                 self.keep(plan)
             return 1 - drop
@@ -202,16 +198,13 @@ class Search:
         )
 
     def _outputs(self, model: ir.Model) -> list[list[Array]]:
-        data, names = self.fitter.data, [value.name or "" for value in model.graph.outputs]
+        data, executed = self.fitter.data, opened(model, optimize=True)
         judges = range(len(data))[-self._judges :]
-        with runnable(model) as file:
-            session = open_session(file)
 
-            def outputs(i: int) -> list[Array]:
-                found = run(session, names, data.sample(judges[i]))
-                return [found[name] for name in names]
+        def outputs(i: int) -> list[Array]:
+            return executed.answer(data.sample(judges[i]))
 
-            return list(over_samples(len(judges), outputs, self.fitter.resources.threads))
+        return list(over_samples(len(judges), outputs, self.fitter.resources.threads))
 
     def _restored(self, plan: QuantPlan) -> ir.Model:
         quantized = self.fitter.model.clone()

@@ -9,8 +9,8 @@ import onnx_ir as ir
 
 from calib.affine import Array
 from calib.samples import Dataset
-from calib.session import open_session, over_samples, run
-from converter.calibrate.exact import runnable
+from calib.session import over_samples
+from converter.calibrate.runs import opened
 from converter.graph.edit import known, operand
 from converter.job import Watch
 from converter.plan.ops import is_transposed
@@ -66,14 +66,11 @@ def observe_channels(
     model: ir.Model, names: Sequence[str], data: Dataset, threads: int
 ) -> dict[str, Channels]:
     """The channels of the named tensors over all samples."""
-    fed = {value.name for value in model.graph.inputs}
-    taps = [name for name in names if name not in fed]
-    with runnable(model, taps) as path:
-        session = open_session(path)
+    tapped = opened(model, names, optimize=True)
 
-        def step(index: int) -> dict[str, Channels]:
-            tensors = {**data.sample(index), **run(session, taps, data.sample(index))}
-            return {name: channels_of(tensors[name]) for name in names}
+    def step(index: int) -> dict[str, Channels]:
+        tensors = tapped.fetch(names, data.sample(index))
+        return {name: channels_of(tensors[name]) for name in names}
 
-        found = list(over_samples(len(data), step, threads))
+    found = list(over_samples(len(data), step, threads))
     return {name: joined(sample[name] for sample in found) for name in names}

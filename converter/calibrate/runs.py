@@ -1,0 +1,108 @@
+"""Models that samples run through: the one place where a model gets a session of ONNX Runtime."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import onnx_ir as ir
+from onnxruntime import InferenceSession
+
+from calib.affine import Array
+from calib.session import CPU_PROVIDERS, Sample, open_session, run
+from converter.calibrate.exact import exact_here
+from converter.graph.files import nodes_in, saved
+
+# Tensors tapped at once while their sizes are found out.
+PROBED = 32
+
+
+@dataclass(frozen=True)
+class Opened:
+    """A model that samples can run through; `outputs` are its own, beside which `session` may have
+    taps.
+    """
+
+    session: InferenceSession
+    outputs: tuple[str, ...]
+
+    def fetch(self, names: Iterable[str], sample: Sample) -> dict[str, Array]:
+        """The named tensors for a sample, and all that is fed; CalibError if the model fails."""
+        wanted = [name for name in dict.fromkeys(names) if name not in sample]
+        return {**sample, **run(self.session, wanted, sample)}
+
+    def answer(self, sample: Sample) -> list[Array]:
+        """Its outputs for a sample; CalibError if the model fails on it."""
+        return list(run(self.session, self.outputs, sample).values())
+
+    def sizes(self, names: Sequence[str], sample: Sample) -> dict[str, int]:
+        """Bytes of each named tensor for a sample, those that are fed first."""
+        sizes = {name: x.nbytes for name, x in sample.items() if name in names}
+        for start in range(0, len(names), PROBED):
+            part = names[start : start + PROBED]
+            found = self.fetch(part, sample)
+            # A map has no size of its own.
+            sizes.update((name, getattr(found[name], "nbytes", 0)) for name in part)
+        return sizes
+
+
+def opened(
+    model: ir.Model,
+    taps: Iterable[str] = (),
+    *,
+    optimize: bool = False,
+    providers: Sequence[str] = CPU_PROVIDERS,
+) -> Opened:
+    """`model`, exact on this processor, with tensors to look at; CalibError if the runtime refuses
+    it.
+
+    Which operators ONNX Runtime fuses depends on what is tapped; without optimizations, taps do not
+    change a bit.
+    """
+    fed = {value.name for value in model.graph.inputs}
+    with saved(exact_here(model), [name for name in taps if name not in fed]) as path:
+        return Opened(open_session(path, optimize=optimize, providers=providers), _outputs(model))
+
+
+def _outputs(model: ir.Model) -> tuple[str, ...]:
+    return tuple(value.name or "" for value in model.graph.outputs)
+
+
+@dataclass(frozen=True)
+class Executed:
+    """A model as ONNX Runtime executes it, optimized: `here` the file itself, `exact` what is exact
+    on this processor, one where that is the same.
+
+    `nodes` are name and operator type of what its optimizations leave.
+    """
+
+    here: Opened
+    exact: Opened
+    nodes: Sequence[tuple[str, str]]
+
+
+def executed(model: ir.Model, look: bool) -> Executed:
+    """The model as it is executed, its nodes with `look`; CalibError if the runtime refuses it."""
+    with saved(model) as path:
+        # In a form that the ONNX checker need not accept.
+        optimized = path.with_name("optimized.onnx") if look else None
+        here = Opened(open_session(path, optimized=optimized), _outputs(model))
+        nodes = nodes_in(optimized) if optimized else []
+    other = exact_here(model)
+    return Executed(here, here if other is model else opened(other, optimize=True), nodes)
+
+
+def groups_within(sizes: Mapping[str, int], budget: int) -> Iterator[list[str]]:
+    """Consecutive tensors that fit the budget together; one that alone does not fit is a group of
+    its own.
+    """
+    group: list[str] = []
+    room = budget
+    for name, size in sizes.items():
+        if group and size > room:
+            yield group
+            group, room = [], budget
+        group.append(name)
+        room -= size
+    if group:
+        yield group

@@ -1,0 +1,60 @@
+"""A quantized model beside its float one, open for all who look inside."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+
+from converter.calibrate.runs import Opened, opened
+from converter.graph.edit import weight_bytes
+from converter.job import Resources, Watch
+from converter.measure.pairing import Pairing, pair
+from converter.plan.result import Quantized
+
+# Models with more weights are compared on one sample and not timed, which would take longer than
+# the conversion.
+TIMED_BYTES = 500_000_000
+
+
+@dataclass(frozen=True)
+class Both:
+    """What a conversion made, and the models as they are without optimizations, each opened once:
+    exact on this processor, and with every tensor that anybody asks for.
+
+    `pairing` has all that can be compared, or no place where nobody wants more than the outputs and
+    `result.tensors`.
+    """
+
+    result: Quantized
+    pairing: Pairing
+    resources: Resources
+    watch: Watch
+
+    @property
+    def big(self) -> bool:
+        """Whether it has so many weights that only what is needed should be found out."""
+        return weight_bytes(self.result.reference) > TIMED_BYTES
+
+    @cached_property
+    def reference(self) -> Opened:
+        """The float model that outputs, and `result.tensors`, are held against."""
+        if self.result.reference is self.pairing.reference:
+            return self.floats
+        return opened(self.result.reference, self.result.tensors)
+
+    @cached_property
+    def floats(self) -> Opened:
+        """The float model whose tensors `pairing` has."""
+        return opened(self.pairing.reference, [*self.result.tensors, *self.pairing.tensors])
+
+    @cached_property
+    def quantized(self) -> Opened:
+        """The quantized model, with floats for all its integers."""
+        others = [place.counterpart for place in self.pairing.places if place.counterpart]
+        return opened(self.pairing.model, [*self.result.tensors.values(), *others])
+
+
+def paired(result: Quantized, *, inside: bool) -> Pairing:
+    """What can be compared `inside` both models, or nothing."""
+    reference, other = result.compared or result.reference, result.model
+    return pair(reference, other, result.plan) if inside else Pairing(reference, other, ())
