@@ -258,8 +258,8 @@ def within_drop(setup: Setup, evidence: Evidence, watch: Watch) -> Attempt:
 
 
 def _drop(setup: Setup, tried: Attempt, labels: Mapping[str, int] | None, watch: Watch) -> float:
-    quantized, threads = opened(tried.model, optimize=True), setup.resources.threads
-    drop = output_drop(setup.executed, quantized, setup.data, labels, threads)
+    quantized = opened(tried.model, optimize=True)
+    drop = output_drop(setup.executed, quantized, setup.data, labels, setup.resources.threads)
     units, measure = len(tried.plan.units()), "cosine" if labels is None else "top-1"
     watch.say(f"With {units} nodes quantized the output loses {drop:.5f} of {measure}.")
     return drop

@@ -92,12 +92,11 @@ def rounds(
 
     `see` is told the sample and the name of every float tensor, once, on several workers.
     """
-    pairing, resources = both.pairing, both.resources
+    pairing, floats, quantized = both.pairing, both.floats, both.quantized
     constants, parts = _constants(pairing), _parts(both, data)
-    given = both.floats.outputs
+    given = floats.outputs
     computed = [place.name for place in pairing.places if place.output and place.name in given]
     outputs = list(dict.fromkeys([*computed, *given]))
-    floats, quantized = both.floats, both.quantized
 
     def step(index: int) -> Round:
         found, errors, sample = dict(constants), list[TensorError](), data.sample(index)
@@ -116,7 +115,7 @@ def rounds(
                     found[key_of(place)] = figures_of(array, y.get(place.counterpart or ""))
         return Round(found, tuple(errors))
 
-    yield from over_samples(min(count, len(data)), step, resources.threads)
+    yield from over_samples(min(count, len(data)), step, both.resources.threads)
 
 
 def _constants(pairing: Pairing) -> dict[Key, Figures]:
