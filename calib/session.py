@@ -1,18 +1,13 @@
-"""Runs a model file over many samples: loading, inference and what is done with the results overlap
-on all cores.
-
-Every worker runs whole samples with one thread inside ONNX Runtime, so that results do not depend
-on their number.
+"""Opens model files and runs samples through them, with one thread inside ONNX Runtime, so that
+results do not depend on the number of workers.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from functools import cache
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 import onnxruntime as ort
 
@@ -20,9 +15,6 @@ from calib import CalibError
 from calib.affine import Array
 
 Sample = Mapping[str, Array]
-Result = TypeVar("Result")
-# Samples a worker takes at a time: enough to make handing them out cheap.
-SLICE = 16
 # What ONNX Runtime says of itself in front of its messages.
 NOISE = re.compile(r"^\[ONNXRuntimeError\] : \d+ : \w+ : |Load model from \S+ failed:")
 # What it says where an output cannot be handed out, and the types that this is so for.
@@ -83,26 +75,6 @@ def run(session: ort.InferenceSession, outputs: Sequence[str], sample: Sample) -
 def _lacking(session: ort.InferenceSession) -> set[str]:
     """The outputs of types that NumPy lacks."""
     return {output.name for output in session.get_outputs() if LACKING.fullmatch(output.type)}
-
-
-def over_samples(count: int, step: Callable[[int], Result], threads: int) -> Iterator[Result]:
-    """step(0), step(1), … step(count - 1), computed on `threads` workers and handed out in this
-    order.
-
-    `step` must not call over_samples itself.
-    """
-    width = max(1, min(SLICE, count // threads))
-    slices = [range(start, min(start + width, count)) for start in range(0, count, width)]
-    # A wave bounds how many results wait for a slow one before them.
-    for start in range(0, len(slices), 2 * threads):
-        wave = slices[start : start + 2 * threads]
-        for results in _pool(threads).map(lambda part: [step(i) for i in part], wave):
-            yield from results
-
-
-@cache
-def _pool(threads: int) -> ThreadPoolExecutor:
-    return ThreadPoolExecutor(threads, thread_name_prefix="samples")
 
 
 def _first_line(error: BaseException) -> str:

@@ -45,7 +45,9 @@ ROOMS = (
     "__main__",
 )
 # What of `weights` is plain numbers, and what holds or runs graphs.
-ALGORITHMS = ("gptq", "grids", "mixed_bits", "smoothquant", "trained")
+ALGORITHMS = (
+    *("gptq", "grids", "integer", "mixed_bits", "moments", "smoothquant", "stored", "trained"),
+)
 OF_GRAPHS = (
     *("onnx", "calib.session", "calib.samples"),
     *("converter.graph", "converter.emit", "converter.calibrate", "converter.measure"),

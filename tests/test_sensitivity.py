@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from running import InMemory
 
 from calib.samples import Sample
+from calib.search import fewest
 from converter.calibrate.runs import opened
 from converter.emit.qdq import emit
 from converter.errors import DataError
 from converter.measure.errors import compare
 from converter.measure.pairing import Pairing, pair
-from converter.measure.sensitivity import Alone, alone, fewest, only, output_drop, read_labels, top1
+from converter.measure.sensitivity import Alone, alone, only, output_drop, read_labels, top1
 from converter.plan.plan import QuantPlan
 
 ROWS = "g (float[5,8] x) => (float[] y)"

@@ -12,7 +12,8 @@ import pytest
 from graphs import build, frozen, normal
 
 from calib import CalibError
-from calib.session import SLICE, open_session, over_samples, run
+from calib.session import open_session, run
+from calib.workers import SLICE, over_samples
 
 MODEL = build("g (float[N,4] x) => (float[N,4] y, float[N,4] z) { y = Relu (x)  z = Neg (x) }")
 

@@ -22,8 +22,8 @@ from converter.graph.edit import (
     constant,
     graph_of,
     input_at,
-    known,
     nodes_of,
+    not_none,
     operand,
     set_input,
 )
@@ -194,7 +194,7 @@ def _make_unsigned(reader: ir.Node, index: int, names: Names) -> None:
 def _unsigned(value: ir.Value | None, reader: ir.Node, names: Names) -> ir.Value:
     if value is None:
         scale = reader.inputs[1] if is_dequantize(reader) else None
-        shape = known(scale.shape).numpy() if scale is not None else ()
+        shape = not_none(scale.shape).numpy() if scale is not None else ()
         return names.constant("middle", np.full(shape, MIDDLE, np.uint8))
     array = constant(value)
     if array is not None:

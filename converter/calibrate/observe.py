@@ -15,10 +15,10 @@ import onnx_ir as ir
 from calib.affine import Array, QParams, Range
 from calib.ranges import RangeMethod, RangeSpec, range_of
 from calib.samples import Dataset
-from calib.session import over_samples
 from calib.stats import TensorStats
+from calib.workers import over_samples
 from converter.calibrate.runs import Opened, groups_within, opened
-from converter.graph.edit import constant, known, values_by_name
+from converter.graph.edit import constant, not_none, values_by_name
 from converter.job import Resources, Watch
 from converter.plan.ops import rule_of
 from converter.plan.plan import QuantPlan, TensorPlan
@@ -260,7 +260,7 @@ def masked_qparams(
             found[group] = own.qparams(span)
 
     for softmax in (node for node in graph if rule_of(node).probabilities):
-        source = _behind(known(softmax.inputs[0]))
+        source = _behind(not_none(softmax.inputs[0]))
         cut_off(source.name or "", NOTHING_LEFT)
         adder = source.producer()
         if adder is None or not rule_of(adder).adds:

@@ -18,13 +18,14 @@ from onnxruntime import InferenceSession
 
 from calib.affine import Array, quantize
 from calib.samples import Dataset
-from calib.session import open_session, over_samples, run
+from calib.session import open_session, run
+from calib.workers import over_samples
 from converter.calibrate.exact import exact_here
 from converter.calibrate.observe import channel_mean
 from converter.calibrate.runs import opened
 from converter.emit.integer_edges import feed_integers, hand_out_integers
 from converter.emit.qdq import emit
-from converter.graph.edit import constant, known, submodel, values_read
+from converter.graph.edit import constant, not_none, submodel, values_read
 from converter.graph.files import serialized
 from converter.job import Resources
 from converter.plan.matrices import View
@@ -91,7 +92,7 @@ def can_be_fed(value: ir.Value) -> bool:
     """
     if not isinstance(value.type, ir.TensorType) or value.dtype == ir.DataType.UNDEFINED:
         return False
-    dtype = known(value.dtype).numpy()
+    dtype = not_none(value.dtype).numpy()
     return dtype.isbuiltin == 1 and dtype.kind in "biufO"
 
 

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from calib.affine import Array, QParams
-from converter.graph.edit import Names, add_constant, known
+from converter.graph.edit import Names, add_constant, not_none
 from converter.plan.plan import QuantizedWeight
 
 # Bits up to which a type serves, the type, and the opset that DequantizeLinear takes it from.
@@ -37,7 +37,7 @@ def type_for(bits: int, blocks: bool, newest: int) -> tuple[ir.DataType, int] | 
 def type_of(weight: QuantizedWeight, newest: int = NEWEST_OPSET) -> tuple[ir.DataType, int]:
     """The type for the codes of `weight` and the opset it needs, where there is one."""
     q = weight.qparams
-    return known(type_for(q.format.bits, q.scale.ndim > 1, newest))
+    return not_none(type_for(q.format.bits, q.scale.ndim > 1, newest))
 
 
 class DequantizeWriter:

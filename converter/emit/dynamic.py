@@ -20,7 +20,7 @@ import onnx_ir as ir
 from calib.affine import INT8_NARROW, SMALLEST_SCALE, UINT8, Array
 from converter.emit.planes import PlaneWriter
 from converter.emit.stored import emit_stored, write_bias
-from converter.graph.edit import Names, graph_of, known
+from converter.graph.edit import Names, graph_of, not_none
 from converter.plan.ops import is_transposed, own_bias, rule_of
 from converter.plan.plan import NodePlan, QuantPlan
 from converter.plan.units import planned
@@ -79,13 +79,13 @@ class _Emitter:
 
     def _activation(self, node: ir.Node) -> Sequence[ir.Value]:
         """Codes, scale and zero point of the product's input."""
-        x, graph = known(node.inputs[0]), graph_of(node)
+        x, graph = not_none(node.inputs[0]), graph_of(node)
         if (graph, x) not in self.activations:
             self.activations[graph, x] = self._rows(x) if self.by_row else self._tensor(x)
         return self.activations[graph, x]
 
     def _tensor(self, x: ir.Value) -> Sequence[ir.Value]:
-        node = self.names.node("DynamicQuantizeLinear", [x], known(self.at.name), count=3)
+        node = self.names.node("DynamicQuantizeLinear", [x], not_none(self.at.name), count=3)
         graph_of(self.at).insert_before(self.at, node)
         return node.outputs
 
@@ -110,10 +110,10 @@ class _Emitter:
         return codes, scale, self.names.constant("zero_point", np.uint8(middle))
 
     def _of_weight(self, index: int, what: str, array: Array) -> ir.Value:
-        return self.names.constant(f"{known(self.at.inputs[index]).name}_{what}", array)
+        return self.names.constant(f"{not_none(self.at.inputs[index]).name}_{what}", array)
 
     def _node(self, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
-        node = self.names.node(op_type, inputs, known(self.at.name), attributes=attributes)
+        node = self.names.node(op_type, inputs, not_none(self.at.name), attributes=attributes)
         graph_of(self.at).insert_before(self.at, node)
         return node.outputs[0]
 

@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from calib.affine import Array
-from converter.graph.edit import Names, add_constant, constant, known
+from converter.graph.edit import Names, add_constant, constant, not_none
 from converter.graph.qdq import is_conversion
 from converter.plan.ops import draws
 
@@ -28,7 +28,7 @@ def store_constants_as_half(model: ir.Model) -> list[str]:
         for value in list(graph.initializers.values()):
             if not _worthwhile(value):
                 continue
-            if _fits(known(constant(value))):
+            if _fits(not_none(constant(value))):
                 _store(graph, value, names)
             else:
                 kept.append(value.name or "")
@@ -74,9 +74,9 @@ def _fits(array: Array) -> bool:
 
 
 def _store(graph: ir.Graph, value: ir.Value, names: Names) -> None:
-    array = known(constant(value))
+    array = not_none(constant(value))
     half = add_constant(graph, names.fresh(f"{value.name}_float16"), array.astype(np.float16))
-    cast = names.node("Cast", [half], known(value.name), "float32", {"to": ir.DataType.FLOAT})
+    cast = names.node("Cast", [half], not_none(value.name), "float32", {"to": ir.DataType.FLOAT})
     graph.insert_before(graph[0], cast)
     value.replace_all_uses_with(cast.outputs[0])
     del graph.initializers[value.name or ""]

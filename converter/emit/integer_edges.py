@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from converter.graph.edit import known, readers_of
+from converter.graph.edit import not_none, readers_of
 from converter.graph.qdq import is_dequantize, is_quantize
 from converter.plan.ops import rule_of
 
@@ -28,8 +28,8 @@ def hand_out_integers(graph: ir.Graph, name: str) -> None:
     integers.
     """
     old = next(value for value in graph.outputs if value.name == name)
-    restore = known(old.producer())
-    codes = known(restore.inputs[0])
+    restore = not_none(old.producer())
+    codes = not_none(restore.inputs[0])
     old.name, codes.name = codes.name, name
     codes.type, codes.shape = _integers_of(restore), old.shape
     graph.outputs[list(graph.outputs).index(old)] = codes
@@ -48,4 +48,4 @@ def _integers_of(conversion: ir.Node) -> ir.TensorType:
     """The type of the integers on one side of a QuantizeLinear or DequantizeLinear: that of its
     zero point.
     """
-    return ir.TensorType(known(known(conversion.inputs[2]).dtype))
+    return ir.TensorType(not_none(not_none(conversion.inputs[2]).dtype))

@@ -8,7 +8,7 @@ import onnx_ir as ir
 from calib.affine import QParams
 from converter.emit.integer_edges import feed_integers, hand_out_integers
 from converter.errors import UsageError
-from converter.graph.edit import Names, known, operand, readers_of
+from converter.graph.edit import Names, not_none, operand, readers_of
 from converter.graph.qdq import is_dequantize, is_quantize
 from converter.prepare.pixels import Pixels
 
@@ -54,7 +54,7 @@ def _holds(kind: str, conversion: ir.Node | None) -> bool:
 
 def _dequantize_input(model: ir.Model, value: ir.Value, kind: str, q: QParams) -> None:
     """A new integer input in front of the float one."""
-    names, name = Names(model), known(value.name)
+    names, name = Names(model), not_none(value.name)
     shift = 128 if kind == "INT8" else 0
     zero = (q.zero_point.astype(np.int64) - shift).astype(TYPES[kind].numpy())
     fed = ir.Value(name=name, shape=value.shape, type=ir.TensorType(TYPES[kind]))
@@ -71,7 +71,7 @@ def _dequantize_input(model: ir.Model, value: ir.Value, kind: str, q: QParams) -
 
 def _quantize_output(model: ir.Model, value: ir.Value, kind: str, q: QParams) -> ir.Node:
     """A conversion behind a float output, under the output's name."""
-    names, name = Names(model), known(value.name)
+    names, name = Names(model), not_none(value.name)
     value.name = names.fresh(f"{name}_float")
     parameters = (
         names.constant(f"{name}_scale", q.scale),

@@ -15,7 +15,7 @@ from converter.emit.stored import emit_stored
 from converter.graph.edit import (
     Names,
     constant,
-    known,
+    not_none,
     operand,
     readers_of,
     set_input,
@@ -63,7 +63,7 @@ class _Emitter:
         for unit in units:
             if unit.bare:
                 self._bare(self.nodes[unit.name])
-        return {name: known(value.name) for name, value in self.restored.items()}
+        return {name: not_none(value.name) for name, value in self.restored.items()}
 
     # --- activations
     # ------------------------------------------------------------------------------------------
@@ -71,7 +71,7 @@ class _Emitter:
     def _write_activation(self, value: ir.Value, q: QParams, readers: list[ir.Node] | None) -> None:
         """Sends `readers`, or where None everything that reads `value`, through a Q/DQ pair."""
         uses = [use for use in value.uses() if readers is None or use.node in readers]
-        array, name = constant(value), known(value.name)
+        array, name = constant(value), not_none(value.name)
         restored = (
             self._pair(value, q)
             if array is None
@@ -102,7 +102,7 @@ class _Emitter:
             clip.replace_input_with(2, None)
 
     def _pair(self, value: ir.Value, q: QParams) -> ir.Value:
-        name, producer = known(value.name), value.producer()
+        name, producer = not_none(value.name), value.producer()
         if is_dequantize(producer) and _restores(producer, q):
             return value
         parameters, kind = self._parameters(name, q), np.iinfo(q.format.dtype)
@@ -127,9 +127,9 @@ class _Emitter:
 
     def _bare(self, node: ir.Node) -> None:
         """Lets a node between two conversions of the same parameters run on the integers."""
-        restore = known(known(node.inputs[0]).producer())
+        restore = not_none(not_none(node.inputs[0]).producer())
         quantize_again = next(filter(is_quantize, readers_of(node.outputs[0])))
-        zero_point = known(restore.inputs[2])
+        zero_point = not_none(restore.inputs[2])
         node.replace_input_with(0, restore.inputs[0])
         if (fill := rule_of(node).fill) is not None:
             set_input(node, fill, zero_point)
@@ -142,7 +142,7 @@ class _Emitter:
         """Removes a conversion that nothing reads; floats read beside it may yet have to come from
         its integers.
         """
-        value, source = restore.outputs[0], known(restore.inputs[0]).producer()
+        value, source = restore.outputs[0], not_none(restore.inputs[0]).producer()
         beside = (
             source is not None and source.inputs[0] is not None and len(source.inputs[0].uses()) > 1
         )

@@ -15,7 +15,7 @@ from converter.graph.edit import (
     add_constant,
     drop_unread,
     graph_of,
-    known,
+    not_none,
     replace_constant,
 )
 from converter.plan.plan import NodePlan, QuantizedWeight, QuantPlan
@@ -32,7 +32,7 @@ def emit_stored(model: ir.Model, plan: QuantPlan, write: Writer) -> None:
     names, written = Names(model), dict[ir.Value, ir.Value]()
     for node, unit in planned(model, plan):
         for weight in unit.weights:
-            old = known(node.inputs[weight.index])
+            old = not_none(node.inputs[weight.index])
             if old not in written:
                 written[old] = write(
                     graph_of(old), weight.name, plan.stored[unit.name, weight.index]

@@ -82,7 +82,7 @@ def operand(node: ir.Node, index: int) -> Array | None:
     return constant(input_at(node, index))
 
 
-def known(found: T | None) -> T:
+def not_none(found: T | None) -> T:
     """`found`, where it is certain that something was."""
     assert found is not None
     return found
@@ -97,7 +97,7 @@ def graph_of(part: ir.Node | ir.Value) -> ir.Graph:
 def is_float(value: ir.Value | None) -> bool:
     """Whether the value is a tensor of float32."""
     tensor = value is not None and isinstance(value.type, ir.TensorType)
-    return tensor and known(value).dtype == ir.DataType.FLOAT
+    return tensor and not_none(value).dtype == ir.DataType.FLOAT
 
 
 def only_consumer(value: ir.Value) -> ir.Node | None:
@@ -201,4 +201,4 @@ def drop_unread(model: ir.Model) -> None:
         for use in [use for use in value.uses() if use.node not in alive]:
             use.node.replace_input_with(use.idx, None)
         if not value.uses() and not value.is_graph_output():
-            del graph_of(value).initializers[known(value.name)]
+            del graph_of(value).initializers[not_none(value.name)]

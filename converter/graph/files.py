@@ -24,7 +24,7 @@ from calib import CalibError
 from calib.affine import Array
 from calib.session import open_session
 from converter.errors import ModelError, QConvertError, UsageError
-from converter.graph.edit import known, values_by_name, weight_bytes
+from converter.graph.edit import not_none, values_by_name, weight_bytes
 from converter.job import Watch
 
 T = TypeVar("T")
@@ -131,7 +131,7 @@ def _taken_defaults(model: ir.Model) -> dict[str, ir.TensorProtocol]:
     are, and there is a matrix among them, none is meant to be fed.
     """
     listed = [value for value in model.graph.inputs if value.is_initializer()]
-    shapes = [known(value.const_value).shape for value in listed]
+    shapes = [not_none(value.const_value).shape for value in listed]
     weights = any(sum(size != 1 for size in shape) > 1 for shape in shapes)
     all_are = len(listed) == len(model.graph.initializers)
     if model.ir_version < INITIALIZERS_ALONE or (all_are and weights):
@@ -139,7 +139,7 @@ def _taken_defaults(model: ir.Model) -> dict[str, ir.TensorProtocol]:
     found: dict[str, ir.TensorProtocol] = {}
     for value in listed:
         name = value.name or ""
-        found[name] = known(value.const_value)
+        found[name] = not_none(value.const_value)
         del model.graph.initializers[name]
         value.const_value = None
     return found

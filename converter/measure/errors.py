@@ -16,7 +16,8 @@ import onnx_ir as ir
 from calib import CalibError
 from calib.affine import Array
 from calib.samples import Dataset
-from calib.session import Sample, over_samples, run
+from calib.session import Sample, run
+from calib.workers import over_samples
 from converter.calibrate.data import synthetic_data
 from converter.calibrate.runs import Opened, opened
 from converter.errors import ModelError

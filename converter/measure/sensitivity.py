@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import csv
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TypeVar
@@ -21,10 +21,10 @@ import onnx_ir as ir
 
 from calib.affine import Array, QParams, dequantize, quantize
 from calib.samples import Dataset
-from calib.session import over_samples
+from calib.workers import over_samples
 from converter.calibrate.runs import Opened, opened
 from converter.errors import DataError
-from converter.graph.edit import Names, constant, known, only_consumer, values_by_name
+from converter.graph.edit import Names, constant, not_none, only_consumer, values_by_name
 from converter.graph.qdq import codes_behind, quantizes
 from converter.measure.errors import TensorError, compare, error_of, tally, worst_of
 from converter.measure.pairing import Pairing
@@ -202,7 +202,7 @@ def _injected(model: ir.Model, leaves: Iterable[str]) -> tuple[ir.Model, Mapping
         node = names.node("Add", [None, delta], leaf, "moved", like=value)
         value.replace_all_uses_with(node.outputs[0], replace_graph_outputs=True)
         node.replace_input_with(0, value)
-        clone.graph.insert_after(known(value.producer()), node)
+        clone.graph.insert_after(not_none(value.producer()), node)
         clone.graph.inputs.append(delta)
         inputs[leaf] = delta.name or ""
     return clone, inputs
@@ -290,17 +290,3 @@ def read_labels(path: Path, data: Dataset) -> dict[str, int]:
             )
             raise DataError(msg)
     return labels
-
-
-def fewest(most: int, attempt: Callable[[int], T | None]) -> T:
-    """attempt(n) for the least n of 1..most for which it is not None, found by bisection;
-    attempt(most) must not be.
-    """
-    low, high = 0, most
-    best = attempt(high)
-    assert best is not None
-    while high - low > 1:
-        middle = (low + high) // 2
-        result = attempt(middle)
-        low, high, best = (middle, high, best) if result is None else (low, middle, result)
-    return best

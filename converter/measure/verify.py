@@ -13,7 +13,7 @@ import numpy as np
 
 from calib.affine import Array
 from calib.samples import Dataset
-from calib.session import over_samples
+from calib.workers import over_samples
 from converter.calibrate.data import synthetic_data
 from converter.calibrate.exact import saturating
 from converter.calibrate.runs import Opened, executed

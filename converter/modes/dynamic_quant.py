@@ -21,7 +21,7 @@ from converter.calibrate.data import open_data, resources_of, synthetic_data
 from converter.calibrate.observe import Wanted, observe
 from converter.calibrate.walk import Walk
 from converter.emit.dynamic import emit_dynamic
-from converter.graph.edit import known, operand
+from converter.graph.edit import not_none, operand
 from converter.job import Job, Resources, Watch
 from converter.modes import weight_quant
 from converter.plan.matrices import ProductView
@@ -110,11 +110,11 @@ def _looks_up(node: ir.Node) -> bool:
     table = operand(node, 0) if by_row else None
     if table is None or table.ndim != 2:
         return False
-    return table.size > SMALL_TABLE or len(known(node.inputs[0]).uses()) > 1
+    return table.size > SMALL_TABLE or len(not_none(node.inputs[0]).uses()) > 1
 
 
 def _product_plan(node: ir.Node, unit: NodePlan, per_channel: bool) -> NodePlan:
-    weight, (last, index) = known(unit.weight), bias_place(node, unit)
+    weight, (last, index) = not_none(unit.weight), bias_place(node, unit)
     bias = last.inputs[index] if operand(last, index) is not None else None
     granularity = weight.granularity if per_channel else PerTensor()
     return replace(
@@ -165,7 +165,7 @@ def _by_themselves(model: ir.Model, plan: QuantPlan, watch: Watch) -> QuantPlan:
     others = {name: unit for name, unit in plan.nodes.items() if not _keeps_codes(unit)}
     stored = store_by_weights(model, replace(plan, nodes=others), Storage(), watch).stored
     fitted = {
-        unit.name: _fitted(node, known(unit.weight))
+        unit.name: _fitted(node, not_none(unit.weight))
         for node, unit in planned(model, plan)
         if _keeps_codes(unit)
     }
@@ -174,7 +174,7 @@ def _by_themselves(model: ir.Model, plan: QuantPlan, watch: Watch) -> QuantPlan:
 
 def _fitted(node: ir.Node, wanted: WeightPlan) -> QuantizedWeight:
     view = ProductView(rule_of(node).looks_up or is_transposed(node))
-    matrix = view.matrix(known(operand(node, wanted.index)).astype(np.float64))
+    matrix = view.matrix(not_none(operand(node, wanted.index)).astype(np.float64))
     codes, scale = rounded(matrix, None, wanted, np.zeros(matrix.shape[:2]), Rounding())
     return packed(view.weight(codes), scale, wanted)
 

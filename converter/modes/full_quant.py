@@ -12,6 +12,7 @@ import onnx_ir as ir
 from calib.affine import INT8, UINT8, IntFormat, QParams
 from calib.ranges import RANGE_METHODS, RangeMethod, RangeSpec, range_of
 from calib.samples import Dataset
+from calib.search import fewest
 from converter.calibrate.cache import observe_with_cache
 from converter.calibrate.data import open_data, resources_of
 from converter.calibrate.observe import (
@@ -34,7 +35,7 @@ from converter.graph.edit import constant, is_float, values_by_name
 from converter.graph.files import fed_inputs
 from converter.job import Job, Resources, Watch
 from converter.measure.pairing import pair
-from converter.measure.sensitivity import RANKED_ON, alone, fewest, output_drop, read_labels
+from converter.measure.sensitivity import RANKED_ON, alone, output_drop, read_labels
 from converter.measure.target_checks import check
 from converter.modes import weight_quant
 from converter.plan.ops import rule

@@ -18,7 +18,7 @@ from converter.emit.dequantize import NEWEST_OPSET, TYPES, DequantizeWriter, typ
 from converter.emit.planes import PlaneWriter
 from converter.emit.stored import emit_stored
 from converter.errors import ModelError
-from converter.graph.edit import constant, known, nodes_of
+from converter.graph.edit import constant, nodes_of, not_none
 from converter.graph.files import accepting, refusal, save, saved
 from converter.job import Job, Watch
 from converter.plan.ops import bias_add, rule_of, takes_weight, unusable, weights_of
@@ -108,7 +108,7 @@ def _newest_opset(model: ir.Model, job: Job, watch: Watch) -> int:
     """
     bits, blocks = job.config.common.bit_num, job.config.weight_quant.block_size is not None
     narrow, wide = bits or 1, bits or WIDEST
-    wanted = known(type_for(narrow, blocks, NEWEST_OPSET))[1]
+    wanted = not_none(type_for(narrow, blocks, NEWEST_OPSET))[1]
     newest, reason = _loadable(model, wanted)
     if newest == wanted:
         return newest

@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from calib.affine import Array
-from converter.graph.edit import constant, input_at, known, only_consumer, operand, readers_of
+from converter.graph.edit import constant, input_at, not_none, only_consumer, operand, readers_of
 from converter.graph.qdq import is_conversion
 from converter.plan.matrices import View, conv_view, no_view, product_view
 
@@ -133,7 +133,7 @@ def _gemm_attributes(node: ir.Node) -> str | None:
 
 def _gemm_bias(node: ir.Node) -> str | None:
     # A Gemm's bias may be of any shape that broadcasts; a Conv's may not.
-    weight, bias = known(operand(node, 1)), operand(node, 2)
+    weight, bias = not_none(operand(node, 1)), operand(node, 2)
     fits = bias is None or bias.size == weight.shape[_gemm_axis(node)]
     return None if fits else "its bias is not one constant a channel"
 

@@ -21,7 +21,7 @@ from converter.errors import ConfigError
 from converter.graph.edit import (
     constant,
     is_float,
-    known,
+    not_none,
     only_consumer,
     operand,
     readers_of,
@@ -361,8 +361,8 @@ def _weight_plan(unit: _Unit, target: Target, wishes: Wishes) -> WeightPlan | No
     if (index := unit.weight_index) is None:
         return None
     axis = unit.rule.channel_axis(unit.node) if wishes.per_channel else None
-    weight = known(unit.node.inputs[index])
-    pairs, shape = unit.rule.pairs, known(constant(weight)).shape
+    weight = not_none(unit.node.inputs[index])
+    pairs, shape = unit.rule.pairs, not_none(constant(weight)).shape
     pair_limit = target.pair_limit if pairs and pairs(unit.node, shape) else None
     granularity = PerTensor() if axis is None else PerAxis(axis)
     return WeightPlan(weight.name or "", index, target.weight, granularity, pair_limit)

@@ -9,7 +9,7 @@ import numpy as np
 import onnx_ir as ir
 
 from calib.affine import Array
-from converter.graph.edit import known, nodes_of, operand, readers_of
+from converter.graph.edit import nodes_of, not_none, operand, readers_of
 from converter.plan.matrices import View
 from converter.plan.ops import rule_of, view_of
 from converter.plan.plan import NodePlan, QuantPlan, WeightPlan
@@ -38,8 +38,8 @@ def weighted(model: ir.Model, plan: QuantPlan) -> Iterator[Weighted]:
 
 def weighted_of(unit: NodePlan, node: ir.Node, bias: Array | None) -> Weighted:
     """A weighted unit with its constants."""
-    wanted = known(unit.weight)
-    weight = known(operand(node, wanted.index))
+    wanted = not_none(unit.weight)
+    weight = not_none(operand(node, wanted.index))
     row = None if bias is None else bias.reshape(-1).astype(np.float64)
     return Weighted(unit, node, wanted, weight, row, view_of(node, weight.shape, wanted.index))
 

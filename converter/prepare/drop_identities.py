@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import onnx_ir as ir
 
-from converter.graph.edit import graph_of, known, nodes_of
+from converter.graph.edit import graph_of, nodes_of, not_none
 from converter.plan.ops import draws
 
 
@@ -15,7 +15,7 @@ def drop_identities(model: ir.Model) -> None:
     of an outer graph, or where the mask of a Dropout is read.
     """
     for node in [node for node in nodes_of(model) if _removable(node)]:
-        node.outputs[0].replace_all_uses_with(known(node.inputs[0]))
+        node.outputs[0].replace_all_uses_with(not_none(node.inputs[0]))
         graph_of(node).remove(node, safe=True)
 
 

@@ -17,7 +17,7 @@ import numpy as np
 import onnx_ir as ir
 
 from calib.affine import Array, along
-from converter.graph.edit import Names, known, only_consumer, operand, replace_constant
+from converter.graph.edit import Names, not_none, only_consumer, operand, replace_constant
 from converter.plan.ops import OPS
 
 ROUNDS = 10
@@ -53,13 +53,13 @@ def _reads_channels(node: ir.Node) -> bool:
     """Whether an input channel meets the weight in one place: no groups, or one for every
     channel.
     """
-    return node.attributes.get_int("group", 1) == 1 or known(operand(node, 1)).shape[1] == 1
+    return node.attributes.get_int("group", 1) == 1 or not_none(operand(node, 1)).shape[1] == 1
 
 
 def _equalize(first: ir.Node, second: ir.Node, names: Names) -> None:
     left, right, bias = (
-        known(operand(first, 1)),
-        known(operand(second, 1)).copy(),
+        not_none(operand(first, 1)),
+        not_none(operand(second, 1)).copy(),
         operand(first, 2),
     )
     by_input = _by_input(second, right)

@@ -20,7 +20,7 @@ from converter.graph.edit import (
     Names,
     add_constant,
     constant,
-    known,
+    not_none,
     operand,
     readers_of,
     replace_constant,
@@ -112,7 +112,7 @@ class _Taker:
         """Takes out a QuantizeLinear, every DequantizeLinear that reads its codes and what stands
         between.
         """
-        source, found = known(node.inputs[0]), _reach(node.outputs[0])
+        source, found = not_none(node.inputs[0]), _reach(node.outputs[0])
         array = constant(source)
         if found is None or not found.ends:
             if q.axis is None:
@@ -162,7 +162,7 @@ class _Taker:
         for node in readers if chain.codes else ():
             index = rule_of(node).weight or 0
             replace_constant(
-                node, index, known(operand(node, index)) / chain.qparams.scale, self.names
+                node, index, not_none(operand(node, index)) / chain.qparams.scale, self.names
             )
         chain.output.replace_all_uses_with(chain.source)
         self.tensors.setdefault(chain.source.name or "", chain.qparams)
@@ -202,8 +202,8 @@ def _qparams(node: ir.Node) -> QParams | None:
     """The constant parameters of a QuantizeLinear or DequantizeLinear; None for computed ones and
     other types.
     """
-    codes = node.outputs[0] if is_quantize(node) else known(node.inputs[0])
-    scale, zero_point = known(node.inputs[1]), node.inputs[2] if len(node.inputs) > 2 else None
+    codes = node.outputs[0] if is_quantize(node) else not_none(node.inputs[0])
+    scale, zero_point = not_none(node.inputs[1]), node.inputs[2] if len(node.inputs) > 2 else None
     kind = (codes if zero_point is None else zero_point).dtype
     if node.domain or scale.dtype != ir.DataType.FLOAT or kind is None or not kind.is_integer():
         return None
@@ -272,7 +272,7 @@ def _may_hand_over(value: ir.Value | None) -> bool:
 
 def _join(gone: ir.Value, kept: ir.Value | None) -> None:
     """What read `gone` reads `kept`, which takes the name of a graph output."""
-    kept, output = known(kept), gone.is_graph_output()
+    kept, output = not_none(kept), gone.is_graph_output()
     gone.replace_all_uses_with(kept, replace_graph_outputs=True)
     if output:
         name, gone.name = gone.name, None

@@ -22,8 +22,8 @@ from converter.graph.edit import (
     Names,
     constant,
     graph_of,
-    known,
     nodes_of,
+    not_none,
     only_consumer,
     operand,
     replace_constant,
@@ -114,7 +114,7 @@ def _per_channel(value: Array, producer: ir.Node, channels: int) -> Array | None
     """`value` as one float64 a channel; None if it varies along another axis or would widen the
     output's shape.
     """
-    rank = known(operand(producer, 1)).ndim
+    rank = not_none(operand(producer, 1)).ndim
     shape = (1,) * (rank - value.ndim) + value.shape
     channel_shape = tuple(channels if axis == 1 else 1 for axis in range(rank))
     if value.size == 1 and value.ndim <= rank:
@@ -123,11 +123,11 @@ def _per_channel(value: Array, producer: ir.Node, channels: int) -> Array | None
 
 
 def _channels(node: ir.Node) -> int:
-    return math.prod(_by_channel(node, known(operand(node, 1))).shape[:2])
+    return math.prod(_by_channel(node, not_none(operand(node, 1))).shape[:2])
 
 
 def _rescale(node: ir.Node, scale: Array, shift: Array, names: Names) -> None:
-    weight, bias = known(operand(node, 1)), operand(node, 2)
+    weight, bias = not_none(operand(node, 1)), operand(node, 2)
     scaled = weight.astype(np.float64, order="C")
     by_channel = _by_channel(node, scaled)
     by_channel *= scale.reshape(*by_channel.shape[:2], *(1,) * (by_channel.ndim - 2))

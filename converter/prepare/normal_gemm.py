@@ -18,8 +18,8 @@ from converter.graph.edit import (
     Names,
     graph_of,
     input_at,
-    known,
     nodes_of,
+    not_none,
     operand,
     replace_constant,
 )
@@ -36,7 +36,7 @@ def normal_gemm(model: ir.Model) -> None:
 
 
 def _join(matmul: ir.Node, names: Names) -> None:
-    add, x = bias_add(matmul), known(matmul.inputs[0])
+    add, x = bias_add(matmul), not_none(matmul.inputs[0])
     if add is None or x.dtype != ir.DataType.FLOAT or x.shape is None or x.shape.rank() != 2:
         return
     bias = next(value for value in add.inputs if value is not matmul.outputs[0])

@@ -17,7 +17,7 @@ import onnx_ir as ir
 from calib.affine import UINT8, Array, QParams, along
 from converter.config import DataPreprocessParam, TransformQuantParam
 from converter.errors import UsageError
-from converter.graph.edit import Names, constant, known, operand, replace_constant
+from converter.graph.edit import Names, constant, not_none, operand, replace_constant
 from converter.job import Watch
 
 
@@ -120,7 +120,7 @@ def _pads_itself(conv: ir.Node) -> bool:
 
 
 def _fold(conv: ir.Node, mean: Array, std: Array, names: Names) -> None:
-    weight, bias = known(operand(conv, 1)), operand(conv, 2)
+    weight, bias = not_none(operand(conv, 1)), operand(conv, 2)
     scaled = weight.astype(np.float64) / along(std, 1, weight.shape)
     shift = (scaled * along(mean, 1, weight.shape)).sum(axis=tuple(range(1, weight.ndim)))
     replace_constant(conv, 1, scaled.astype(np.float32), names)

@@ -7,7 +7,7 @@ from collections import defaultdict
 
 import onnx_ir as ir
 
-from converter.graph.edit import Names, graph_of, initializers_of, known
+from converter.graph.edit import Names, graph_of, initializers_of, not_none
 
 # Smaller constants are not worth the search, and equal biases belong to operators that may want
 # different ones later.
@@ -24,7 +24,7 @@ def share_shapes(model: ir.Model) -> None:
     for graph in model.graphs():
         first: dict[tuple[str, ...], ir.Value] = {}
         for node in (node for node in graph if node.op_type == "Shape" and not node.domain):
-            x = known(node.inputs[0])
+            x = not_none(node.inputs[0])
             if x.shape is not None and not x.shape.has_unknown_dim():
                 node.replace_input_with(0, first.setdefault(tuple(map(str, x.shape)), x))
 
@@ -47,7 +47,7 @@ def share_constants(model: ir.Model) -> None:
             value.graph is not first.graph for value in others
         ):
             others.append(first)
-            first = names.constant(known(first.name), known(first.const_value).numpy())
+            first = names.constant(not_none(first.name), not_none(first.const_value).numpy())
         for value in others:
             value.replace_all_uses_with(first)
-            del graph_of(value).initializers[known(value.name)]
+            del graph_of(value).initializers[not_none(value.name)]

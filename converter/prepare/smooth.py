@@ -13,7 +13,7 @@ from calib.affine import Array
 from converter.graph.edit import (
     Names,
     graph_of,
-    known,
+    not_none,
     only_consumer,
     operand,
     readers_of,
@@ -51,7 +51,7 @@ def divide_channels(
 
 
 def _divide(nodes: Sequence[ir.Node], factors: Array, names: Names) -> None:
-    x, graph = known(nodes[0].inputs[0]), graph_of(nodes[0])
+    x, graph = not_none(nodes[0].inputs[0]), graph_of(nodes[0])
     reciprocals = names.constant(f"{x.name}_smoothing", (1 / factors).astype(np.float32))
     divided = names.node("Mul", [x, reciprocals], f"{x.name}_smoothed", like=x)
     graph.insert_before(min(nodes, key=list(graph).index), divided)
@@ -66,7 +66,7 @@ def linear_in(readers: Sequence[ir.Node]) -> list[Place]:
     Those of a LayerNormalization or a product and its bias, also where attention weighs the rows of
     the product.
     """
-    size = known(operand(readers[0], 1)).shape[int(is_transposed(readers[0]))]
+    size = not_none(operand(readers[0], 1)).shape[int(is_transposed(readers[0]))]
     return _constants_of(readers[0].inputs[0], set(readers), size)
 
 
@@ -114,7 +114,7 @@ def _parting(join: ir.Node, size: int) -> ir.Node | None:
 
 
 def _multiply(node: ir.Node, index: int, factors: Array, by_row: bool, names: Names) -> None:
-    old = known(operand(node, index))
+    old = not_none(operand(node, index))
     replace_constant(
         node, index, (old * (factors[:, None] if by_row else factors)).astype(np.float32), names
     )

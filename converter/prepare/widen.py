@@ -12,7 +12,7 @@ from collections.abc import Iterator
 import numpy as np
 import onnx_ir as ir
 
-from converter.graph.edit import Names, graph_of, known, nodes_of
+from converter.graph.edit import Names, graph_of, nodes_of, not_none
 from converter.plan.ops import OF_BITS, cast_to
 
 NARROW = (ir.DataType.FLOAT16, ir.DataType.BFLOAT16)
@@ -44,7 +44,7 @@ def widen(model: ir.Model) -> None:
             _widen_attributes(node)
     for value, dtype in narrow.items():
         if value in wide:
-            _give(value, known(dtype), model.graph, names)
+            _give(value, not_none(dtype), model.graph, names)
         else:
             _take(value, model.graph, names)
     _drop_casts(nodes)
@@ -82,7 +82,7 @@ def _widen_value(value: ir.Value) -> None:
     if value.const_value is not None:
         array = value.const_value.numpy().astype(np.float32)
         value.const_value = ir.tensor(array, name=value.name)
-    value.type = _wide(known(value.type))
+    value.type = _wide(not_none(value.type))
 
 
 def _wide(kind: ir.TypeProtocol) -> ir.TypeProtocol:

@@ -18,7 +18,7 @@ from calib.affine import Array, QParams
 from calib.stats import TensorStats
 from converter.calibrate.data import synthetic_data
 from converter.errors import ConfigError
-from converter.graph.edit import known
+from converter.graph.edit import not_none
 from converter.measure.both import Both
 from converter.measure.errors import error_of
 from converter.measure.pairing import Pairing, Place
@@ -204,7 +204,7 @@ def _node(
 
 def _bytes_after(place: Place) -> int:
     """Bytes of a constant with its parameters, as codes if it has any."""
-    weight, q = known(place.weight), place.qparams
+    weight, q = not_none(place.weight), place.qparams
     return (
         -(-weight.size * q.format.bits // 8) + q.scale.nbytes + q.zero_point.nbytes
         if q
@@ -233,7 +233,7 @@ class _Shown:
         """What was seen."""
         for name, place in self.places.items():
             if self.statistics[name].count:
-                yield _tensor(place, known(place.qparams), self.statistics[name])
+                yield _tensor(place, not_none(place.qparams), self.statistics[name])
 
 
 def _tensor(place: Place, q: QParams, statistics: TensorStats) -> TensorFinding:

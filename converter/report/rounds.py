@@ -11,7 +11,7 @@ import numpy as np
 
 from calib.affine import Array
 from calib.samples import Dataset
-from calib.session import over_samples
+from calib.workers import over_samples
 from converter.calibrate.runs import groups_within
 from converter.measure.both import Both
 from converter.measure.errors import APART, Tally, TensorError, error_of, tally

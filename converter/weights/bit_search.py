@@ -11,13 +11,14 @@ import numpy as np
 import onnx_ir as ir
 
 from calib.affine import SMALLEST_SCALE, Array
-from calib.session import over_samples
+from calib.search import fewest
+from calib.workers import over_samples
 from converter.calibrate.runs import opened
 from converter.config.keys import MixedBitWeightQuantParam
 from converter.emit.stored import as_floats, emit_stored
 from converter.graph.edit import constant, weight_bytes
 from converter.measure.errors import side_by_side
-from converter.measure.sensitivity import fewest, only, output_drop
+from converter.measure.sensitivity import only, output_drop
 from converter.plan.plan import QuantPlan, stored_bytes
 from converter.plan.result import Tradeoff
 from converter.plan.units import planned

@@ -21,7 +21,7 @@ from calib.samples import Dataset
 from converter.calibrate.observe import Mean
 from converter.calibrate.walk import Emit, Walk, product_of_mean
 from converter.emit.stored import as_floats, emit_stored
-from converter.graph.edit import constant, known, values_by_name
+from converter.graph.edit import constant, not_none, values_by_name
 from converter.job import Resources, Watch
 from converter.plan.matrices import View, plain_matrix, plain_weight
 from converter.plan.ops import OPS, is_normalized, view_of
@@ -224,14 +224,14 @@ def store_by_weights(
     found: dict[ir.Value, QuantizedWeight] = {}
     weights: dict[tuple[str, int], QuantizedWeight] = {}
     wanted = [
-        (unit.name, weight, known(node.inputs[weight.index]))
+        (unit.name, weight, not_none(node.inputs[weight.index]))
         for node, unit in planned(model, plan)
         for weight in unit.weights
         if node.inputs[weight.index] not in but
     ]
     for name, weight, value in watch.track(wanted, "Fitting weights", len(wanted)):
         if value not in found:
-            found[value] = fitted_alone(known(constant(value)), weight, storage)
+            found[value] = fitted_alone(not_none(constant(value)), weight, storage)
         weights[name, weight.index] = found[value]
     return replace(plan, stored=weights)
 
@@ -259,7 +259,7 @@ class _StoredLayers:
         """
         node = self.nodes[unit.name]
         layer = weighted_of(unit, node, bias_of(node, unit))
-        value = known(node.inputs[layer.wanted.index])
+        value = not_none(node.inputs[layer.wanted.index])
         if layer.view is None or value not in self.seen:
             return plan
         if value not in self.decided:
@@ -280,8 +280,8 @@ class _StoredLayers:
     def _seen(self, unit: NodePlan) -> ir.Value | None:
         """The weight of a unit whose inputs tell how it is best rounded."""
         node, wanted = self.nodes[unit.name], unit.weights[0]
-        value = known(node.inputs[wanted.index])
-        shape = known(constant(value)).shape
+        value = not_none(node.inputs[wanted.index])
+        shape = not_none(constant(value)).shape
         view = view_of(node, shape, wanted.index) and not OPS[unit.op_type].obstacle(node)
         in_blocks = isinstance(wanted.granularity, PerBlock)
         return value if view and not in_blocks else None

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from calib.affine import Array
-from calib.session import over_samples
+from calib.workers import over_samples
 
 # Parts in which second moments are summed, side by side.
 PARTS = 4

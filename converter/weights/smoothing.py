@@ -9,9 +9,9 @@ import onnx_ir as ir
 
 from calib.affine import Array
 from calib.samples import Dataset
-from calib.session import over_samples
+from calib.workers import over_samples
 from converter.calibrate.runs import opened
-from converter.graph.edit import known, operand
+from converter.graph.edit import not_none, operand
 from converter.job import Watch
 from converter.plan.ops import is_transposed
 from converter.plan.plan import NodePlan
@@ -58,7 +58,7 @@ def _alone(product: ir.Node) -> bool:
 
 def _weight(product: ir.Node) -> Array:
     """float64 (channels, columns)."""
-    weight = known(operand(product, 1))
+    weight = not_none(operand(product, 1))
     return (weight.T if is_transposed(product) else weight).astype(np.float64)
 
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from calib.affine import Array, QParams
-from converter.measure.sensitivity import fewest
+from calib.search import fewest
 from converter.plan.matrices import plain_matrix, plain_weight
 from converter.plan.plan import PerAxis, PerBlock, PerTensor, QuantizedWeight, WeightPlan
 from converter.weights.gptq import kept_weights
