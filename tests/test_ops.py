@@ -83,6 +83,7 @@ OTHERS = {
         "ReduceMin",
         "ReduceSum",
         "Sigmoid",
+        "HardSigmoid",
         "Tanh",
         "LeakyRelu",
         "Relu",

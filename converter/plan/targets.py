@@ -55,7 +55,7 @@ CPU = Target(
     name="CPU",
     activation=UINT8,
     symmetric=False,
-    integer=_WEIGHTED | _COMPUTED | _MOVES,
+    integer=_WEIGHTED | _COMPUTED | _MOVES | _set("HardSigmoid"),
     float_output=_set("Gemm MatMul"),
     bare=_set("Pad"),
     # x86 without VNNI multiplies u8 by s8 and adds two products in 16 bits: 128 * 255 fits, 129 *
@@ -66,8 +66,8 @@ CPU = Target(
 OPENVINO = replace(
     CPU,
     name="OPENVINO",
-    integer=CPU.integer | _set("Pad"),
-    float_output=CPU.integer,
+    integer=CPU.integer - {"HardSigmoid"} | _set("Pad"),
+    float_output=CPU.integer - {"HardSigmoid"},
     bare=frozenset(),
     integer_bias=False,
     fuses_residual=True,

@@ -30,6 +30,8 @@ from converter.graph.edit import (
 from converter.plan.ops import OPS
 
 Affine = tuple[Array, Array]
+# Operators whose weight and bias take in a scale and a shift a channel.
+FOLDABLE = {"Conv", "ConvTranspose", "Gemm"}
 
 
 def fold_affine(model: ir.Model) -> bool:
@@ -42,7 +44,7 @@ def fold_affine(model: ir.Model) -> bool:
 
 
 def _foldable(node: ir.Node) -> bool:
-    if node.op_type not in {"Conv", "ConvTranspose", "Gemm"} or node.domain:
+    if node.op_type not in FOLDABLE or node.domain:
         return False
     # A Gemm scaled by alpha or beta computes something else than W x + b.
     return OPS[node.op_type].obstacle(node) is None
