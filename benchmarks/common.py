@@ -10,9 +10,11 @@ from __future__ import annotations
 
 import csv
 import os
+import re
 import statistics
 import subprocess
 import sys
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -116,6 +118,7 @@ class Cost:
     seconds: float
     megabytes: float
     output: str
+    cpu: float
 
 
 def measure(command: list[str], env: dict[str, str] | None = None) -> Cost:
@@ -129,12 +132,43 @@ def measure(command: list[str], env: dict[str, str] | None = None) -> Cost:
         env={**os.environ, **(env or {})},
     )
     assert process.stdout is not None
+    peak = _Peak(process.pid)
     text = process.stdout.read()
     _, status, usage = os.wait4(process.pid, 0)
     process.returncode = os.waitstatus_to_exitcode(status)
     if process.returncode:
         raise RuntimeError(text[-2000:])
-    return Cost(time.perf_counter() - start, usage.ru_maxrss / 1024, text)
+    cpu = usage.ru_utime + usage.ru_stime
+    return Cost(time.perf_counter() - start, peak.megabytes(), text, cpu)
+
+
+class _Peak(threading.Thread):
+    """Watches the most memory of a process: what the system says after its end counts in this one,
+    of which it was forked.
+    """
+
+    def __init__(self, pid: int) -> None:
+        super().__init__(daemon=True)
+        self.status, self.kilobytes = Path(f"/proc/{pid}/status"), 0
+        self.start()
+
+    def run(self) -> None:
+        """Looks until the process is gone; the system remembers the most by itself."""
+        while (found := self._most()) is not None:
+            self.kilobytes = max(self.kilobytes, found)
+            time.sleep(0.02)
+
+    def _most(self) -> int | None:
+        try:
+            match = re.search(r"VmHWM:\s+(\d+)", self.status.read_text())
+        except OSError:
+            return None
+        return int(match[1]) if match else None
+
+    def megabytes(self) -> float:
+        """The most, once the process has ended."""
+        self.join()
+        return self.kilobytes / 1024
 
 
 def qconvert(model: Path, config: Path, output: Path, *flags: str) -> Cost:

@@ -23,7 +23,7 @@ from converter.plan.targets import TARGETS
 from converter.prepare import prepare
 from converter.weights.integer import Rounding
 from converter.weights.layers import decide_weights
-from converter.weights.moments import second_moments
+from converter.weights.moments import second_moments, with_mean_squares
 
 HEAD = "g (float[1,4,8,8] x) => (float[] y)"
 CONSTANTS = {
@@ -112,7 +112,7 @@ def computed(model, plan, samples):
 
 def assert_held(walk, truth):
     """Equal but for the few codes whose ties fell the other way, and what little those change
-    behind them.
+    behind them, where a weight may be worth several codes.
     """
     names = set(walk.held[0]) & set(truth[0])
     assert names
@@ -122,7 +122,7 @@ def assert_held(walk, truth):
         difference, whole = np.abs(held.astype(np.float64) - true), held.dtype.kind in "iu"
         largest = np.abs(true).max()
         assert np.mean(difference > (0 if whole else 1e-5 * largest)) < 0.01, name
-        assert difference.max() <= (1 if whole else 0.02 * largest), name
+        assert difference.max() <= (4 if whole else 0.02 * largest), name
 
 
 @pytest.mark.parametrize("target", ["CPU", "OPENVINO", "NVGPU", "DSP"])
@@ -280,6 +280,23 @@ def test_second_moments_of_what_was_drawn(count):
     exact = np.einsum("gdk,gdl->gkl", drawn.astype(np.float64), drawn) / count
     np.testing.assert_allclose(second_moments(drawn, 1), exact, rtol=1e-5, atol=1e-6)
     np.testing.assert_array_equal(second_moments(drawn, 1), second_moments(drawn, 3))
+
+
+@pytest.mark.parametrize("pads", [0, 1])
+def test_mean_squares_are_of_all_positions_in_all_samples(pads):
+    graph = f"{HEAD} {{ a = Conv <pads=[{pads},{pads},{pads},{pads}]> (x, w)  y = Conv (a, q) }}"
+    walk, unit, view, plan = walk_of(graph, IMAGES, **CONSTANTS)
+    q = plan.params("x")
+    codes = [quantize(s["x"][0], q).astype(np.int64) - q.zero_point for s in IMAGES]
+    rows = np.concatenate([windows(x, 3, pads) for x in codes])
+    found = walk.mean_squares(unit, view, plan)
+    np.testing.assert_allclose(found, np.square(rows).mean(axis=0)[None], rtol=1e-5)
+
+
+def test_moments_of_some_inputs_take_the_mean_squares_of_all():
+    some = np.array([[[4.0, 2, 0], [2, 1, 0], [0, 0, 0]]])
+    whole = with_mean_squares(some, np.array([[1.0, 4, 9]]))
+    np.testing.assert_allclose(whole, [[[1, 2, 0], [2, 4, 0], [0, 0, 9]]])
 
 
 @pytest.mark.parametrize("kind", ["3 x 3", "1 x 1", "depthwise"])

@@ -97,6 +97,20 @@ def test_columns_times_matrix_is_the_convolution(x_shape, w_shape, attributes, d
     assert np.array_equal(products(conv, weight, columns, zero), channels_last)
 
 
+@CONVS
+def test_means_are_those_of_all_columns(x_shape, w_shape, attributes):
+    x = WHOLE(4).integers(0, 99, x_shape).astype(np.float32)
+    conv = view("Conv", w_shape, attributes)
+    expected = conv.columns(x, EVERY, 0, WHOLE(0)).astype(np.float64).mean(axis=1)
+    np.testing.assert_allclose(conv.means(x), expected, rtol=1e-6)
+
+
+def test_means_of_a_product_are_those_of_its_features():
+    x = WHOLE(5).integers(0, 99, (2, 3, 7)).astype(np.float32)
+    expected = x.reshape(6, 7).astype(np.float64).mean(axis=0)
+    np.testing.assert_allclose(ProductView(False).means(x), expected[None])
+
+
 def test_same_padding_counts_the_dilated_kernel():
     conv = view("Conv", (1, 1, 3), {"auto_pad": "SAME_UPPER", "dilations": [2]})
     columns = conv.columns(np.array([[[1, 2, 3, 4]]]), EVERY, 0, WHOLE(0))

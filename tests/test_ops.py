@@ -99,6 +99,7 @@ OTHERS = {
         "ReduceMin",
         "ReduceSum",
         "Sigmoid",
+        "HardSigmoid",
         "Tanh",
         "LeakyRelu",
         "Relu",

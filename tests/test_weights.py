@@ -294,3 +294,35 @@ def test_any_weight_gets_finite_scales_and_codes_in_range(seed, target, per_chan
         assert (stored.qparams.scale > 0).all()
         assert np.abs(stored.codes.astype(int)).max() <= 127
         assert not stored.qparams.zero_point.any()
+
+
+HEAD_OF_A_DETECTOR = "g (float[1,16,120,120] x) => (float[] y) { y = Conv (x, head) }"
+
+
+@pytest.mark.parametrize("loud", [True, False])
+def test_a_channel_that_is_loud_in_few_places_keeps_its_weight(loud):
+    """As the class head of a detector: what says "face" is active where there is a face only."""
+    samples = [{"x": np.abs(normal(1, 16, 120, 120, seed=i))} for i in range(4)]
+    for number, sample in enumerate(samples):
+        sample["x"][0, 5] = 0
+        # A few of 57,600 positions, with a third of the others' mean square or next to nothing.
+        sample["x"][0, 5, 30:34, 20 * number] = 36 if loud else 0.3
+    head = normal(4, 16, 1, 1) / 16
+    head[:, 5] = [[[0.7]], [[-0.7]], [[0.6]], [[0.65]]]
+    _, plan = decided(HEAD_OF_A_DETECTOR, samples, "CPU_VNNI", correct=False, head=head)
+    (weight,) = plan.weights.values()
+    found = dequantize(weight.codes, weight.qparams)
+    np.testing.assert_allclose(found[:, 5], head[:, 5], rtol=0.03 if loud else 0.3)
+    np.testing.assert_allclose(found, head, atol=0.01 if loud else 0.2)
+
+
+def test_a_channel_that_is_silent_everywhere_costs_the_others_nothing():
+    samples = [{"x": np.abs(normal(1, 16, 120, 120, seed=i))} for i in range(4)]
+    for sample in samples:
+        sample["x"][0, 5] = 0
+    head = normal(4, 16, 1, 1) / 16
+    head[:, 5] = 9
+    _, plan = decided(HEAD_OF_A_DETECTOR, samples, "CPU_VNNI", correct=False, head=head)
+    (weight,) = plan.weights.values()
+    heard = np.delete(head, 5, axis=1)
+    assert (weight.qparams.scale <= 1.1 * np.abs(heard).max(axis=(1, 2, 3)) / 127).all()

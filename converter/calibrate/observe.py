@@ -4,6 +4,7 @@ parameters.
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -202,23 +203,32 @@ def activation_qparams(
     method: RangeMethod,
     spec: RangeSpec,
     threads: int = 1,
+    spans: Mapping[str, tuple[float, float]] | None = None,
 ) -> dict[str, QParams]:
-    """Parameters of every group that the plan has none for; `spec` holds the methods' options."""
+    """Parameters of every group that the plan has none for; `spec` holds the methods' options, and
+    `spans` what of a group's range makes a difference, if not all.
+    """
     groups = [item for item in plan.groups().items() if item[0] not in plan.qparams]
 
     def of(index: int) -> QParams:
         group, tensor = groups[index]
-        return _qparams(tensor, statistics[group], method, spec)
+        span = (spans or {}).get(group, (-math.inf, math.inf))
+        return _qparams(tensor, statistics[group], method, spec, span)
 
     found = over_samples(len(groups), of, threads)
     return {group: q for (group, _), q in zip(groups, found, strict=True)}
 
 
 def _qparams(
-    tensor: TensorPlan, stats: TensorStats, method: RangeMethod, spec: RangeSpec
+    tensor: TensorPlan,
+    stats: TensorStats,
+    method: RangeMethod,
+    spec: RangeSpec,
+    span: tuple[float, float],
 ) -> QParams:
     spec = replace(spec, format=tensor.format, symmetric=tensor.symmetric)
-    return spec.qparams(range_of(method, stats, spec))
+    found = range_of(method, stats, spec)
+    return spec.qparams(Range(np.clip(found.lo, *span), np.clip(found.hi, *span)))
 
 
 def probability_qparams(

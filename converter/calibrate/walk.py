@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 from onnxruntime import InferenceSession
 
-from calib.affine import Array, quantize
+from calib.affine import Array, QParams, quantize
 from calib.samples import Dataset
 from calib.session import open_session, run
 from calib.workers import over_samples
@@ -210,13 +210,11 @@ class Walk:
 
         Two walks over the same data draw the same ones, where both have as many.
         """
-        name = unit.inputs[0]
-        q = plan.params(name) if name in plan.tensors else None
+        q = self._params(unit, plan)
         zero, scale = (int(q.zero_point), float(q.scale)) if q else (0, 1.0)
 
         def work(index: int) -> Array:
-            x = self._store[index][name]
-            x = x if q is None or name in self._codes else quantize(x, q)
+            x = self._input(index, unit, q)
             # Drawn by the sample's own generator: the same for any number of workers.
             drawn = view.columns(x, -(-count // len(chosen)), zero, np.random.default_rng(index))
             return drawn.astype(np.float32) - np.float32(zero)
@@ -224,6 +222,31 @@ class Walk:
         chosen = samples or range(self.count)
         drawn = over_samples(len(chosen), lambda number: work(chosen[number]), self.threads)
         return np.concatenate(list(drawn), axis=1), scale
+
+    def mean_squares(self, unit: NodePlan, view: View, plan: QuantPlan) -> Array:
+        """Mean squares (groups, columns) of the inputs that `draw` draws some of: of all positions,
+        so that none is missed, however rare what is loud there.
+        """
+        q = self._params(unit, plan)
+        zero = np.float32(q.zero_point if q else 0)
+
+        def work(index: int) -> Array:
+            x = self._input(index, unit, q)
+            with np.errstate(over="ignore", invalid="ignore"):
+                squares = np.square(x.astype(np.float32) - zero)
+            return view.means(np.where(np.isfinite(squares), squares, np.float32(0)))
+
+        return np.asarray(np.mean(list(over_samples(self.count, work, self.threads)), axis=0))
+
+    def _params(self, unit: NodePlan, plan: QuantPlan) -> QParams | None:
+        """Those of the unit's input; None where that is float."""
+        return plan.params(unit.inputs[0]) if unit.inputs[0] in plan.tensors else None
+
+    def _input(self, index: int, unit: NodePlan, q: QParams | None) -> Array:
+        """The unit's input in a sample, as its product reads it."""
+        name = unit.inputs[0]
+        x = self._store[index][name]
+        return x if q is None or name in self._codes else quantize(x, q)
 
     def mean_product(self, unit: NodePlan, weight: Array, plan: QuantPlan) -> Array:
         """Mean a channel (float64) of the unit's product with float `weight`, before bias and

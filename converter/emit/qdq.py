@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 
-from calib.affine import INT32, Array, QParams, quantize
+from calib.affine import INT32, UINT8, Array, QParams, quantize
 from converter.emit.planes import PlaneWriter
 from converter.emit.stored import emit_stored
 from converter.graph.edit import (
@@ -63,6 +63,8 @@ class _Emitter:
         for unit in units:
             if unit.bare:
                 self._bare(self.nodes[unit.name])
+            elif line := rule_of(self.nodes[unit.name]).line:
+                self._as_sum(self.nodes[unit.name], *line(self.nodes[unit.name]))
         return {name: not_none(value.name) for name, value in self.restored.items()}
 
     # --- activations
@@ -136,6 +138,29 @@ class _Emitter:
         node.outputs[0].type = zero_point.type
         quantize_again.outputs[0].replace_all_uses_with(node.outputs[0])
         self.graph.remove(quantize_again, safe=True)
+        self._drop_unread(restore)
+
+    def _as_sum(self, gate: ir.Node, slope: float, offset: float) -> None:
+        """Writes clip(slope x + offset, 0, 1) of integers as an Add, for which there are kernels:
+        the integers it reads stand for slope * x when their scale does, and what it makes ends at
+        the bounds.
+        """
+        name = not_none(gate.name)
+        restore = not_none(not_none(gate.inputs[0]).producer())
+        codes, scale, zero_point = restore.inputs
+        scaled = self.names.constant(f"{name}_scale", not_none(constant(scale)) * np.float32(slope))
+        line = self.names.node(
+            "DequantizeLinear", [codes, scaled, zero_point], f"{name}_line", like=gate.outputs[0]
+        )
+        zero = np.array(0 if offset > 0 else 255)
+        whole = QParams(np.array(abs(offset) / 255, np.float32), zero, UINT8)
+        code = quantize(np.array(offset, np.float32), whole)
+        added = self._dequantized(f"{name}_offset", code, whole)
+        total = ir.node("Add", [line.outputs[0], added], name=name, outputs=[ir.Value()])
+        total.outputs[0].shape, total.outputs[0].type = gate.outputs[0].shape, gate.outputs[0].type
+        ir.convenience.replace_nodes_and_values(
+            self.graph, gate, [gate], [line, total], gate.outputs, total.outputs
+        )
         self._drop_unread(restore)
 
     def _drop_unread(self, restore: ir.Node) -> None:

@@ -101,9 +101,10 @@ class _Finder:
         )
         self.renamed = dict(_renamed(reference, self.values.keys()))
         self.twins = {node.name: node for graph in model.graphs() for node in graph}
-        self.codes = {
-            codes: found for node in list(model.graph) for codes, found in parameters(node)
-        }
+        found = [(node, *each) for node in list(model.graph) for each in parameters(node)]
+        # What makes integers says what they stand for: a reader may take them for a multiple.
+        found.sort(key=lambda each: each[1] in each[0].outputs)
+        self.codes = {codes: by for _, codes, by in found}
         for node in (node for node in model.graph if rule_of(node).moves):
             if node.inputs[0] in self.codes:
                 self.codes.setdefault(node.outputs[0], self.codes[node.inputs[0]])
@@ -176,9 +177,13 @@ class _Finder:
 
     def _floats(self, codes: ir.Value) -> ir.Value:
         """What a DequantizeLinear makes of the codes; a new one if there is none."""
-        readers = [use.node for use in codes.uses() if is_dequantize(use.node)]
+        scale, zero_point, axis = self.codes[codes]
+        readers = [
+            use.node
+            for use in codes.uses()
+            if is_dequantize(use.node) and use.node.inputs[1] is scale
+        ]
         if not readers:
-            scale, zero_point, axis = self.codes[codes]
             inputs = [codes, scale, *([zero_point] if zero_point else [])]
             attributes = {"axis": axis} if scale.shape and scale.shape.rank() else {}
             readers = [

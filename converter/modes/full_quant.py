@@ -24,6 +24,7 @@ from converter.calibrate.observe import (
     probability_qparams,
 )
 from converter.calibrate.runs import Opened, opened
+from converter.calibrate.spans import seen_spans
 from converter.calibrate.trained_ranges import in_format, untrained, with_trained_ranges
 from converter.calibrate.walk import Walk
 from converter.config import Config
@@ -287,8 +288,10 @@ def attempt(
 def _with_ranges(setup: Setup, evidence: Evidence, plan: QuantPlan) -> QuantPlan:
     wanted, graph, statistics = setup.wanted, setup.model.graph, evidence.statistics
     spec = RangeSpec(UINT8, False, wanted.power_of_two_scale, wanted.outlier_ratio)
-    threads = setup.resources.threads
-    plan = plan.with_qparams(activation_qparams(plan, statistics, setup.method, spec, threads))
+    threads, spans = setup.resources.threads, seen_spans(graph, plan)
+    plan = plan.with_qparams(
+        activation_qparams(plan, statistics, setup.method, spec, threads, spans)
+    )
     plan = plan.with_qparams(probability_qparams(graph, plan, statistics, spec))
     plan = plan.with_qparams(masked_qparams(graph, plan, statistics, spec))
     if setup.pixels is None or setup.target.activation != UINT8:

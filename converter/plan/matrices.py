@@ -32,6 +32,9 @@ class View(Protocol):
         padding is `zero`.
         """
 
+    def means(self, values: Array) -> Array:
+        """(groups, columns): the mean of each column over all outputs, float64; padding is 0."""
+
     @property
     def input_axis(self) -> int | None:
         """Axis of the input's channels, where every input value enters every output channel's sum
@@ -85,6 +88,29 @@ class ConvView:
         grouped = values.reshape(*inside.shape, self.groups, -1)
         return grouped.transpose(2, 0, 1, 3).reshape(self.groups, batch.size, -1)
 
+    def means(self, values: Array) -> Array:
+        """Of values (batch, channels, *space)."""
+        sums, outputs = values.sum(axis=0), values.shape[0]
+        # One axis of space after the other turns into one of the kernel, which goes to the front.
+        for axis, size in enumerate(values.shape[2:]):
+            count, begin = self._axis(axis, size)
+            taps = range(self.shape[2 + axis])
+            parts = [self._reached(axis, size, count, tap, begin) for tap in taps]
+            sums = np.stack([sums[(slice(None),) * (axis + 1) + (p,)].sum(axis + 1) for p in parts])
+            sums, outputs = np.moveaxis(sums, 0, axis), outputs * count
+        means = np.moveaxis(sums, -1, 0).astype(np.float64) / outputs
+        grouped = means.reshape(self.groups, -1, math.prod(self.shape[2:]))
+        return np.asarray(grouped.swapaxes(1, 2).reshape(self.groups, -1))
+
+    def _reached(self, axis: int, size: int, count: int, tap: int, begin: int) -> slice:
+        """The positions along an axis of `size` that a kernel's `tap` meets within it."""
+        stride, first = self.strides[axis], tap * self.dilations[axis] - begin
+        skipped = max(0, -(first // stride))
+        last = min(count - 1, (size - 1 - first) // stride)
+        if last < skipped:
+            return slice(0, 0)
+        return slice(first + skipped * stride, first + last * stride + 1, stride)
+
     @property
     def input_axis(self) -> int | None:
         """1 for kernels of one position, without strides or padding."""
@@ -125,6 +151,10 @@ class ProductView:
         """Rows drawn from x (…, features)."""
         flat = x.reshape(1, -1, x.shape[-1])
         return flat.take(_drawn(flat.shape[1], count, rng), axis=1)
+
+    def means(self, values: Array) -> Array:
+        """Of values (…, features)."""
+        return np.asarray(values.reshape(-1, values.shape[-1]).mean(axis=0, dtype=np.float64)[None])
 
     @property
     def input_axis(self) -> int | None:

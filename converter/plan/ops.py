@@ -8,6 +8,7 @@ against the ONNX schema. Operators on integers have a table of their own below.
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -46,6 +47,9 @@ class OpRule:
     inputs and zero. `floor`: what it cuts values off at from below, and it does nothing else to
     them than cut off. `probabilities`: outputs from 0 to 1 that vanish for small inputs.
 
+    `knees`: where it has levelled off, so that inputs beyond count as if they were there. `line`:
+    slope and offset where it is clip(slope x + offset, 0, 1), which integers compute as a sum.
+
     How its numbers meet. `adds`: it is the sum of two inputs. `merges`: inputs share the codes of
     one range. `fill`: index of the number that it fills up with.
 
@@ -71,6 +75,8 @@ class OpRule:
     fill: int | None = None
     obstacle: Obstacle = lambda node: None
     obstacle_spreads: bool = False
+    knees: Callable[[ir.Node], tuple[float, float]] = lambda node: (-math.inf, math.inf)
+    line: Callable[[ir.Node], tuple[float, float]] | None = None
 
     @property
     def product(self) -> bool:
@@ -202,6 +208,22 @@ def _dilations(node: ir.Node) -> str | None:
     return "no integer kernel knows its dilations" if wide else None
 
 
+def hard_sigmoid_line(node: ir.Node) -> tuple[float, float]:
+    """Slope and offset of a HardSigmoid, clip(slope x + offset, 0, 1)."""
+    get = node.attributes.get_float
+    return get("alpha", 0.2), get("beta", 0.5)
+
+
+def _rises(node: ir.Node) -> str | None:
+    slope, offset = hard_sigmoid_line(node)
+    return None if slope > 0 and offset else "its line falls or has no offset"
+
+
+def _hard_sigmoid_knees(node: ir.Node) -> tuple[float, float]:
+    slope, offset = hard_sigmoid_line(node)
+    return -offset / slope, (1 - offset) / slope
+
+
 _CHECKED = _all_of(_weight_unusable, _bias_unusable)
 
 _BOUNDED = OpRule(within=True)
@@ -251,10 +273,14 @@ OPS: dict[str, OpRule] = {
     "AveragePool": OpRule(within=True, obstacle=_dilations, obstacle_spreads=True),
     **_rows("GlobalAveragePool ReduceMax ReduceMean ReduceMin", _BOUNDED),
     "Softmax": OpRule(probabilities=True),
-    **_rows("ReduceSum Sigmoid Tanh LeakyRelu Abs Ceil Exp Floor Neg Round Sqrt", OpRule()),
+    **_rows("ReduceSum Tanh LeakyRelu Abs Ceil Exp Floor Neg Round Sqrt", OpRule()),
     **_rows("BatchNormalization InstanceNormalization", OpRule()),
     **_rows("MaxPool Reshape Flatten Squeeze Unsqueeze Transpose Slice Split", _MOVED),
     **_rows("DepthToSpace SpaceToDepth Tile", _MOVED),
+    # A byte between 0 and 1 has no code for what is left beyond 8: 0.0003.
+    "Sigmoid": OpRule(knees=lambda node: (-8.0, 8.0)),
+    # Emitted as a sum, the bounds being those of the integers: 0.2 ns a value, in floats 0.4.
+    "HardSigmoid": OpRule(obstacle=_rises, knees=_hard_sigmoid_knees, line=hard_sigmoid_line),
     "Gather": OpRule(moves=True, picks={0: lambda node: node.attributes.get_int("axis", 0)}),
     "Pad": OpRule(moves=True, fill=2, obstacle=_pad_mode),
     "Resize": OpRule(moves=True, obstacle=_resize_mode),

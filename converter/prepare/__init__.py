@@ -17,6 +17,7 @@ from converter.prepare.drop_identities import drop_identities
 from converter.prepare.fold_affine import fold_affine
 from converter.prepare.fold_constants import fold_constants
 from converter.prepare.full_axes import full_axes
+from converter.prepare.hard_sigmoid import name_hard_sigmoids
 from converter.prepare.names import name_nodes
 from converter.prepare.normal_gemm import normal_gemm
 from converter.prepare.share import share_constants, share_shapes
@@ -58,6 +59,7 @@ def prepare(model: ir.Model) -> ir.Model:
     share_constants(model)
     tie(model)  # a table is stored once
     normal_gemm(model)
+    name_hard_sigmoids(model)
     fold_affine(model)  # BatchNorm and its kin into the operator before them
     common.RemoveUnusedNodesPass()(model)
     drop_unread(model)

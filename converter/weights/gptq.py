@@ -40,8 +40,6 @@ WIDEN = np.geomspace(1.1, 2.0, 7)
 # Then multiples of the best of them: short rows gain from a scale that happens to suit them, long
 # ones average out.
 REFINE = np.concatenate([[1.0], np.linspace(0.95, 1.05, 30)])
-# Columns whose inputs are next to nothing do not decide the scale.
-SILENT = 1e-6
 LONG_ROW, REFINE_LONG = 128, np.concatenate([[1.0], np.linspace(0.95, 1.05, 6)])
 
 
@@ -83,8 +81,8 @@ def search_scales(weight: Array, importance: Array, grid: Grid, per_channel: boo
         return np.concatenate(
             [search_scales(weight[:, i], importance, grid, per_channel) for i in parts], axis=1
         )
-    loudest = importance.max(axis=1, keepdims=True)
-    heard = (importance > SILENT * loudest) | (loudest == 0)
+    # Columns whose inputs are 0 everywhere do not decide the scale.
+    heard = (importance > 0) | (importance.max(axis=1, keepdims=True) == 0)
     magnitude = np.abs(weight) * heard[:, None]
     largest = magnitude.max(axis=2) if per_channel else np.full(weight.shape[:2], magnitude.max())
     widest = largest / grid.format.qmax

@@ -9,7 +9,7 @@ import numpy as np
 from calib.affine import Array, QParams
 from converter.plan.plan import QuantizedWeight, WeightPlan
 from converter.weights.gptq import Grid, compensated, kept_weights, nearest, search_scales
-from converter.weights.moments import second_moments
+from converter.weights.moments import second_moments, with_mean_squares
 
 # |bias| / scale stays below this, half of int32, leaving room for what the products add.
 BIAS_LIMIT = 2.0**30
@@ -30,21 +30,25 @@ class Rounding:
 
 @dataclass(frozen=True)
 class Inputs:
-    """Inputs drawn for a product: float32 (groups, drawn, columns), in units of `scale`."""
+    """Inputs drawn for a product: float32 (groups, drawn, columns), in units of `scale`, and the
+    mean squares of all there are: float64 (groups, columns).
+    """
 
     drawn: Array
+    squares: Array
     scale: float
     threads: int
 
     @property
     def importance(self) -> Array:
         """Mean square of each column: float64 (groups, columns)."""
-        return np.asarray(np.square(self.drawn).mean(axis=1, dtype=np.float64) * self.scale**2)
+        return self.squares * self.scale**2
 
     @property
     def moments(self) -> Array:
         """Second moments of the columns: float64 (groups, columns, columns)."""
-        return second_moments(self.drawn, self.threads) * self.scale**2
+        some = second_moments(self.drawn, self.threads)
+        return with_mean_squares(some, self.squares) * self.scale**2
 
 
 def rounded(

@@ -143,7 +143,8 @@ def _rounded(layer: Weighted, plan: QuantPlan, walk: Walk, rounding: Rounding) -
     drawn = drawn[:, usable(drawn)]
     if not drawn.shape[1]:
         drawn = np.ones((len(drawn), 1, matrix.shape[2]), np.float32)  # nothing is known of them
-    inputs = integer.Inputs(drawn, unit_scale, walk.threads)
+    squares = walk.mean_squares(layer.unit, view, plan)
+    inputs = integer.Inputs(drawn, squares, unit_scale, walk.threads)
     codes, scale = integer.rounded(matrix, inputs, wanted, least, rounding)
     return integer.packed(view.weight(codes), scale, wanted)
 

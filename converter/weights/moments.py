@@ -32,3 +32,15 @@ def second_moments(drawn: Array, threads: int) -> Array:
         return np.asarray(np.matmul(x.transpose(0, 2, 1), x))
 
     return np.asarray(np.sum(list(over_samples(PARTS, moments, threads)), axis=0) / drawn.shape[1])
+
+
+def with_mean_squares(moments: Array, squares: Array) -> Array:
+    """`moments` (groups, columns, columns) of some inputs with the mean `squares` (groups, columns)
+    of all: how columns go together is taken over, how loud they are is not.
+    """
+    some = np.einsum("gkk->gk", moments)
+    ratio = np.sqrt(np.divide(squares, some, out=np.zeros_like(some), where=some > 0))
+    whole: Array = moments * ratio[:, :, None] * ratio[:, None, :]
+    columns = np.arange(whole.shape[1])
+    whole[:, columns, columns] = squares
+    return whole

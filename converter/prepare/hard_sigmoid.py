@@ -1,0 +1,198 @@
+"""One form for hard sigmoids and hard swishes: HardSigmoid(x), and x * HardSigmoid(x).
+
+Exporters write clip(a x + b, 0, 1), or clip(a x + b, 0, m) / m, where the division may also stand
+behind a product with the clipped value or before it: x * clip(x + 3, 0, 6) / 6. Every one of these
+operators goes over the whole tensor.
+
+Where nothing else reads what a weighted operator makes, its hard sigmoid is written out again: the
+slope and the offset fold into the operator, and the bounds cost nothing between integers.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from converter.graph.edit import Names, graph_of, nodes_of, not_none, only_consumer, operand
+from converter.plan.ops import hard_sigmoid_line, rule_of
+
+# Exporters round the sixth of a hard swish to float32.
+TOLERANCE = 1e-6
+
+
+@dataclass(frozen=True)
+class _Line:
+    """slope * source + offset, computed by `nodes` that nothing else reads."""
+
+    source: ir.Value
+    slope: float
+    offset: float
+    nodes: tuple[ir.Node, ...] = ()
+
+
+def name_hard_sigmoids(model: ir.Model) -> None:
+    """Rewrites the nodes of every graph in place."""
+    for node in _all(model, "HardSwish"):
+        _spell_swish(node)
+    for node in _all(model, "Clip"):
+        _name(node)
+    names = Names(model)
+    for node in _all(model, "HardSigmoid"):
+        _spell_behind_product(node, names)
+
+
+def _all(model: ir.Model, op_type: str) -> list[ir.Node]:
+    return [node for node in nodes_of(model) if node.op_type == op_type and not node.domain]
+
+
+def _spell_swish(node: ir.Node) -> None:
+    """HardSwish, of which runtimes know no integer form, as the product it is."""
+    x, y = not_none(node.inputs[0]), node.outputs[0]
+    gate = _hard_sigmoid(x, 1 / 6, 0.5, f"{node.name}_gate", y)
+    product = ir.node("Mul", [x, gate.outputs[0]], name=node.name, outputs=[_like(y)])
+    _replace(node, [node], [gate, product], product.outputs[0])
+
+
+def _spell_behind_product(node: ir.Node, names: Names) -> None:
+    """Writes a HardSigmoid as a Mul, an Add and a Clip where the first two will be folded."""
+    x, y = not_none(node.inputs[0]), node.outputs[0]
+    maker = x.producer()
+    while maker is not None and maker.op_type == "BatchNormalization":
+        maker = not_none(maker.inputs[0]).producer()
+    if maker is None or rule_of(maker).bias is None:
+        return
+    if only_consumer(x) is not node:
+        return
+    numbers = [np.float32(number) for number in (*hard_sigmoid_line(node), 0, 1)]
+    a, b, low, high = (names.constant(f"{node.name}_number", number) for number in numbers)
+    scaled = names.node("Mul", [x, a], node.name or "", like=y)
+    moved = names.node("Add", [scaled.outputs[0], b], node.name or "", like=y)
+    inputs = [moved.outputs[0], low, high]
+    clip = ir.node("Clip", inputs, name=node.name, outputs=[_like(y)])
+    _replace(node, [node], [scaled, moved, clip], clip.outputs[0])
+
+
+def _name(clip: ir.Node) -> bool:
+    """Makes a HardSigmoid of `clip` and what belongs to it; False where it is none."""
+    low, high = operand(clip, 1), operand(clip, 2)
+    if low is None or high is None or low.size != 1 or high.size != 1:
+        return False
+    line, top = _line(not_none(clip.inputs[0])), float(high.item())
+    if low.item() != 0 or not 0 < top < np.inf or not line.nodes:
+        return False
+    if abs(top - 1) <= TOLERANCE:
+        gate = _gate(clip, line, top)
+        _replace(clip, [clip, *line.nodes], [gate], gate.outputs[0])
+        return True
+    follower = only_consumer(clip.outputs[0])
+    if follower is None or follower.domain:
+        return False
+    return _divided(clip, line, top, follower) or _in_product(clip, line, top, follower)
+
+
+def _divided(clip: ir.Node, line: _Line, top: float, follower: ir.Node) -> bool:
+    """clip(…) / m."""
+    factor = _factor(follower, clip.outputs[0])
+    if not _cancels(factor, top):
+        return False
+    gate = _gate(clip, line, top)
+    _replace(follower, [follower, clip, *line.nodes], [gate], gate.outputs[0])
+    return True
+
+
+def _in_product(clip: ir.Node, line: _Line, top: float, product: ir.Node) -> bool:
+    """x clip(…) / m or (x / m) clip(…)."""
+    if product.op_type != "Mul":
+        return False
+    index = 1 if product.inputs[0] is clip.outputs[0] else 0
+    other = not_none(product.inputs[index])
+    behind, before = only_consumer(product.outputs[0]), other.producer()
+    if behind is not None and _cancels(_factor(behind, product.outputs[0]), top):
+        gate = _gate(clip, line, top)
+        output = _like(behind.outputs[0])
+        new = ir.node("Mul", [other, gate.outputs[0]], name=product.name, outputs=[output])
+        _replace(behind, [behind, product, clip, *line.nodes], [gate, new], output)
+        return True
+    source = before.inputs[0] if before is not None and only_consumer(other) is product else None
+    if before is None or source is None or not _cancels(_factor(before, source), top):
+        return False
+    gate = _gate(clip, line, top)
+    new = ir.node(
+        "Mul", [source, gate.outputs[0]], name=product.name, outputs=[_like(product.outputs[0])]
+    )
+    _replace(product, [product, before, clip, *line.nodes], [gate, new], new.outputs[0])
+    return True
+
+
+def _cancels(factor: float | None, top: float) -> bool:
+    return factor is not None and abs(factor * top - 1) <= TOLERANCE
+
+
+def _line(value: ir.Value) -> _Line:
+    """`value` as a line over what it is computed of by scalars."""
+    node = value.producer()
+    if node is None or node.domain or only_consumer(value) is None:
+        return _Line(value, 1.0, 0.0)
+    source = not_none(node.inputs[0]) if node.inputs else value
+    for source in (v for v in node.inputs if v is not None):
+        factor, shift = _factor(node, source), _shift(node, source)
+        if factor is None and shift is None:
+            continue
+        inner = _line(source)
+        slope = inner.slope * (1.0 if factor is None else factor)
+        offset = inner.offset * (1.0 if factor is None else factor) + (shift or 0.0)
+        return _Line(inner.source, slope, offset, (node, *inner.nodes))
+    return _Line(value, 1.0, 0.0)
+
+
+def _factor(node: ir.Node, value: ir.Value) -> float | None:
+    """What `node` multiplies `value` by, a number; None if it does something else."""
+    number = _other_number(node, value)
+    if number is None or number == 0:
+        return None
+    if node.op_type == "Mul":
+        return number
+    return 1 / number if node.op_type == "Div" and node.inputs[0] is value else None
+
+
+def _shift(node: ir.Node, value: ir.Value) -> float | None:
+    """The number that `node` adds to `value`; None if it does something else."""
+    number = _other_number(node, value)
+    if number is None:
+        return None
+    if node.op_type == "Add":
+        return number
+    return -number if node.op_type == "Sub" and node.inputs[0] is value else None
+
+
+def _other_number(node: ir.Node, value: ir.Value) -> float | None:
+    """The other of two operands where it is one finite float32 that keeps the shape."""
+    if node.domain or len(node.inputs) != 2 or value not in node.inputs:
+        return None
+    array = operand(node, 1 if node.inputs[0] is value else 0)
+    if array is None or array.dtype != np.float32 or array.size != 1:
+        return None
+    rank = value.shape.rank() if value.shape is not None else 0
+    return float(array.item()) if array.ndim <= rank and np.isfinite(array).all() else None
+
+
+def _gate(clip: ir.Node, line: _Line, top: float) -> ir.Node:
+    return _hard_sigmoid(
+        line.source, line.slope / top, line.offset / top, clip.name or "", clip.outputs[0]
+    )
+
+
+def _hard_sigmoid(x: ir.Value, slope: float, offset: float, name: str, like: ir.Value) -> ir.Node:
+    attributes = {"alpha": slope, "beta": offset}
+    return ir.node("HardSigmoid", [x], attributes, name=name, outputs=[_like(like)])
+
+
+def _like(value: ir.Value) -> ir.Value:
+    return ir.Value(shape=value.shape, type=value.type)
+
+
+def _replace(last: ir.Node, old: list[ir.Node], new: list[ir.Node], output: ir.Value) -> None:
+    """Puts `new` nodes in the place of `old` ones, of which `last` made the output."""
+    ir.convenience.replace_nodes_and_values(graph_of(last), last, old, new, last.outputs, [output])
