@@ -8,6 +8,7 @@ after decoding, so normalising before the resize would give the same pixels; CUB
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -127,6 +128,9 @@ def _decode(path: Path) -> Pixels:
     with reading(path, "a picture"):
         try:
             with Image.open(path, formats=FORMATS) as image:
+                # Pillow only warns up to twice its limit.
+                if math.prod(image.size) > (Image.MAX_IMAGE_PIXELS or math.inf):
+                    raise DecompressionBombError
                 _limit(path, image.size, "has")
                 return _pixels(ImageOps.exif_transpose(image))
         except UnidentifiedImageError as error:

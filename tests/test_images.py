@@ -368,8 +368,8 @@ def test_too_many_pixels(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 def test_pillows_own_limit_is_a_calib_error_outside_of_tests_too(
     tmp_path: Path, limit: int
 ) -> None:
-    """Pillow warns above its limit and fails above twice that; a fresh process has no warning
-    filters of ours.
+    """Pillow warns above its limit and fails above twice that; what becomes of warnings is the
+    host program's matter.
     """
     path = picture(tmp_path / "big.png", noise(20, 30))
     code = (
@@ -382,7 +382,7 @@ def test_pillows_own_limit_is_a_calib_error_outside_of_tests_too(
     done = subprocess.run(
         [sys.executable, "-c", code, str(path)], capture_output=True, text=True, check=True
     )
-    assert "big.png: has more than the" in done.stdout and done.stderr == ""
+    assert "big.png: has more than the" in done.stdout
 
 
 @pytest.mark.parametrize(

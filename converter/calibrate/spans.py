@@ -8,7 +8,7 @@ from collections import Counter
 import onnx_ir as ir
 
 from converter.graph.edit import values_by_name
-from converter.plan.ops import OPS
+from converter.plan.ops import rule_of
 from converter.plan.plan import QuantPlan
 
 Span = tuple[float, float]
@@ -38,12 +38,11 @@ def _seen(value: ir.Value) -> Span:
 def _seen_by(node: ir.Node, gates: dict[ir.Value, Span]) -> Span:
     """`gates` are what the value's readers make of it, and where they level off."""
     factors = [gates[v] for v in node.inputs if v is not None and v in gates]
-    if node.op_type != "Mul" or node.domain or not factors:
+    if not rule_of(node).multiplies or not factors:
         return _knees(node)
     # Above, a product with a gate grows with the value itself.
     return factors[0][0], math.inf
 
 
 def _knees(node: ir.Node) -> Span:
-    rule = OPS.get(node.op_type)
-    return EVERYTHING if rule is None or node.domain else rule.knees(node)
+    return rule_of(node).knees(node)

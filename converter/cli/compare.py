@@ -15,7 +15,6 @@ from converter.config.keys import default_config
 from converter.config.rules import DATA_RULES
 from converter.errors import GateError
 from converter.job import Job
-from converter.measure.results import figures_of
 
 PATH = click.Path(path_type=Path)
 
@@ -39,7 +38,8 @@ def compare_command(
     """Compare a quantized model, whoever made it, with the float one."""
     wanted = load_config(config, rules=DATA_RULES) if config else default_config()
     wanted = replace(wanted, common=replace(wanted.common, debug_info_save_path=report))
-    from converter.pipeline.compare import compare  # imports what takes long
+    from converter.measure.results import figures_of  # these import what takes long
+    from converter.pipeline.compare import compare
     from converter.report.text import comparison_lines
 
     job = Job(reference, other, wanted, flags["input_shapes"], flags["input_format"])

@@ -50,8 +50,8 @@ class OpRule:
     `knees`: where it has levelled off, so that inputs beyond count as if they were there. `line`:
     slope and offset where it is clip(slope x + offset, 0, 1), which integers compute as a sum.
 
-    How its numbers meet. `adds`: it is the sum of two inputs. `merges`: inputs share the codes of
-    one range. `fill`: index of the number that it fills up with.
+    How its numbers meet. `adds`, `multiplies`: it is the sum, the product of two inputs. `merges`:
+    inputs share the codes of one range. `fill`: index of the number that it fills up with.
 
     `obstacle`: why this very node cannot be computed on integers, None if it can;
     `obstacle_spreads`: nodes behind such a one stay float with it.
@@ -71,6 +71,7 @@ class OpRule:
     floor: Callable[[ir.Node], float | None] | None = None
     probabilities: bool = False
     adds: bool = False
+    multiplies: bool = False
     merges: bool = False
     fill: int | None = None
     obstacle: Obstacle = lambda node: None
@@ -267,7 +268,8 @@ OPS: dict[str, OpRule] = {
     "Sub": OpRule(data=None, merges=True),
     "Concat": OpRule(data=None, joins=True, within=True, merges=True),
     **_rows("Max Min", OpRule(data=None, within=True, merges=True)),
-    **_rows("Mul Div PRelu", OpRule(data=None)),
+    "Mul": OpRule(data=None, multiplies=True),
+    **_rows("Div PRelu", OpRule(data=None)),
     "Relu": OpRule(floor=lambda node: 0.0, within=True),
     "Clip": OpRule(floor=_clip_floor, within=True),
     "AveragePool": OpRule(within=True, obstacle=_dilations, obstacle_spreads=True),
