@@ -14,9 +14,10 @@ from hypothesis import strategies as st
 from calib.affine import dequantize
 from calib.session import open_session, run
 from converter.emit.qdq import bias_qparams, emit
+from converter.graph.edit import Names, values_by_name
 from converter.graph.files import saved
 from converter.weights.integer import BIAS_LIMIT, Rounding
-from converter.weights.layers import products
+from converter.weights.layers import INHERITED, products
 
 IMAGE = "g (float[1,4,7,7] x) => (float[] y)"
 TABLE = "g (float[2,3,8] x) => (float[] y)"
@@ -100,10 +101,26 @@ def steps_of_biases(plan, unit):
     ).scale
 
 
+def aimed(model, quantized, plan, tensor, name, axis, samples):
+    """The means that a product is to have: the float model's, but for a part of what the float
+    weight would make of the inputs that the quantized layers before hand on.
+    """
+    unit = unit_of(model, plan, tensor)
+    whole, values = quantized.clone(), values_by_name(model.graph)
+    node = next(node for node in whole.graph if node.name == unit.name)
+    weight = values[unit.weight.name].const_value.numpy()
+    node.replace_input_with(unit.weight.index, Names(whole).constant("whole", weight))
+    bias = values[unit.bias].const_value.numpy().astype(float) if unit.bias else 0.0
+    own = channel_means(whole, {name: axis}, samples)[name] - plan.biases[unit.name] + bias
+    return INHERITED * channel_means(model, {tensor: axis}, samples)[tensor] + (1 - INHERITED) * own
+
+
 @pytest.mark.parametrize("per_channel", [True, False])
 @pytest.mark.parametrize("target", ["CPU", "NVGPU"])
 @pytest.mark.parametrize("name", LAYERS)
-def test_channel_means_are_kept(name, target, per_channel):
+def test_channel_means_keep_what_weights_change_and_a_part_of_what_came_before(
+    name, target, per_channel
+):
     graph, samples, tensors = LAYERS[name]
     model, plan = decided(graph, samples, target, per_channel=per_channel)
     quantized = model.clone()
@@ -114,23 +131,35 @@ def test_channel_means_are_kept(name, target, per_channel):
         n: made[restored[n]].producer().inputs[0].producer().inputs[0].name if n in restored else n
         for n in tensors
     }
-    wanted = channel_means(model, tensors, samples)
     found = channel_means(quantized, {names[n]: axis for n, axis in tensors.items()}, samples)
-    for tensor in tensors:
-        unit = next(
-            u
-            for u in plan.units()
-            if u.weight and tensor in outputs_of(model, (u.name, *u.absorbed))
-        )
+    for tensor, axis in tensors.items():
+        unit = unit_of(model, plan, tensor)
+        wanted = aimed(model, quantized, plan, tensor, names[tensor], axis, samples)
         # The bias of an Add behind a MatMul stays float, and so do all where the target wants it.
         step = (
             steps_of_biases(plan, unit)
             if unit.integer_bias and unit.op_type != "MatMul"
             else np.zeros(6)
         )
+        # With a float bias, codes near the middle of two may be others without optimizations.
+        flip = 0.0 if unit.integer_bias else one_flip(plan, unit, samples)
+        # Half a step of the bias that is found, and a quarter of the one that is aimed at.
         np.testing.assert_array_less(
-            np.abs(found[names[tensor]] - wanted[tensor]), step.astype(float) / 2 + 2e-5
+            np.abs(found[names[tensor]] - wanted), 0.75 * step.astype(float) + flip + 2e-5
         )
+
+
+def one_flip(plan, unit, samples):
+    """What one code more in one position of the input adds to the mean of a channel."""
+    weight = plan.weights[unit.name]
+    largest = float(np.abs(dequantize(weight.codes, weight.qparams)).max())
+    return float(plan.params(unit.inputs[0]).scale) * largest / (4 * len(samples))
+
+
+def unit_of(model, plan, tensor):
+    """The unit that makes a tensor, or what is computed inside it."""
+    weighted = (unit for unit in plan.units() if unit.weight)
+    return next(u for u in weighted if tensor in outputs_of(model, (u.name, *u.absorbed)))
 
 
 def outputs_of(model, names):
@@ -167,7 +196,8 @@ def test_two_operators_may_see_channels_along_different_axes():
     quantized = model.clone()
     emit(quantized, plan)
     for name, axis in (("q", -1), ("s", 1)):
-        wanted, found = (channel_means(m, {name: axis}, samples)[name] for m in (model, quantized))
+        found = channel_means(quantized, {name: axis}, samples)[name]
+        wanted = aimed(model, quantized, plan, name, name, axis, samples)
         np.testing.assert_allclose(found, wanted, atol=2e-3)
 
 

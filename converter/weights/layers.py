@@ -36,6 +36,11 @@ from converter.weights.stored import Storage, fitted_alone, fitted_to_outputs
 # Inputs drawn for the second moments of an integer layer, a column and at the least and the most
 # over all samples, and of a stored one.
 INTEGER_DRAWS, STORED_DRAWS = (8, 1024, 8192), (16, 2048, 8192)
+# How much of the shift that the errors of layers before cause is made up for: a shift of all
+# positions is little like what they did to a few, and activation functions let through more of it
+# than of the error. Of a PicoDet's boxes F1 is .24 with 1.0, .91 with 0.5, .79 with 0; of a
+# NanoDet's .81, .89, .89; the output of a MobileNet has 26.2, 26.0 and 25.0 dB.
+INHERITED = 0.5
 # Inputs that judge a correction.
 JUDGES = 1024
 # Bytes of activations that each of the two walks of stored weights keeps, and samples: accuracy
@@ -160,7 +165,8 @@ def _least(layer: Weighted, plan: QuantPlan, shape: tuple[int, ...]) -> Array:
 def _corrected(
     layer: Weighted, weight: QuantizedWeight, mean: Array, plan: QuantPlan, walk: Walk
 ) -> Array:
-    """The bias that gives the quantized product the float product's mean in every channel.
+    """The bias that takes the weight's error out of the mean of every channel, and a part of what
+    the layers before have left there.
 
     Nagel et al., "Data-Free Quantization Through Weight Equalization and Bias Correction" (2019),
     section 4.2, with measured means.
@@ -170,9 +176,11 @@ def _corrected(
         target = product_of_mean(layer.view, layer.weight, mean)
     else:
         target = mean - (own if OPS[layer.unit.op_type].bias is not None else 0.0)
-    reached = walk.mean_product(layer.unit, dequantize(weight.codes, weight.qparams), plan)
-    shift = _shift_worth(layer, weight, target - reached, plan, walk)
-    return np.asarray(own + (np.zeros_like(reached) if shift is None else shift))
+    # Means are linear in the weight, so that both parts are one product's.
+    rest = dequantize(weight.codes, weight.qparams) - np.float32(1 - INHERITED) * layer.weight
+    missing = INHERITED * target - walk.mean_product(layer.unit, rest, plan)
+    shift = _shift_worth(layer, weight, missing, plan, walk)
+    return np.asarray(own + (np.zeros_like(missing) if shift is None else shift))
 
 
 # --- weights that are floats again before use
