@@ -121,7 +121,9 @@ def _not_beyond(scale: Array, span: Array, fmt: IntFormat) -> Array:
     """
     levels = np.float32(fmt.qmax - fmt.qmin)
     return np.where(
-        levels * scale > span.astype(np.float32), np.nextafter(scale, np.float32(0)), scale
+        levels * scale > span.astype(np.float32),
+        np.nextafter(scale, np.float32(0)),
+        scale,
     )
 
 

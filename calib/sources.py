@@ -87,7 +87,10 @@ def _natural(name: str) -> tuple[list[str | int], str]:
 
 
 def _from_folder(
-    spec: InputSpec, folder: Path, read: Callable[[Sequence[Path]], Array], each: int = 1
+    spec: InputSpec,
+    folder: Path,
+    read: Callable[[Sequence[Path]], Array],
+    each: int = 1,
 ) -> Source:
     """The folder's files in groups of `each`, which `read` makes samples of; those that fill none
     are warned of.

@@ -192,7 +192,13 @@ class TensorStats:
 
     def to_arrays(self) -> dict[str, Array]:
         """Everything there is to know, as plain arrays for `from_arrays`."""
-        totals = (self.count, self.nan_count, self.inf_count, self.zero_count, self._exponent)
+        totals = (
+            self.count,
+            self.nan_count,
+            self.inf_count,
+            self.zero_count,
+            self._exponent,
+        )
         arrays: dict[str, Array] = {"totals": np.array(totals, np.int64)}
         arrays["extremes"] = np.array([self._lo, self._hi], np.float32)
         if self._counts is not None:
@@ -217,9 +223,13 @@ class TensorStats:
                     "and calibrate again."
                 )
                 raise CalibError(msg)
-        stats.count, stats.nan_count, stats.inf_count, stats.zero_count, stats._exponent = arrays[
-            "totals"
-        ].tolist()
+        (
+            stats.count,
+            stats.nan_count,
+            stats.inf_count,
+            stats.zero_count,
+            stats._exponent,
+        ) = arrays["totals"].tolist()
         stats._lo, stats._hi = arrays["extremes"].tolist()
         if stats._counts is not None:
             stats._counts += arrays["counts"]

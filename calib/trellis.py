@@ -51,7 +51,11 @@ def _subset(u: Array, before: Array, second: Array) -> Array:
 def table(bits: int) -> Array:
     """The level of every window: a code plus what `window_weights` adds for the codes before."""
     window = np.arange(1 << (bits + MEMORY))
-    code, before, second = window % (1 << bits), window >> bits & 1, window >> (bits + 1)
+    code, before, second = (
+        window % (1 << bits),
+        window >> bits & 1,
+        window >> (bits + 1),
+    )
     found: Array = levels(bits)[SUBSETS * (code >> 1) + _subset(code & 1, before, second)]
     return found
 
@@ -61,7 +65,8 @@ def window_weights(bits: int) -> Array:
     (columns).
     """
     added: Array = np.sum(
-        [2.0 ** (bits + i) * np.roll(np.eye(GROUP), i + 1, axis=1) for i in range(MEMORY)], axis=0
+        [2.0 ** (bits + i) * np.roll(np.eye(GROUP), i + 1, axis=1) for i in range(MEMORY)],
+        axis=0,
     )
     return added
 

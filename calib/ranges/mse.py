@@ -48,7 +48,8 @@ def _best(stats: TensorStats, spec: RangeSpec, lo: Array, hi: Array) -> tuple[fl
     reaches.
     """
     candidates = Range(
-        np.minimum(np.maximum(lo, stats.lo), 0.0), np.maximum(np.minimum(hi, stats.hi), 0.0)
+        np.minimum(np.maximum(lo, stats.lo), 0.0),
+        np.maximum(np.minimum(hi, stats.hi), 0.0),
     )
     best = int(np.argmin(squared_error(stats.histogram(), spec.qparams(candidates))))
     return float(candidates.lo[best]), float(candidates.hi[best])
@@ -69,7 +70,10 @@ def squared_error(histogram: Histogram, q: QParams) -> Array:
     sums = [
         scale**3
         * _error_integral(
-            edges / scale, q.format.qmin - zero_point, q.format.qmax - zero_point, weights
+            edges / scale,
+            q.format.qmin - zero_point,
+            q.format.qmax - zero_point,
+            weights,
         )
         for scale, zero_point in zip(
             q.scale.ravel().tolist(), q.zero_point.ravel().tolist(), strict=True

@@ -15,5 +15,7 @@ def removal_outlier(stats: TensorStats, spec: RangeSpec) -> Range:
     """
     histogram = stats.histogram()
     return within_data(
-        stats, histogram.quantile(spec.outlier_ratio), histogram.quantile(1 - spec.outlier_ratio)
+        stats,
+        histogram.quantile(spec.outlier_ratio),
+        histogram.quantile(1 - spec.outlier_ratio),
     )

@@ -166,7 +166,8 @@ def _work(task: Task, notes: _Notes) -> Figures | None:
     files = stamp.states([*stamp.inputs(job), *model.external_files(job.model)])
     if task.parts and path:
         cache.merge(
-            [cache.part_path(path, number, task.parts) for number in range(task.parts)], path
+            [cache.part_path(path, number, task.parts) for number in range(task.parts)],
+            path,
         )
     figures = pipeline.convert(job, notes).figures
     files |= stamp.states([job.output, *model.external_files(job.output)])

@@ -115,7 +115,12 @@ def _of_manifest(path: Path) -> Iterator[Line]:
 
 
 def _entries(
-    entry: Entry, model: str, output: str, folder: Path, make: MakeJob, rules: Sequence[Rule]
+    entry: Entry,
+    model: str,
+    output: str,
+    folder: Path,
+    make: MakeJob,
+    rules: Sequence[Rule],
 ) -> Iterator[Entry]:
     """The jobs of one place, one for every model that matches; the config says what is empty
     there.

@@ -10,7 +10,13 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Generator, Hashable, Iterator, Mapping, Sequence
-from concurrent.futures import FIRST_COMPLETED, Executor, Future, ThreadPoolExecutor, wait
+from concurrent.futures import (
+    FIRST_COMPLETED,
+    Executor,
+    Future,
+    ThreadPoolExecutor,
+    wait,
+)
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 from graphlib import TopologicalSorter
@@ -85,7 +91,10 @@ def open_pool(scheduler: str | None, workers: int) -> Iterator[Executor]:
 
 
 def run_batch(
-    entries: Sequence[Entry], pool: Executor, options: Options, done: Callable[[Record], None]
+    entries: Sequence[Entry],
+    pool: Executor,
+    options: Options,
+    done: Callable[[Record], None],
 ) -> None:
     """Runs all entries and hands each record to `done` as soon as it is known."""
     known = {number: _known(entry, options) for number, entry in enumerate(entries)}
@@ -137,7 +146,10 @@ def _arranged(todo: Mapping[int, Task], options: Options) -> tuple[dict[Hashable
         shared = cache if len(group) > 1 or options.parts > 1 else None
         for key in group:
             common = todo[key].job.config.common
-            path, count = shared or common.calibration_cache, common.thread_num or threads
+            path, count = (
+                shared or common.calibration_cache,
+                common.thread_num or threads,
+            )
             tasks[key] = _with(todo[key], calibration_cache=path, thread_num=count)
             order[key] = {first for first in group[:1] if cache and first != key}
         if cache and options.parts > 1:

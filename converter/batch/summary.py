@@ -16,7 +16,16 @@ from xml.etree.ElementTree import Element, ElementTree, SubElement
 
 from converter.batch.run import Record
 
-SHOWN = ("name", "status", "seconds", "size_before", "size_after", "cosine", "agreement", "speedup")
+SHOWN = (
+    "name",
+    "status",
+    "seconds",
+    "size_before",
+    "size_after",
+    "cosine",
+    "agreement",
+    "speedup",
+)
 FAILURES = {"failed": "error", "missed": "failure", "skipped": "skipped"}
 # Characters that XML 1.0 cannot hold.
 UNWRITABLE = re.compile("[^\\t\\n\\r\\x20-\\ud7ff\\ue000-\\ufffd\\U00010000-\\U0010ffff]")
@@ -28,7 +37,10 @@ def row(record: Record) -> dict[str, Any]:
     """
     entry, result = record.entry, record.result
     files = {"model": str(entry.job.model), "output": str(entry.job.output)} if entry.job else {}
-    cost = {"seconds": round(result.seconds, 3), "memory_mb": round(result.megabytes, 1)}
+    cost = {
+        "seconds": round(result.seconds, 3),
+        "memory_mb": round(result.megabytes, 1),
+    }
     figures = asdict(result.figures) if result.figures else {}
     told = {"warnings": " ".join(result.warnings), "message": record.message}
     about = {"name": entry.name, "status": record.status, "config": str(entry.config)}
@@ -57,14 +69,21 @@ def _names(rows: Iterable[Mapping[str, Any]]) -> list[str]:
 def _suite(records: Sequence[Record]) -> Element:
     """One test case a record: a failed job is an error, a missed gate a failure."""
     found = Counter(record.status for record in records)
-    totals = {"errors": found["failed"], "failures": found["missed"], "skipped": found["skipped"]}
+    totals = {
+        "errors": found["failed"],
+        "failures": found["missed"],
+        "skipped": found["skipped"],
+    }
     counts = {name: str(count) for name, count in {"tests": len(records), **totals}.items()}
     suite = Element("testsuite", {"name": "qconvert", **counts})
     for record in records:
         about = {"classname": str(record.entry.config), "name": record.entry.name}
         seconds = f"{record.result.seconds:.3f}"
         case = SubElement(
-            suite, "testcase", {name: _xml(text) for name, text in about.items()}, time=seconds
+            suite,
+            "testcase",
+            {name: _xml(text) for name, text in about.items()},
+            time=seconds,
         )
         if record.status in FAILURES:
             SubElement(case, FAILURES[record.status], message=_xml(record.message))

@@ -20,7 +20,13 @@ from calib import CalibError
 from calib.affine import Array
 from calib.samples import Dataset
 from calib.stats import TensorStats
-from converter.calibrate.observe import Evidence, Wanted, merged, observe, warn_of_oddities
+from converter.calibrate.observe import (
+    Evidence,
+    Wanted,
+    merged,
+    observe,
+    warn_of_oddities,
+)
 from converter.graph.files import serialized_parts
 from converter.job import Resources, Watch
 from converter.version import __version__
@@ -65,7 +71,8 @@ def observe_with_cache(
         samples=True,
     )
     warn_of_oddities(
-        {n: known.statistics[n] for n in wanted.tensors if n not in missing.tensors}, watch
+        {n: known.statistics[n] for n in wanted.tensors if n not in missing.tensors},
+        watch,
     )
     if not missing.tensors and not missing.means:
         watch.say(f"All ranges come from the calibration cache {path}.")
@@ -75,7 +82,9 @@ def observe_with_cache(
         _save(part_path(path, *wanted.part), fingerprint, found)
         return found
     known = Evidence(
-        {**known.statistics, **found.statistics}, {**known.means, **found.means}, wanted.first
+        {**known.statistics, **found.statistics},
+        {**known.means, **found.means},
+        wanted.first,
     )
     try:
         _save(path, fingerprint, known)

@@ -127,5 +127,8 @@ def spec_of(value: ir.Value, layout: str | None = None) -> InputSpec:
         raise ModelError(msg)
     shape = tuple(d if isinstance(d, int) else None for d in value.shape)
     return InputSpec(
-        value.name or "", value.dtype.numpy(), shape, layout if len(shape) == 4 else None
+        value.name or "",
+        value.dtype.numpy(),
+        shape,
+        layout if len(shape) == 4 else None,
     )

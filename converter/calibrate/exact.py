@@ -30,7 +30,15 @@ from converter.graph.edit import (
 from converter.graph.files import serialized
 from converter.graph.qdq import is_dequantize, quantizes
 from converter.plan.matrices import breaks_bound
-from converter.plan.ops import Operand, Product, cast_to, integer_rule, rule, rule_of, view_of
+from converter.plan.ops import (
+    Operand,
+    Product,
+    cast_to,
+    integer_rule,
+    rule,
+    rule_of,
+    view_of,
+)
 from converter.plan.targets import PAIR_LIMIT
 
 # What makes bytes unsigned.
@@ -88,7 +96,10 @@ def _multiplied(x: Array, w: Array) -> Array:
     """The product as ONNX Runtime computes it here (int32)."""
     inputs = [
         ir.Value(name=name, shape=ir.Shape(array.shape), type=ir.TensorType(kind))
-        for name, array, kind in (("x", x, ir.DataType.UINT8), ("w", w, ir.DataType.INT8))
+        for name, array, kind in (
+            ("x", x, ir.DataType.UINT8),
+            ("w", w, ir.DataType.INT8),
+        )
     ]
     node = ir.node("MatMulInteger", inputs)
     node.outputs[0].name, node.outputs[0].type = "y", ir.TensorType(ir.DataType.INT32)
@@ -199,7 +210,10 @@ def _unsigned(value: ir.Value | None, reader: ir.Node, names: Names) -> ir.Value
     array = constant(value)
     if array is not None:
         return names.constant(f"{value.name}_unsigned", array.view(np.uint8) ^ np.uint8(MIDDLE))
-    middle, wish = names.constant("middle", np.array(MIDDLE, np.int32)), value.name or ""
+    middle, wish = (
+        names.constant("middle", np.array(MIDDLE, np.int32)),
+        value.name or "",
+    )
     for operator, others, attributes in (
         ("Cast", [], {"to": ir.DataType.INT32}),
         ("Add", [middle], {}),

@@ -55,7 +55,10 @@ class Wanted:
         """
         number, parts = self.part
         head = max(count // parts, min(self.first, count) if self.means else 0)
-        cuts = [0, *(head + (count - head) * k // max(parts - 1, 1) for k in range(parts))]
+        cuts = [
+            0,
+            *(head + (count - head) * k // max(parts - 1, 1) for k in range(parts)),
+        ]
         return range(cuts[number], cuts[number + 1])
 
     def new_stats(self) -> TensorStats:
@@ -81,7 +84,10 @@ def observe(
     Tensors are tapped in groups whose arrays fit the memory budget together; each group is one pass
     over the data.
     """
-    constants, means = of_constants(wanted, values_by_name(model.graph)), dict[Mean, Array]()
+    constants, means = (
+        of_constants(wanted, values_by_name(model.graph)),
+        dict[Mean, Array](),
+    )
     # The parts together see a constant once.
     statistics = {} if wanted.part[0] else {**constants}
     names = dict.fromkeys([*wanted.tensors, *(name for name, _ in wanted.means)])
@@ -232,7 +238,10 @@ def _qparams(
 
 
 def probability_qparams(
-    graph: ir.Graph, plan: QuantPlan, statistics: Mapping[str, TensorStats], spec: RangeSpec
+    graph: ir.Graph,
+    plan: QuantPlan,
+    statistics: Mapping[str, TensorStats],
+    spec: RangeSpec,
 ) -> dict[str, QParams]:
     """Parameters of the groups that hold what a Softmax makes of integers: from 0 to at least twice
     the largest probability seen.
@@ -253,7 +262,10 @@ def probability_qparams(
 
 
 def masked_qparams(
-    graph: ir.Graph, plan: QuantPlan, statistics: Mapping[str, TensorStats], spec: RangeSpec
+    graph: ir.Graph,
+    plan: QuantPlan,
+    statistics: Mapping[str, TensorStats],
+    spec: RangeSpec,
 ) -> dict[str, QParams]:
     """Parameters of the groups with masks before a Softmax: a mask need not reach lower than where
     nothing is left of a probability.

@@ -177,12 +177,19 @@ class Walk:
         each = max(1, self._peak_bytes(data))
         return max(
             1,
-            min(len(data), most or max(ENOUGH_SAMPLES, ENOUGH_BYTES // each), store_bytes // each),
+            min(
+                len(data),
+                most or max(ENOUGH_SAMPLES, ENOUGH_BYTES // each),
+                store_bytes // each,
+            ),
         )
 
     def _peak_bytes(self, data: Dataset) -> int:
         """The most bytes that one sample keeps between two steps."""
-        names = [*data.sample(0), *(name for step in self.steps for name in step.writes)]
+        names = [
+            *data.sample(0),
+            *(name for step in self.steps for name in step.writes),
+        ]
         size = opened(self.model, names).sizes(names, data.sample(0))
         size.update((name, size[name] // 4) for name in self._codes.intersection(size))
         held: set[str] = set(data.sample(0))
@@ -259,7 +266,9 @@ class Walk:
             q, along = plan.params(name), view.input_axis
             means = list(
                 over_samples(
-                    self.count, lambda i: channel_mean(self._store[i][name], along), self.threads
+                    self.count,
+                    lambda i: channel_mean(self._store[i][name], along),
+                    self.threads,
                 )
             )
             return product_of_mean(

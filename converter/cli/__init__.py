@@ -34,13 +34,22 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
 @click.group(context_settings=CONTEXT, invoke_without_command=True)
 @click.option(
-    "--fmk", default="ONNX", show_default=True, help="Format of the float model; only ONNX."
+    "--fmk",
+    default="ONNX",
+    show_default=True,
+    help="Format of the float model; only ONNX.",
 )
 @click.option(
-    "--modelFile", "model", type=click.Path(path_type=Path), help="Float ONNX model.  [required]"
+    "--modelFile",
+    "model",
+    type=click.Path(path_type=Path),
+    help="Float ONNX model.  [required]",
 )
 @click.option(
-    "--outputFile", "output", type=click.Path(), help="Default: MODEL_quant.onnx beside it."
+    "--outputFile",
+    "output",
+    type=click.Path(),
+    help="Default: MODEL_quant.onnx beside it.",
 )
 @click.option(
     "--configFile",
@@ -101,7 +110,12 @@ def command(
     if output is None and loaded.job.output:
         output = str(loaded.job.output)
     job = job_of(model, output, loaded, flags)
-    run(job, Terminal(flags["quiet"], flags["verbose"]), gates_of(flags), dry=flags["dry_run"])
+    run(
+        job,
+        Terminal(flags["quiet"], flags["verbose"]),
+        gates_of(flags),
+        dry=flags["dry_run"],
+    )
 
 
 def run(job: Job, terminal: Terminal, gates: Gates, dry: bool) -> None:
@@ -139,7 +153,10 @@ def main(arguments: list[str] | None = None) -> None:
     except QConvertError as error:
         _fail(str(error), error.exit_code)
     except click.ClickException as error:
-        _fail(f"{error.format_message().rstrip('.')}; run qconvert --help for the flags.", 2)
+        _fail(
+            f"{error.format_message().rstrip('.')}; run qconvert --help for the flags.",
+            2,
+        )
     except (click.Abort, KeyboardInterrupt) as error:
         # Click takes an interrupt for its own, and keeps what it says as the cause.
         _fail(str(error.__cause__ or error) or "Interrupted; nothing was written.", 130)
@@ -160,7 +177,10 @@ def main(arguments: list[str] | None = None) -> None:
         if "--verbose" in (arguments or sys.argv):
             traceback.print_exception(error)
         what = " ".join(f"{type(error).__name__}: {error}".split())
-        _fail(f"Something unforeseen, {what:.200}; please report it with what --verbose shows.", 1)
+        _fail(
+            f"Something unforeseen, {what:.200}; please report it with what --verbose shows.",
+            1,
+        )
 
 
 def _fail(message: str, code: int) -> None:

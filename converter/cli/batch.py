@@ -21,10 +21,16 @@ from converter.job import processors
 @click.command("batch")
 @click.argument("jobs", type=click.Path(path_type=Path))
 @click.option(
-    "--jobs", "-j", "workers", type=click.IntRange(1), help="Jobs at once; default: the processors."
+    "--jobs",
+    "-j",
+    "workers",
+    type=click.IntRange(1),
+    help="Jobs at once; default: the processors.",
 )
 @click.option(
-    "--timeout", type=click.FloatRange(0, min_open=True), help="Seconds that one job may take."
+    "--timeout",
+    type=click.FloatRange(0, min_open=True),
+    help="Seconds that one job may take.",
 )
 @click.option(
     "--resume",
@@ -32,7 +38,10 @@ from converter.job import processors
     help="Leave what is up to date: model, config, data and version as they were.",
 )
 @click.option(
-    "--keep-going/--fail-fast", default=True, show_default=True, help="What to do when a job fails."
+    "--keep-going/--fail-fast",
+    default=True,
+    show_default=True,
+    help="What to do when a job fails.",
 )
 @click.option(
     "--calibration-parts",
@@ -42,14 +51,19 @@ from converter.job import processors
     help="Split calibrations by samples.",
 )
 @click.option(
-    "--scheduler", help="Dask cluster that shares this file system, for example tcp://host:8786."
+    "--scheduler",
+    help="Dask cluster that shares this file system, for example tcp://host:8786.",
 )
 @click.option("--junit", type=click.Path(path_type=Path), help="Write JUnit XML, too.")
 @click.option("--quiet", is_flag=True, help="Print the table and errors only.")
 @job_flags
 @gate_flags
 def batch_command(
-    jobs: Path, scheduler: str | None, workers: int | None, junit: Path | None, **flags: Any
+    jobs: Path,
+    scheduler: str | None,
+    workers: int | None,
+    junit: Path | None,
+    **flags: Any,
 ) -> None:
     """Run all JOBS: a folder of configs with a [job] section, or a CSV file.
 

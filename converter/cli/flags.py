@@ -73,14 +73,25 @@ INPUT_FLAGS = (
         help="Shapes of dynamic inputs: name:1,3,224,224;name2:…",
     ),
     click.option(
-        "--inputDataFormat", "input_format", type=LAYOUT, help="Layout of 4-D image inputs."
+        "--inputDataFormat",
+        "input_format",
+        type=LAYOUT,
+        help="Layout of 4-D image inputs.",
     ),
 )
 job_flags = with_flags(
     *INPUT_FLAGS,
-    click.option("--inputDataType", "input_type", **TYPE, help="Integers: the model takes pixels."),
     click.option(
-        "--outputDataType", "output_type", **TYPE, help="Integers: the model gives codes."
+        "--inputDataType",
+        "input_type",
+        **TYPE,
+        help="Integers: the model takes pixels.",
+    ),
+    click.option(
+        "--outputDataType",
+        "output_type",
+        **TYPE,
+        help="Integers: the model gives codes.",
     ),
     click.option(
         "--fp16",
@@ -98,7 +109,9 @@ job_flags = with_flags(
 )
 gate_flags = with_flags(
     click.option(
-        "--min-cosine", type=float, help="Exit with 3 if an output's cosine similarity is less."
+        "--min-cosine",
+        type=float,
+        help="Exit with 3 if an output's cosine similarity is less.",
     ),
     click.option(
         "--min-agreement",
@@ -106,7 +119,9 @@ gate_flags = with_flags(
         help="Exit with 3 if a smaller share of answers stays the same.",
     ),
     click.option(
-        "--min-speedup", type=float, help="Exit with 3 if the model is less times faster."
+        "--min-speedup",
+        type=float,
+        help="Exit with 3 if the model is less times faster.",
     ),
     click.option(
         "--max-size",

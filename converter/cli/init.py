@@ -14,7 +14,10 @@ from converter.errors import UsageError
 @click.command(name="init")
 @click.argument("model", type=click.Path(path_type=Path))
 @click.option(
-    "--outputFile", "output", type=click.Path(path_type=Path), help="Default: MODEL.cfg beside it."
+    "--outputFile",
+    "output",
+    type=click.Path(path_type=Path),
+    help="Default: MODEL.cfg beside it.",
 )
 @click.option("--mode", type=click.Choice(QUANT_TYPES), default="FULL_QUANT", show_default=True)
 def init_command(model: Path, output: Path | None, mode: str) -> None:

@@ -15,7 +15,13 @@ def reference() -> Iterator[str]:
         yield _row("Key", "Default", "Allowed", "Applies to", "Meaning")
         yield _row(*["---"] * 5)
         for name, key in section.keys.items():
-            yield _row(f"`{name}`", key.default_text, key.kind.allowed, str(key.scope), key.meaning)
+            yield _row(
+                f"`{name}`",
+                key.default_text,
+                key.kind.allowed,
+                str(key.scope),
+                key.meaning,
+            )
         yield ""
 
 

@@ -70,7 +70,8 @@ class Document:
         if first is not place:
             what = "key" if place.key else "section"
             place.reject(
-                f"the {what} is already on line {first.line}", f"keep one of the two {what}s"
+                f"the {what} is already on line {first.line}",
+                f"keep one of the two {what}s",
             )
 
 
@@ -168,7 +169,8 @@ def _entry(statement: Place, section: str) -> Place:
     key, value = key.strip(), _without_comment(value)
     if not separator or not key:
         statement.reject(
-            "is neither a section nor a key with a value", "write [section] or key = value"
+            "is neither a section nor a key with a value",
+            "write [section] or key = value",
         )
     place = replace(statement, section=section, key=key, text=value)
     if not section:

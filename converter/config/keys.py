@@ -73,7 +73,9 @@ _STORED = Scope(
 )
 _DYNAMIC = Scope(("DYNAMIC_QUANT",))
 _IMAGES = Scope(
-    QUANT_TYPES, " with input_type = IMAGE", lambda config: config.preprocess.input_type == "IMAGE"
+    QUANT_TYPES,
+    " with input_type = IMAGE",
+    lambda config: config.preprocess.input_type == "IMAGE",
 )
 _RESIZED = Scope(
     QUANT_TYPES,
@@ -160,7 +162,9 @@ class CommonQuantParam:
         (),
     )
     skip_quant_type: tuple[str, ...] = _key(
-        kinds.names("Gemm,MatMul"), "Operator types to leave in float, as ONNX writes them.", ()
+        kinds.names("Gemm,MatMul"),
+        "Operator types to leave in float, as ONNX writes them.",
+        (),
     )
     debug_info_save_path: Path | None = _key(
         kinds.path("debug"),
@@ -200,7 +204,8 @@ class MixedBitWeightQuantParam:
         0.02,
     )
     auto_tune: bool = _choice(
-        "Search the largest init_scale whose outputs keep the cosine similarity min_cosine.", False
+        "Search the largest init_scale whose outputs keep the cosine similarity min_cosine.",
+        False,
     )
     min_cosine: float = _key(
         kinds.number_between(0, 1, 0.995),
@@ -356,7 +361,8 @@ class DataPreprocessParam:
         (),
     )
     calibrate_size: int | None = _key(
-        kinds.integer(1, 65535, 100), "Number of samples to calibrate with, beside calibrate_path."
+        kinds.integer(1, 65535, 100),
+        "Number of samples to calibrate with, beside calibrate_path.",
     )
     input_type: Literal["IMAGE", "BIN", "NPY"] | None = _choice(
         "Type of the files: pictures, raw buffers or NumPy arrays; beside calibrate_path."
@@ -432,7 +438,10 @@ def _section(table: type[Any], name: str, scope: Scope) -> Any:
     """A field of `Config`: the section of that name, whose keys have this scope where they give
     none.
     """
-    return field(default_factory=table, metadata={"section": name, "table": table, "scope": scope})
+    return field(
+        default_factory=table,
+        metadata={"section": name, "table": table, "scope": scope},
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

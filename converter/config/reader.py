@@ -67,7 +67,8 @@ def _key_at(place: Place) -> Key:
     keys = SECTIONS[place.section].keys
     if place.key not in keys:
         place.reject(
-            f"is not a key of [{place.section}]", _advice_for_unknown(place.key, place.section)
+            f"is not a key of [{place.section}]",
+            _advice_for_unknown(place.key, place.section),
         )
     return keys[place.key]
 

@@ -39,7 +39,10 @@ def _mode_is_given(config: Config) -> Iterator[Complaint]:
 
 
 def _mode_is_clear(config: Config) -> Iterator[Complaint]:
-    quant_type, precision = config.common.quant_type, config.transform.export_precision_mode
+    quant_type, precision = (
+        config.common.quant_type,
+        config.transform.export_precision_mode,
+    )
     if quant_type and precision and (quant_type, precision) != ("FULL_QUANT", "QUANT"):
         problem = f"does not go with quant_type = {quant_type}"
         yield Complaint(_TRANSFORM, "export_precision_mode", problem, "remove one of the two")
@@ -103,7 +106,10 @@ def _resize_is_clear(config: Config) -> Iterator[Complaint]:
     if data.resize_short_side and data.resize_width:
         problem = "does not go with resize_width and resize_height"
         yield Complaint(
-            _DATA, "resize_short_side", problem, "keep either the short side or width and height"
+            _DATA,
+            "resize_short_side",
+            problem,
+            "keep either the short side or width and height",
         )
 
 
@@ -122,7 +128,10 @@ def _crop_fits(config: Config) -> Iterator[Complaint]:
             "side"
         )
         yield Complaint(
-            _DATA, "center_crop_width", problem, f"write {data.resize_short_side} or less"
+            _DATA,
+            "center_crop_width",
+            problem,
+            f"write {data.resize_short_side} or less",
         )
 
 

@@ -65,7 +65,8 @@ def _data_values(inputs: Sequence[InputSpec]) -> dict[str, str]:
     channels, height, width = pictures.pop() or (1, None, None)
     colours = {"image_to_format": "RGB" if channels == 3 else "GRAY"}
     normal = dict.fromkeys(
-        ("normalize_mean", "normalize_std"), f"[{', '.join(['127.5'] * (channels or 1))}]"
+        ("normalize_mean", "normalize_std"),
+        f"[{', '.join(['127.5'] * (channels or 1))}]",
     )
     size = {"resize_width": str(width), "resize_height": str(height)} if width and height else {}
     return {**common, "input_type": "IMAGE", **colours, **normal, **size}

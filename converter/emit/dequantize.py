@@ -54,7 +54,10 @@ class DequantizeWriter:
         arrays = (weight.codes, q.scale, q.zero_point.astype(weight.codes.dtype))
         inputs = [
             add_constant(
-                graph, self.names.fresh(f"{name}_{what}"), array, None if what == "scale" else kind
+                graph,
+                self.names.fresh(f"{name}_{what}"),
+                array,
+                None if what == "scale" else kind,
             )
             for what, array in zip(("codes", "scale", "zero"), arrays, strict=True)
         ]

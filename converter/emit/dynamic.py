@@ -42,7 +42,12 @@ def emit_dynamic(model: ir.Model, plan: QuantPlan, by_row: bool) -> None:
 
 class _Emitter:
     def __init__(self, model: ir.Model, plan: QuantPlan, by_row: bool) -> None:
-        self.model, self.plan, self.by_row, self.names = model, plan, by_row, Names(model)
+        self.model, self.plan, self.by_row, self.names = (
+            model,
+            plan,
+            by_row,
+            Names(model),
+        )
         self.activations: dict[tuple[ir.Graph, ir.Value], Sequence[ir.Value]] = {}
         self.at: ir.Node  # new nodes stand before this one
 
@@ -99,7 +104,9 @@ class _Emitter:
         else:
             largest = self._node("ReduceMax", magnitude, axes=[-1])
         scale = self._node(
-            "Mul", largest, self.names.constant("per_code", np.float32(1 / INT8_NARROW.qmax))
+            "Mul",
+            largest,
+            self.names.constant("per_code", np.float32(1 / INT8_NARROW.qmax)),
         )
         scale = self._node(
             "Max", scale, self.names.constant("least_scale", np.float32(SMALLEST_SCALE))

@@ -108,9 +108,17 @@ class PlaneWriter:
         return value if axis == last else self._node("Transpose", [value], perm=order)
 
     def _scaled(
-        self, name: str, value: ir.Value, q: QParams, axis: int | None, shape: tuple[int, ...]
+        self,
+        name: str,
+        value: ir.Value,
+        q: QParams,
+        axis: int | None,
+        shape: tuple[int, ...],
     ) -> ir.Value:
-        for op_type, what, numbers in (("Sub", "zero", q.zero_point), ("Mul", "scale", q.scale)):
+        for op_type, what, numbers in (
+            ("Sub", "zero", q.zero_point),
+            ("Mul", "scale", q.scale),
+        ):
             operand = half_if_exact(along(numbers, axis, shape))
             value = self._node(op_type, [value, self._cast(f"{name}_{what}", operand)])
         return value
@@ -145,7 +153,10 @@ class PlaneWriter:
         bits = self._cast(f"{name}_mask", to_planes(padded, 1))
         bits = self._chain(bits, (*_unpacking(1), ("Reshape", np.array([-1, GROUP, 8]))))
         in_byte = self._chain(bits, [("MatMul", np.triu(np.ones((8, 8), np.float32)))])
-        before = [("MatMul", np.ones((8, 1), np.float32)), ("Reshape", np.array([-1, GROUP]))]
+        before = [
+            ("MatMul", np.ones((8, 1), np.float32)),
+            ("Reshape", np.array([-1, GROUP])),
+        ]
         earlier = self._chain(bits, before)
         strict = np.triu(np.ones((GROUP, GROUP), np.float32), 1)
         earlier = self._chain(earlier, [("MatMul", strict), ("Reshape", np.array([-1, GROUP, 1]))])

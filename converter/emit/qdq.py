@@ -35,7 +35,8 @@ def emit(model: ir.Model, plan: QuantPlan) -> dict[str, str]:
     """
     kept = {name: unit for name, unit in plan.nodes.items() if (name, 0) in plan.stored}
     restored = _Emitter(
-        model, replace(plan, nodes={n: u for n, u in plan.nodes.items() if n not in kept})
+        model,
+        replace(plan, nodes={n: u for n, u in plan.nodes.items() if n not in kept}),
     ).run()
     emit_stored(model, replace(plan, nodes=kept, biases={}), PlaneWriter(model))
     return restored
@@ -58,7 +59,9 @@ class _Emitter:
         for name in self.plan.tensors:
             readers = [self.nodes[unit.name] for unit in units if name in unit.inputs]
             self._write_activation(
-                self.values[name], self.plan.params(name), None if name in computed else readers
+                self.values[name],
+                self.plan.params(name),
+                None if name in computed else readers,
             )
         for unit in units:
             if unit.bare:
@@ -118,7 +121,11 @@ class _Emitter:
         codes = nodes[-1].outputs[0]
         nodes.append(
             self.names.node(
-                "DequantizeLinear", [codes, *parameters], name, "dequantized", like=value
+                "DequantizeLinear",
+                [codes, *parameters],
+                name,
+                "dequantized",
+                like=value,
             )
         )
         if producer is not None:
@@ -150,14 +157,20 @@ class _Emitter:
         codes, scale, zero_point = restore.inputs
         scaled = self.names.constant(f"{name}_scale", not_none(constant(scale)) * np.float32(slope))
         line = self.names.node(
-            "DequantizeLinear", [codes, scaled, zero_point], f"{name}_line", like=gate.outputs[0]
+            "DequantizeLinear",
+            [codes, scaled, zero_point],
+            f"{name}_line",
+            like=gate.outputs[0],
         )
         zero = np.array(0 if offset > 0 else 255)
         whole = QParams(np.array(abs(offset) / 255, np.float32), zero, UINT8)
         code = quantize(np.array(offset, np.float32), whole)
         added = self._dequantized(f"{name}_offset", code, whole)
         total = ir.node("Add", [line.outputs[0], added], name=name, outputs=[ir.Value()])
-        total.outputs[0].shape, total.outputs[0].type = gate.outputs[0].shape, gate.outputs[0].type
+        total.outputs[0].shape, total.outputs[0].type = (
+            gate.outputs[0].shape,
+            gate.outputs[0].type,
+        )
         ir.convenience.replace_nodes_and_values(
             self.graph, gate, [gate], [line, total], gate.outputs, total.outputs
         )
@@ -194,7 +207,9 @@ class _Emitter:
         owner, index = bias_place(node, unit)
         if unit.integer_bias and owner is node and unit.inputs[0] in self.plan.tensors:
             q = bias_qparams(
-                self.plan.params(unit.inputs[0]), self.plan.weights[unit.name], bias.size
+                self.plan.params(unit.inputs[0]),
+                self.plan.weights[unit.name],
+                bias.size,
             )
             written = self._dequantized(name, quantize(bias, q), q)
         else:
@@ -204,7 +219,10 @@ class _Emitter:
     def _dequantized(self, name: str, codes: Array, q: QParams) -> ir.Value:
         """A constant stored as `codes` behind a DequantizeLinear."""
         attributes = {} if q.axis is None else {"axis": q.axis}
-        inputs = [self.names.constant(f"{name}_quantized", codes), *self._parameters(name, q)]
+        inputs = [
+            self.names.constant(f"{name}_quantized", codes),
+            *self._parameters(name, q),
+        ]
         node = self.names.node("DequantizeLinear", inputs, name, "dequantized", attributes)
         self.graph.insert_before(self.graph[0], node)
         return node.outputs[0]

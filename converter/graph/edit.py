@@ -116,7 +116,10 @@ class Names:
     """
 
     def __init__(self, model: ir.Model) -> None:
-        self._main, self._constants = model.graph, dict[tuple[str, str, bytes], ir.Value]()
+        self._main, self._constants = (
+            model.graph,
+            dict[tuple[str, str, bytes], ir.Value](),
+        )
         nodes = [node for graph in model.graphs() for node in graph.all_nodes()]
         inputs = [value for graph in model.graphs() for value in graph.inputs]
         self._taken = (
@@ -164,7 +167,11 @@ class Names:
             for _ in range(count)
         ]
         return ir.node(
-            op_type, inputs, attributes, name=self.fresh(f"{wish}_{op_type}"), outputs=made
+            op_type,
+            inputs,
+            attributes,
+            name=self.fresh(f"{wish}_{op_type}"),
+            outputs=made,
         )
 
 
@@ -174,7 +181,10 @@ def add_constant(
     """Registers an initializer, stored as `kind` where given; `name` must be free (see Names)."""
     tensor = ir.tensor(np.asarray(array, order="C"), kind, name=name)
     value = ir.Value(
-        name=name, const_value=tensor, shape=ir.Shape(array.shape), type=ir.TensorType(tensor.dtype)
+        name=name,
+        const_value=tensor,
+        shape=ir.Shape(array.shape),
+        type=ir.TensorType(tensor.dtype),
     )
     graph.register_initializer(value)
     return value
@@ -186,7 +196,10 @@ def replace_constant(node: ir.Node, index: int, array: Array, names: Names) -> N
     """
     old = input_at(node, index)
     if old is not None and len(old.uses()) == 1 and not old.is_graph_output():
-        old.const_value, old.shape = ir.tensor(array, name=old.name), ir.Shape(array.shape)
+        old.const_value, old.shape = (
+            ir.tensor(array, name=old.name),
+            ir.Shape(array.shape),
+        )
         return
     name = names.fresh(old.name if old and old.name else f"{node.name}.bias")
     set_input(node, index, add_constant(graph_of(node), name, array))

@@ -53,7 +53,11 @@ INITIALIZERS_ALONE = 4
 
 # Where a model keeps the types of outputs that onnx_ir cannot hold, serialized, and the default
 # values of inputs, both by name, and what the ONNX checker has against a model that runs.
-MAPS, DEFAULTS, UNCHECKED = "types of maps", "defaults of inputs", "what the checker says"
+MAPS, DEFAULTS, UNCHECKED = (
+    "types of maps",
+    "defaults of inputs",
+    "what the checker says",
+)
 
 
 # Operators whose outputs onnx_ir cannot hold.

@@ -75,7 +75,10 @@ def compare(
 
     def step(index: int) -> Array:
         sample = data.sample(index)
-        left, right = reference.fetch(pairs, sample), other.fetch(pairs.values(), sample)
+        left, right = (
+            reference.fetch(pairs, sample),
+            other.fetch(pairs.values(), sample),
+        )
         return np.array([tally(left[name], right[there]) for name, there in pairs.items()])
 
     sums = sum(over_samples(min(count, len(data)), step, threads))

@@ -71,7 +71,9 @@ def pair(reference: ir.Model, other: ir.Model, plan: QuantPlan) -> Pairing:
     ]
     main = {node.name for node in reference.graph}
     return Pairing(
-        reference, finder.model, tuple(p for p in places if p.weight is not None or p.node in main)
+        reference,
+        finder.model,
+        tuple(p for p in places if p.weight is not None or p.node in main),
     )
 
 
@@ -127,10 +129,20 @@ class _Finder:
                     yield self._place(node, value, index, output, other)
 
     def _place(
-        self, node: ir.Node, value: ir.Value, index: int, output: bool, twin: ir.Value | None
+        self,
+        node: ir.Node,
+        value: ir.Value,
+        index: int,
+        output: bool,
+        twin: ir.Value | None,
     ) -> Place:
         place = Place(
-            node.name or "", node.op_type, value.name or "", index, output, constant(value)
+            node.name or "",
+            node.op_type,
+            value.name or "",
+            index,
+            output,
+            constant(value),
         )
         name = self.renamed.get(place.name, place.name)
         found = (
@@ -153,7 +165,9 @@ class _Finder:
             )
             if stored is not None:
                 return replace(
-                    place, restored=dequantize(stored.codes, stored.qparams), qparams=stored.qparams
+                    place,
+                    restored=dequantize(stored.codes, stored.qparams),
+                    qparams=stored.qparams,
                 )
             if (array := constant(found)) is not None:
                 return replace(place, restored=array)
@@ -173,7 +187,10 @@ class _Finder:
         if codes or not follow:
             return codes
         quantizers = (use.node for use in value.uses() if quantizes(use.node))
-        return next((node.outputs[0] for node in quantizers if node.outputs[0] in self.codes), None)
+        return next(
+            (node.outputs[0] for node in quantizers if node.outputs[0] in self.codes),
+            None,
+        )
 
     def _floats(self, codes: ir.Value) -> ir.Value:
         """What a DequantizeLinear makes of the codes; a new one if there is none."""

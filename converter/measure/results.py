@@ -148,7 +148,8 @@ class Findings:
     def ranked(self) -> list[NodeFinding]:
         """The quantized nodes, those that cost the outputs most first."""
         return sorted(
-            (node for node in self.nodes if node.quantized), key=lambda node: -(node.share or 0.0)
+            (node for node in self.nodes if node.quantized),
+            key=lambda node: -(node.share or 0.0),
         )
 
 

@@ -24,7 +24,13 @@ from calib.samples import Dataset
 from calib.workers import over_samples
 from converter.calibrate.runs import Opened, opened
 from converter.errors import DataError
-from converter.graph.edit import Names, constant, not_none, only_consumer, values_by_name
+from converter.graph.edit import (
+    Names,
+    constant,
+    not_none,
+    only_consumer,
+    values_by_name,
+)
 from converter.graph.qdq import codes_behind, quantizes
 from converter.measure.errors import TensorError, compare, error_of, tally, worst_of
 from converter.measure.pairing import Pairing
@@ -152,7 +158,11 @@ def _cut(
     integers it is to become.
     """
     model = pairing.model.clone()
-    names, values, leaves = Names(model), values_by_name(model.graph), set().union(*units.values())
+    names, values, leaves = (
+        Names(model),
+        values_by_name(model.graph),
+        set().union(*units.values()),
+    )
     taps, fed, sources = {}, {}, {}
     for place in pairing.places:
         value = values.get(place.counterpart or "")
@@ -170,7 +180,8 @@ def _cut(
             sources[source] = place.name
     for source, name in sources.items():
         value = ir.Value(
-            name=names.fresh(f"{name}_fed"), type=source.type or ir.TensorType(ir.DataType.FLOAT)
+            name=names.fresh(f"{name}_fed"),
+            type=source.type or ir.TensorType(ir.DataType.FLOAT),
         )
         for use in source.uses():  # a graph output stays what it is
             use.node.replace_input_with(use.idx, value)

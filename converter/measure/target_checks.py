@@ -34,7 +34,8 @@ def _pairs(model: ir.Model, plan: QuantPlan) -> Iterator[str]:
         codes = plan.weights[unit.name].codes
         view = view_of(nodes[unit.name], codes.shape, unit.weight.index)
         if breaks_bound(
-            view.matrix(codes) if view else codes.reshape(1, 1, -1), unit.weight.pair_limit
+            view.matrix(codes) if view else codes.reshape(1, 1, -1),
+            unit.weight.pair_limit,
         ).any():
             yield f"two weights of {unit.name} can overflow together"
 

@@ -64,11 +64,15 @@ def _plan_of(model: ir.Model, job: Job) -> QuantPlan:
     for node, unit in planned(model, plan):
         if _multiplies(node):
             nodes[unit.name] = _product_plan(node, unit, per_channel=not _by_row(job))
-            x, why = unit.inputs[0], f"read by {unit.name}; its range is found at run time"
+            x, why = (
+                unit.inputs[0],
+                f"read by {unit.name}; its range is found at run time",
+            )
             tensors.setdefault(x, TensorPlan(x, UINT8, False, x, why))
         elif unit.weight and _looks_up(node):
             nodes[unit.name] = replace(
-                unit, weight=replace(unit.weight, format=INT8_NARROW, granularity=PerAxis(0))
+                unit,
+                weight=replace(unit.weight, format=INT8_NARROW, granularity=PerAxis(0)),
             )
     return QuantPlan(nodes, tensors)
 
@@ -193,7 +197,11 @@ def _by_outputs(
     # A sentence has few rows: all samples take part.
     walk = Walk(model, part, data, resources, most=len(data))
     wanted = Wanted(
-        (), products(model.graph, part), histogram=False, samples=False, first=walk.count
+        (),
+        products(model.graph, part),
+        histogram=False,
+        samples=False,
+        first=walk.count,
     )
     means = observe(model, wanted, data, resources, watch).means
     decided = decide_weights(model, part, walk, means, Rounding(), watch)

@@ -19,7 +19,8 @@ def make_plan(prepared: Prepared, job: Job) -> QuantPlan:
 def float_plan(model: ir.Model, reason: str) -> QuantPlan:
     """All nodes, float."""
     return QuantPlan(
-        {n.name or "": NodePlan(n.name or "", n.op_type, False, reason) for n in model.graph}, {}
+        {n.name or "": NodePlan(n.name or "", n.op_type, False, reason) for n in model.graph},
+        {},
     )
 
 

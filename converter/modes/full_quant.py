@@ -157,7 +157,13 @@ def set_up(prepared: Prepared, job: Job, watch: Watch) -> Setup:
     data = open_data(model, job, watch, samples)
     setup = Setup(model, job, _target(job.config), trained, data, pixels, resources)
     if len(data) and not trained:
-        smooth(model, _fed_by_floats(model, setup.planned({})), data, resources.threads, watch)
+        smooth(
+            model,
+            _fed_by_floats(model, setup.planned({})),
+            data,
+            resources.threads,
+            watch,
+        )
     return setup
 
 
@@ -209,7 +215,12 @@ def observed(setup: Setup, watch: Watch) -> Evidence:
     first = Walk(setup.model, plan, setup.data, setup.resources).count
     cache = setup.job.config.common.calibration_cache
     return observe_with_cache(
-        setup.model, replace(wanted, first=first), setup.data, setup.resources, watch, cache
+        setup.model,
+        replace(wanted, first=first),
+        setup.data,
+        setup.resources,
+        watch,
+        cache,
     )
 
 

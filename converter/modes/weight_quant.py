@@ -14,7 +14,13 @@ from calib.samples import Dataset
 from converter.calibrate.cache import fingerprint_of
 from converter.calibrate.data import open_data, resources_of, synthetic_data
 from converter.config.keys import WeightQuantParam
-from converter.emit.dequantize import NEWEST_OPSET, TYPES, DequantizeWriter, type_for, type_of
+from converter.emit.dequantize import (
+    NEWEST_OPSET,
+    TYPES,
+    DequantizeWriter,
+    type_for,
+    type_of,
+)
 from converter.emit.planes import PlaneWriter
 from converter.emit.stored import emit_stored
 from converter.errors import ModelError
@@ -66,7 +72,10 @@ def storage_plan(model: ir.Model, job: Job) -> QuantPlan:
     own for it.
     """
     common = replace(
-        job.config.common, bit_num=8, min_quant_weight_size=0, min_quant_weight_channel=0
+        job.config.common,
+        bit_num=8,
+        min_quant_weight_size=0,
+        min_quant_weight_channel=0,
     )
     config = replace(job.config, common=common, weight_quant=WeightQuantParam())
     return _plan_of(model, replace(job, config=config))
@@ -75,10 +84,16 @@ def storage_plan(model: ir.Model, job: Job) -> QuantPlan:
 def quantize(prepared: Prepared, job: Job, watch: Watch) -> Quantized:
     """The quantized copy of a prepared float model."""
     model = prepared.model
-    wanted, data, resources = job.config.weight_quant, _data(model, job, watch), resources_of(job)
+    wanted, data, resources = (
+        job.config.weight_quant,
+        _data(model, job, watch),
+        resources_of(job),
+    )
     given = bool(job.config.preprocess.calibrate_path)
     storage = Storage(
-        given and wanted.quant_strategy != "MAX_MIN", wanted.bias_correction, wanted.on_the_fly
+        given and wanted.quant_strategy != "MAX_MIN",
+        wanted.bias_correction,
+        wanted.on_the_fly,
     )
     newest = _newest_opset(model, job, watch) if wanted.on_the_fly else None
     fitter = Fitter(model, data, resources, storage, watch)
@@ -106,7 +121,10 @@ def _newest_opset(model: ir.Model, job: Job, watch: Watch) -> int:
 
     Raises ModelError where there is no type for the integers then.
     """
-    bits, blocks = job.config.common.bit_num, job.config.weight_quant.block_size is not None
+    bits, blocks = (
+        job.config.common.bit_num,
+        job.config.weight_quant.block_size is not None,
+    )
     narrow, wide = bits or 1, bits or WIDEST
     wanted = not_none(type_for(narrow, blocks, NEWEST_OPSET))[1]
     newest, reason = _loadable(model, wanted)
@@ -232,7 +250,11 @@ def _without_weight(node: ir.Node) -> str:
 
 
 def _weight_plan(node: ir.Node, index: int, axis: int | None, job: Job) -> WeightPlan:
-    wanted, value, array = job.config.weight_quant, node.inputs[index], constant(node.inputs[index])
+    wanted, value, array = (
+        job.config.weight_quant,
+        node.inputs[index],
+        constant(node.inputs[index]),
+    )
     assert value is not None
     assert array is not None
     granularity: Granularity = PerTensor()

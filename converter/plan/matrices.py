@@ -180,7 +180,10 @@ def plain_weight(matrix: Array, shape: Sequence[int], axis: int | None) -> Array
     """The inverse of plain_matrix for a weight of `shape`."""
     if axis is None:
         return matrix.reshape(shape)
-    moved = [shape[axis], *(size for i, size in enumerate(shape) if i != axis % len(shape))]
+    moved = [
+        shape[axis],
+        *(size for i, size in enumerate(shape) if i != axis % len(shape)),
+    ]
     return np.moveaxis(matrix.reshape(moved), 0, axis)
 
 

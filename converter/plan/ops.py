@@ -18,7 +18,14 @@ import numpy as np
 import onnx_ir as ir
 
 from calib.affine import Array
-from converter.graph.edit import constant, input_at, not_none, only_consumer, operand, readers_of
+from converter.graph.edit import (
+    constant,
+    input_at,
+    not_none,
+    only_consumer,
+    operand,
+    readers_of,
+)
 from converter.graph.qdq import is_conversion
 from converter.plan.matrices import View, conv_view, no_view, product_view
 
@@ -245,7 +252,11 @@ OPS: dict[str, OpRule] = {
         obstacle=_CHECKED,
     ),
     "ConvTranspose": OpRule(
-        weight=1, bias=2, channel_axis=_conv_transpose_axis, view=no_view, obstacle=_CHECKED
+        weight=1,
+        bias=2,
+        channel_axis=_conv_transpose_axis,
+        view=no_view,
+        obstacle=_CHECKED,
     ),
     "Gemm": OpRule(
         weight=1,
@@ -325,7 +336,10 @@ def bias_add(node: ir.Node) -> ir.Node | None:
     add = only_consumer(product)
     if weight is None or weight.ndim != 2 or add is None or not rule_of(add).adds:
         return None
-    bias, shape = constant(next(v for v in add.inputs if v is not product)), product.shape
+    bias, shape = (
+        constant(next(v for v in add.inputs if v is not product)),
+        product.shape,
+    )
     # A bias of more dimensions than the product would add them to it.
     if bias is None or not 1 <= bias.ndim <= (shape.rank() if shape else 1):
         return None

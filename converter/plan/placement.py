@@ -29,7 +29,14 @@ from converter.graph.edit import (
 )
 from converter.graph.files import DEFAULTS
 from converter.plan.ops import OpRule, bias_add, own_bias, rule_of
-from converter.plan.plan import NodePlan, PerAxis, PerTensor, QuantPlan, TensorPlan, WeightPlan
+from converter.plan.plan import (
+    NodePlan,
+    PerAxis,
+    PerTensor,
+    QuantPlan,
+    TensorPlan,
+    WeightPlan,
+)
 from converter.plan.targets import Target
 
 
@@ -201,16 +208,27 @@ def check_skips(config: Config, nodes: Collection[tuple[str, str]]) -> None:
     """Raises ConfigError for a wish to skip that is of none of the `nodes` (name, operator
     type).
     """
-    names, types = sorted({name for name, _ in nodes}), sorted({op_type for _, op_type in nodes})
+    names, types = (
+        sorted({name for name, _ in nodes}),
+        sorted({op_type for _, op_type in nodes}),
+    )
     for pattern in config.common.skip_quant_node:
         if not any(is_named(name, pattern) for name in names):
             raise _unknown(
-                config, "skip_quant_node", f"no node is named '{pattern}'", pattern, names
+                config,
+                "skip_quant_node",
+                f"no node is named '{pattern}'",
+                pattern,
+                names,
             )
     for op_type in config.common.skip_quant_type:
         if op_type not in types:
             raise _unknown(
-                config, "skip_quant_type", f"no node is of type '{op_type}'", op_type, types
+                config,
+                "skip_quant_type",
+                f"no node is of type '{op_type}'",
+                op_type,
+                types,
             )
 
 
@@ -268,7 +286,10 @@ def clips_at_zero(node: ir.Node, target: Target) -> bool:
 
 
 def _drop(
-    units: dict[ir.Node, _Unit], reasons: dict[ir.Node, str], dropped: Iterable[_Unit], why: str
+    units: dict[ir.Node, _Unit],
+    reasons: dict[ir.Node, str],
+    dropped: Iterable[_Unit],
+    why: str,
 ) -> None:
     for unit in list(dropped):
         del units[unit.node]
@@ -369,6 +390,9 @@ def _weight_plan(unit: _Unit, target: Target, wishes: Wishes) -> WeightPlan | No
 
 
 def _bias_name(unit: _Unit) -> str | None:
-    product, adders = unit.node.outputs[0], [node for node in unit.absorbed if rule_of(node).adds]
+    product, adders = (
+        unit.node.outputs[0],
+        [node for node in unit.absorbed if rule_of(node).adds],
+    )
     added = [value for node in adders for value in node.inputs if value is not product]
     return next((value.name for value in (*added, own_bias(unit.node)) if value), None)

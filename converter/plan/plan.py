@@ -161,7 +161,10 @@ class QuantPlan:
         and `tensors`.
         """
         units = [node for node in nodes if node.quantized]
-        named = {*tensors, *(name for unit in units for name in (*unit.inputs, *unit.outputs))}
+        named = {
+            *tensors,
+            *(name for unit in units for name in (*unit.inputs, *unit.outputs)),
+        }
         kept = {name: tensor for name, tensor in self.tensors.items() if name in named}
         return replace(self, nodes={node.name: node for node in nodes}, tensors=kept)
 
@@ -179,5 +182,8 @@ class QuantPlan:
         """A copy in which the weights of the nodes named have other widths."""
         return replace(
             self,
-            nodes={**self.nodes, **{name: self.nodes[name].in_bits(n) for name, n in bits.items()}},
+            nodes={
+                **self.nodes,
+                **{name: self.nodes[name].in_bits(n) for name, n in bits.items()},
+            },
         )

@@ -17,7 +17,13 @@ import numpy as np
 import onnx_ir as ir
 
 from calib.affine import Array, along
-from converter.graph.edit import Names, not_none, only_consumer, operand, replace_constant
+from converter.graph.edit import (
+    Names,
+    not_none,
+    only_consumer,
+    operand,
+    replace_constant,
+)
 from converter.plan.ops import OPS
 
 ROUNDS = 10

@@ -118,7 +118,10 @@ class _Taker:
             if q.axis is None:
                 self.tensors.setdefault(source.name or "", q)
             return
-        fmt, earlier = format_of(*found.narrowed(q.format)), self.tensors.get(source.name or "")
+        fmt, earlier = (
+            format_of(*found.narrowed(q.format)),
+            self.tensors.get(source.name or ""),
+        )
         if (
             fmt is None
             or (array is None and q.axis is not None)
@@ -162,7 +165,10 @@ class _Taker:
         for node in readers if chain.codes else ():
             index = rule_of(node).weight or 0
             replace_constant(
-                node, index, not_none(operand(node, index)) / chain.qparams.scale, self.names
+                node,
+                index,
+                not_none(operand(node, index)) / chain.qparams.scale,
+                self.names,
             )
         chain.output.replace_all_uses_with(chain.source)
         self.tensors.setdefault(chain.source.name or "", chain.qparams)
@@ -203,7 +209,10 @@ def _qparams(node: ir.Node) -> QParams | None:
     other types.
     """
     codes = node.outputs[0] if is_quantize(node) else not_none(node.inputs[0])
-    scale, zero_point = not_none(node.inputs[1]), node.inputs[2] if len(node.inputs) > 2 else None
+    scale, zero_point = (
+        not_none(node.inputs[1]),
+        node.inputs[2] if len(node.inputs) > 2 else None,
+    )
     kind = (codes if zero_point is None else zero_point).dtype
     if node.domain or scale.dtype != ir.DataType.FLOAT or kind is None or not kind.is_integer():
         return None

@@ -45,7 +45,12 @@ class _Line:
         """`other` of this; factors are positive."""
         low, high = (other.factor * bound + other.shift for bound in (self.low, self.high))
         shift = other.factor * self.shift + other.shift
-        return _Line(other.factor * self.factor, shift, max(low, other.low), min(high, other.high))
+        return _Line(
+            other.factor * self.factor,
+            shift,
+            max(low, other.low),
+            min(high, other.high),
+        )
 
 
 # By operator, what a constant operand makes of it.

@@ -41,7 +41,9 @@ def _together(parameters: list[QParams]) -> QParams:
         return first
     spans = [span_of(q) for q in parameters]
     return qparams_of(
-        Range(np.min([s.lo for s in spans]), np.max([s.hi for s in spans])), UINT8, symmetric=False
+        Range(np.min([s.lo for s in spans]), np.max([s.hi for s in spans])),
+        UINT8,
+        symmetric=False,
     )
 
 

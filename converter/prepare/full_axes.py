@@ -40,7 +40,10 @@ def _full_scales(node: ir.Node, names: Names) -> None:
         return
     shape = node.inputs[0].shape if node.inputs[0] is not None else None
     sizes = [size if isinstance(size, int) else 0 for size in shape or ()]
-    fillers: dict[int, Array] = {2: np.ones(rank, np.float32), 3: np.array(sizes, np.int64)}
+    fillers: dict[int, Array] = {
+        2: np.ones(rank, np.float32),
+        3: np.array(sizes, np.int64),
+    }
     for index, full in fillers.items():
         if (given := operand(node, index)) is None or not given.size:
             continue

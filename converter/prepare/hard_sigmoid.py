@@ -15,7 +15,14 @@ from dataclasses import dataclass
 import numpy as np
 import onnx_ir as ir
 
-from converter.graph.edit import Names, graph_of, nodes_of, not_none, only_consumer, operand
+from converter.graph.edit import (
+    Names,
+    graph_of,
+    nodes_of,
+    not_none,
+    only_consumer,
+    operand,
+)
 from converter.plan.ops import hard_sigmoid_line, rule_of
 
 # Exporters round the sixth of a hard swish to float32.
@@ -120,7 +127,10 @@ def _in_product(clip: ir.Node, line: _Line, top: float, product: ir.Node) -> boo
         return False
     gate = _gate(clip, line, top)
     new = ir.node(
-        "Mul", [source, gate.outputs[0]], name=product.name, outputs=[_like(product.outputs[0])]
+        "Mul",
+        [source, gate.outputs[0]],
+        name=product.name,
+        outputs=[_like(product.outputs[0])],
     )
     _replace(product, [product, before, clip, *line.nodes], [gate, new], new.outputs[0])
     return True
@@ -180,7 +190,11 @@ def _other_number(node: ir.Node, value: ir.Value) -> float | None:
 
 def _gate(clip: ir.Node, line: _Line, top: float) -> ir.Node:
     return _hard_sigmoid(
-        line.source, line.slope / top, line.offset / top, clip.name or "", clip.outputs[0]
+        line.source,
+        line.slope / top,
+        line.offset / top,
+        clip.name or "",
+        clip.outputs[0],
     )
 
 

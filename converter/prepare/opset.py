@@ -9,7 +9,13 @@ import onnx
 import onnx_ir as ir
 
 from converter.errors import ModelError
-from converter.graph.edit import Names, add_constant, constant, graph_of, initializers_of
+from converter.graph.edit import (
+    Names,
+    add_constant,
+    constant,
+    graph_of,
+    initializers_of,
+)
 from converter.graph.files import MAKERS_OF_MAPS, first_line
 
 # Per-channel QuantizeLinear/DequantizeLinear, the youngest operators that are written, came with
@@ -36,7 +42,10 @@ def raise_opset(model: ir.Model, least: int = LEAST_OPSET) -> ir.Model:
     impossible.
     """
     model.ir_version = max(
-        [model.ir_version, *(version for opset, version in IR_VERSIONS.items() if opset <= least)]
+        [
+            model.ir_version,
+            *(version for opset, version in IR_VERSIONS.items() if opset <= least),
+        ]
     )
     if opset_of(model) > (newest := onnx.defs.onnx_opset_version()):
         msg = (
@@ -124,7 +133,13 @@ def without_weights(model: ir.Model) -> list[ir.TensorProtocol]:
             continue
         name, shape = f"{HIDDEN}{len(tensors)}", ir.Shape(tensor.numpy().shape)
         value.const_value = ir.ExternalTensor(
-            name, 0, tensor.nbytes, tensor.dtype, shape=shape, name=tensor.name or "", base_dir=""
+            name,
+            0,
+            tensor.nbytes,
+            tensor.dtype,
+            shape=shape,
+            name=tensor.name or "",
+            base_dir="",
         )
         tensors.append(tensor)
     return tensors

@@ -44,7 +44,9 @@ def fold_normalisation(model: ir.Model, wanted: DataPreprocessParam) -> Pixels:
     whole = len(set(mean)) == 1 and float(mean[0]).is_integer() and 0 <= mean[0] <= 255
     if whole and len(set(std)) == 1 and std[0] > 0:
         return Pixels(
-            _pixel_qparams(1 / std[0], mean[0]), wanted.normalize_mean, wanted.normalize_std
+            _pixel_qparams(1 / std[0], mean[0]),
+            wanted.normalize_mean,
+            wanted.normalize_std,
         )
     readers = [conv for value in model.graph.inputs for conv in _first_convolutions(value)]
     padded = [

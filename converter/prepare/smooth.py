@@ -29,7 +29,9 @@ Place = tuple[ir.Node, int]
 
 
 def divide_channels(
-    model: ir.Model, factors: Mapping[str, Array], products: Mapping[str, Sequence[ir.Node]]
+    model: ir.Model,
+    factors: Mapping[str, Array],
+    products: Mapping[str, Sequence[ir.Node]],
 ) -> None:
     """Divides each tensor of `factors` for the `products` that read it, and for nothing else that
     does, in place.
@@ -107,7 +109,10 @@ def _parting(join: ir.Node, size: int) -> ir.Node | None:
     turned = all(
         list(node.attributes.get_ints("perm", ())) == [0, 2, 1, 3] for node in (back, there)
     )
-    whole, parts = part.inputs[0].shape if part.inputs[0] else None, part.outputs[0].shape
+    whole, parts = (
+        part.inputs[0].shape if part.inputs[0] else None,
+        part.outputs[0].shape,
+    )
     if not turned or whole is None or parts is None or whole.has_unknown_dim():
         return None
     return part if list(whole)[:-1] == list(parts)[:-2] and whole[-1] == size else None
@@ -116,5 +121,8 @@ def _parting(join: ir.Node, size: int) -> ir.Node | None:
 def _multiply(node: ir.Node, index: int, factors: Array, by_row: bool, names: Names) -> None:
     old = not_none(operand(node, index))
     replace_constant(
-        node, index, (old * (factors[:, None] if by_row else factors)).astype(np.float32), names
+        node,
+        index,
+        (old * (factors[:, None] if by_row else factors)).astype(np.float32),
+        names,
     )

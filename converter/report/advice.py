@@ -62,7 +62,10 @@ def _advice(
         yield f"It alone makes {node.share:.0%} of the error: {' or '.join(ways)}."
     elif node.own is not None and node.own.sqnr_db < NOISY_DB:
         method = ["try another activation_quant_method"] if left(settings, *ANY_METHOD) else []
-        ways = [*(method if ranged else more_bits), "leave it float with skip_quant_node"]
+        ways = [
+            *(method if ranged else more_bits),
+            "leave it float with skip_quant_node",
+        ]
         yield f"Its output is noisy ({node.own.sqnr_db:.1f} dB): {', or '.join(ways)}."
 
 

@@ -58,7 +58,9 @@ def _drawn(findings: Findings) -> dict[str, Any]:
     }
 
 
-def _sensitivity(nodes: tuple[NodeFinding, ...]) -> tuple[str, list[tuple[str, float, str]]]:
+def _sensitivity(
+    nodes: tuple[NodeFinding, ...],
+) -> tuple[str, list[tuple[str, float, str]]]:
     """Name, length and label of the bars: what nodes cost the outputs or, where that is not known,
     lose themselves.
     """
@@ -83,7 +85,11 @@ def _tensor(tensor: TensorFinding) -> dict[str, Any]:
         np.pad(tensor.counts, (0, -tensor.counts.size % together)).reshape(-1, together).sum(axis=1)
     )
     width = (tensor.high - tensor.low) / tensor.counts.size * together
-    numbers = {"low": float(tensor.low), "width": float(width), "clipped": float(tensor.clipped)}
+    numbers = {
+        "low": float(tensor.low),
+        "width": float(width),
+        "clipped": float(tensor.clipped),
+    }
     words = {"name": tensor.name, "node": tensor.node, "bits": tensor.bits}
     return {
         **words,

@@ -15,7 +15,13 @@ from converter.version import __version__
 
 # Keys that say where files are and what a run may use, but not what comes out.
 NEUTRAL = {
-    *("thread_num", "providers", "calibration_memory", "calibration_cache", "debug_info_save_path"),
+    *(
+        "thread_num",
+        "providers",
+        "calibration_memory",
+        "calibration_cache",
+        "debug_info_save_path",
+    ),
     *("calibrate_path", "label_file", "model", "output"),
 }
 

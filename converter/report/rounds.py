@@ -85,7 +85,10 @@ def key_of(place: Place) -> Key:
 
 
 def rounds(
-    both: Both, data: Dataset, count: int, see: Callable[[int, str, Array], None] = lambda *_: None
+    both: Both,
+    data: Dataset,
+    count: int,
+    see: Callable[[int, str, Array], None] = lambda *_: None,
 ) -> Iterator[Round]:
     """The figures of every place, and of the outputs, in each of the first samples; in memory are
     tensors that fit the budget only.

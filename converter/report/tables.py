@@ -82,7 +82,14 @@ def round_rows(places: Sequence[Place], found: Mapping[Key, Figures]) -> Iterato
         head = (place.node, place.op_type, place.name, flag)
         yield (*head, "Origin", kind, *figures.origin, 0.0, 1.0)
         if figures.dequant is not None:
-            yield (*head, "Dequant", kind, *figures.dequant, figures.clip, figures.cosine)
+            yield (
+                *head,
+                "Dequant",
+                kind,
+                *figures.dequant,
+                figures.clip,
+                figures.cosine,
+            )
 
 
 def output_rows(index: int, outputs: Iterable[TensorError]) -> Iterator[Row]:
@@ -112,4 +119,12 @@ def sensitivity_rows(ranked: Iterable[NodeFinding]) -> Iterator[Row]:
         own, output = (
             (e.cosine, e.sqnr_db) if e else (None, None) for e in (node.own, node.output)
         )
-        yield (node.name, node.op_type, node.bits, *own, *output, node.share, node.advice)
+        yield (
+            node.name,
+            node.op_type,
+            node.bits,
+            *own,
+            *output,
+            node.share,
+            node.advice,
+        )

@@ -128,7 +128,11 @@ def _tensor_rows(plan: QuantPlan) -> Iterator[tuple[str, str, str]]:
             granularity = (
                 "one scale" if weight.axis is None else f"a scale a channel of axis {weight.axis}"
             )
-            yield weight.name, str(weight.format), f"weight of {unit.name}, {granularity}"
+            yield (
+                weight.name,
+                str(weight.format),
+                f"weight of {unit.name}, {granularity}",
+            )
         if unit.bias:
             yield unit.bias, "int32", f"bias of {unit.name}"
 

@@ -153,7 +153,8 @@ class Search:
 
     def _effects(self) -> dict[str, float]:
         plan = self._on_a_part.fitted(
-            self.plan.with_bits({u.name: MEASURED_BITS for u in self.plan.units()}), alone=True
+            self.plan.with_bits({u.name: MEASURED_BITS for u in self.plan.units()}),
+            alone=True,
         )
         units = self.fitter.watch.track(plan.units(), "Ranking nodes", len(plan.units()))
         return {unit.name: self._divergence(only(plan, unit)) for unit in units}
@@ -164,7 +165,8 @@ class Search:
 
         def measure() -> float:
             before = min(
-                (v for k, v in self.journal.known.items() if k != "effects"), default=np.inf
+                (v for k, v in self.journal.known.items() if k != "effects"),
+                default=np.inf,
             )
             plan = self._on_a_part.fitted(self.plan.with_bits(widths))
             found = self._divergence(plan)
@@ -185,7 +187,8 @@ class Search:
     @cached_property
     def _on_a_part(self) -> Fitter:
         return replace(
-            self.fitter, data=self.fitter.data.part(0, len(self.fitter.data) - self._judges)
+            self.fitter,
+            data=self.fitter.data.part(0, len(self.fitter.data) - self._judges),
         )
 
     @cached_property

@@ -79,7 +79,8 @@ def search_scales(weight: Array, importance: Array, grid: Grid, per_channel: boo
     """
     if per_channel and len(parts := row_parts(weight)) > 1:
         return np.concatenate(
-            [search_scales(weight[:, i], importance, grid, per_channel) for i in parts], axis=1
+            [search_scales(weight[:, i], importance, grid, per_channel) for i in parts],
+            axis=1,
         )
     # Columns whose inputs are 0 everywhere do not decide the scale.
     heard = (importance > 0) | (importance.max(axis=1, keepdims=True) == 0)
@@ -92,7 +93,10 @@ def search_scales(weight: Array, importance: Array, grid: Grid, per_channel: boo
     best = np.ones_like(widest)
     shrink = SHRINK[SHRINK > LEAST_OF_MANY] if grid.format.bits >= MANY_BITS else SHRINK
     refine = REFINE if weight.shape[2] < LONG_ROW else REFINE_LONG
-    for factors in (shrink if grid.pair_limit is None else np.concatenate([shrink, WIDEN]), refine):
+    for factors in (
+        shrink if grid.pair_limit is None else np.concatenate([shrink, WIDEN]),
+        refine,
+    ):
         tried = factors[:, None, None] * best
         errors = _errors(unit, relative, tried, grid)
         if not per_channel:
@@ -161,7 +165,9 @@ def _with_room(
     bound = np.copysign(limit, total)
     given = first - share * (first + second - bound)
     within = np.clip(
-        given, np.maximum(fmt.qmin, bound - fmt.qmax), np.minimum(fmt.qmax, bound - fmt.qmin)
+        given,
+        np.maximum(fmt.qmin, bound - fmt.qmax),
+        np.minimum(fmt.qmax, bound - fmt.qmin),
     )
     return np.where(np.abs(total) > limit, within, first)
 
@@ -188,7 +194,10 @@ def compensated(
     rounded first, pairs one after the other. `fixed`, as the weight, are points that are given, NaN
     where they are to be found.
     """
-    damping, columns = DAMPING * np.einsum("gkk->g", moments) / moments.shape[1], weight.shape[2]
+    damping, columns = (
+        DAMPING * np.einsum("gkk->g", moments) / moments.shape[1],
+        weight.shape[2],
+    )
     codes = np.full(weight.shape, np.nan) if fixed is None else fixed.copy()
     if grid.pair_limit is not None and columns % 2:
         # A silent partner for the last column: from here on all are in pairs.
@@ -240,7 +249,13 @@ def _sequential(scaled: Array, codes: Array, scale: Array, root: Array, grid: Gr
         within = ratio[:, block, block].transpose(1, 2, 0)[..., None]
         weights = [np.square(scale * step[:, None]) for step in diagonal[:, block].T]
         _fill(
-            codes[block], scaled[block], carried.swapaxes(0, 1), within, share[block], weights, grid
+            codes[block],
+            scaled[block],
+            carried.swapaxes(0, 1),
+            within,
+            share[block],
+            weights,
+            grid,
         )
         errors[block] = scaled[block] - codes[block]
     return codes

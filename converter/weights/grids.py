@@ -112,12 +112,16 @@ def _bettered(
         shifted = weight + (rows.scale * rows.zero)[..., None]
         fixed = None if kept is None else np.where(kept, np.nan, rows.zero[..., None])
         rows = replace(
-            rows, points=compensated(shifted, rows.scale, moments, Grid(grids.format), fixed)
+            rows,
+            points=compensated(shifted, rows.scale, moments, Grid(grids.format), fixed),
         )
     rounds = FEW_ROUNDS if weight.shape[2] >= LONG_ROW else ROUNDS
     for _ in range(rounds if grids.format.bits < HALF_BITS else 1):
         rows = _descended(
-            weight, moments, _zeroed(_refitted(weight, moments, rows, grids), kept), kept
+            weight,
+            moments,
+            _zeroed(_refitted(weight, moments, rows, grids), kept),
+            kept,
         )
     return rows
 
@@ -228,11 +232,16 @@ def _refitted(weight: Array, moments: Array | None, rows: Rows, grids: Grids) ->
     determinant = qq * one - q1**2
     safe = determinant > 1e-9 * qq * one
     determinant = np.where(safe, determinant, 1.0)
-    scale, offset = (one * qw - q1 * w1) / determinant, (qq * w1 - q1 * qw) / determinant
+    scale, offset = (
+        (one * qw - q1 * w1) / determinant,
+        (qq * w1 - q1 * qw) / determinant,
+    )
     safe &= scale > SMALLEST_SCALE
     scale = np.where(safe, scale, rows.scale)
     return Rows(
-        points, *_storable(scale, np.where(safe, -offset / scale, rows.zero), grids), grids.format
+        points,
+        *_storable(scale, np.where(safe, -offset / scale, rows.zero), grids),
+        grids.format,
     )
 
 
@@ -242,7 +251,10 @@ def _descended(weight: Array, moments: Array | None, rows: Rows, kept: Array | N
         return _zeroed(_on(weight, rows.scale, rows.zero, rows.format), kept)
     # Columns first: (columns, groups, rows).
     errors, points = (np.moveaxis(x, 2, 0).copy() for x in (weight - rows.values(), rows.points))
-    aim, step = np.moveaxis(weight / rows.scale[..., None] + rows.zero[..., None], 2, 0), rows.scale
+    aim, step = (
+        np.moveaxis(weight / rows.scale[..., None] + rows.zero[..., None], 2, 0),
+        rows.scale,
+    )
     by_column = np.ascontiguousarray(moments.transpose(1, 0, 2))
     for start in range(0, len(points), BLOCK):
         block = slice(start, min(start + BLOCK, len(points)))
@@ -250,7 +262,10 @@ def _descended(weight: Array, moments: Array | None, rows: Rows, kept: Array | N
             np.matmul(errors.transpose(1, 2, 0), moments[:, :, block]).transpose(2, 0, 1).copy()
         )
         for k in range(block.start, block.stop):
-            row, curvature = by_column[k][:, block].T[..., None], by_column[k][:, k, None]
+            row, curvature = (
+                by_column[k][:, block].T[..., None],
+                by_column[k][:, k, None],
+            )
             wanted = errors[k] - gradient[k - start] / curvature
             point = chosen(aim[k] - wanted / step, curvature * step**2, rows.format)
             point = point if kept is None else np.where(kept[:, :, k], point, points[k])

@@ -8,7 +8,13 @@ import numpy as np
 
 from calib.affine import Array, QParams
 from converter.plan.plan import QuantizedWeight, WeightPlan
-from converter.weights.gptq import Grid, compensated, kept_weights, nearest, search_scales
+from converter.weights.gptq import (
+    Grid,
+    compensated,
+    kept_weights,
+    nearest,
+    search_scales,
+)
 from converter.weights.moments import second_moments, with_mean_squares
 
 # |bias| / scale stays below this, half of int32, leaving room for what the products add.
@@ -52,7 +58,11 @@ class Inputs:
 
 
 def rounded(
-    matrix: Array, inputs: Inputs | None, wanted: WeightPlan, least: Array, rounding: Rounding
+    matrix: Array,
+    inputs: Inputs | None,
+    wanted: WeightPlan,
+    least: Array,
+    rounding: Rounding,
 ) -> tuple[Array, Array]:
     """Codes of a float64 `matrix` (groups, rows, columns) and scales (groups, rows), none below
     `least`.

@@ -225,7 +225,11 @@ class Fitter:
 
 
 def store_by_weights(
-    model: ir.Model, plan: QuantPlan, storage: Storage, watch: Watch, but: Collection[ir.Value] = ()
+    model: ir.Model,
+    plan: QuantPlan,
+    storage: Storage,
+    watch: Watch,
+    but: Collection[ir.Value] = (),
 ) -> QuantPlan:
     """The plan with every weight fitted by itself, but for some; one that several nodes share is
     fitted once.
@@ -251,10 +255,19 @@ class _StoredLayers:
     def __init__(self, fitter: Fitter, plan: QuantPlan, alone: bool) -> None:
         def walk(write: Emit) -> Walk:
             return Walk(
-                fitter.model, plan, fitter.data, fitter.resources, write, STORE_BYTES, MOST_SAMPLES
+                fitter.model,
+                plan,
+                fitter.data,
+                fitter.resources,
+                write,
+                STORE_BYTES,
+                MOST_SAMPLES,
             )
 
-        self.storage, self.nodes = fitter.storage, {node.name: node for node in fitter.model.graph}
+        self.storage, self.nodes = (
+            fitter.storage,
+            {node.name: node for node in fitter.model.graph},
+        )
         self.float_walk = walk(lambda model, plan: None)
         self.walk = self.float_walk if alone else walk(partial(emit_stored, write=as_floats))
         self.walks = list({id(w): w for w in (self.walk, self.float_walk)}.values())

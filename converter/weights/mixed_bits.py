@@ -34,7 +34,11 @@ def path(worth: Mapping[str, float], sizes: Mapping[str, int]) -> list[Step]:
     """
     steps = [Step(name, bits) for name in worth for bits in WIDTHS[1:]]
     return sorted(
-        steps, key=lambda step: (-worth[step.name] * 4.0**-step.bits / sizes[step.name], step.name)
+        steps,
+        key=lambda step: (
+            -worth[step.name] * 4.0**-step.bits / sizes[step.name],
+            step.name,
+        ),
     )
 
 
@@ -71,7 +75,9 @@ class Budget:
             for name, size in self.sizes.items()
         }
         return allocation(
-            path(blended, self.sizes), self.sizes, 8 * (self.before / ratio - self._rest())
+            path(blended, self.sizes),
+            self.sizes,
+            8 * (self.before / ratio - self._rest()),
         )
 
     def uniform(self) -> list[dict[str, int]]:
@@ -82,7 +88,10 @@ class Budget:
         """A row of the table of what can be had."""
         expected = sum(self.worth[name] * 4.0**-width for name, width in widths.items())
         return Tradeoff(
-            self.ratio(widths), self._bits(widths) / sum(self.sizes.values()), expected, measured
+            self.ratio(widths),
+            self._bits(widths) / sum(self.sizes.values()),
+            expected,
+            measured,
         )
 
     def _rest(self) -> int:

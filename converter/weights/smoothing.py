@@ -16,11 +16,20 @@ from converter.job import Watch
 from converter.plan.ops import is_transposed
 from converter.plan.plan import NodePlan
 from converter.prepare.smooth import divide_channels, linear_in
-from converter.weights.smoothquant import Channels, channels_of, joined, smoothing_factors
+from converter.weights.smoothquant import (
+    Channels,
+    channels_of,
+    joined,
+    smoothing_factors,
+)
 
 
 def smooth(
-    model: ir.Model, products: Iterable[NodePlan], data: Dataset, threads: int, watch: Watch
+    model: ir.Model,
+    products: Iterable[NodePlan],
+    data: Dataset,
+    threads: int,
+    watch: Watch,
 ) -> None:
     """Moves the channels that stand out in what `products` of the main graph read into their
     weights, in place.

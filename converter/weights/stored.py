@@ -9,7 +9,13 @@ import numpy as np
 from calib.affine import Array, QParams
 from calib.search import fewest
 from converter.plan.matrices import plain_matrix, plain_weight
-from converter.plan.plan import PerAxis, PerBlock, PerTensor, QuantizedWeight, WeightPlan
+from converter.plan.plan import (
+    PerAxis,
+    PerBlock,
+    PerTensor,
+    QuantizedWeight,
+    WeightPlan,
+)
 from converter.weights.gptq import kept_weights
 from converter.weights.grids import Grids, Rows, fit, with_variance
 from converter.weights.moments import second_moments

@@ -132,7 +132,11 @@ class _Rows:
         nor, with few codes, so large that it is coarse.
         """
         grid, whole = Grid(wanted.format, wanted.pair_limit), wanted.axis is None
-        scale, codes, floor = self.scale.copy(), self.codes.copy(), np.zeros_like(self.scale)
+        scale, codes, floor = (
+            self.scale.copy(),
+            self.codes.copy(),
+            np.zeros_like(self.scale),
+        )
         if bias is not None and data is not None:
             floor = least_scales(bias, data, scale.shape, not whole)
             factor = _refinement(codes, data.format.qmax - data.format.qmin, grid)
@@ -182,7 +186,11 @@ def _recovered(row: Array) -> float:
 def _stored(row: Array, codes: Array, scale: float) -> float:
     """The float32 next to `scale` that gives the weights bit for bit, if there is one."""
     near = np.float32(scale)
-    tried = (near, np.nextafter(near, np.float32(0)), np.nextafter(near, np.float32(np.inf)))
+    tried = (
+        near,
+        np.nextafter(near, np.float32(0)),
+        np.nextafter(near, np.float32(np.inf)),
+    )
     exact = (
         s
         for s in tried
