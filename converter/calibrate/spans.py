@@ -7,7 +7,7 @@ from collections import Counter
 
 import onnx_ir as ir
 
-from converter.graph.edit import values_by_name
+from converter.graph.edit import readers_of, values_by_name
 from converter.plan.ops import rule_of
 from converter.plan.plan import QuantPlan
 
@@ -30,10 +30,10 @@ def seen_spans(graph: ir.Graph, plan: QuantPlan) -> dict[str, Span]:
 
 
 def _seen(value: ir.Value) -> Span:
-    readers = [use.node for use in value.uses()]
+    readers = readers_of(value)
     if value.is_graph_output() or not readers:
         return EVERYTHING
-    gates = {node.outputs[0]: _knees(node) for node in readers}
+    gates = {node.outputs[0]: rule_of(node).knees(node) for node in readers}
     spans = [_seen_by(node, gates) for node in readers]
     return min(low for low, _ in spans), max(high for _, high in spans)
 
@@ -42,10 +42,6 @@ def _seen_by(node: ir.Node, gates: dict[ir.Value, Span]) -> Span:
     """`gates` are what the value's readers make of it, and where they level off."""
     factors = [gates[v] for v in node.inputs if v is not None and v in gates]
     if not rule_of(node).multiplies or not factors:
-        return _knees(node)
+        return rule_of(node).knees(node)
     # Above, a product with a gate grows with the value itself.
     return factors[0][0], math.inf
-
-
-def _knees(node: ir.Node) -> Span:
-    return rule_of(node).knees(node)

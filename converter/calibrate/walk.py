@@ -25,7 +25,13 @@ from converter.calibrate.observe import channel_mean
 from converter.calibrate.runs import opened
 from converter.emit.integer_edges import feed_integers, hand_out_integers
 from converter.emit.qdq import emit
-from converter.graph.edit import constant, not_none, submodel, values_read
+from converter.graph.edit import (
+    constant,
+    nodes_by_name,
+    not_none,
+    submodel,
+    values_read,
+)
 from converter.graph.files import serialized
 from converter.job import Resources
 from converter.plan.matrices import View
@@ -97,7 +103,7 @@ def can_be_fed(value: ir.Value) -> bool:
 
 
 def _cut(graph: ir.Graph, plan: QuantPlan) -> Iterator[_Cut]:
-    by_name = {node.name: node for node in graph}
+    by_name = nodes_by_name(graph)
     between: list[ir.Node] = []
     for node in graph:
         unit = plan.nodes[node.name or ""]
@@ -160,7 +166,7 @@ class Walk:
         samples: int | None = None,
     ) -> None:
         self.model, self.threads, self._write = model, resources.threads, write
-        self._nodes = {node.name or "": node for node in model.graph}
+        self._nodes = nodes_by_name(model.graph)
         self.steps = steps_of(model.graph, plan)
         self._codes = {
             name for unit in plan.units() for name in unit.outputs if name in plan.tensors

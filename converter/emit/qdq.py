@@ -15,6 +15,7 @@ from converter.emit.stored import emit_stored
 from converter.graph.edit import (
     Names,
     constant,
+    nodes_by_name,
     not_none,
     operand,
     readers_of,
@@ -46,7 +47,7 @@ class _Emitter:
     def __init__(self, model: ir.Model, plan: QuantPlan) -> None:
         self.graph, self.plan, self.names = model.graph, plan, Names(model)
         self.values = values_by_name(model.graph)
-        self.nodes = {node.name: node for node in model.graph}
+        self.nodes = nodes_by_name(model.graph)
         self.restored: dict[str, ir.Value] = {}
 
     def run(self) -> dict[str, str]:

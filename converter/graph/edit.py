@@ -30,6 +30,11 @@ def values_by_name(graph: ir.Graph) -> dict[str, ir.Value]:
     return {value.name: value for value in values if value.name}
 
 
+def nodes_by_name(graph: ir.Graph) -> dict[str, ir.Node]:
+    """Every node of the top-level graph."""
+    return {node.name or "": node for node in graph}
+
+
 def values_read(node: ir.Node) -> list[ir.Value]:
     """The values of its own graph that `node` reads, those that its subgraphs take from there
     included.

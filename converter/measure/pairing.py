@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 import onnx_ir as ir
 
 from calib.affine import INT32, Array, QParams, dequantize
-from converter.graph.edit import Names, constant, values_by_name
+from converter.graph.edit import Names, constant, nodes_of, readers_of, values_by_name
 from converter.graph.qdq import codes_behind, is_dequantize, qparams_of, quantizes
 from converter.plan.ops import parameters, rule_of
 from converter.plan.plan import QuantizedWeight, QuantPlan
@@ -66,9 +66,7 @@ def pair(reference: ir.Model, other: ir.Model, plan: QuantPlan) -> Pairing:
     stored weights.
     """
     finder = _Finder(reference, other.clone(), plan)
-    places = [
-        place for graph in reference.graphs() for node in graph for place in finder.places(node)
-    ]
+    places = [place for node in nodes_of(reference) for place in finder.places(node)]
     main = {node.name for node in reference.graph}
     return Pairing(
         reference,
@@ -102,7 +100,7 @@ class _Finder:
             values_by_name(reference.graph).keys(),
         )
         self.renamed = dict(_renamed(reference, self.values.keys()))
-        self.twins = {node.name: node for graph in model.graphs() for node in graph}
+        self.twins = {node.name: node for node in nodes_of(model)}
         found = [(node, *each) for node in list(model.graph) for each in parameters(node)]
         # What makes integers says what they stand for: a reader may take them for a multiple.
         found.sort(key=lambda each: each[1] in each[0].outputs)
@@ -186,7 +184,7 @@ class _Finder:
         codes = codes_behind(value) or (value if value in self.codes else None)
         if codes or not follow:
             return codes
-        quantizers = (use.node for use in value.uses() if quantizes(use.node))
+        quantizers = filter(quantizes, readers_of(value))
         return next(
             (node.outputs[0] for node in quantizers if node.outputs[0] in self.codes),
             None,

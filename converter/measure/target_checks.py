@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from converter.errors import ModelError
-from converter.graph.edit import operand
+from converter.graph.edit import nodes_by_name, operand
 from converter.graph.qdq import is_conversion
 from converter.plan.matrices import breaks_bound
 from converter.plan.ops import view_of
@@ -27,7 +27,7 @@ def check(model: ir.Model, plan: QuantPlan, target: Target) -> None:
 
 def _pairs(model: ir.Model, plan: QuantPlan) -> Iterator[str]:
     """Weights whose products a kernel that adds in 16 bits would not add exactly."""
-    nodes = {node.name: node for node in model.graph}
+    nodes = nodes_by_name(model.graph)
     for unit in plan.units():
         if unit.weight is None or unit.weight.pair_limit is None:
             continue

@@ -16,7 +16,7 @@ from converter.emit.inferred import forget_inferred
 from converter.errors import ModelError, QConvertError
 from converter.graph import files as models
 from converter.graph.dimensions import name_apart
-from converter.graph.edit import constant
+from converter.graph.edit import constant, initializers_of, nodes_of
 from converter.graph.files import accepting
 from converter.graph.qdq import is_conversion
 from converter.job import Job, Watch
@@ -98,11 +98,10 @@ def _check_numbers(before: ir.Model, after: ir.Model) -> None:
 
 
 def _not_finite(model: ir.Model) -> Iterator[str]:
-    for graph in model.graphs():
-        for name, value in graph.initializers.items():
-            array = constant(value)
-            if array is not None and array.dtype.kind == "f" and not np.isfinite(array).all():
-                yield name
+    for value in initializers_of(model):
+        array = constant(value)
+        if array is not None and array.dtype.kind == "f" and not np.isfinite(array).all():
+            yield value.name or ""
 
 
 def _measured(job: Job, result: Quantized, sizes: tuple[int, int], watch: Watch) -> Outcome:
@@ -148,9 +147,7 @@ def _tell(job: Job, result: Quantized, sizes: tuple[int, int], watch: Watch) -> 
 
 def _tell_of_integers(result: Quantized, watch: Watch) -> None:
     """Warns of a model that was quantized before, but for conversions that were taken over."""
-    nodes = [
-        node for graph in result.reference.graphs() for node in graph if computes_on_integers(node)
-    ]
+    nodes = filter(computes_on_integers, nodes_of(result.reference))
     if integer := [node for node in nodes if not (result.trained and is_conversion(node))]:
         watch.warn(
             f"The model is quantized already: {len(integer)} node(s) such as '{integer[0].name}' "
@@ -244,7 +241,7 @@ def _tell_of_inputs(model: ir.Model, job: Job, watch: Watch) -> None:
 
 def _nodes(model: ir.Model) -> set[tuple[str, str]]:
     """Name and operator type of every node, subgraphs included."""
-    return {(node.name or "", node.op_type) for graph in model.graphs() for node in graph}
+    return {(node.name or "", node.op_type) for node in nodes_of(model)}
 
 
 def _check_raised(model: ir.Model, raised: ir.Model, watch: Watch) -> None:

@@ -13,7 +13,7 @@ import onnx_ir as ir
 from converter.config import Config, DataPreprocessParam
 from converter.config.keys import QUANT_TYPES, QuantType, default_config
 from converter.graph import files as models
-from converter.graph.edit import constant, operand
+from converter.graph.edit import constant, initializers_of, nodes_of, operand
 from converter.graph.qdq import codes_behind, is_conversion
 from converter.job import Job, Watch
 from converter.modes import MODES
@@ -38,7 +38,7 @@ def inspect(path: Path) -> dict[str, int | str | list[Row]]:
         mode: MODES[mode].make_plan(prepared, replace(job, config=_defaults(mode)))
         for mode in QUANT_TYPES
     }
-    nodes = [node for graph in model.graphs() for node in graph]
+    nodes = nodes_of(model)
     return {
         "model": str(path),
         "bytes": models.file_bytes(path),
@@ -75,7 +75,7 @@ def _tensor(value: ir.Value) -> Row:
 def _layers(model: ir.Model, plans: Mapping[str, QuantPlan]) -> list[Row]:
     """The nodes with constant matrices or vectors of floats."""
     rows = []
-    for node in (node for graph in model.graphs() for node in graph):
+    for node in nodes_of(model):
         found = (constant(codes_behind(value) or value) for value in node.inputs)
         if arrays := [
             x for x in found if x is not None and x.size > 1 and (x.ndim > 1 or x.dtype.kind == "f")
@@ -130,12 +130,7 @@ def _left(name: str, plan: QuantPlan) -> list[Row]:
 
 def _integer_weights(model: ir.Model) -> list[Row]:
     """Constant matrices of 8 bits or fewer."""
-    values = (
-        value
-        for graph in model.graphs()
-        for value in graph.initializers.values()
-        if len(value.shape or ()) > 1
-    )
+    values = (value for value in initializers_of(model) if len(value.shape or ()) > 1)
     return [_tensor(value) for value in values if value.dtype and value.dtype.bitwidth <= 8]
 
 

@@ -21,7 +21,7 @@ from calib.samples import Dataset
 from converter.calibrate.observe import Mean
 from converter.calibrate.walk import Emit, Walk, product_of_mean
 from converter.emit.stored import as_floats, emit_stored
-from converter.graph.edit import constant, not_none, values_by_name
+from converter.graph.edit import constant, nodes_by_name, not_none, values_by_name
 from converter.job import Resources, Watch
 from converter.plan.matrices import View, plain_matrix, plain_weight
 from converter.plan.ops import OPS, is_normalized, view_of
@@ -100,7 +100,7 @@ def decide_weights(
     `products`.
     """
     values = values_by_name(model.graph)
-    nodes = {node.name: node for node in model.graph}
+    nodes = nodes_by_name(model.graph)
 
     def decide(unit: NodePlan, plan: QuantPlan) -> QuantPlan:
         if unit.name in plan.weights:
@@ -118,7 +118,7 @@ def decide_weights(
 
 def products(graph: ir.Graph, plan: QuantPlan) -> tuple[Mean, ...]:
     """The channel means that bias correction needs of the float model."""
-    nodes = {node.name: node for node in graph}
+    nodes = nodes_by_name(graph)
     correctable = [unit for unit in plan.units() if _correctable(unit)]
     return tuple(dict.fromkeys(_source(unit, nodes[unit.name]) for unit in correctable))
 
@@ -266,7 +266,7 @@ class _StoredLayers:
 
         self.storage, self.nodes = (
             fitter.storage,
-            {node.name: node for node in fitter.model.graph},
+            nodes_by_name(fitter.model.graph),
         )
         self.float_walk = walk(lambda model, plan: None)
         self.walk = self.float_walk if alone else walk(partial(emit_stored, write=as_floats))
