@@ -14,7 +14,6 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator
 from functools import partial
 from pathlib import Path
-from typing import TypeVar
 
 import onnx
 import onnx_ir as ir
@@ -26,9 +25,6 @@ from calib.session import open_session
 from converter.errors import ModelError, QConvertError, UsageError
 from converter.graph.edit import not_none, values_by_name, weight_bytes
 from converter.job import Watch
-
-T = TypeVar("T")
-
 
 # Puts a tensor in the place of another.
 Put = Callable[[ir.TensorProtocol], None]

@@ -14,7 +14,6 @@ from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
 
 import numpy as np
 import onnx_ir as ir
@@ -37,7 +36,6 @@ from converter.measure.pairing import Pairing
 from converter.plan.ops import rule_of
 from converter.plan.plan import NodePlan, QuantPlan
 
-T = TypeVar("T")
 # Samples that rank the nodes; the bound itself is measured on all.
 RANKED_ON = 8
 

@@ -270,7 +270,7 @@ class _StoredLayers:
         )
         self.float_walk = walk(lambda model, plan: None)
         self.walk = self.float_walk if alone else walk(partial(emit_stored, write=as_floats))
-        self.walks = list({id(w): w for w in (self.walk, self.float_walk)}.values())
+        self.walks = [self.walk] if alone else [self.walk, self.float_walk]
         self.decided: set[ir.Value] = set()
         units = (step.unit for step in self.walk.steps if step.unit)
         self.seen = {v for unit in units if (v := self._seen(unit)) is not None}
