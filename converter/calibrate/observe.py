@@ -232,9 +232,14 @@ def _qparams(
     spec: RangeSpec,
     span: tuple[float, float],
 ) -> QParams:
-    spec = replace(spec, format=tensor.format, symmetric=tensor.symmetric)
+    spec = _spec_of(tensor, spec)
     found = range_of(method, stats, spec)
     return spec.qparams(Range(np.clip(found.lo, *span), np.clip(found.hi, *span)))
+
+
+def _spec_of(tensor: TensorPlan, spec: RangeSpec) -> RangeSpec:
+    """`spec` with the tensor's own format."""
+    return replace(spec, format=tensor.format, symmetric=tensor.symmetric)
 
 
 def probability_qparams(
@@ -256,8 +261,7 @@ def probability_qparams(
         if source and _behind(source).name in plan.tensors:
             largest = statistics[name].hi if name in statistics else 1.0
             span = Range(np.array(0.0), np.array(_probability_above(largest)))
-            own = replace(spec, format=group.format, symmetric=group.symmetric)
-            found[name] = own.qparams(span)
+            found[name] = _spec_of(group, spec).qparams(span)
     return found
 
 
@@ -277,9 +281,7 @@ def masked_qparams(
         stats = statistics.get(group)
         if stats is not None and stats.lo < MASKED:
             span = Range(np.array(stats.hi - depth), np.array(stats.hi))
-            tensor = groups[group]
-            own = replace(spec, format=tensor.format, symmetric=tensor.symmetric)
-            found[group] = own.qparams(span)
+            found[group] = _spec_of(groups[group], spec).qparams(span)
 
     for softmax in (node for node in graph if rule_of(node).probabilities):
         source = _behind(not_none(softmax.inputs[0]))

@@ -30,7 +30,7 @@ from converter.plan.units import Weighted, bias_of, planned, weighted_of
 from converter.weights import integer, stored
 from converter.weights.gptq import helps_everywhere
 from converter.weights.integer import Rounding, least_scales
-from converter.weights.moments import usable
+from converter.weights.moments import usable, usable_of
 from converter.weights.stored import Storage, fitted_alone, fitted_to_outputs
 
 # Inputs drawn for the second moments of an integer layer, a column and at the least and the most
@@ -145,11 +145,9 @@ def _rounded(layer: Weighted, plan: QuantPlan, walk: Walk, rounding: Rounding) -
         codes, scale = integer.rounded(matrix, None, wanted, least, rounding)
         return integer.packed(plain_weight(codes, weight.shape, wanted.axis), scale, wanted)
     drawn, unit_scale = walk.draw(layer.unit, view, _count(INTEGER_DRAWS, matrix.shape[2]), plan)
-    drawn = drawn[:, usable(drawn)]
-    if not drawn.shape[1]:
-        drawn = np.ones((len(drawn), 1, matrix.shape[2]), np.float32)  # nothing is known of them
+    (known,) = usable_of(drawn)
     squares = walk.mean_squares(layer.unit, view, plan)
-    inputs = integer.Inputs(drawn, squares, unit_scale, walk.threads)
+    inputs = integer.Inputs(known, squares, unit_scale, walk.threads)
     codes, scale = integer.rounded(matrix, inputs, wanted, least, rounding)
     return integer.packed(view.weight(codes), scale, wanted)
 
@@ -310,11 +308,8 @@ class _StoredLayers:
 
     def _fitted(self, layer: Weighted, view: View, plan: QuantPlan) -> QuantizedWeight:
         matrix = view.matrix(layer.weight.astype(np.float64))
-        x, reference = self._drawn(layer.unit, view, _count(STORED_DRAWS, matrix.shape[2]), plan)
-        both = usable(x) & usable(reference)
-        x, reference = x[:, both], reference[:, both]
-        if not x.shape[1]:
-            x = reference = np.ones((len(x), 1, x.shape[2]), np.float32)  # nothing is known
+        drawn = self._drawn(layer.unit, view, _count(STORED_DRAWS, matrix.shape[2]), plan)
+        x, reference = usable_of(*drawn)
         pair = stored.Inputs(x, reference, self._corrects(layer.unit))
         rows = fitted_to_outputs(matrix, pair, layer.wanted, self.storage, self.walk.threads)
         return stored.packed(rows, view.weight(rows.codes()), layer.wanted)

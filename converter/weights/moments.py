@@ -19,6 +19,16 @@ def usable(drawn: Array) -> Array:
     return finite
 
 
+def usable_of(*drawn: Array) -> list[Array]:
+    """Inputs that stand for one another, without those that cannot be used; ones where none can, as
+    nothing is known of them then.
+    """
+    mask = np.logical_and.reduce([usable(x) for x in drawn])
+    if mask.any():
+        return [x[:, mask] for x in drawn]
+    return [np.ones((len(x), 1, x.shape[2]), np.float32) for x in drawn]
+
+
 def second_moments(drawn: Array, threads: int) -> Array:
     """E[x x'] over x drawn: float32 (groups, drawn, columns) to float64 (groups, columns,
     columns).
