@@ -192,10 +192,8 @@ def _resize(pixels: Pixels, options: ImageOptions, path: Path) -> Pixels:
 def _crop(pixels: Pixels, options: ImageOptions, path: Path) -> Pixels:
     """The centre; an odd margin leaves its smaller half at the top and left."""
     height, width = pixels.shape[:2]
-    crop_width, crop_height = (
-        options.center_crop_width or width,
-        options.center_crop_height or height,
-    )
+    crop_width = options.center_crop_width or width
+    crop_height = options.center_crop_height or height
     if crop_width > width or crop_height > height:
         msg = (
             f"{path}: the picture is {width}x{height} before the crop, smaller than "

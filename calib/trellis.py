@@ -51,11 +51,9 @@ def _subset(u: Array, before: Array, second: Array) -> Array:
 def table(bits: int) -> Array:
     """The level of every window: a code plus what `window_weights` adds for the codes before."""
     window = np.arange(1 << (bits + MEMORY))
-    code, before, second = (
-        window % (1 << bits),
-        window >> bits & 1,
-        window >> (bits + 1),
-    )
+    code = window % (1 << bits)
+    before = window >> bits & 1
+    second = window >> (bits + 1)
     found: Array = levels(bits)[SUBSETS * (code >> 1) + _subset(code & 1, before, second)]
     return found
 
@@ -146,10 +144,8 @@ def nearest(aims: Array, weights: Array, bits: int) -> Array:
     `weights` (numbers,).
     """
     rows = aims.reshape(-1, aims.shape[-1])
-    parts, relative = (
-        np.array_split(rows, min(len(rows), -(-rows.size // CHUNK)) or 1),
-        (weights / weights.max()).astype(np.float32),
-    )
+    parts = np.array_split(rows, min(len(rows), -(-rows.size // CHUNK)) or 1)
+    relative = (weights / weights.max()).astype(np.float32)
     return np.concatenate([_nearest(part, relative, bits) for part in parts]).reshape(aims.shape)
 
 
@@ -182,10 +178,8 @@ def _best_path(costs: Array) -> Array:
     first, second = costs.reshape(2, 4, 4, 4, -1)
     joint = (first.min(axis=2) + second.min(axis=1)).reshape(16, -1).argmin(axis=0)
     high, low, group = joint >> 2, joint & 3, np.arange(len(joint))
-    lowest, middle = (
-        first[high, low, :, group].argmin(axis=1),
-        second[high, :, low, group].argmin(axis=1),
-    )
+    lowest = first[high, low, :, group].argmin(axis=1)
+    middle = second[high, :, low, group].argmin(axis=1)
     return np.asarray(lowest + (low << 2) + (middle << 4) + (high << 6))
 
 

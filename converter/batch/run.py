@@ -146,10 +146,8 @@ def _arranged(todo: Mapping[int, Task], options: Options) -> tuple[dict[Hashable
         shared = cache if len(group) > 1 or options.parts > 1 else None
         for key in group:
             common = todo[key].job.config.common
-            path, count = (
-                shared or common.calibration_cache,
-                common.thread_num or threads,
-            )
+            path = shared or common.calibration_cache
+            count = common.thread_num or threads
             tasks[key] = _with(todo[key], calibration_cache=path, thread_num=count)
             order[key] = {first for first in group[:1] if cache and first != key}
         if cache and options.parts > 1:

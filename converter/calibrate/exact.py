@@ -210,10 +210,8 @@ def _unsigned(value: ir.Value | None, reader: ir.Node, names: Names) -> ir.Value
     array = constant(value)
     if array is not None:
         return names.constant(f"{value.name}_unsigned", array.view(np.uint8) ^ np.uint8(MIDDLE))
-    middle, wish = (
-        names.constant("middle", np.array(MIDDLE, np.int32)),
-        value.name or "",
-    )
+    middle = names.constant("middle", np.array(MIDDLE, np.int32))
+    wish = value.name or ""
     for operator, others, attributes in (
         ("Cast", [], {"to": ir.DataType.INT32}),
         ("Add", [middle], {}),

@@ -84,10 +84,8 @@ def observe(
     Tensors are tapped in groups whose arrays fit the memory budget together; each group is one pass
     over the data.
     """
-    constants, means = (
-        of_constants(wanted, values_by_name(model.graph)),
-        dict[Mean, Array](),
-    )
+    constants = of_constants(wanted, values_by_name(model.graph))
+    means = dict[Mean, Array]()
     # The parts together see a constant once.
     statistics = {} if wanted.part[0] else {**constants}
     names = dict.fromkeys([*wanted.tensors, *(name for name, _ in wanted.means)])

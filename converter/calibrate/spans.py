@@ -21,10 +21,8 @@ def seen_spans(graph: ir.Graph, plan: QuantPlan) -> dict[str, Span]:
     A hard swish, x * HardSigmoid(x), is 0 for all that lies below its knee: codes are worth more
     above.
     """
-    values, sizes = (
-        values_by_name(graph),
-        Counter(t.group for t in plan.tensors.values()),
-    )
+    values = values_by_name(graph)
+    sizes = Counter(t.group for t in plan.tensors.values())
     spans = {name: _seen(values[name]) for name, size in sizes.items() if size == 1}
     return {name: span for name, span in spans.items() if span != EVERYTHING}
 

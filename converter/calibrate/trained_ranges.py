@@ -43,10 +43,8 @@ def in_format(q: QParams, tensor: TensorPlan, power_of_two: bool = False) -> QPa
     of the same range.
     """
     shift = (int(q.format.signed) - int(tensor.format.signed)) << (q.format.bits - 1)
-    fmt, zero = (
-        IntFormat(q.format.bits, tensor.format.signed, q.format.narrow),
-        q.zero_point + shift,
-    )
+    fmt = IntFormat(q.format.bits, tensor.format.signed, q.format.narrow)
+    zero = q.zero_point + shift
     fits = (
         q.format.bits <= tensor.format.bits
         and fmt.qmin <= zero <= fmt.qmax

@@ -39,10 +39,8 @@ def _mode_is_given(config: Config) -> Iterator[Complaint]:
 
 
 def _mode_is_clear(config: Config) -> Iterator[Complaint]:
-    quant_type, precision = (
-        config.common.quant_type,
-        config.transform.export_precision_mode,
-    )
+    quant_type = config.common.quant_type
+    precision = config.transform.export_precision_mode
     if quant_type and precision and (quant_type, precision) != ("FULL_QUANT", "QUANT"):
         problem = f"does not go with quant_type = {quant_type}"
         yield Complaint(_TRANSFORM, "export_precision_mode", problem, "remove one of the two")

@@ -42,12 +42,10 @@ def emit_dynamic(model: ir.Model, plan: QuantPlan, by_row: bool) -> None:
 
 class _Emitter:
     def __init__(self, model: ir.Model, plan: QuantPlan, by_row: bool) -> None:
-        self.model, self.plan, self.by_row, self.names = (
-            model,
-            plan,
-            by_row,
-            Names(model),
-        )
+        self.model = model
+        self.plan = plan
+        self.by_row = by_row
+        self.names = Names(model)
         self.activations: dict[tuple[ir.Graph, ir.Value], Sequence[ir.Value]] = {}
         self.at: ir.Node  # new nodes stand before this one
 
@@ -55,10 +53,8 @@ class _Emitter:
         self.at, weight = node, self.plan.weights[unit.name]
         if unit.name in self.plan.biases:
             write_bias(node, unit, self.plan, self.names)
-        codes, w_scale = (
-            self._of_weight(1, "codes", weight.codes),
-            self._of_weight(1, "scale", weight.qparams.scale),
-        )
+        codes = self._of_weight(1, "codes", weight.codes)
+        w_scale = self._of_weight(1, "scale", weight.qparams.scale)
         # Stored as it was: a lookup may read the same codes. Runtimes transpose when they load the
         # model.
         codes = self._node("Transpose", codes) if is_transposed(node) else codes

@@ -78,10 +78,8 @@ def _quantize_output(model: ir.Model, value: ir.Value, kind: str, q: QParams) ->
         names.constant(f"{name}_zero_point", q.zero_point),
     )
     quantize = names.node("QuantizeLinear", [value, *parameters], name, like=value)
-    quantize.outputs[0].name, quantize.outputs[0].type = (
-        name,
-        ir.TensorType(TYPES[kind]),
-    )
+    quantize.outputs[0].name = name
+    quantize.outputs[0].type = ir.TensorType(TYPES[kind])
     model.graph.append(quantize)
     model.graph.outputs[list(model.graph.outputs).index(value)] = quantize.outputs[0]
     return quantize

@@ -168,10 +168,8 @@ class _Emitter:
         code = quantize(np.array(offset, np.float32), whole)
         added = self._dequantized(f"{name}_offset", code, whole)
         total = ir.node("Add", [line.outputs[0], added], name=name, outputs=[ir.Value()])
-        total.outputs[0].shape, total.outputs[0].type = (
-            gate.outputs[0].shape,
-            gate.outputs[0].type,
-        )
+        total.outputs[0].shape = gate.outputs[0].shape
+        total.outputs[0].type = gate.outputs[0].type
         ir.convenience.replace_nodes_and_values(
             self.graph, gate, [gate], [line, total], gate.outputs, total.outputs
         )

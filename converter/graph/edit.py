@@ -121,10 +121,8 @@ class Names:
     """
 
     def __init__(self, model: ir.Model) -> None:
-        self._main, self._constants = (
-            model.graph,
-            dict[tuple[str, str, bytes], ir.Value](),
-        )
+        self._main = model.graph
+        self._constants = dict[tuple[str, str, bytes], ir.Value]()
         nodes = [node for graph in model.graphs() for node in graph.all_nodes()]
         inputs = [value for graph in model.graphs() for value in graph.inputs]
         self._taken = (
@@ -201,10 +199,8 @@ def replace_constant(node: ir.Node, index: int, array: Array, names: Names) -> N
     """
     old = input_at(node, index)
     if old is not None and len(old.uses()) == 1 and not old.is_graph_output():
-        old.const_value, old.shape = (
-            ir.tensor(array, name=old.name),
-            ir.Shape(array.shape),
-        )
+        old.const_value = ir.tensor(array, name=old.name)
+        old.shape = ir.Shape(array.shape)
         return
     name = names.fresh(old.name if old and old.name else f"{node.name}.bias")
     set_input(node, index, add_constant(graph_of(node), name, array))

@@ -49,11 +49,9 @@ INITIALIZERS_ALONE = 4
 
 # Where a model keeps the types of outputs that onnx_ir cannot hold, serialized, and the default
 # values of inputs, both by name, and what the ONNX checker has against a model that runs.
-MAPS, DEFAULTS, UNCHECKED = (
-    "types of maps",
-    "defaults of inputs",
-    "what the checker says",
-)
+MAPS = "types of maps"
+DEFAULTS = "defaults of inputs"
+UNCHECKED = "what the checker says"
 
 
 # Operators whose outputs onnx_ir cannot hold.
@@ -364,10 +362,8 @@ def save(
         parts = sorted(Path(folder).iterdir(), reverse=True)
         for part in parts:
             part.replace(path.parent / part.name)
-    kept, old = (
-        {part.name for part in parts},
-        re.compile(re.escape(path.name) + r"\.[0-9a-f]{16}\.data"),
-    )
+    kept = {part.name for part in parts}
+    old = re.compile(re.escape(path.name) + r"\.[0-9a-f]{16}\.data")
     for other in path.parent.iterdir():
         if old.fullmatch(other.name) and other.name not in kept:
             other.unlink()

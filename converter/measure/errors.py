@@ -75,10 +75,8 @@ def compare(
 
     def step(index: int) -> Array:
         sample = data.sample(index)
-        left, right = (
-            reference.fetch(pairs, sample),
-            other.fetch(pairs.values(), sample),
-        )
+        left = reference.fetch(pairs, sample)
+        right = other.fetch(pairs.values(), sample)
         return np.array([tally(left[name], right[there]) for name, there in pairs.items()])
 
     sums = sum(over_samples(min(count, len(data)), step, threads))

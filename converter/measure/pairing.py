@@ -95,10 +95,8 @@ def _renamed(reference: ir.Model, names: Set[str]) -> Iterator[tuple[str, str | 
 class _Finder:
     def __init__(self, reference: ir.Model, model: ir.Model, plan: QuantPlan) -> None:
         self.model, self.plan, self.names = model, plan, Names(model)
-        self.values, self.known = (
-            values_by_name(model.graph),
-            values_by_name(reference.graph).keys(),
-        )
+        self.values = values_by_name(model.graph)
+        self.known = values_by_name(reference.graph).keys()
         self.renamed = dict(_renamed(reference, self.values.keys()))
         self.twins = {node.name: node for node in nodes_of(model)}
         found = [(node, *each) for node in list(model.graph) for each in parameters(node)]

@@ -156,11 +156,9 @@ def _cut(
     integers it is to become.
     """
     model = pairing.model.clone()
-    names, values, leaves = (
-        Names(model),
-        values_by_name(model.graph),
-        set().union(*units.values()),
-    )
+    names = Names(model)
+    values = values_by_name(model.graph)
+    leaves = set().union(*units.values())
     taps, fed, sources = {}, {}, {}
     for place in pairing.places:
         value = values.get(place.counterpart or "")
@@ -204,10 +202,8 @@ def _injected(model: ir.Model, leaves: Iterable[str]) -> tuple[ir.Model, Mapping
     clone = model.clone()
     names, values, inputs = Names(clone), values_by_name(clone.graph), {}
     for leaf in leaves:
-        value, delta = (
-            values[leaf],
-            ir.Value(name=names.fresh(f"{leaf}_delta"), type=ir.TensorType(ir.DataType.FLOAT)),
-        )
+        value = values[leaf]
+        delta = ir.Value(name=names.fresh(f"{leaf}_delta"), type=ir.TensorType(ir.DataType.FLOAT))
         node = names.node("Add", [None, delta], leaf, "moved", like=value)
         value.replace_all_uses_with(node.outputs[0], replace_graph_outputs=True)
         node.replace_input_with(0, value)

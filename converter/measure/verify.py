@@ -73,10 +73,8 @@ def verify(both: Both, label_file: Path | None) -> Verification:
     data, held_back = _samples(result, watch)
     seen = _run(both, data)
     plain = _outputs(both.quantized, data, PLAIN_SAMPLES, both) if len(seen.before) > 1 else []
-    after, answers = (
-        _tallies(seen.before, seen.after),
-        _answers(seen.before, seen.after),
-    )
+    after = _tallies(seen.before, seen.after)
+    answers = _answers(seen.before, seen.after)
     found = Verification(
         samples=len(seen.before),
         held_back=held_back,
@@ -111,10 +109,8 @@ def _samples(result: Quantized, watch: Watch) -> tuple[Dataset, bool]:
 
 def _run(both: Both, data: Dataset) -> _Seen:
     result, big = both.result, both.big
-    reference, other = (
-        executed(result.reference, look=False),
-        executed(result.model, look=not big),
-    )
+    reference = executed(result.reference, look=False)
+    other = executed(result.model, look=not big)
     before = _outputs(reference.exact, data, 1 if big else VERIFIED_SAMPLES, both)
     after = _outputs(other.exact, data, len(before), both)
     here = after if other.here is other.exact else _outputs(other.here, data, len(before), both)

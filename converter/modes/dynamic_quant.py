@@ -64,10 +64,8 @@ def _plan_of(model: ir.Model, job: Job) -> QuantPlan:
     for node, unit in planned(model, plan):
         if _multiplies(node):
             nodes[unit.name] = _product_plan(node, unit, per_channel=not _by_row(job))
-            x, why = (
-                unit.inputs[0],
-                f"read by {unit.name}; its range is found at run time",
-            )
+            x = unit.inputs[0]
+            why = f"read by {unit.name}; its range is found at run time"
             tensors.setdefault(x, TensorPlan(x, UINT8, False, x, why))
         elif unit.weight and _looks_up(node):
             nodes[unit.name] = replace(

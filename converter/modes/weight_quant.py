@@ -84,11 +84,9 @@ def storage_plan(model: ir.Model, job: Job) -> QuantPlan:
 def quantize(prepared: Prepared, job: Job, watch: Watch) -> Quantized:
     """The quantized copy of a prepared float model."""
     model = prepared.model
-    wanted, data, resources = (
-        job.config.weight_quant,
-        _data(model, job, watch),
-        resources_of(job),
-    )
+    wanted = job.config.weight_quant
+    data = _data(model, job, watch)
+    resources = resources_of(job)
     given = bool(job.config.preprocess.calibrate_path)
     storage = Storage(
         given and wanted.quant_strategy != "MAX_MIN",
@@ -121,10 +119,8 @@ def _newest_opset(model: ir.Model, job: Job, watch: Watch) -> int:
 
     Raises ModelError where there is no type for the integers then.
     """
-    bits, blocks = (
-        job.config.common.bit_num,
-        job.config.weight_quant.block_size is not None,
-    )
+    bits = job.config.common.bit_num
+    blocks = job.config.weight_quant.block_size is not None
     narrow, wide = bits or 1, bits or WIDEST
     wanted = not_none(type_for(narrow, blocks, NEWEST_OPSET))[1]
     newest, reason = _loadable(model, wanted)
@@ -221,10 +217,8 @@ def _node_plan(node: ir.Node, job: Job) -> NodePlan:
     )
     if reason:
         return NodePlan(name, node.op_type, False, reason)
-    add, data = (
-        bias_add(node),
-        next(v for i, v in enumerate(node.inputs) if v is not None and i not in axes),
-    )
+    add = bias_add(node)
+    data = next(v for i, v in enumerate(node.inputs) if v is not None and i not in axes)
     return NodePlan(
         name,
         node.op_type,
@@ -250,11 +244,9 @@ def _without_weight(node: ir.Node) -> str:
 
 
 def _weight_plan(node: ir.Node, index: int, axis: int | None, job: Job) -> WeightPlan:
-    wanted, value, array = (
-        job.config.weight_quant,
-        node.inputs[index],
-        constant(node.inputs[index]),
-    )
+    wanted = job.config.weight_quant
+    value = node.inputs[index]
+    array = constant(node.inputs[index])
     assert value is not None
     assert array is not None
     granularity: Granularity = PerTensor()

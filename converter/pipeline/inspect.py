@@ -80,10 +80,8 @@ def _layers(model: ir.Model, plans: Mapping[str, QuantPlan]) -> list[Row]:
         if arrays := [
             x for x in found if x is not None and x.size > 1 and (x.ndim > 1 or x.dtype.kind == "f")
         ]:
-            size, largest = (
-                sum(array.nbytes for array in arrays),
-                max(arrays, key=lambda array: array.nbytes),
-            )
+            size = sum(array.nbytes for array in arrays)
+            largest = max(arrays, key=lambda array: array.nbytes)
             row = {
                 "layer": node.name,
                 "operator": node.op_type,

@@ -336,10 +336,8 @@ def bias_add(node: ir.Node) -> ir.Node | None:
     add = only_consumer(product)
     if weight is None or weight.ndim != 2 or add is None or not rule_of(add).adds:
         return None
-    bias, shape = (
-        constant(next(v for v in add.inputs if v is not product)),
-        product.shape,
-    )
+    bias = constant(next(v for v in add.inputs if v is not product))
+    shape = product.shape
     # A bias of more dimensions than the product would add them to it.
     if bias is None or not 1 <= bias.ndim <= (shape.rank() if shape else 1):
         return None

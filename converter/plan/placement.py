@@ -89,11 +89,9 @@ class _Unit:
 
 def build_plan(graph: ir.Graph, target: Target, wishes: Wishes) -> QuantPlan:
     """The plan of a prepared float graph, without numbers."""
-    moved, pooled, open_ = (
-        _moved_into_bodies(graph),
-        _behind_dilated_pools(graph),
-        _reading_defaults(graph),
-    )
+    moved = _moved_into_bodies(graph)
+    pooled = _behind_dilated_pools(graph)
+    open_ = _reading_defaults(graph)
     wishes = replace(wishes, kept_float={**moved, **pooled, **open_, **wishes.kept_float})
     units, reasons = _candidates(graph, target, wishes)
     if not target.all_pays:
@@ -208,10 +206,8 @@ def check_skips(config: Config, nodes: Collection[tuple[str, str]]) -> None:
     """Raises ConfigError for a wish to skip that is of none of the `nodes` (name, operator
     type).
     """
-    names, types = (
-        sorted({name for name, _ in nodes}),
-        sorted({op_type for _, op_type in nodes}),
-    )
+    names = sorted({name for name, _ in nodes})
+    types = sorted({op_type for _, op_type in nodes})
     for pattern in config.common.skip_quant_node:
         if not any(is_named(name, pattern) for name in names):
             raise _unknown(
@@ -390,9 +386,7 @@ def _weight_plan(unit: _Unit, target: Target, wishes: Wishes) -> WeightPlan | No
 
 
 def _bias_name(unit: _Unit) -> str | None:
-    product, adders = (
-        unit.node.outputs[0],
-        [node for node in unit.absorbed if rule_of(node).adds],
-    )
+    product = unit.node.outputs[0]
+    adders = [node for node in unit.absorbed if rule_of(node).adds]
     added = [value for node in adders for value in node.inputs if value is not product]
     return next((value.name for value in (*added, own_bias(unit.node)) if value), None)

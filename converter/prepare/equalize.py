@@ -63,11 +63,9 @@ def _reads_channels(node: ir.Node) -> bool:
 
 
 def _equalize(first: ir.Node, second: ir.Node, names: Names) -> None:
-    left, right, bias = (
-        not_none(operand(first, 1)),
-        not_none(operand(second, 1)).copy(),
-        operand(first, 2),
-    )
+    left = not_none(operand(first, 1))
+    right = not_none(operand(second, 1)).copy()
+    bias = operand(first, 2)
     by_input = _by_input(second, right)
     out_range, in_range = (
         np.abs(w).reshape(len(w), -1).max(axis=1).astype(np.float64) for w in (left, by_input)

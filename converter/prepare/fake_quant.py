@@ -118,10 +118,8 @@ class _Taker:
             if q.axis is None:
                 self.tensors.setdefault(source.name or "", q)
             return
-        fmt, earlier = (
-            format_of(*found.narrowed(q.format)),
-            self.tensors.get(source.name or ""),
-        )
+        fmt = format_of(*found.narrowed(q.format))
+        earlier = self.tensors.get(source.name or "")
         if (
             fmt is None
             or (array is None and q.axis is not None)
@@ -209,10 +207,8 @@ def _qparams(node: ir.Node) -> QParams | None:
     other types.
     """
     codes = node.outputs[0] if is_quantize(node) else not_none(node.inputs[0])
-    scale, zero_point = (
-        not_none(node.inputs[1]),
-        node.inputs[2] if len(node.inputs) > 2 else None,
-    )
+    scale = not_none(node.inputs[1])
+    zero_point = node.inputs[2] if len(node.inputs) > 2 else None
     kind = (codes if zero_point is None else zero_point).dtype
     if node.domain or scale.dtype != ir.DataType.FLOAT or kind is None or not kind.is_integer():
         return None

@@ -81,10 +81,8 @@ def chain_from(node: ir.Node) -> Chain | None:
         )
         if restores and (first.factor != 1 or len(before) == 1) and (q := _grid(first, last)):
             return Chain(source, output, q, codes=False)
-    (source, first), (output, last) = (
-        before[0],
-        next(stage for stage in behind if stage[1].factor == 1),
-    )
+    source, first = before[0]
+    output, last = next(stage for stage in behind if stage[1].factor == 1)
     q = _grid(first, last) if abs(first.shift) < CLOSE and last.shift == 0 else None
     return (
         Chain(source, output, q, codes=True) if q and q.format.narrow and not q.zero_point else None

@@ -109,10 +109,8 @@ def _parting(join: ir.Node, size: int) -> ir.Node | None:
     turned = all(
         list(node.attributes.get_ints("perm", ())) == [0, 2, 1, 3] for node in (back, there)
     )
-    whole, parts = (
-        part.inputs[0].shape if part.inputs[0] else None,
-        part.outputs[0].shape,
-    )
+    whole = part.inputs[0].shape if part.inputs[0] else None
+    parts = part.outputs[0].shape
     if not turned or whole is None or parts is None or whole.has_unknown_dim():
         return None
     return part if list(whole)[:-1] == list(parts)[:-2] and whole[-1] == size else None

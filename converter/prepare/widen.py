@@ -36,10 +36,8 @@ def widen(model: ir.Model) -> None:
         return
     nodes = nodes_of(model)
     narrow = {value: value.dtype for value in _values(model) if _is_narrow(value.type)}
-    names, wide = (
-        Names(model),
-        {value for value in narrow if not _is_given(value, model.graph)},
-    )
+    names = Names(model)
+    wide = {value for value in narrow if not _is_given(value, model.graph)}
     for value in wide:
         _widen_value(value)
     for node in nodes:

@@ -75,10 +75,8 @@ def round_rows(places: Sequence[Place], found: Mapping[Key, Figures]) -> Iterato
         figures = found.get(key_of(place))
         if figures is None:
             continue
-        flag, kind = (
-            "Output" if place.output else "Input",
-            "Activation" if place.weight is None else "Weight",
-        )
+        flag = "Output" if place.output else "Input"
+        kind = "Activation" if place.weight is None else "Weight"
         head = (place.node, place.op_type, place.name, flag)
         yield (*head, "Origin", kind, *figures.origin, 0.0, 1.0)
         if figures.dequant is not None:

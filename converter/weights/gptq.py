@@ -194,10 +194,8 @@ def compensated(
     rounded first, pairs one after the other. `fixed`, as the weight, are points that are given, NaN
     where they are to be found.
     """
-    damping, columns = (
-        DAMPING * np.einsum("gkk->g", moments) / moments.shape[1],
-        weight.shape[2],
-    )
+    damping = DAMPING * np.einsum("gkk->g", moments) / moments.shape[1]
+    columns = weight.shape[2]
     codes = np.full(weight.shape, np.nan) if fixed is None else fixed.copy()
     if grid.pair_limit is not None and columns % 2:
         # A silent partner for the last column: from here on all are in pairs.
@@ -296,10 +294,8 @@ def _fill(
             second = aim[k + 1] + ratio[k, k + 1] * (scaled[k] - target)
             target = _with_room(target, second, share[k], limit, fmt)
         elif limit is not None:
-            low, high = (
-                np.maximum(low, -limit - codes[k - 1]),
-                np.minimum(high, limit - codes[k - 1]),
-            )
+            low = np.maximum(low, -limit - codes[k - 1])
+            high = np.minimum(high, limit - codes[k - 1])
         found = (
             np.clip(np.rint(target), low, high)
             if limit is not None

@@ -232,10 +232,8 @@ def _refitted(weight: Array, moments: Array | None, rows: Rows, grids: Grids) ->
     determinant = qq * one - q1**2
     safe = determinant > 1e-9 * qq * one
     determinant = np.where(safe, determinant, 1.0)
-    scale, offset = (
-        (one * qw - q1 * w1) / determinant,
-        (qq * w1 - q1 * qw) / determinant,
-    )
+    scale = (one * qw - q1 * w1) / determinant
+    offset = (qq * w1 - q1 * qw) / determinant
     safe &= scale > SMALLEST_SCALE
     scale = np.where(safe, scale, rows.scale)
     return Rows(
@@ -251,10 +249,8 @@ def _descended(weight: Array, moments: Array | None, rows: Rows, kept: Array | N
         return _zeroed(_on(weight, rows.scale, rows.zero, rows.format), kept)
     # Columns first: (columns, groups, rows).
     errors, points = (np.moveaxis(x, 2, 0).copy() for x in (weight - rows.values(), rows.points))
-    aim, step = (
-        np.moveaxis(weight / rows.scale[..., None] + rows.zero[..., None], 2, 0),
-        rows.scale,
-    )
+    aim = np.moveaxis(weight / rows.scale[..., None] + rows.zero[..., None], 2, 0)
+    step = rows.scale
     by_column = np.ascontiguousarray(moments.transpose(1, 0, 2))
     for start in range(0, len(points), BLOCK):
         block = slice(start, min(start + BLOCK, len(points)))
@@ -262,10 +258,8 @@ def _descended(weight: Array, moments: Array | None, rows: Rows, kept: Array | N
             np.matmul(errors.transpose(1, 2, 0), moments[:, :, block]).transpose(2, 0, 1).copy()
         )
         for k in range(block.start, block.stop):
-            row, curvature = (
-                by_column[k][:, block].T[..., None],
-                by_column[k][:, k, None],
-            )
+            row = by_column[k][:, block].T[..., None]
+            curvature = by_column[k][:, k, None]
             wanted = errors[k] - gradient[k - start] / curvature
             point = chosen(aim[k] - wanted / step, curvature * step**2, rows.format)
             point = point if kept is None else np.where(kept[:, :, k], point, points[k])

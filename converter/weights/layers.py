@@ -262,10 +262,8 @@ class _StoredLayers:
                 MOST_SAMPLES,
             )
 
-        self.storage, self.nodes = (
-            fitter.storage,
-            nodes_by_name(fitter.model.graph),
-        )
+        self.storage = fitter.storage
+        self.nodes = nodes_by_name(fitter.model.graph)
         self.float_walk = walk(lambda model, plan: None)
         self.walk = self.float_walk if alone else walk(partial(emit_stored, write=as_floats))
         self.walks = [self.walk] if alone else [self.walk, self.float_walk]

@@ -80,10 +80,8 @@ def expected_error(channels: Channels, weight: Array, factors: Array) -> float:
     """
     span = max(0.0, (channels.hi / factors).max()) - min(0.0, (channels.lo / factors).min())
     scaled = weight * factors[:, None]
-    x_steps, w_steps = (
-        span / (UINT8.qmax - UINT8.qmin),
-        np.abs(scaled).max(axis=0) / INT8_NARROW.qmax,
-    )
+    x_steps = span / (UINT8.qmax - UINT8.qmin)
+    w_steps = np.abs(scaled).max(axis=0) / INT8_NARROW.qmax
     of_x = x_steps**2 * np.square(scaled).sum()
     of_w = np.square(w_steps).sum() * (channels.square / factors**2).sum()
     return float(CORRELATION * of_x + of_w) / 12

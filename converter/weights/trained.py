@@ -67,10 +67,8 @@ def with_trained_weights(
 
 def tell_kept(kept: Mapping[str, Kept], watch: Watch) -> None:
     """Says how many weights are what training made them, and what the others lost."""
-    channels, anew = (
-        sum(found.channels for found in kept.values()),
-        sum(found.anew for found in kept.values()),
-    )
+    channels = sum(found.channels for found in kept.values())
+    anew = sum(found.anew for found in kept.values())
     if kept:
         watch.tell(
             f"Trained weights of {channels - anew} of {channels} channels are kept bit for bit."
@@ -132,11 +130,9 @@ class _Rows:
         nor, with few codes, so large that it is coarse.
         """
         grid, whole = Grid(wanted.format, wanted.pair_limit), wanted.axis is None
-        scale, codes, floor = (
-            self.scale.copy(),
-            self.codes.copy(),
-            np.zeros_like(self.scale),
-        )
+        scale = self.scale.copy()
+        codes = self.codes.copy()
+        floor = np.zeros_like(self.scale)
         if bias is not None and data is not None:
             floor = least_scales(bias, data, scale.shape, not whole)
             factor = _refinement(codes, data.format.qmax - data.format.qmin, grid)
