@@ -8,7 +8,6 @@ weights, the last product is missing.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import product
 
@@ -16,7 +15,8 @@ import numpy as np
 import onnx_ir as ir
 
 from calib.affine import IntFormat, QParams
-from converter.graph.edit import constant, only_consumer
+from converter.graph.edit import only_consumer
+from converter.prepare.lines import Line, step
 
 # Factors and shifts of scales and zero points in float32 cancel out to within this.
 CLOSE = 1e-4
@@ -32,39 +32,8 @@ class Chain:
     codes: bool
 
 
-@dataclass(frozen=True)
-class _Line:
-    """The function clip(factor * x + shift, low, high)."""
-
-    factor: float = 1.0
-    shift: float = 0.0
-    low: float = -np.inf
-    high: float = np.inf
-
-    def then(self, other: _Line) -> _Line:
-        """`other` of this; factors are positive."""
-        low, high = (other.factor * bound + other.shift for bound in (self.low, self.high))
-        shift = other.factor * self.shift + other.shift
-        return _Line(
-            other.factor * self.factor,
-            shift,
-            max(low, other.low),
-            min(high, other.high),
-        )
-
-
-# By operator, what a constant operand makes of it.
-_LINES: dict[str, Callable[..., _Line]] = {
-    "Add": lambda c: _Line(shift=c),
-    "Sub": lambda c: _Line(shift=-c),
-    "Mul": lambda c: _Line(c),
-    "Div": lambda c: _Line(1 / c if c else 0.0),
-    "Max": lambda c: _Line(low=c),
-    "Min": lambda c: _Line(high=c),
-    "Clip": lambda low=-np.inf, high=np.inf: _Line(low=low, high=high),
-}
 # A value on the way, and what leads from it to the rounding or from there to it.
-_Stages = list[tuple[ir.Value, _Line]]
+_Stages = list[tuple[ir.Value, Line]]
 
 
 def chain_from(node: ir.Node) -> Chain | None:
@@ -96,7 +65,7 @@ def format_of(low: int, high: int) -> IntFormat | None:
     return next((f for f in formats if f.bits > 0 and (f.qmin, f.qmax) == (low, high)), None)
 
 
-def _grid(first: _Line, last: _Line) -> QParams | None:
+def _grid(first: Line, last: Line) -> QParams | None:
     """The parameters of `first`, a rounding and `last`; None where the codes are not those of a
     format.
     """
@@ -116,42 +85,29 @@ def _before(node: ir.Node) -> _Stages:
     """The stages from the rounding upwards, farthest first."""
     value = node.inputs[0]
     assert value is not None
-    stages: _Stages = [(value, _Line(shift=0.0 if node.op_type == "Round" else -0.5))]
-    while (maker := value.producer()) and only_consumer(value) is node and (step := _step(maker)):
-        bounded = [np.isfinite([line.low, line.high]).any() for line in (stages[0][1], step[1])]
+    stages: _Stages = [(value, Line(shift=0.0 if node.op_type == "Round" else -0.5))]
+    while (maker := value.producer()) and only_consumer(value) is node and (found := _step(maker)):
+        bounded = [np.isfinite([line.low, line.high]).any() for line in (stages[0][1], found[1])]
         if all(bounded):
             break  # an activation function of its own
-        value, node = step[0], maker
-        stages.insert(0, (value, step[1].then(stages[0][1])))
+        value, node = found[0], maker
+        stages.insert(0, (value, found[1].then(stages[0][1])))
     return stages
 
 
 def _behind(node: ir.Node) -> _Stages:
     """The stages from the rounding downwards, farthest first."""
-    stages: _Stages = [(node.outputs[0], _Line())]
+    stages: _Stages = [(node.outputs[0], Line())]
     while (
         (reader := only_consumer(stages[0][0]))
-        and (step := _step(reader))
-        and step[0] is stages[0][0]
+        and (found := _step(reader))
+        and found[0] is stages[0][0]
     ):
-        stages.insert(0, (reader.outputs[0], stages[0][1].then(step[1])))
+        stages.insert(0, (reader.outputs[0], stages[0][1].then(found[1])))
     return stages
 
 
-def _step(node: ir.Node) -> tuple[ir.Value, _Line] | None:
-    """The one value that `node` reads and what it makes of it; None if it is something else."""
-    if node.domain or node.op_type not in _LINES:
-        return None
-    value, *others = node.inputs
-    if node.op_type in {"Add", "Mul", "Max", "Min"} and constant(value) is not None:
-        value, others = others[0], [value]
-    bounds = (
-        zip(("low", "high"), others, strict=False) if node.op_type == "Clip" else [("c", others[0])]
-    )
-    numbers = {name: constant(other) for name, other in bounds if other is not None}
-    if value is None or any(number is None or number.size != 1 for number in numbers.values()):
-        return None
-    line = _LINES[node.op_type](
-        **{name: float(n.reshape(())) for name, n in numbers.items() if n is not None}
-    )
-    return (value, line) if line.factor > 0 else None
+def _step(node: ir.Node) -> tuple[ir.Value, Line] | None:
+    """The one value that `node` reads and the rising line that it makes of it."""
+    found = step(node)
+    return found if found and found[1].factor > 0 else None

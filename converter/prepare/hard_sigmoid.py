@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from converter.graph.edit import (
     Names,
+    constant,
     graph_of,
     nodes_of,
     not_none,
@@ -24,6 +25,7 @@ from converter.graph.edit import (
     operand,
 )
 from converter.plan.ops import hard_sigmoid_line, rule_of
+from converter.prepare.lines import Line, step
 
 # Exporters round the sixth of a hard swish to float32.
 TOLERANCE = 1e-6
@@ -143,49 +145,34 @@ def _cancels(factor: float | None, top: float) -> bool:
 def _line(value: ir.Value) -> _Line:
     """`value` as a line over what it is computed of by scalars."""
     node = value.producer()
-    if node is None or node.domain or only_consumer(value) is None:
+    found = None if node is None or only_consumer(value) is None else _step(node)
+    if node is None or found is None:
         return _Line(value, 1.0, 0.0)
-    source = not_none(node.inputs[0]) if node.inputs else value
-    for source in (v for v in node.inputs if v is not None):
-        factor, shift = _factor(node, source), _shift(node, source)
-        if factor is None and shift is None:
-            continue
-        inner = _line(source)
-        slope = inner.slope * (1.0 if factor is None else factor)
-        offset = inner.offset * (1.0 if factor is None else factor) + (shift or 0.0)
-        return _Line(inner.source, slope, offset, (node, *inner.nodes))
-    return _Line(value, 1.0, 0.0)
+    source, own = found
+    inner = _line(source)
+    offset = inner.offset * own.factor + own.shift
+    return _Line(inner.source, inner.slope * own.factor, offset, (node, *inner.nodes))
 
 
 def _factor(node: ir.Node, value: ir.Value) -> float | None:
     """What `node` multiplies `value` by, a number; None if it does something else."""
-    number = _other_number(node, value)
-    if number is None or number == 0:
-        return None
-    if node.op_type == "Mul":
-        return number
-    return 1 / number if node.op_type == "Div" and node.inputs[0] is value else None
+    found = _step(node)
+    return None if found is None or found[0] is not value or found[1].shift else found[1].factor
 
 
-def _shift(node: ir.Node, value: ir.Value) -> float | None:
-    """The number that `node` adds to `value`; None if it does something else."""
-    number = _other_number(node, value)
-    if number is None:
+def _step(node: ir.Node) -> tuple[ir.Value, Line] | None:
+    """The value that `node` reads and the endless line that it makes of it, by a finite float32
+    that keeps its shape.
+    """
+    found = step(node)
+    if found is None or found[1].factor == 0 or np.isfinite([found[1].low, found[1].high]).any():
         return None
-    if node.op_type == "Add":
-        return number
-    return -number if node.op_type == "Sub" and node.inputs[0] is value else None
-
-
-def _other_number(node: ir.Node, value: ir.Value) -> float | None:
-    """The other of two operands where it is one finite float32 that keeps the shape."""
-    if node.domain or len(node.inputs) != 2 or value not in node.inputs:
-        return None
-    array = operand(node, 1 if node.inputs[0] is value else 0)
-    if array is None or array.dtype != np.float32 or array.size != 1:
-        return None
-    rank = value.shape.rank() if value.shape is not None else 0
-    return float(array.item()) if array.ndim <= rank and np.isfinite(array).all() else None
+    source, _ = found
+    rank = source.shape.rank() if source.shape is not None else 0
+    others = [value for value in node.inputs if value is not None and value is not source]
+    numbers = [not_none(constant(value)) for value in others]
+    plain = all(x.dtype == np.float32 and x.ndim <= rank and np.isfinite(x).all() for x in numbers)
+    return found if numbers and plain else None
 
 
 def _gate(clip: ir.Node, line: _Line, top: float) -> ir.Node:
