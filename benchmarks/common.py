@@ -88,7 +88,9 @@ class Classifier:
             self.crop,
         )
         spec = InputSpec(self.input, np.dtype(np.float32), shape)
-        data = open_dataset([spec], {self.input: folder}, count or len(labels), "IMAGE", options)
+        data = open_dataset(
+            [spec], {self.input: folder}, count or len(labels), kind="IMAGE", image=options
+        )
         return data, [labels[data.files(i)[0].name] for i in range(len(data))]
 
 

@@ -69,7 +69,7 @@ def correlation(model: Classifier, folder: Path, samples: int) -> tuple[float, f
     middle = time.perf_counter()
     pairing = pair(result.reference, result.model, result.plan)
     floats = opened(pairing.reference, pairing.tensors)
-    cheap = alone(pairing, floats, data, RANKED_ON, resources.threads)
+    cheap = alone(pairing, floats, data, count=RANKED_ON, threads=resources.threads)
     end = time.perf_counter()
     both = [[thorough[name], cheap[name].output.sqnr_db] for name in thorough if name in cheap]
     ranks = np.argsort(np.argsort(np.array(both).T))

@@ -86,6 +86,7 @@ def qparams_of(
     span: Range,
     fmt: IntFormat,
     symmetric: bool,
+    *,
     axis: int | None = None,
     power_of_two: bool = False,
 ) -> QParams:

@@ -76,7 +76,7 @@ class Dataset:
         """The next usable samples behind these, at most `size` of them; may be none."""
         end = min((len(source.files) for source in self._sources), default=0)
         start = self._chosen[-1][0] + 1 if self._chosen else 0
-        chosen, _ = _select(self._sources, range(start, end), size, None)
+        chosen, _ = _select(self._sources, range(start, end), size, workers=None)
         return Dataset(self._sources, chosen, (), self._fixed)
 
     def fingerprint(self) -> str:
@@ -97,6 +97,7 @@ def open_dataset(
     specs: Sequence[InputSpec],
     folders: Mapping[str, Path],
     size: int,
+    *,
     kind: str,
     image: ImageOptions,
     workers: int | None = None,
@@ -116,10 +117,10 @@ def open_dataset(
     sources = [KINDS[kind](spec, folders[spec.name], image) for spec in specs]
     counts = {source.spec.name: len(source.files) for source in sources}
     candidates = range(min(counts.values()))
-    chosen, skipped = _select(sources, candidates, size, workers)
+    chosen, skipped = _select(sources, candidates, size, workers=workers)
     if not chosen:
         # A model may take what is no number for a missing value.
-        chosen, skipped = _select(sources, candidates, size, workers, numbers_only=False)
+        chosen, skipped = _select(sources, candidates, size, workers=workers, numbers_only=False)
     if not chosen:
         paths = " and ".join(map(str, folders.values()))
         msg = (
@@ -142,6 +143,7 @@ def _select(
     sources: Sequence[Source],
     candidates: range,
     size: int,
+    *,
     workers: int | None,
     numbers_only: bool = True,
 ) -> tuple[list[Choice], list[str]]:

@@ -26,6 +26,7 @@ CPU_PROVIDERS = ("CPUExecutionProvider",)
 def open_session(
     model: Path | bytes,
     threads: int = 1,
+    *,
     optimize: bool = True,
     providers: Sequence[str] = CPU_PROVIDERS,
     optimized: Path | None = None,

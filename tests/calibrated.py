@@ -36,11 +36,17 @@ def decided(
     means = products(model.graph, plan) if correct else ()
     rounding = rounding or Rounding()
     evidence = observe(
-        model, Wanted(tuple(plan.groups()), means, False, False), data, resources(), Ear()
+        model,
+        Wanted(tuple(plan.groups()), means, False, False),
+        data,
+        resources=resources(),
+        watch=Ear(),
     )
     spec = RangeSpec(UINT8, False, rounding.power_of_two)
     plan = plan.with_qparams(
         activation_qparams(plan, evidence.statistics, RANGE_METHODS["MAX_MIN"], spec)
     )
     walk = Walk(model, plan, data, resources())
-    return model, decide_weights(model, plan, walk, evidence.means, rounding, Ear())
+    return model, decide_weights(
+        model, plan, walk, means=evidence.means, rounding=rounding, watch=Ear()
+    )

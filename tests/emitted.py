@@ -42,7 +42,7 @@ CONSTANTS = {
 
 def by_range(array, fmt, symmetric, axis=None):
     others = None if axis is None else tuple(i for i in range(array.ndim) if i != axis)
-    return qparams_of(Range(array.min(others), array.max(others)), fmt, symmetric, axis)
+    return qparams_of(Range(array.min(others), array.max(others)), fmt, symmetric, axis=axis)
 
 
 def decided(model, feeds, target=CPU, **wishes):

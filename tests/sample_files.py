@@ -22,7 +22,7 @@ def spec(
 def opened(
     given: InputSpec, path: Path, kind: str, size: int = 1, image: ImageOptions = PLAIN
 ) -> Dataset:
-    return open_dataset([given], {given.name: path}, size, kind, image)
+    return open_dataset([given], {given.name: path}, size, kind=kind, image=image)
 
 
 def only(dataset: Dataset, name: str = "x") -> np.ndarray:

@@ -202,6 +202,27 @@ def named_operators(path: Path) -> Iterator[int]:
                 yield node.lineno
 
 
+MOST_POSITIONAL = 4
+
+
+def many_positional(path: Path) -> Iterator[str]:
+    """The functions of `path` that take more arguments by position than a reader tells apart."""
+    for node in ast.walk(tree_of(path)):
+        if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
+            names = [each.arg for each in (*node.args.posonlyargs, *node.args.args)]
+            names = names[names[:1] in (["self"], ["cls"]) :]
+            if len(names) > MOST_POSITIONAL:
+                yield f"line {node.lineno}: {', '.join(names)}"
+
+
+def test_arguments_beyond_four_are_named_where_a_function_is_called():
+    for module, path in MODULES.items():
+        many = list(many_positional(path))
+        assert not many, (
+            f"{module}, {many}: write `*` after the first few, or hand over a value that exists"
+        )
+
+
 def test_operators_are_known_by_the_table_alone():
     # A pass of `prepare` may be about one operator, in one written form.
     free = ("converter.plan.ops", "converter.graph.qdq", "converter.prepare.")

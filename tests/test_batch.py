@@ -667,15 +667,17 @@ def test_a_split_calibration_equals_the_whole_one(
     path = tmp_path_factory.mktemp("cache") / "cache.npz"
     model, data = prepared(GRAPH, **CONSTANTS), InMemory(SAMPLES)
     wanted = with_first(first)
-    whole = observe(model, wanted, data, resources(), Ear())
+    whole = observe(model, wanted, data, resources=resources(), watch=Ear())
     for number in range(parts):
         part = with_first(first, (number, parts))
-        observe_with_cache(model, part, data, resources(threads), Ear(), path)
+        observe_with_cache(model, part, data, resources=resources(threads), watch=Ear(), path=path)
     assert not path.exists()
     merge([part_path(path, number, parts) for number in range(parts)], path)
     assert [found.name for found in path.parent.iterdir()] == ["cache.npz"]
     ear = Ear()
-    assert_equal(observe_with_cache(model, wanted, data, resources(), ear, path), whole)
+    assert_equal(
+        observe_with_cache(model, wanted, data, resources=resources(), watch=ear, path=path), whole
+    )
     assert ear.said == [f"All ranges come from the calibration cache {path}."]
 
 
@@ -688,10 +690,19 @@ def test_a_part_that_is_missing_or_of_other_data_makes_no_cache(tmp_path: Path) 
     files = [part_path(path, number, 2) for number in range(2)]
     for number, samples in enumerate((SAMPLES, SAMPLES[1:])):
         part = with_first(2, (number, 2))
-        observe_with_cache(model, part, InMemory(samples), resources(), Ear(), path)
+        observe_with_cache(
+            model, part, InMemory(samples), resources=resources(), watch=Ear(), path=path
+        )
     merge(files, path)
     assert not path.exists()
-    observe_with_cache(model, with_first(2, (0, 2)), InMemory(SAMPLES), resources(), Ear(), path)
+    observe_with_cache(
+        model,
+        with_first(2, (0, 2)),
+        InMemory(SAMPLES),
+        resources=resources(),
+        watch=Ear(),
+        path=path,
+    )
     merge(files, path)
     assert not path.exists()
 
@@ -700,13 +711,20 @@ def test_oddities_are_told_of_a_split_calibration_too(tmp_path: Path) -> None:
     samples = [{"x": np.full((3, 4), np.nan, np.float32)}, *SAMPLES]
     path, model = tmp_path / "cache.npz", prepared(GRAPH, **CONSTANTS)
     whole, split, early = Ear(), Ear(), Ear()
-    observe(model, EVERYTHING, InMemory(samples), resources(), whole)
+    observe(model, EVERYTHING, InMemory(samples), resources=resources(), watch=whole)
     for number in range(2):
         observe_with_cache(
-            model, with_first(2, (number, 2)), InMemory(samples), resources(), early, path
+            model,
+            with_first(2, (number, 2)),
+            InMemory(samples),
+            resources=resources(),
+            watch=early,
+            path=path,
         )
     merge([part_path(path, number, 2) for number in range(2)], path)
-    observe_with_cache(model, with_first(2), InMemory(samples), resources(), split, path)
+    observe_with_cache(
+        model, with_first(2), InMemory(samples), resources=resources(), watch=split, path=path
+    )
     assert len(whole.warned) > 0
     assert split.warned == whole.warned
     assert early.warned == []

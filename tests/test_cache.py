@@ -30,9 +30,9 @@ def observed(monkeypatch):
     """What was observed anew, call by call."""
     calls = []
 
-    def spy(model, wanted, *others):
+    def spy(model, wanted, data, **others):
         calls.append(wanted)
-        return observe(model, wanted, *others)
+        return observe(model, wanted, data, **others)
 
     monkeypatch.setattr(cache, "observe", spy)
     return calls
@@ -41,11 +41,15 @@ def observed(monkeypatch):
 def seen(path, wanted=EVERYTHING, samples=SAMPLES, graph=GRAPH, **constants):
     ear = Ear()
     model = prepared(graph, **{**CONSTANTS, **constants})
-    return observe_with_cache(model, wanted, InMemory(samples), resources(), ear, path), ear
+    return observe_with_cache(
+        model, wanted, InMemory(samples), resources=resources(), watch=ear, path=path
+    ), ear
 
 
 def plainly(wanted=EVERYTHING):
-    return observe(prepared(GRAPH, **CONSTANTS), wanted, InMemory(SAMPLES), resources(), Ear())
+    return observe(
+        prepared(GRAPH, **CONSTANTS), wanted, InMemory(SAMPLES), resources=resources(), watch=Ear()
+    )
 
 
 def test_without_a_path_nothing_is_kept(observed, tmp_path):
@@ -236,10 +240,14 @@ def test_a_model_with_subgraphs_is_known_again(observed, tmp_path):
     constants = {"one": np.array(1, np.float32)}
     for _ in range(2):
         model = ir.from_proto(ir.to_proto(prepared(graph, **constants)))
-        observe_with_cache(model, wanted, InMemory(SAMPLES), resources(), Ear(), path)
+        observe_with_cache(
+            model, wanted, InMemory(SAMPLES), resources=resources(), watch=Ear(), path=path
+        )
     assert len(observed) == 1
     other = prepared(graph.replace("Abs (x)", "Exp (x)"), **constants)
-    observe_with_cache(other, wanted, InMemory(SAMPLES), resources(), Ear(), path)
+    observe_with_cache(
+        other, wanted, InMemory(SAMPLES), resources=resources(), watch=Ear(), path=path
+    )
     assert len(observed) == 2
 
 

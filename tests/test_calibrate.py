@@ -36,7 +36,11 @@ from converter.weights.layers import products
 def seen(wanted=EVERYTHING, samples=SAMPLES, threads=1, memory=64 << 20):
     ear = Ear()
     evidence = observe(
-        prepared(GRAPH, **CONSTANTS), wanted, InMemory(samples), resources(threads, memory), ear
+        prepared(GRAPH, **CONSTANTS),
+        wanted,
+        InMemory(samples),
+        resources=resources(threads, memory),
+        watch=ear,
     )
     return evidence, ear
 
@@ -128,9 +132,9 @@ def test_memory_and_threads_do_not_change_a_bit_of_the_example():
     plan = build_plan(model.graph, TARGETS["CPU"], Wishes())
     wanted = Wanted(tuple(plan.groups()), products(model.graph, plan), histogram=True, samples=True)
     data = InMemory([{"image": image[None]} for image in images])
-    reference = observe(model, wanted, data, resources(1), Ear())
+    reference = observe(model, wanted, data, resources=resources(1), watch=Ear())
     for other in (resources(3), resources(2, 300_000)):
-        assert_equal(observe(model, wanted, data, other, Ear()), reference)
+        assert_equal(observe(model, wanted, data, resources=other, watch=Ear()), reference)
 
 
 def test_tensors_are_observed_in_groups_that_fit():
@@ -244,6 +248,6 @@ def test_ranges_follow_the_tensors_format():
 def test_the_float_model_is_not_touched():
     model = prepared(GRAPH, **CONSTANTS)
     before = ir.to_proto(model).SerializeToString()
-    observe(model, EVERYTHING, InMemory(SAMPLES), resources(2), Ear())
+    observe(model, EVERYTHING, InMemory(SAMPLES), resources=resources(2), watch=Ear())
     assert ir.to_proto(model).SerializeToString() == before
     assert list(run(model, SAMPLES[0])) == ["y"]

@@ -198,7 +198,7 @@ def test_an_archive_that_unpacks_to_too_much_is_refused(
     np.savez_compressed(tmp_path / "bomb.npz", image=np.zeros(1 << 20, np.float32))
     assert (tmp_path / "bomb.npz").stat().st_size < 1 << 14
     with pytest.raises(CalibError, match=r"bomb\.npz: unpacks to .* more than the"):
-        open_dataset([GREY], {"image": tmp_path}, 1, "NPY", ImageOptions())
+        open_dataset([GREY], {"image": tmp_path}, 1, kind="NPY", image=ImageOptions())
 
 
 @pytest.mark.parametrize(
@@ -208,7 +208,7 @@ def test_files_that_are_no_arrays_are_refused(tmp_path: Path, content: bytes) ->
     for name in ("a.npy", "a.npz"):
         (tmp_path / name).write_bytes(content)
         with pytest.raises(CalibError, match=rf"{name}"):
-            open_dataset([GREY], {"image": tmp_path}, 1, "NPY", ImageOptions())
+            open_dataset([GREY], {"image": tmp_path}, 1, kind="NPY", image=ImageOptions())
         (tmp_path / name).unlink()
 
 
@@ -220,7 +220,7 @@ def test_pickled_objects_are_never_unpacked(tmp_path: Path) -> None:
     np.save(tmp_path / "a.npy", np.array([Evil()], dtype=object), allow_pickle=True)
     np.savez(tmp_path / "b.npz", image=np.array([Evil()], dtype=object))
     with pytest.raises(CalibError, match=r"a\.npy"):
-        open_dataset([GREY], {"image": tmp_path}, 2, "NPY", ImageOptions())
+        open_dataset([GREY], {"image": tmp_path}, 2, kind="NPY", image=ImageOptions())
     assert not (tmp_path / "executed").exists()
 
 
@@ -242,7 +242,9 @@ def _calls(function: Callable[[], object]) -> int:
 
 def test_ten_thousand_files_are_listed_in_no_time(tmp_path: Path) -> None:
     def opened() -> Dataset:
-        return open_dataset([GREY], {"image": tmp_path}, 4, "IMAGE", ImageOptions(), workers=1)
+        return open_dataset(
+            [GREY], {"image": tmp_path}, 4, kind="IMAGE", image=ImageOptions(), workers=1
+        )
 
     Image.new("L", (28, 28), 7).save(tmp_path / "0.png")
     for number in range(1, 10_000):

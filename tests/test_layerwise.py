@@ -81,14 +81,18 @@ def decided(model, samples, target="CPU", threads=1):
     data = InMemory(samples)
     plan = build_plan(model.graph, TARGETS[target], Wishes())
     evidence = observe(
-        model, Wanted(tuple(plan.groups()), (), False, False), data, resources(), Ear()
+        model,
+        Wanted(tuple(plan.groups()), (), False, False),
+        data,
+        resources=resources(),
+        watch=Ear(),
     )
     spec = RangeSpec(UINT8, False)
     plan = plan.with_qparams(
         activation_qparams(plan, evidence.statistics, RANGE_METHODS["MAX_MIN"], spec)
     )
     walk = Diary(model, plan, data, resources(threads))
-    return decide_weights(model, plan, walk, {}, Rounding(), Ear()), walk
+    return decide_weights(model, plan, walk, means={}, rounding=Rounding(), watch=Ear()), walk
 
 
 def computed(model, plan, samples):

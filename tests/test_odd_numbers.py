@@ -153,7 +153,7 @@ def test_more_channels_than_a_chunk(bits: int) -> None:
     )
     weight = WeightPlan("w", 1, UINT8, PerAxis(1))
     unit = NodePlan("n", "MatMul", True, "", ("x",), weight=weight).in_bits(bits)
-    plan = store_by_weights(model, QuantPlan({"n": unit}, {}), Storage(), Watch())
+    plan = store_by_weights(model, QuantPlan({"n": unit}, {}), Storage(), watch=Watch())
     assert plan.stored["n", 1].codes.shape == (4, 40_000)
 
 
@@ -166,8 +166,8 @@ def test_a_correction_that_spoils_quiet_rows_does_not_help() -> None:
     loud, quiet = [[1.0, 1.0]], [[1e-4, 1e-4]]
     x = np.array([loud * 5 + quiet * 5], np.float32)
     shift = np.array([-0.02 * 0.5])  # the mean error of all ten rows
-    assert not helps_everywhere(x, weight, rounded, np.zeros(1), shift)
-    assert helps_everywhere(x[:, :5], weight, rounded, np.zeros(1), np.array([-0.02]))
+    assert not helps_everywhere(x, weight, rounded, bias=np.zeros(1), shift=shift)
+    assert helps_everywhere(x[:, :5], weight, rounded, bias=np.zeros(1), shift=np.array([-0.02]))
 
 
 def test_a_normalisation_is_seen_behind_sums_and_moves() -> None:

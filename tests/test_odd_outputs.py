@@ -320,9 +320,9 @@ def test_only_samples_with_as_many_rows_stand_for_one_another(
 ) -> None:
     compared, original = [], layers.fitted_to_outputs
 
-    def fitted(matrix: Array, pair: Inputs, *rest: Any) -> Rows:
+    def fitted(matrix: Array, pair: Inputs, *rest: Any, **named: Any) -> Rows:
         compared.append(pair.own.shape[1])
-        return original(matrix, pair, *rest)
+        return original(matrix, pair, *rest, **named)
 
     monkeypatch.setattr(layers, "fitted_to_outputs", fitted)
     config = configured("WEIGHT_QUANT", common_quant={"bit_num": 2})

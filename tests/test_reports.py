@@ -310,7 +310,7 @@ def test_the_cheap_ranking_is_the_thorough_one():
     emit(quantized, plan)
     pairing = pair(float_model, quantized, plan)
     floats = opened(float_model, pairing.tensors)
-    cheap = alone(pairing, floats, InMemory(IMAGES), len(IMAGES), threads=1)
+    cheap = alone(pairing, floats, InMemory(IMAGES), count=len(IMAGES), threads=1)
     assert thorough.keys() == cheap.keys()
     for name, sqnr in thorough.items():
         assert cheap[name].output.sqnr_db == pytest.approx(sqnr, abs=0.01)

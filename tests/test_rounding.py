@@ -380,7 +380,7 @@ def test_given_codes_stay_and_the_others_make_up_for_them(limit):
     )
     fixed = np.where(rng.random(weight.shape) < 0.4, 0.0, np.nan)
     scale = np.full((1, 5), 0.05)
-    codes = compensated(weight, scale, moments, grid, fixed)
+    codes = compensated(weight, scale, moments, grid, fixed=fixed)
     given = ~np.isnan(fixed)
     assert (codes[given] == 0).all()
     naive = np.where(given, 0.0, np.clip(np.rint(weight / 0.05), -127, 127))

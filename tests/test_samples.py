@@ -138,9 +138,13 @@ def test_the_choice_does_not_depend_on_threads_or_waves(
         patch.setattr(samples, "WAVE", wave)
         if not good:
             with pytest.raises(CalibError, match="none of the 30"):
-                open_dataset([spec(1, 1)], {"x": folder}, size, "BIN", PLAIN, workers)
+                open_dataset(
+                    [spec(1, 1)], {"x": folder}, size, kind="BIN", image=PLAIN, workers=workers
+                )
             return
-        dataset = open_dataset([spec(1, 1)], {"x": folder}, size, "BIN", PLAIN, workers)
+        dataset = open_dataset(
+            [spec(1, 1)], {"x": folder}, size, kind="BIN", image=PLAIN, workers=workers
+        )
     assert levels(dataset) == good
     tried = range(good[-1] + 1) if len(good) == size else range(30)
     named = [
@@ -198,7 +202,9 @@ def test_fingerprint_follows_content_and_preprocessing_only(tmp_path: Path) -> N
     )
     assert (
         base
-        != open_dataset([spec(1, 1, 2, 2, name="y")], {"y": first}, 3, "IMAGE", PLAIN).fingerprint()
+        != open_dataset(
+            [spec(1, 1, 2, 2, name="y")], {"y": first}, 3, kind="IMAGE", image=PLAIN
+        ).fingerprint()
     )
     grey(second / "1.png", 9)
     assert base != opened(given, second, "IMAGE", 3).fingerprint()
@@ -211,7 +217,7 @@ def test_inputs_are_paired_by_position(tmp_path: Path) -> None:
     left, right = grey_folder(tmp_path / "l", range(4)), grey_folder(tmp_path / "r", range(10, 14))
     (right / "img11.png").write_text("broken")
     specs = [spec(1, 1, 2, 2, name="a"), spec(1, 2, 2, 1, name="b")]
-    dataset = open_dataset(specs, {"b": right, "a": left}, 3, "IMAGE", PLAIN)
+    dataset = open_dataset(specs, {"b": right, "a": left}, 3, kind="IMAGE", image=PLAIN)
     assert levels(dataset, "a") == [0, 2, 3] and levels(dataset, "b") == [10, 12, 13]
     assert list(dataset.sample(0)) == ["a", "b"] and dataset.sample(1)["b"].shape == (1, 2, 2, 1)
     assert dataset.files(1) == (left / "img2.png", right / "img12.png")
@@ -221,7 +227,7 @@ def test_inputs_are_paired_by_position(tmp_path: Path) -> None:
 def test_folders_of_different_length(tmp_path: Path) -> None:
     left, right = grey_folder(tmp_path / "l", range(5)), grey_folder(tmp_path / "r", range(2))
     specs = [spec(1, 1, 2, 2, name="a"), spec(1, 1, 2, 2, name="b")]
-    dataset = open_dataset(specs, {"a": left, "b": right}, 2, "IMAGE", PLAIN)
+    dataset = open_dataset(specs, {"a": left, "b": right}, 2, kind="IMAGE", image=PLAIN)
     assert dataset.warnings == (
         (
             "The inputs have different numbers of samples (5 for 'a', 2 for 'b'); the surplus is "
@@ -235,7 +241,7 @@ def test_inputs_and_folders_must_match(tmp_path: Path) -> None:
     listed = r"'image' \(float32 \[\?, 3, 4, 4\]\), 'state' \(int64 \[1, 7\]\)"
 
     def attempt(*names: str) -> None:
-        open_dataset(specs, dict.fromkeys(names, tmp_path), 1, "BIN", PLAIN)
+        open_dataset(specs, dict.fromkeys(names, tmp_path), 1, kind="BIN", image=PLAIN)
 
     with pytest.raises(
         CalibError, match=rf"no input 'imge', its inputs are {listed}; write image\."

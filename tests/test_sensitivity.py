@@ -30,7 +30,7 @@ ROWS = "g (float[5,8] x) => (float[] y)"
 
 def alone_in(pairing: Pairing, samples: list[Sample]) -> dict[str, Alone]:
     floats = opened(pairing.reference, pairing.tensors)
-    return alone(pairing, floats, InMemory(samples), len(samples), threads=1)
+    return alone(pairing, floats, InMemory(samples), count=len(samples), threads=1)
 
 
 def by_themselves(model: ir.Model, plan: QuantPlan, samples: list[Sample]) -> dict[str, Alone]:

@@ -280,7 +280,7 @@ def test_verification_is_left_out(tmp_path):
 def test_further_samples_of_a_dataset(tmp_path):
     np.save(tmp_path / "x.npy", np.arange(7, dtype=np.float32)[:, None])
     spec = InputSpec("x", np.dtype(np.float32), (1, 1))
-    first = open_dataset([spec], {"x": tmp_path / "x.npy"}, 3, "NPY", ImageOptions())
+    first = open_dataset([spec], {"x": tmp_path / "x.npy"}, 3, kind="NPY", image=ImageOptions())
     behind = first.further(3)
     assert [float(behind.sample(i)["x"][0, 0]) for i in range(len(behind))] == [3, 4, 5]
     assert [float(behind.further(9).sample(0)["x"][0, 0]), len(behind.further(9))] == [6, 1]

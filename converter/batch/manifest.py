@@ -53,7 +53,9 @@ def read_entries(path: Path, make: MakeJob, rules: Sequence[Rule] = RULES) -> li
     `rules` are those that every config keeps.
     """
     folder, lines = (path, _of_folder(path)) if path.is_dir() else (path.parent, _of_manifest(path))
-    entries = [entry for line in lines for entry in _entries(*line, folder, make, rules)]
+    entries = [
+        entry for line in lines for entry in _entries(*line, folder=folder, make=make, rules=rules)
+    ]
     if not entries:
         msg = (
             f"{path}: there are no jobs; give a folder of configs or a CSV file with a line "
@@ -118,6 +120,7 @@ def _entries(
     entry: Entry,
     model: str,
     output: str,
+    *,
     folder: Path,
     make: MakeJob,
     rules: Sequence[Rule],
@@ -126,7 +129,9 @@ def _entries(
     there.
     """
     try:
-        config = load_config(entry.config, entry.settings, entry.source, entry.line, rules)
+        config = load_config(
+            entry.config, entry.settings, source=entry.source, line=entry.line, rules=rules
+        )
         models = _models(entry, folder / model if model else config.job.model)
         target = folder / output if output else config.job.output
         if target and len(models) > 1 and "*" not in str(target):

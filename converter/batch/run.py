@@ -151,12 +151,12 @@ def _arranged(todo: Mapping[int, Task], options: Options) -> tuple[dict[Hashable
             tasks[key] = _with(todo[key], calibration_cache=path, thread_num=count)
             order[key] = {first for first in group[:1] if cache and first != key}
         if cache and options.parts > 1:
-            _split(cache, group[0], options.parts, tasks, order)
+            _split(cache, group[0], options.parts, tasks=tasks, order=order)
     return tasks, order
 
 
 def _split(
-    cache: Path, leader: Hashable, parts: int, tasks: dict[Hashable, Task], order: Order
+    cache: Path, leader: Hashable, parts: int, *, tasks: dict[Hashable, Task], order: Order
 ) -> None:
     """Adds the parts of a calibration, which the leader merges."""
     for old in cache.parent.glob(f"{cache.name}.part*"):

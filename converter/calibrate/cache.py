@@ -49,6 +49,7 @@ def observe_with_cache(
     model: ir.Model,
     wanted: Wanted,
     data: Dataset,
+    *,
     resources: Resources,
     watch: Watch,
     path: Path | None,
@@ -58,7 +59,7 @@ def observe_with_cache(
     A part of the samples is left in a file of its own, for `merge`.
     """
     if path is None:
-        return observe(model, wanted, data, resources, watch)
+        return observe(model, wanted, data, resources=resources, watch=watch)
     fingerprint = fingerprint_of(model, data)
     known = _load(path, fingerprint, watch)
     if known.first != wanted.first:
@@ -77,7 +78,7 @@ def observe_with_cache(
     if not missing.tensors and not missing.means:
         watch.say(f"All ranges come from the calibration cache {path}.")
         return known
-    found = observe(model, missing, data, resources, watch)
+    found = observe(model, missing, data, resources=resources, watch=watch)
     if wanted.part != (0, 1):
         _save(part_path(path, *wanted.part), fingerprint, found)
         return found

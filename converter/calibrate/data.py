@@ -44,10 +44,10 @@ def open_data(
             specs,
             folders,
             wanted.calibrate_size or 1,
-            wanted.input_type or "",
-            image,
-            threads,
-            fixed,
+            kind=wanted.input_type or "",
+            image=image,
+            workers=threads,
+            fixed=fixed,
         )
     except CalibError as error:
         msg = f"{job.config.path}: [data_preprocess_param] {error}"

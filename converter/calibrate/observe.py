@@ -76,7 +76,7 @@ class Evidence:
 
 
 def observe(
-    model: ir.Model, wanted: Wanted, data: Dataset, resources: Resources, watch: Watch
+    model: ir.Model, wanted: Wanted, data: Dataset, *, resources: Resources, watch: Watch
 ) -> Evidence:
     """Evidence over all samples; constants are read where they are, inputs as they are fed, the
     rest is tapped.
@@ -101,7 +101,7 @@ def observe(
     for group in groups:
         if len(groups) > 1:  # what is tapped takes memory though nobody asks for it
             tapped = opened(model, group, providers=resources.providers)
-        found = _observe_group(tapped, group, wanted, data, resources, watch)
+        found = _observe_group(tapped, group, wanted, data=data, resources=resources, watch=watch)
         statistics |= found.statistics
         means |= found.means
     if wanted.part == (0, 1):
@@ -123,6 +123,7 @@ def _observe_group(
     tapped: Opened,
     group: Sequence[str],
     wanted: Wanted,
+    *,
     data: Dataset,
     resources: Resources,
     watch: Watch,
@@ -206,6 +207,7 @@ def activation_qparams(
     statistics: Mapping[str, TensorStats],
     method: RangeMethod,
     spec: RangeSpec,
+    *,
     threads: int = 1,
     spans: Mapping[str, tuple[float, float]] | None = None,
 ) -> dict[str, QParams]:
@@ -217,7 +219,7 @@ def activation_qparams(
     def of(index: int) -> QParams:
         group, tensor = groups[index]
         span = (spans or {}).get(group, (-math.inf, math.inf))
-        return _qparams(tensor, statistics[group], method, spec, span)
+        return _qparams(tensor, statistics[group], method, spec, span=span)
 
     found = over_samples(len(groups), of, threads)
     return {group: q for (group, _), q in zip(groups, found, strict=True)}
@@ -228,6 +230,7 @@ def _qparams(
     stats: TensorStats,
     method: RangeMethod,
     spec: RangeSpec,
+    *,
     span: tuple[float, float],
 ) -> QParams:
     spec = _spec_of(tensor, spec)

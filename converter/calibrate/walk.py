@@ -160,6 +160,7 @@ class Walk:
         plan: QuantPlan,
         data: Dataset,
         resources: Resources,
+        *,
         write: Emit = emit,
         store_bytes: int = STORE_BYTES,
         most: int | None = None,
@@ -216,6 +217,7 @@ class Walk:
         view: View,
         count: int,
         plan: QuantPlan,
+        *,
         samples: Sequence[int] = (),
     ) -> tuple[Array, float]:
         """About `count` inputs of the unit's product as it reads them (groups, drawn, columns), and

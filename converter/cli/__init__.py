@@ -71,6 +71,7 @@ CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 def command(
     context: click.Context,
     /,
+    *,
     fmk: str,
     model: Path | None,
     output: str | None,

@@ -19,6 +19,7 @@ from converter.config.rules import RULES, Rule
 def load_config(
     path: Path,
     overrides: Mapping[str, str] | None = None,
+    *,
     source: Path = Path("overrides"),
     line: int = 0,
     rules: Sequence[Rule] = RULES,

@@ -62,7 +62,7 @@ class DequantizeWriter:
             for what, array in zip(("codes", "scale", "zero"), arrays, strict=True)
         ]
         node = self.names.node(
-            "DequantizeLinear", inputs, name, "restored", _attributes(weight.codes, q)
+            "DequantizeLinear", inputs, name, "restored", attributes=_attributes(weight.codes, q)
         )
         graph.insert_before(graph[0], node)
         return node.outputs[0]

@@ -76,7 +76,9 @@ def _fits(array: Array) -> bool:
 def _store(graph: ir.Graph, value: ir.Value, names: Names) -> None:
     array = not_none(constant(value))
     half = add_constant(graph, names.fresh(f"{value.name}_float16"), array.astype(np.float16))
-    cast = names.node("Cast", [half], not_none(value.name), "float32", {"to": ir.DataType.FLOAT})
+    cast = names.node(
+        "Cast", [half], not_none(value.name), "float32", attributes={"to": ir.DataType.FLOAT}
+    )
     graph.insert_before(graph[0], cast)
     value.replace_all_uses_with(cast.outputs[0])
     del graph.initializers[value.name or ""]

@@ -87,7 +87,7 @@ class PlaneWriter:
         value = self._floats(name, codes[mask] if thin else codes, q.format.bits)
         bits, positions = self._mask(name, mask) if thin else (None, None)
         value = value if positions is None else self._node("Gather", [value, positions])
-        value = self._scaled(name, value, q, q.axis, codes.shape)
+        value = self._scaled(name, value, q, axis=q.axis, shape=codes.shape)
         return value if bits is None else self._node("Mul", [value, bits])
 
     def _levels(self, name: str, codes: Array, q: QParams) -> ir.Value:
@@ -103,7 +103,7 @@ class PlaneWriter:
         if filled.shape != codes.shape:
             cut = ("Slice", np.array([0]), np.array(codes.shape[-1:]), np.array([last]))
             value = self._chain(value, [cut])
-        value = self._scaled(name, value, q, last, codes.shape)
+        value = self._scaled(name, value, q, axis=last, shape=codes.shape)
         order = [*range(axis), last, *range(axis, last)]
         return value if axis == last else self._node("Transpose", [value], perm=order)
 
@@ -112,6 +112,7 @@ class PlaneWriter:
         name: str,
         value: ir.Value,
         q: QParams,
+        *,
         axis: int | None,
         shape: tuple[int, ...],
     ) -> ir.Value:

@@ -222,7 +222,9 @@ class _Emitter:
             self.names.constant(f"{name}_quantized", codes),
             *self._parameters(name, q),
         ]
-        node = self.names.node("DequantizeLinear", inputs, name, "dequantized", attributes)
+        node = self.names.node(
+            "DequantizeLinear", inputs, name, "dequantized", attributes=attributes
+        )
         self.graph.insert_before(self.graph[0], node)
         return node.outputs[0]
 

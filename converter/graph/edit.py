@@ -156,6 +156,7 @@ class Names:
         inputs: Sequence[ir.Value | None],
         wish: str,
         output: str = "",
+        *,
         attributes: Mapping[str, Any] | None = None,
         like: ir.Value | None = None,
         count: int = 1,

@@ -122,13 +122,14 @@ class _Finder:
                     if output and other and other.name != value.name and other.name in self.known:
                         # The node took over the output of those behind it, and does their work.
                         other = None
-                    yield self._place(node, value, index, output, other)
+                    yield self._place(node, value, index, output=output, twin=other)
 
     def _place(
         self,
         node: ir.Node,
         value: ir.Value,
         index: int,
+        *,
         output: bool,
         twin: ir.Value | None,
     ) -> Place:
@@ -200,7 +201,9 @@ class _Finder:
             inputs = [codes, scale, *([zero_point] if zero_point else [])]
             attributes = {"axis": axis} if scale.shape and scale.shape.rank() else {}
             readers = [
-                self.names.node("DequantizeLinear", inputs, codes.name or "", "floats", attributes)
+                self.names.node(
+                    "DequantizeLinear", inputs, codes.name or "", "floats", attributes=attributes
+                )
             ]
             self.model.graph.append(readers[0])
         return readers[0].outputs[0]

@@ -51,7 +51,7 @@ class Alone:
 
 
 def alone(
-    pairing: Pairing, floats: Opened, data: Dataset, count: int, threads: int
+    pairing: Pairing, floats: Opened, data: Dataset, *, count: int, threads: int
 ) -> dict[str, Alone]:
     """By name every quantized node of the main graph, over the first samples; none where integers
     feed integers.
@@ -223,6 +223,7 @@ def output_drop(
     other: Opened,
     data: Dataset,
     labels: Mapping[str, int] | None,
+    *,
     threads: int,
 ) -> float:
     """What the other model loses over all samples: top-1 share with `labels` by file name, else

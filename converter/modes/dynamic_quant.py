@@ -83,10 +83,10 @@ def quantize(prepared: Prepared, job: Job, watch: Watch) -> Quantized:
     quantized = model.clone()
     # Rows with scales of their own, before weights with one for all, gain little.
     if not _by_row(job):
-        _smooth(quantized, _plan_of(quantized, job), data, resources, watch)
+        _smooth(quantized, _plan_of(quantized, job), data, resources=resources, watch=watch)
     plan = _by_themselves(quantized, _plan_of(quantized, job), watch)
     if len(data):
-        plan = _by_outputs(quantized, plan, data, resources, watch)
+        plan = _by_outputs(quantized, plan, data, resources=resources, watch=watch)
     smoothed = quantized.clone()
     emit_dynamic(quantized, _tied(quantized, plan), _by_row(job))
     return Quantized(model, quantized, plan, data, compared=smoothed)
@@ -142,7 +142,7 @@ def _keeps_codes(unit: NodePlan) -> bool:
 
 
 def _smooth(
-    model: ir.Model, plan: QuantPlan, data: Dataset, resources: Resources, watch: Watch
+    model: ir.Model, plan: QuantPlan, data: Dataset, *, resources: Resources, watch: Watch
 ) -> None:
     """Moves the channels that stand out in the main graph's activations into the weights, in
     place.
@@ -154,7 +154,7 @@ def _smooth(
         data = synthetic_data(model, RANDOM_SAMPLES, RANDOM_LENGTH)
     products = [unit for node in model.graph if _is_integer(unit := plan.nodes[node.name or ""])]
     try:
-        smooth(model, products if len(data) else (), data, resources.threads, watch)
+        smooth(model, products if len(data) else (), data, threads=resources.threads, watch=watch)
     except CalibError as error:
         watch.warn(f"Channels that stand out stay, as the model cannot be probed{hint}: {error}")
 
@@ -165,7 +165,7 @@ def _smooth(
 def _by_themselves(model: ir.Model, plan: QuantPlan, watch: Watch) -> QuantPlan:
     """The plan with every weight fitted by itself."""
     others = {name: unit for name, unit in plan.nodes.items() if not _keeps_codes(unit)}
-    stored = store_by_weights(model, replace(plan, nodes=others), Storage(), watch).stored
+    stored = store_by_weights(model, replace(plan, nodes=others), Storage(), watch=watch).stored
     fitted = {
         unit.name: _fitted(node, not_none(unit.weight))
         for node, unit in planned(model, plan)
@@ -177,12 +177,14 @@ def _by_themselves(model: ir.Model, plan: QuantPlan, watch: Watch) -> QuantPlan:
 def _fitted(node: ir.Node, wanted: WeightPlan) -> QuantizedWeight:
     view = ProductView(rule_of(node).looks_up or is_transposed(node))
     matrix = view.matrix(not_none(operand(node, wanted.index)).astype(np.float64))
-    codes, scale = rounded(matrix, None, wanted, np.zeros(matrix.shape[:2]), Rounding())
+    codes, scale = rounded(
+        matrix, None, wanted, least=np.zeros(matrix.shape[:2]), rounding=Rounding()
+    )
     return packed(view.weight(codes), scale, wanted)
 
 
 def _by_outputs(
-    model: ir.Model, plan: QuantPlan, data: Dataset, resources: Resources, watch: Watch
+    model: ir.Model, plan: QuantPlan, data: Dataset, *, resources: Resources, watch: Watch
 ) -> QuantPlan:
     """The plan with the main graph's products decided on what the layers before them hand on, and
     biases corrected.
@@ -201,8 +203,8 @@ def _by_outputs(
         samples=False,
         first=walk.count,
     )
-    means = observe(model, wanted, data, resources, watch).means
-    decided = decide_weights(model, part, walk, means, Rounding(), watch)
+    means = observe(model, wanted, data, resources=resources, watch=watch).means
+    decided = decide_weights(model, part, walk, means=means, rounding=Rounding(), watch=watch)
     return plan.with_weights(decided.weights, decided.biases)
 
 

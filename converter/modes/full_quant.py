@@ -161,8 +161,8 @@ def set_up(prepared: Prepared, job: Job, watch: Watch) -> Setup:
             model,
             _fed_by_floats(model, setup.planned({})),
             data,
-            resources.threads,
-            watch,
+            threads=resources.threads,
+            watch=watch,
         )
     return setup
 
@@ -218,9 +218,9 @@ def observed(setup: Setup, watch: Watch) -> Evidence:
         setup.model,
         replace(wanted, first=first),
         setup.data,
-        setup.resources,
-        watch,
-        cache,
+        resources=setup.resources,
+        watch=watch,
+        path=cache,
     )
 
 
@@ -250,7 +250,7 @@ def within_drop(setup: Setup, evidence: Evidence, watch: Watch) -> Attempt:
         return first
     pairing = pair(setup.model, first.model, first.plan)
     floats = opened(setup.model, pairing.tensors)
-    found = alone(pairing, floats, setup.data, RANKED_ON, setup.resources.threads)
+    found = alone(pairing, floats, setup.data, count=RANKED_ON, threads=setup.resources.threads)
     # What only moves values has its neighbours' integers, or none where they are float.
     units = [unit.name for unit in first.plan.units() if not rule(unit.op_type).moves]
     leaves = {name: found[name].output.sqnr_db if name in found else math.inf for name in units}
@@ -272,7 +272,9 @@ def within_drop(setup: Setup, evidence: Evidence, watch: Watch) -> Attempt:
 
 def _drop(setup: Setup, tried: Attempt, labels: Mapping[str, int] | None, watch: Watch) -> float:
     quantized = opened(tried.model, optimize=True)
-    drop = output_drop(setup.executed, quantized, setup.data, labels, setup.resources.threads)
+    drop = output_drop(
+        setup.executed, quantized, setup.data, labels, threads=setup.resources.threads
+    )
     units, measure = len(tried.plan.units()), "cosine" if labels is None else "top-1"
     watch.say(f"With {units} nodes quantized the output loses {drop:.5f} of {measure}.")
     return drop
@@ -291,7 +293,9 @@ def attempt(
         watch.say(f"Weights are decided on {walk.count} of {len(setup.data)} samples.")
         compensate = setup.wanted.weight_rounding == "GPTQ"
         rounding = Rounding(compensate, setup.wanted.power_of_two_scale)
-        plan = decide_weights(setup.model, plan, walk, evidence.means, rounding, watch)
+        plan = decide_weights(
+            setup.model, plan, walk, means=evidence.means, rounding=rounding, watch=watch
+        )
     quantized, plan = setup.model.clone(), _with_tables(setup, plan, watch)
     return Attempt(quantized, plan, emit(quantized, plan))
 
@@ -301,7 +305,7 @@ def _with_ranges(setup: Setup, evidence: Evidence, plan: QuantPlan) -> QuantPlan
     spec = RangeSpec(UINT8, False, wanted.power_of_two_scale, wanted.outlier_ratio)
     threads, spans = setup.resources.threads, seen_spans(graph, plan)
     plan = plan.with_qparams(
-        activation_qparams(plan, statistics, setup.method, spec, threads, spans)
+        activation_qparams(plan, statistics, setup.method, spec, threads=threads, spans=spans)
     )
     plan = plan.with_qparams(probability_qparams(graph, plan, statistics, spec))
     plan = plan.with_qparams(masked_qparams(graph, plan, statistics, spec))
@@ -324,7 +328,7 @@ def _with_tables(setup: Setup, plan: QuantPlan, watch: Watch) -> QuantPlan:
         if not plan.nodes[unit.name].quantized
     }
     lookups = replace(plan, nodes=nodes)
-    stored = store_by_weights(setup.model, lookups, Storage(), watch).stored
+    stored = store_by_weights(setup.model, lookups, Storage(), watch=watch).stored
     weights = {unit.weight.name: plan.weights[unit.name] for unit in plan.units() if unit.weight}
     tied = {
         (unit.name, 0): weights[unit.weight.name]

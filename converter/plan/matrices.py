@@ -95,14 +95,14 @@ class ConvView:
         for axis, size in enumerate(values.shape[2:]):
             count, begin = self._axis(axis, size)
             taps = range(self.shape[2 + axis])
-            parts = [self._reached(axis, size, count, tap, begin) for tap in taps]
+            parts = [self._reached(axis, size, count, tap=tap, begin=begin) for tap in taps]
             sums = np.stack([sums[(slice(None),) * (axis + 1) + (p,)].sum(axis + 1) for p in parts])
             sums, outputs = np.moveaxis(sums, 0, axis), outputs * count
         means = np.moveaxis(sums, -1, 0).astype(np.float64) / outputs
         grouped = means.reshape(self.groups, -1, math.prod(self.shape[2:]))
         return np.asarray(grouped.swapaxes(1, 2).reshape(self.groups, -1))
 
-    def _reached(self, axis: int, size: int, count: int, tap: int, begin: int) -> slice:
+    def _reached(self, axis: int, size: int, count: int, *, tap: int, begin: int) -> slice:
         """The positions along an axis of `size` that a kernel's `tap` meets within it."""
         stride, first = self.strides[axis], tap * self.dilations[axis] - begin
         skipped = max(0, -(first // stride))

@@ -214,8 +214,8 @@ def check_skips(config: Config, nodes: Collection[tuple[str, str]]) -> None:
                 config,
                 "skip_quant_node",
                 f"no node is named '{pattern}'",
-                pattern,
-                names,
+                wish=pattern,
+                there=names,
             )
     for op_type in config.common.skip_quant_type:
         if op_type not in types:
@@ -223,12 +223,12 @@ def check_skips(config: Config, nodes: Collection[tuple[str, str]]) -> None:
                 config,
                 "skip_quant_type",
                 f"no node is of type '{op_type}'",
-                op_type,
-                types,
+                wish=op_type,
+                there=types,
             )
 
 
-def _unknown(config: Config, key: str, what: str, wish: str, there: list[str]) -> ConfigError:
+def _unknown(config: Config, key: str, what: str, *, wish: str, there: list[str]) -> ConfigError:
     nearest = difflib.get_close_matches(wish, there, 1, cutoff=0.0)[0]
     # What no list can hold is written as a pattern.
     item = as_item(nearest) or as_item("".join(c if c.isalnum() else "?" for c in nearest))

@@ -59,7 +59,7 @@ def _all(model: ir.Model, op_type: str) -> list[ir.Node]:
 def _spell_swish(node: ir.Node) -> None:
     """HardSwish, of which runtimes know no integer form, as the product it is."""
     x, y = not_none(node.inputs[0]), node.outputs[0]
-    gate = _hard_sigmoid(x, 1 / 6, 0.5, f"{node.name}_gate", y)
+    gate = _hard_sigmoid(x, 1 / 6, 0.5, name=f"{node.name}_gate", like=y)
     product = ir.node("Mul", [x, gate.outputs[0]], name=node.name, outputs=[_like(y)])
     _replace(node, [node], [gate, product], product.outputs[0])
 
@@ -180,12 +180,14 @@ def _gate(clip: ir.Node, line: _Line, top: float) -> ir.Node:
         line.source,
         line.slope / top,
         line.offset / top,
-        clip.name or "",
-        clip.outputs[0],
+        name=clip.name or "",
+        like=clip.outputs[0],
     )
 
 
-def _hard_sigmoid(x: ir.Value, slope: float, offset: float, name: str, like: ir.Value) -> ir.Node:
+def _hard_sigmoid(
+    x: ir.Value, slope: float, offset: float, *, name: str, like: ir.Value
+) -> ir.Node:
     attributes = {"alpha": slope, "beta": offset}
     return ir.node("HardSigmoid", [x], attributes, name=name, outputs=[_like(like)])
 

@@ -116,7 +116,7 @@ def _parting(join: ir.Node, size: int) -> ir.Node | None:
     return part if list(whole)[:-1] == list(parts)[:-2] and whole[-1] == size else None
 
 
-def _multiply(node: ir.Node, index: int, factors: Array, by_row: bool, names: Names) -> None:
+def _multiply(node: ir.Node, index: int, factors: Array, *, by_row: bool, names: Names) -> None:
     old = not_none(operand(node, index))
     replace_constant(
         node,

@@ -112,8 +112,10 @@ def findings(both: Both, given: Findings, tables: Path | None = None) -> Finding
             outputs += output_rows(index, found.outputs)
     totals = {key: replace(figures, clip=figures.clip / count) for key, figures in totals.items()}
     threads = both.resources.threads
-    by_itself = {} if both.big else alone(pairing, both.floats, data, RANKED_ON, threads)
-    nodes = _nodes(pairing, result, totals, by_itself, given.verification)
+    by_itself = (
+        {} if both.big else alone(pairing, both.floats, data, count=RANKED_ON, threads=threads)
+    )
+    nodes = _nodes(pairing, result, totals, by_itself=by_itself, verification=given.verification)
     told = replace(
         given,
         nodes=nodes,
@@ -152,6 +154,7 @@ def _nodes(
     pairing: Pairing,
     result: Quantized,
     totals: Mapping[Key, Figures],
+    *,
     by_itself: Mapping[str, Alone],
     verification: Verification | None,
 ) -> tuple[NodeFinding, ...]:

@@ -100,7 +100,9 @@ class Search:
         def cosine(n: int) -> float:
             plan = decide(n)
             other = opened(self._restored(plan), optimize=True)
-            drop = output_drop(reference, other, fitter.data, None, fitter.resources.threads)
+            drop = output_drop(
+                reference, other, fitter.data, None, threads=fitter.resources.threads
+            )
             if 1 - drop >= self.wanted.min_cosine:
                 self.keep(plan)
             return 1 - drop

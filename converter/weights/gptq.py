@@ -131,12 +131,14 @@ def nearest(scaled: Array, grid: Grid) -> Array:
         even, odd = codes[..., :-1:2], codes[..., 1::2]
         broken = np.abs(even + odd) > grid.pair_limit
         first, second = scaled[..., :-1:2][broken], scaled[..., 1::2][broken]
-        even[broken] = np.rint(_with_room(first, second, 0.5, grid.pair_limit, grid.format))
+        even[broken] = np.rint(
+            _with_room(first, second, 0.5, limit=grid.pair_limit, fmt=grid.format)
+        )
         odd[broken] = np.copysign(grid.pair_limit, first + second) - even[broken]
     return codes
 
 
-def helps_everywhere(x: Array, weight: Array, rounded: Array, bias: Array, shift: Array) -> bool:
+def helps_everywhere(x: Array, weight: Array, rounded: Array, *, bias: Array, shift: Array) -> bool:
     """Whether adding `shift` to a product makes its rows better in the mean, each by its own size.
 
     `x` are inputs (groups, drawn, columns), `weight` and `rounded` (groups, rows, columns), `bias`
@@ -156,7 +158,7 @@ def helps_everywhere(x: Array, weight: Array, rounded: Array, bias: Array, shift
 
 
 def _with_room(
-    first: Array, second: Array, share: Array | float, limit: int, fmt: IntFormat
+    first: Array, second: Array, share: Array | float, *, limit: int, fmt: IntFormat
 ) -> Array:
     """`first`; where both break the bound, after it gave way by its `share`, and within what codes
     allow `second`.
@@ -185,7 +187,7 @@ def chosen(aims: Array, weights: Array, fmt: IntFormat) -> Array:
 
 
 def compensated(
-    weight: Array, scale: Array, moments: Array, grid: Grid, fixed: Array | None = None
+    weight: Array, scale: Array, moments: Array, grid: Grid, *, fixed: Array | None = None
 ) -> Array:
     """Points of `weight` (groups, rows, columns) for `scale` (groups, rows): codes, or the levels
     of a trellis.
@@ -206,7 +208,7 @@ def compensated(
     # Inside, columns stand first: (columns, groups, rows).
     scaled, given = (x[group, :, column] for x in (weight / scale[..., None], codes))
     codes[group, :, column] = _sequential(
-        scaled, given, scale, _root(moments, order, damping), grid
+        scaled, given, scale=scale, root=_root(moments, order, damping), grid=grid
     )
     return codes[:, :, :columns]
 
@@ -231,7 +233,7 @@ def _root(moments: Array, order: Array, damping: Array) -> Array:
     return np.linalg.cholesky(damped)[:, ::-1, ::-1]
 
 
-def _sequential(scaled: Array, codes: Array, scale: Array, root: Array, grid: Grid) -> Array:
+def _sequential(scaled: Array, codes: Array, *, scale: Array, root: Array, grid: Grid) -> Array:
     """Fills `codes` of `scaled` (columns, groups, rows), each column aimed at what makes up for the
     errors e before it.
 
@@ -250,10 +252,10 @@ def _sequential(scaled: Array, codes: Array, scale: Array, root: Array, grid: Gr
             codes[block],
             scaled[block],
             carried.swapaxes(0, 1),
-            within,
-            share[block],
-            weights,
-            grid,
+            ratio=within,
+            share=share[block],
+            weights=weights,
+            grid=grid,
         )
         errors[block] = scaled[block] - codes[block]
     return codes
@@ -276,6 +278,7 @@ def _fill(
     codes: Array,
     scaled: Array,
     carried: Array,
+    *,
     ratio: Array,
     share: Array,
     weights: Sequence[Array],
@@ -292,7 +295,7 @@ def _fill(
         target, low, high = aim[k], fmt.qmin, fmt.qmax
         if limit is not None and k % 2 == 0:
             second = aim[k + 1] + ratio[k, k + 1] * (scaled[k] - target)
-            target = _with_room(target, second, share[k], limit, fmt)
+            target = _with_room(target, second, share[k], limit=limit, fmt=fmt)
         elif limit is not None:
             low = np.maximum(low, -limit - codes[k - 1])
             high = np.minimum(high, limit - codes[k - 1])

@@ -92,7 +92,7 @@ def fit(weight: Array, moments: Array | None, grids: Grids, kept: Array | None =
     def better(part: slice) -> Rows:
         free = None if kept is None else kept[:, part]
         first = _zeroed(_on(weight[:, part], scale[:, part], zero[:, part], grids.format), free)
-        return _bettered(weight[:, part], moments, first, grids, free)
+        return _bettered(weight[:, part], moments, first, grids, kept=free)
 
     alone = moments is None and grids.per_row
     parts = [better(part) for part in (row_parts(weight) if alone else [slice(None)])]
@@ -106,14 +106,14 @@ def fit(weight: Array, moments: Array | None, grids: Grids, kept: Array | None =
 
 
 def _bettered(
-    weight: Array, moments: Array | None, rows: Rows, grids: Grids, kept: Array | None
+    weight: Array, moments: Array | None, rows: Rows, grids: Grids, *, kept: Array | None
 ) -> Rows:
     if moments is not None:
         shifted = weight + (rows.scale * rows.zero)[..., None]
         fixed = None if kept is None else np.where(kept, np.nan, rows.zero[..., None])
         rows = replace(
             rows,
-            points=compensated(shifted, rows.scale, moments, Grid(grids.format), fixed),
+            points=compensated(shifted, rows.scale, moments, Grid(grids.format), fixed=fixed),
         )
     rounds = FEW_ROUNDS if weight.shape[2] >= LONG_ROW else ROUNDS
     for _ in range(rounds if grids.format.bits < HALF_BITS else 1):

@@ -61,6 +61,7 @@ def rounded(
     matrix: Array,
     inputs: Inputs | None,
     wanted: WeightPlan,
+    *,
     least: Array,
     rounding: Rounding,
 ) -> tuple[Array, Array]:
@@ -79,7 +80,7 @@ def rounded(
         return nearest(matrix / scale[..., None], grid), scale
     moments, kept = inputs.moments, kept_weights(matrix)
     fixed = None if kept is None else np.where(kept, np.nan, 0.0)
-    return compensated(matrix, scale, moments, grid, fixed), scale
+    return compensated(matrix, scale, moments, grid, fixed=fixed), scale
 
 
 def least_scales(bias: Array, data: QParams, shape: tuple[int, ...], per_channel: bool) -> Array:

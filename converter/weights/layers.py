@@ -69,7 +69,7 @@ def _count(draws: tuple[int, int, int], columns: int) -> int:
 
 
 def _shift_worth(
-    layer: Weighted, weight: QuantizedWeight, shift: Array, plan: QuantPlan, walk: Walk
+    layer: Weighted, weight: QuantizedWeight, shift: Array, *, plan: QuantPlan, walk: Walk
 ) -> Array | None:
     """What is added to the bias so that every channel keeps its mean; None where that is not to be
     trusted: before a normalisation quiet rows count as well.
@@ -82,7 +82,9 @@ def _shift_worth(
     weights = layer.weight, dequantize(weight.codes, weight.qparams)
     before, after = (layer.view.matrix(each.astype(np.float64)) for each in weights)
     own = np.zeros(shift.shape) if layer.bias is None else layer.bias
-    return shift if not x.size or helps_everywhere(x, before, after, own, shift) else None
+    return (
+        shift if not x.size or helps_everywhere(x, before, after, bias=own, shift=shift) else None
+    )
 
 
 # --- weights that stay integers
@@ -92,6 +94,7 @@ def decide_weights(
     model: ir.Model,
     plan: QuantPlan,
     walk: Walk,
+    *,
     means: Mapping[Mean, Array],
     rounding: Rounding,
     watch: Watch,
@@ -110,7 +113,7 @@ def decide_weights(
         weight = _rounded(layer, plan, walk, rounding)
         # Another unit may watch the same tensor for a bias that this one has no place for.
         mean = means.get(_source(unit, layer.node)) if _correctable(unit) else None
-        own = layer.bias if mean is None else _corrected(layer, weight, mean, plan, walk)
+        own = layer.bias if mean is None else _corrected(layer, weight, mean, plan=plan, walk=walk)
         return plan.with_weights({unit.name: weight}, {} if own is None else {unit.name: own})
 
     return in_turn([walk], plan, decide, watch)
@@ -142,13 +145,13 @@ def _rounded(layer: Weighted, plan: QuantPlan, walk: Walk, rounding: Rounding) -
     matrix = view.matrix(weight) if view else plain_matrix(weight, wanted.axis)
     least = _least(layer, plan, matrix.shape[:2])
     if view is None:
-        codes, scale = integer.rounded(matrix, None, wanted, least, rounding)
+        codes, scale = integer.rounded(matrix, None, wanted, least=least, rounding=rounding)
         return integer.packed(plain_weight(codes, weight.shape, wanted.axis), scale, wanted)
     drawn, unit_scale = walk.draw(layer.unit, view, _count(INTEGER_DRAWS, matrix.shape[2]), plan)
     (known,) = usable_of(drawn)
     squares = walk.mean_squares(layer.unit, view, plan)
     inputs = integer.Inputs(known, squares, unit_scale, walk.threads)
-    codes, scale = integer.rounded(matrix, inputs, wanted, least, rounding)
+    codes, scale = integer.rounded(matrix, inputs, wanted, least=least, rounding=rounding)
     return integer.packed(view.weight(codes), scale, wanted)
 
 
@@ -161,7 +164,7 @@ def _least(layer: Weighted, plan: QuantPlan, shape: tuple[int, ...]) -> Array:
 
 
 def _corrected(
-    layer: Weighted, weight: QuantizedWeight, mean: Array, plan: QuantPlan, walk: Walk
+    layer: Weighted, weight: QuantizedWeight, mean: Array, *, plan: QuantPlan, walk: Walk
 ) -> Array:
     """The bias that takes the weight's error out of the mean of every channel, and a part of what
     the layers before have left there.
@@ -177,7 +180,7 @@ def _corrected(
     # Means are linear in the weight, so that both parts are one product's.
     rest = dequantize(weight.codes, weight.qparams) - np.float32(1 - INHERITED) * layer.weight
     missing = INHERITED * target - walk.mean_product(layer.unit, rest, plan)
-    shift = _shift_worth(layer, weight, missing, plan, walk)
+    shift = _shift_worth(layer, weight, missing, plan=plan, walk=walk)
     return np.asarray(own + (np.zeros_like(missing) if shift is None else shift))
 
 
@@ -199,13 +202,13 @@ class Fitter:
         were float.
         """
         if not self.storage.by_outputs:
-            return store_by_weights(self.model, plan, self.storage, self.watch)
+            return store_by_weights(self.model, plan, self.storage, watch=self.watch)
         layers = _StoredLayers(self, plan, alone)
         plan = self._told_of_blind(plan, layers.seen)
         # What others read too, as a lookup does a tied table, may be needed before its product is
         # decided.
         but = [value for value in layers.seen if len(value.uses()) == 1]
-        plan = store_by_weights(self.model, plan, self.storage, self.watch, but)
+        plan = store_by_weights(self.model, plan, self.storage, watch=self.watch, but=but)
         return in_turn(layers.walks, plan, layers.decide, self.watch)
 
     def _told_of_blind(self, plan: QuantPlan, seen: Collection[ir.Value]) -> QuantPlan:
@@ -226,6 +229,7 @@ def store_by_weights(
     model: ir.Model,
     plan: QuantPlan,
     storage: Storage,
+    *,
     watch: Watch,
     but: Collection[ir.Value] = (),
 ) -> QuantPlan:
@@ -257,9 +261,9 @@ class _StoredLayers:
                 plan,
                 fitter.data,
                 fitter.resources,
-                write,
-                STORE_BYTES,
-                MOST_SAMPLES,
+                write=write,
+                store_bytes=STORE_BYTES,
+                most=MOST_SAMPLES,
             )
 
         self.storage = fitter.storage
@@ -288,7 +292,7 @@ class _StoredLayers:
         weight = plan.stored[unit.name, layer.wanted.index]
         reached = self.walk.mean_product(unit, dequantize(weight.codes, weight.qparams), plan)
         shift = self.float_walk.mean_product(unit, layer.weight, plan) - reached
-        worth = _shift_worth(layer, weight, shift, plan, self.walk)
+        worth = _shift_worth(layer, weight, shift, plan=plan, walk=self.walk)
         if worth is None:
             return plan
         return plan.with_weights(
@@ -309,7 +313,9 @@ class _StoredLayers:
         drawn = self._drawn(layer.unit, view, _count(STORED_DRAWS, matrix.shape[2]), plan)
         x, reference = usable_of(*drawn)
         pair = stored.Inputs(x, reference, self._corrects(layer.unit))
-        rows = fitted_to_outputs(matrix, pair, layer.wanted, self.storage, self.walk.threads)
+        rows = fitted_to_outputs(
+            matrix, pair, layer.wanted, self.storage, threads=self.walk.threads
+        )
         return stored.packed(rows, view.weight(rows.codes()), layer.wanted)
 
     def _drawn(
@@ -322,8 +328,8 @@ class _StoredLayers:
         """
         shapes = (walk.shapes(unit.inputs[0]) for walk in (self.walk, self.float_walk))
         alike = [i for i, (own, other) in enumerate(zip(*shapes, strict=True)) if own == other]
-        x, _ = self.walk.draw(unit, view, count, plan, alike)
-        return x, self.float_walk.draw(unit, view, count, plan, alike)[0] if alike else x
+        x, _ = self.walk.draw(unit, view, count, plan, samples=alike)
+        return x, self.float_walk.draw(unit, view, count, plan, samples=alike)[0] if alike else x
 
     def _corrects(self, unit: NodePlan) -> bool:
         has_place = OPS[unit.op_type].bias is not None or bool(unit.absorbed)

@@ -28,6 +28,7 @@ def smooth(
     model: ir.Model,
     products: Iterable[NodePlan],
     data: Dataset,
+    *,
     threads: int,
     watch: Watch,
 ) -> None:

@@ -51,14 +51,14 @@ def fitted_alone(weight: Array, wanted: WeightPlan, storage: Storage) -> Quantiz
     if isinstance(wanted.granularity, PerBlock):
         matrix = matrix.reshape(1, -1, wanted.granularity.size)  # blocks have grids of their own
     kept = kept_weights(matrix)
-    rows = _fewest_bits(matrix, None, wanted, storage, kept)
+    rows = _fewest_bits(matrix, None, wanted, storage, kept=kept)
     if storage.correct and not storage.integer_zero and kept is None:
         rows = with_variance(matrix, rows, Grids(rows.format))
     return packed(rows, plain_weight(rows.codes(), weight.shape, wanted.axis), wanted)
 
 
 def fitted_to_outputs(
-    matrix: Array, pair: Inputs, wanted: WeightPlan, storage: Storage, threads: int
+    matrix: Array, pair: Inputs, wanted: WeightPlan, storage: Storage, *, threads: int
 ) -> Rows:
     """The points of a float64 `matrix` (groups, rows, columns) that on the quantized inputs come
     nearest to what the matrix makes of the float ones.
@@ -66,7 +66,9 @@ def fitted_to_outputs(
     moments, cross = _joint(pair, threads)
     extra = _shrinkage(moments, pair.own.shape[1])
     target = _target(matrix, moments + extra, cross + extra)
-    return _fewest_bits(target, moments + extra, wanted, storage, kept_weights(matrix), moments)
+    return _fewest_bits(
+        target, moments + extra, wanted, storage, kept=kept_weights(matrix), judged=moments
+    )
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ def _fewest_bits(
     moments: Array | None,
     wanted: WeightPlan,
     storage: Storage,
+    *,
     kept: Array | None,
     judged: Array | None = None,
 ) -> Rows:

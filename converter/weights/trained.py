@@ -143,7 +143,7 @@ class _Rows:
             if whole:
                 anew[:] = True
             codes[anew], scale[anew] = _rounded(
-                self.matrix[anew], scale[anew], floor[anew], grid, not whole
+                self.matrix[anew], scale[anew], floor[anew], grid=grid, per_channel=not whole
             )
         error = np.square(self.matrix - codes * scale[..., None])[anew].sum()
         power = np.square(self.matrix)[anew].sum()
@@ -214,7 +214,7 @@ def _refinement(codes: Array, levels: int, grid: Grid) -> Array:
 
 
 def _rounded(
-    matrix: Array, scale: Array, floor: Array, grid: Grid, per_channel: bool
+    matrix: Array, scale: Array, floor: Array, *, grid: Grid, per_channel: bool
 ) -> tuple[Array, Array]:
     """Codes and scales of rows (n, columns): at the scale they have, or at the best there is if
     that errs less.
