@@ -24,7 +24,7 @@ from converter.calibrate.runs import opened
 from converter.config import load_config
 from converter.emit.qdq import emit
 from converter.job import Job, Watch
-from converter.measure.errors import compare
+from converter.measure.errors import errors_between
 from converter.measure.pairing import pair
 from converter.measure.sensitivity import RANKED_ON, alone, only
 from converter.modes.full_quant import quantize
@@ -64,7 +64,7 @@ def correlation(model: Classifier, folder: Path, samples: int) -> tuple[float, f
         by_itself = result.reference.clone()
         emit(by_itself, only(result.plan, unit))
         sides = opened(result.reference, optimize=True), opened(by_itself, optimize=True)
-        errors = compare(*sides, few, resources.threads)
+        errors = errors_between(*sides, few, resources.threads)
         thorough[unit.name] = min(error.sqnr_db for error in errors)
     middle = time.perf_counter()
     pairing = pair(result.reference, result.model, result.plan)

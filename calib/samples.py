@@ -130,9 +130,9 @@ def open_dataset(
         raise CalibError(msg)
     warnings = [*chain.from_iterable(source.warnings for source in sources), *skipped]
     if len(set(counts.values())) > 1:
-        found = ", ".join(f"{count} for '{name}'" for name, count in counts.items())
+        numbers = ", ".join(f"{count} for '{name}'" for name, count in counts.items())
         warnings.append(
-            f"The inputs have different numbers of samples ({found}); the surplus is not used."
+            f"The inputs have different numbers of samples ({numbers}); the surplus is not used."
         )
     if len(chosen) < size:
         warnings.append(f"calibrate_size is {size} but only {len(chosen)} sample(s) are usable.")

@@ -202,15 +202,15 @@ def _read_bin(spec: InputSpec, path: Path) -> Array:
     known = prod(side for side in sides if side is not None)
     stored = [spec.dtype, np.dtype(np.float32)] if spec.dtype == np.float16 else [spec.dtype]
     with reading(path, "a raw buffer"):
-        found = path.stat().st_size
+        size = path.stat().st_size
         for dtype in stored:
             unit = known * dtype.itemsize
-            if found == unit or (None in sides and found and found % unit == 0):
-                shape = [found // unit if side is None else side for side in sides]
+            if size == unit or (None in sides and size and size % unit == 0):
+                shape = [size // unit if side is None else side for side in sides]
                 return np.fromfile(path, dtype.newbyteorder("<")).reshape(shape).astype(spec.dtype)
     wanted = f"{'a multiple of ' if None in sides else ''}{known * spec.dtype.itemsize}"
     msg = (
-        f"{path}: holds {found} bytes but input {spec} takes {wanted}; write all its values as "
+        f"{path}: holds {size} bytes but input {spec} takes {wanted}; write all its values as "
         f"{spec.dtype}."
     )
     raise CalibError(msg)

@@ -215,9 +215,9 @@ class TensorStats:
         """
         stats = cls("counts" in arrays, "samples" in arrays)
         for name, like in stats.to_arrays().items():
-            found = arrays.get(name, np.empty(0))
-            shape = (*found.shape[:1], 2) if name == "samples" else like.shape
-            if (found.shape, found.dtype) != (shape, like.dtype):
+            saved = arrays.get(name, np.empty(0))
+            shape = (*saved.shape[:1], 2) if name == "samples" else like.shape
+            if (saved.shape, saved.dtype) != (shape, like.dtype):
                 msg = (
                     f"saved statistics hold no valid {name!r}; delete the file they come from "
                     "and calibrate again."
@@ -262,8 +262,8 @@ class TensorStats:
             if first < 0:  # else the conversion below cuts off what floor would
                 np.floor(index, out=index)
                 index -= first
-            found = np.bincount(index.astype(np.intp))
-            self._counts[first + SIDE : first + SIDE + found.size] += found
+            counts = np.bincount(index.astype(np.intp))
+            self._counts[first + SIDE : first + SIDE + counts.size] += counts
 
 
 def _extremes(values: Array) -> tuple[float, float]:

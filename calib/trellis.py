@@ -36,10 +36,10 @@ def levels(bits: int) -> Array:
     """
     count, middle = 2 << bits, ((1 << bits) - 1) / 2
     normal = np.array([NormalDist().inv_cdf((i + 0.5) / count) for i in range(count)])
-    found: Array = (
+    result: Array = (
         (middle * (1 + REACH * normal / normal.max())).astype(np.float16).astype(np.float64)
     )
-    return found
+    return result
 
 
 def _subset(u: Array, before: Array, second: Array) -> Array:
@@ -54,8 +54,8 @@ def table(bits: int) -> Array:
     code = window % (1 << bits)
     before = window >> bits & 1
     second = window >> (bits + 1)
-    found: Array = levels(bits)[SUBSETS * (code >> 1) + _subset(code & 1, before, second)]
-    return found
+    result: Array = levels(bits)[SUBSETS * (code >> 1) + _subset(code & 1, before, second)]
+    return result
 
 
 def window_weights(bits: int) -> Array:
@@ -103,8 +103,8 @@ def _cell(aims: Array, bits: int) -> Array:
     """The cell of each aim."""
     start, width, before, edge = _buckets(bits)
     bucket = np.clip((aims - start) / width, 0, len(edge) - 1).astype(np.intp)
-    found: Array = before.take(bucket) + (aims > edge.take(bucket))
-    return found
+    cell: Array = before.take(bucket) + (aims > edge.take(bucket))
+    return cell
 
 
 @cache
@@ -135,8 +135,8 @@ def points(codes: Array, bits: int) -> Array:
     window = grouped + (
         (grouped & 1).astype(np.float32) @ window_weights(bits).astype(np.float32)
     ).astype(np.int64)
-    found: Array = table(bits)[window].reshape(*codes.shape[:-1], -1)[..., :count]
-    return found
+    result: Array = table(bits)[window].reshape(*codes.shape[:-1], -1)[..., :count]
+    return result
 
 
 def nearest(aims: Array, weights: Array, bits: int) -> Array:
@@ -150,8 +150,9 @@ def nearest(aims: Array, weights: Array, bits: int) -> Array:
 
 
 def _nearest(aims: Array, weights: Array, bits: int) -> Array:
-    """Of all paths through each group, the best: the best halves that agree in the two pairs of
-    bits they share.
+    """Of all paths p through each group the one with the least sum over k of w_k (x_k - q_k)^2, q_k
+    the nearest to x_k of the subset that p passes at k: the best halves that agree in the two pairs
+    of bits they share.
     """
     _, which, near = _cells(bits)
     grouped = _grouped(aims)

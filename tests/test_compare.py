@@ -14,8 +14,8 @@ from running import InMemory
 from converter.calibrate.runs import opened
 from converter.measure.errors import (
     TensorError,
-    compare,
     error_of,
+    errors_between,
     extent,
     speedup,
     tally,
@@ -27,7 +27,7 @@ FLOAT = build("g (float[N,4] x) => (float[N,4] y) { h = Abs (x)  y = Neg (x) }")
 
 def compared(left, right, samples, tensors=None, count=99, threads=1):
     data = InMemory(samples)
-    return compare(opened(left), opened(right), data, threads, tensors=tensors, count=count)
+    return errors_between(opened(left), opened(right), data, threads, tensors=tensors, count=count)
 
 
 def times(factor, name="y"):

@@ -32,7 +32,7 @@ from converter.errors import ConfigError
 from converter.graph.files import load, saved
 from converter.job import Job
 from converter.measure.both import Both, paired
-from converter.measure.errors import compare
+from converter.measure.errors import errors_between
 from converter.measure.pairing import pair
 from converter.measure.results import Findings, Verification
 from converter.measure.sensitivity import alone, only
@@ -304,7 +304,7 @@ def test_the_cheap_ranking_is_the_thorough_one():
     for unit in plan.units():
         by_itself = float_model.clone()
         emit(by_itself, only(plan, unit))
-        (error,) = compare(opened(float_model), opened(by_itself), InMemory(IMAGES), 1)
+        (error,) = errors_between(opened(float_model), opened(by_itself), InMemory(IMAGES), 1)
         thorough[unit.name] = error.sqnr_db
     quantized = float_model.clone()
     emit(quantized, plan)

@@ -20,7 +20,7 @@ from calib.search import fewest
 from converter.calibrate.runs import opened
 from converter.emit.qdq import emit
 from converter.errors import DataError
-from converter.measure.errors import compare
+from converter.measure.errors import errors_between
 from converter.measure.pairing import Pairing, pair
 from converter.measure.sensitivity import Alone, alone, only, output_drop, read_labels, top1
 from converter.plan.plan import QuantPlan
@@ -86,7 +86,7 @@ def test_a_float_that_is_an_output_and_becomes_integers():
     model, plan = decided(graph, BATCHES)
     quantized = model.clone()
     emit(quantized, plan)
-    errors = compare(opened(model), opened(quantized), InMemory(BATCHES), 1)
+    errors = errors_between(opened(model), opened(quantized), InMemory(BATCHES), 1)
     lost = next(error for error in errors if error.name == "y")
     found = by_themselves(model, plan, BATCHES)["one"]
     # Nothing else is quantized.

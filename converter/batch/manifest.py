@@ -74,7 +74,7 @@ def read_entries(path: Path, make: MakeJob, rules: Sequence[Rule] = RULES) -> li
 
 
 def _of_folder(path: Path) -> Iterator[Line]:
-    for config in sorted(found for found in path.iterdir() if found.suffix in SUFFIXES):
+    for config in sorted(file for file in path.iterdir() if file.suffix in SUFFIXES):
         yield Entry(config.stem, config, 0, config), "", ""
 
 
@@ -140,8 +140,8 @@ def _entries(
                 "model's name."
             )
             raise ConfigError(msg)
-        for found in models:
-            job = make(found, str(target).replace("*", found.stem) if target else None, config)
+        for file in models:
+            job = make(file, str(target).replace("*", file.stem) if target else None, config)
             name = Path(os.path.relpath(job.output, folder)).with_suffix("").as_posix()
             yield replace(entry, name=name, job=job)
     except QConvertError as error:
@@ -155,8 +155,8 @@ def _models(entry: Entry, pattern: Path | None) -> list[Path]:
             "column model."
         )
         raise ConfigError(msg)
-    found = [pattern] if pattern.exists() else [Path(name) for name in sorted(glob(str(pattern)))]  # noqa: PTH207
-    if not found:
+    models = [pattern] if pattern.exists() else [Path(name) for name in sorted(glob(str(pattern)))]  # noqa: PTH207
+    if not models:
         msg = f"{entry}: there is no model file {pattern}; check the path."
         raise ConfigError(msg)
-    return found
+    return models

@@ -101,10 +101,12 @@ def run_batch(
     todo = {number: task for number, task in known.items() if isinstance(task, Task)}
     left = dict(enumerate(entries))
     with closing(_results(*_arranged(todo, options), pool, options.timeout)) as results:
-        early = ((number, found) for number, found in known.items() if isinstance(found, Record))
+        early = (
+            (number, outcome) for number, outcome in known.items() if isinstance(outcome, Record)
+        )
         late = (
-            (key, _record(entries[key], found, options.gates))
-            for key, found in results
+            (key, _record(entries[key], outcome, options.gates))
+            for key, outcome in results
             if isinstance(key, int)
         )
         for number, record in chain(early, late):

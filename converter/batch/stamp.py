@@ -59,8 +59,8 @@ def states(files: Iterable[Path]) -> dict[str, list[Any]]:
 
 
 def _look(path: Path) -> list[int]:
-    found = path.stat()
-    return [found.st_size, found.st_mtime_ns]
+    status = path.stat()
+    return [status.st_size, status.st_mtime_ns]
 
 
 def write(stamp: Path, made_of: str, files: dict[str, list[Any]], figures: Figures) -> None:
@@ -88,5 +88,5 @@ def up_to_date(stamp: Path, job: Job) -> Figures | None:
 
 
 def _is_same(path: Path, size: int, time: int, digest: str) -> bool:
-    found = _look(path)
-    return found == [size, time] or (found[0] == size and sha256(path) == digest)
+    today = _look(path)
+    return today == [size, time] or (today[0] == size and sha256(path) == digest)

@@ -63,16 +63,16 @@ def write(records: Sequence[Record], folder: Path, junit: Path | None) -> None:
 
 
 def _names(rows: Iterable[Mapping[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(name for found in rows for name in found))
+    return list(dict.fromkeys(name for row in rows for name in row))
 
 
 def _suite(records: Sequence[Record]) -> Element:
     """One test case a record: a failed job is an error, a missed gate a failure."""
-    found = Counter(record.status for record in records)
+    statuses = Counter(record.status for record in records)
     totals = {
-        "errors": found["failed"],
-        "failures": found["missed"],
-        "skipped": found["skipped"],
+        "errors": statuses["failed"],
+        "failures": statuses["missed"],
+        "skipped": statuses["skipped"],
     }
     counts = {name: str(count) for name, count in {"tests": len(records), **totals}.items()}
     suite = Element("testsuite", {"name": "qconvert", **counts})

@@ -78,13 +78,13 @@ def observe_with_cache(
     if not missing.tensors and not missing.means:
         watch.say(f"All ranges come from the calibration cache {path}.")
         return known
-    found = observe(model, missing, data, resources=resources, watch=watch)
+    fresh = observe(model, missing, data, resources=resources, watch=watch)
     if wanted.part != (0, 1):
-        _save(part_path(path, *wanted.part), fingerprint, found)
-        return found
+        _save(part_path(path, *wanted.part), fingerprint, fresh)
+        return fresh
     known = Evidence(
-        {**known.statistics, **found.statistics},
-        {**known.means, **found.means},
+        {**known.statistics, **fresh.statistics},
+        {**known.means, **fresh.means},
         wanted.first,
     )
     try:
@@ -104,16 +104,16 @@ def merge(parts: Sequence[Path], path: Path) -> None:
     there is none.
     """
     try:
-        found = [_read(part) for part in parts]
+        contents = [_read(part) for part in parts]
     except UNREADABLE:
         return
     for part in parts:
         part.unlink()
-    if len({fingerprint for fingerprint, _ in found}) == 1:
-        evidence = [part for _, part in found]
+    if len({fingerprint for fingerprint, _ in contents}) == 1:
+        evidence = [part for _, part in contents]
         _save(
             path,
-            found[0][0],
+            contents[0][0],
             replace(evidence[0], statistics=merged(part.statistics for part in evidence)),
         )
 
@@ -130,11 +130,11 @@ def _load(path: Path, fingerprint: str, watch: Watch) -> Evidence:
     if not path.exists():
         return NOTHING
     try:
-        found, evidence = _read(path)
+        stamp, evidence = _read(path)
     except UNREADABLE as error:
         watch.warn(f"The calibration cache {path} cannot be read ({error}); it is made anew.")
         return NOTHING
-    if found == fingerprint:
+    if stamp == fingerprint:
         return evidence
     watch.warn(
         f"The calibration cache {path} is of another model, data or version; it is made anew."

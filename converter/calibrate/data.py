@@ -91,7 +91,7 @@ def synthetic_data(model: ir.Model, count: int = 8, length: int = 1) -> Dataset:
     specs = [(spec_of(value), _rows_indexed(value) or 2) for value in fed_inputs(model)]
 
     def sample() -> dict[str, Array]:
-        found = dict(fixed)
+        fed = dict(fixed)
         for spec, rows in specs:
             shape = [size or (length if axis else 1) for axis, size in enumerate(spec.shape)]
             numbers = (
@@ -99,8 +99,8 @@ def synthetic_data(model: ir.Model, count: int = 8, length: int = 1) -> Dataset:
                 if spec.dtype.kind == "f"
                 else rng.integers(0, rows, shape)
             )
-            found[spec.name] = numbers.astype(spec.dtype)
-        return found
+            fed[spec.name] = numbers.astype(spec.dtype)
+        return fed
 
     return Dataset((), [(index, sample()) for index in range(count)], ())
 

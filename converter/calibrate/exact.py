@@ -60,7 +60,7 @@ class Saturating:
 
 def saturating(model: ir.Model) -> Iterator[str]:
     """Names of the nodes that kernels which add products in 16 bits can compute wrongly."""
-    yield from dict.fromkeys(found.node.name or "" for found in _operands(model))
+    yield from dict.fromkeys(operands.node.name or "" for operands in _operands(model))
 
 
 def exact(model: ir.Model) -> ir.Model:
@@ -69,8 +69,8 @@ def exact(model: ir.Model) -> ir.Model:
         return model
     copy = model.clone()
     names = Names(copy)
-    found = [(x.reader, index) for x in _operands(copy) for index in (x.codes, x.zero_point)]
-    for reader, index in dict.fromkeys(found):
+    unsigned = [(x.reader, index) for x in _operands(copy) for index in (x.codes, x.zero_point)]
+    for reader, index in dict.fromkeys(unsigned):
         _make_unsigned(reader, index, names)
     return copy
 

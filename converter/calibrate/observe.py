@@ -101,9 +101,11 @@ def observe(
     for group in groups:
         if len(groups) > 1:  # what is tapped takes memory though nobody asks for it
             tapped = opened(model, group, providers=resources.providers)
-        found = _observe_group(tapped, group, wanted, data=data, resources=resources, watch=watch)
-        statistics |= found.statistics
-        means |= found.means
+        evidence = _observe_group(
+            tapped, group, wanted, data=data, resources=resources, watch=watch
+        )
+        statistics |= evidence.statistics
+        means |= evidence.means
     if wanted.part == (0, 1):
         warn_of_oddities(statistics, watch)
     return Evidence(statistics, means, wanted.first)
@@ -150,8 +152,8 @@ def _observe_group(
     totals = {mean: np.zeros(()) for mean in averaged}
     part = wanted.indices(len(data))
     results = over_samples(len(part), lambda number: step(part[number]), resources.threads)
-    for found in watch.track(results, "Calibrating", len(part)):
-        totals.update((mean, totals[mean] + x) for mean, x in found.items())
+    for sums in watch.track(results, "Calibrating", len(part)):
+        totals.update((mean, totals[mean] + x) for mean, x in sums.items())
     stats = [idle.get() for _ in range(resources.threads)]
     means = {mean: total / min(wanted.first, len(data)) for mean, total in totals.items()}
     return Evidence(merged(stats), means, wanted.first)
@@ -221,8 +223,8 @@ def activation_qparams(
         span = (spans or {}).get(group, (-math.inf, math.inf))
         return _qparams(tensor, statistics[group], method, spec, span=span)
 
-    found = over_samples(len(groups), of, threads)
-    return {group: q for (group, _), q in zip(groups, found, strict=True)}
+    qparams = over_samples(len(groups), of, threads)
+    return {group: q for (group, _), q in zip(groups, qparams, strict=True)}
 
 
 def _qparams(
@@ -234,8 +236,8 @@ def _qparams(
     span: tuple[float, float],
 ) -> QParams:
     spec = _spec_of(tensor, spec)
-    found = range_of(method, stats, spec)
-    return spec.qparams(Range(np.clip(found.lo, *span), np.clip(found.hi, *span)))
+    whole = range_of(method, stats, spec)
+    return spec.qparams(Range(np.clip(whole.lo, *span), np.clip(whole.hi, *span)))
 
 
 def _spec_of(tensor: TensorPlan, spec: RangeSpec) -> RangeSpec:
@@ -255,15 +257,15 @@ def probability_qparams(
     Between two conversions ONNX Runtime computes it on integers, and there values beyond the range
     wrap around.
     """
-    values, found = values_by_name(graph), {}
+    values, qparams = values_by_name(graph), {}
     for name, group in plan.groups().items():
         softmax = _behind(values[name], bounds=True).producer()
         source = softmax.inputs[0] if softmax and rule_of(softmax).probabilities else None
         if source and _behind(source).name in plan.tensors:
             largest = statistics[name].hi if name in statistics else 1.0
             span = Range(np.array(0.0), np.array(_probability_above(largest)))
-            found[name] = _spec_of(group, spec).qparams(span)
-    return found
+            qparams[name] = _spec_of(group, spec).qparams(span)
+    return qparams
 
 
 def masked_qparams(
@@ -275,14 +277,14 @@ def masked_qparams(
     """Parameters of the groups with masks before a Softmax: a mask need not reach lower than where
     nothing is left of a probability.
     """
-    groups, found = plan.groups(), dict[str, QParams]()
+    groups, qparams = plan.groups(), dict[str, QParams]()
 
     def cut_off(name: str, depth: float) -> None:
         group = plan.tensors[name].group if name in plan.tensors else ""
         stats = statistics.get(group)
         if stats is not None and stats.lo < MASKED:
             span = Range(np.array(stats.hi - depth), np.array(stats.hi))
-            found[group] = _spec_of(groups[group], spec).qparams(span)
+            qparams[group] = _spec_of(groups[group], spec).qparams(span)
 
     for softmax in (node for node in graph if rule_of(node).probabilities):
         source = _behind(not_none(softmax.inputs[0]))
@@ -294,7 +296,7 @@ def masked_qparams(
         spans = [statistics[n].hi - statistics[n].lo for n in names if n in statistics]
         for name in names:
             cut_off(name, NOTHING_LEFT + min(spans, default=0.0))
-    return found
+    return qparams
 
 
 def _probability_above(largest: float) -> float:

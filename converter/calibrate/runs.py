@@ -40,9 +40,9 @@ class Opened:
         sizes = {name: x.nbytes for name, x in sample.items() if name in names}
         for start in range(0, len(names), PROBED):
             part = names[start : start + PROBED]
-            found = self.fetch(part, sample)
+            tensors = self.fetch(part, sample)
             # A map has no size of its own.
-            sizes.update((name, getattr(found[name], "nbytes", 0)) for name in part)
+            sizes.update((name, getattr(tensors[name], "nbytes", 0)) for name in part)
         return sizes
 
 

@@ -16,11 +16,11 @@ def with_trained_ranges(
     plan: QuantPlan, trained: Mapping[str, QParams], power_of_two: bool = False
 ) -> QuantPlan:
     """The plan with the parameters that training found for its tensors."""
-    found: dict[str, QParams] = {}
+    qparams: dict[str, QParams] = {}
     for name, tensor in plan.tensors.items():
         if name in trained:
-            found.setdefault(tensor.group, in_format(trained[name], tensor, power_of_two))
-    plan = plan.with_qparams(found)
+            qparams.setdefault(tensor.group, in_format(trained[name], tensor, power_of_two))
+    plan = plan.with_qparams(qparams)
     return replace(plan, nodes={name: _with_room(unit, plan) for name, unit in plan.nodes.items()})
 
 

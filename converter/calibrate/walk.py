@@ -69,27 +69,29 @@ def steps_of(graph: ir.Graph, plan: QuantPlan) -> list[Step]:
     for position, nodes in enumerate(steps):
         for value in (value for node in nodes for value in values_read(node)):
             readers.setdefault(value, set()).add(position)
-    found = list[Step]()
+    finished = list[Step]()
     for position, (own, unit) in enumerate(cut):
         made = [value for node in own for value in node.outputs if can_be_fed(value)]
         writes = [value for value in made if readers.get(value, set()) - {position}]
-        found.append(Step(_names(steps[position]), _reads(steps[position]), _names(writes), unit))
-    return found
+        finished.append(
+            Step(_names(steps[position]), _reads(steps[position]), _names(writes), unit)
+        )
+    return finished
 
 
 def _with_makers(nodes: Sequence[ir.Node]) -> list[ir.Node]:
     """The nodes, and those before them that make what no step can hand on: they run again in every
     step that reads it.
     """
-    found = dict.fromkeys(nodes)
+    needed = dict.fromkeys(nodes)
     waiting = list(nodes)
     while waiting:
         for value in values_read(waiting.pop()):
             maker = value.producer()
-            if maker is not None and maker not in found and not can_be_fed(value):
-                found[maker] = None
+            if maker is not None and maker not in needed and not can_be_fed(value):
+                needed[maker] = None
                 waiting.append(maker)
-    return list(found)
+    return list(needed)
 
 
 def can_be_fed(value: ir.Value) -> bool:

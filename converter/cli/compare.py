@@ -43,11 +43,11 @@ def compare_command(
     from converter.report.text import comparison_lines
 
     job = Job(reference, other, wanted, flags["input_shapes"], flags["input_format"])
-    found = compare(job, Terminal(False, flags["verbose"]))
-    for line in comparison_lines(found):
+    findings = compare(job, Terminal(False, flags["verbose"]))
+    for line in comparison_lines(findings):
         show(line)
-    if report and found.nodes:
+    if report and findings.nodes:
         click.echo(f"Reports in {report}")
-    if missed := gates_of(flags).missed(figures_of(*found.sizes, found.verification)):
+    if missed := gates_of(flags).missed(figures_of(*findings.sizes, findings.verification)):
         msg = f"{other} misses a quality gate: {missed}."
         raise GateError(msg)

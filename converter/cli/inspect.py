@@ -22,14 +22,14 @@ def inspect_command(model: Path, as_json: bool) -> None:
     if as_json:
         click.echo(json.dumps(document, indent=2))
         return
-    for title, found in document.items():
-        if not isinstance(found, list):
-            show(f"{_words(title)}: {found}")
+    for title, content in document.items():
+        if not isinstance(content, list):
+            show(f"{_words(title)}: {content}")
             continue
-        click.echo(f"\n{_words(title)}{'' if found else ': none'}")
-        names = [list(map(_words, row)) for row in found[:1]]
+        click.echo(f"\n{_words(title)}{'' if content else ': none'}")
+        names = [list(map(_words, row)) for row in content[:1]]
         for line in columns(
-            [*names, *([short(_text(cell)) for cell in row.values()] for row in found)]
+            [*names, *([short(_text(cell)) for cell in row.values()] for row in content)]
         ):
             show(f"  {line}")
 

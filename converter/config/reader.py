@@ -49,8 +49,8 @@ def load_config(
 def _nearest(name: str, known: Iterable[str]) -> str | None:
     """Return the known name most like `name` whatever its case, if any is."""
     spellings = {candidate.lower(): candidate for candidate in known}
-    found = get_close_matches(name.lower(), spellings, n=1)
-    return spellings[found[0]] if found else None
+    close = get_close_matches(name.lower(), spellings, n=1)
+    return spellings[close[0]] if close else None
 
 
 def _check_section(place: Place) -> None:

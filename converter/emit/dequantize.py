@@ -31,7 +31,7 @@ def type_for(bits: int, blocks: bool, newest: int) -> tuple[ir.DataType, int] | 
     """
     least = BLOCK_OPSET if blocks else 0
     fitting = ((kind, max(opset, least)) for wide, kind, opset in TYPES if bits <= wide)
-    return next((found for found in fitting if found[1] <= newest), None)
+    return next((pair for pair in fitting if pair[1] <= newest), None)
 
 
 def type_of(weight: QuantizedWeight, newest: int = NEWEST_OPSET) -> tuple[ir.DataType, int]:

@@ -131,9 +131,9 @@ class PlaneWriter:
         if codes.size * (bits - narrow) / 8 <= levels.nbytes + TABLE_OVERHEAD:
             return self._unpacked(name, codes, bits)
         indices = indices.reshape(codes.shape).astype(np.uint8 if narrow <= 8 else np.uint16)
-        found = self._unpacked(name, indices, narrow)
-        found = self._node("Cast", [found], to=ir.DataType.INT32)
-        return self._node("Gather", [self._cast(f"{name}_table", levels), found])
+        index = self._unpacked(name, indices, narrow)
+        index = self._node("Cast", [index], to=ir.DataType.INT32)
+        return self._node("Gather", [self._cast(f"{name}_table", levels), index])
 
     def _unpacked(self, name: str, codes: Array, bits: int) -> ir.Value:
         if bits in PLAIN_BITS:

@@ -18,23 +18,23 @@ Place = tuple[str, int]
 
 def shared_names(model: ir.Model) -> dict[str, list[Place]]:
     """Names that several dimensions of the inputs bear, with these."""
-    found: dict[str, list[Place]] = {}
+    places_of: dict[str, list[Place]] = {}
     for value in model.graph.inputs:
         for axis, size in enumerate(value.shape or ()):
             if isinstance(size, ir.SymbolicDim) and size.value is not None:
-                found.setdefault(size.value, []).append((value.name or "", axis))
-    return {name: places for name, places in found.items() if len(places) > 1}
+                places_of.setdefault(size.value, []).append((value.name or "", axis))
+    return {name: places for name, places in places_of.items() if len(places) > 1}
 
 
 def contradicted(model: ir.Model, data: Dataset) -> set[str]:
     """The shared names that stand for several sizes in a sample."""
-    shared, found = shared_names(model), set[str]()
+    shared, contradictory = shared_names(model), set[str]()
     for index in range(len(data) if shared else 0):
         sample = data.sample(index)
         for name, places in shared.items():
             if len({sample[value].shape[axis] for value, axis in places}) > 1:
-                found.add(name)
-    return found
+                contradictory.add(name)
+    return contradictory
 
 
 def told_apart(model: ir.Model, name: str) -> ir.Model:

@@ -134,13 +134,13 @@ def _taken_defaults(model: ir.Model) -> dict[str, ir.TensorProtocol]:
     all_are = len(listed) == len(model.graph.initializers)
     if model.ir_version < INITIALIZERS_ALONE or (all_are and weights):
         return {}
-    found: dict[str, ir.TensorProtocol] = {}
+    defaults: dict[str, ir.TensorProtocol] = {}
     for value in listed:
         name = value.name or ""
-        found[name] = not_none(value.const_value)
+        defaults[name] = not_none(value.const_value)
         del model.graph.initializers[name]
         value.const_value = None
-    return found
+    return defaults
 
 
 def default_inputs(model: ir.Model) -> dict[str, Array]:
@@ -184,7 +184,7 @@ def _external_tensors(model: ir.Model, path: Path) -> list[ir.ExternalTensor]:
 
     From here on they are known by their real files: what is made of the model lies elsewhere.
     """
-    found = list[ir.ExternalTensor]()
+    external = list[ir.ExternalTensor]()
     for tensor, put in _tensors(model):
         if isinstance(tensor, ir.ExternalTensor):
             tensor.base_dir = _home(tensor, path)
@@ -196,8 +196,8 @@ def _external_tensors(model: ir.Model, path: Path) -> list[ir.ExternalTensor]:
                 raise ModelError(msg)
             # onnx_ir follows no link out of the model's folder.
             put(_in_file(tensor, Path(tensor.path).resolve(), tensor.offset))
-            found.append(tensor)
-    return found
+            external.append(tensor)
+    return external
 
 
 def _tensors(model: ir.Model) -> Iterator[tuple[ir.TensorProtocol | None, Put]]:

@@ -59,7 +59,7 @@ class TensorError:
         return self.infinite + self.undefined
 
 
-def compare(
+def errors_between(
     reference: Opened,
     other: Opened,
     data: Dataset,
@@ -87,8 +87,8 @@ def tally(x: object, y: object) -> Tally:
     """What two tensors, or outputs of other kinds (texts, sequences, maps), have in common."""
     if (pairs := side_by_side(x, y)) is None:
         return APART
-    found = [_tally_of(left.ravel(), right.ravel()) for left, right in pairs]
-    return found[0] if len(found) == 1 else tuple(np.sum([NOTHING, *found], axis=0).tolist())
+    tallies = [_tally_of(left.ravel(), right.ravel()) for left, right in pairs]
+    return tallies[0] if len(tallies) == 1 else tuple(np.sum([NOTHING, *tallies], axis=0).tolist())
 
 
 def side_by_side(x: object, y: object) -> list[tuple[Array, Array]] | None:
@@ -100,8 +100,8 @@ def side_by_side(x: object, y: object) -> list[tuple[Array, Array]] | None:
     """
     if isinstance(x, list) and isinstance(y, list):
         parts = [side_by_side(*both) for both in zip(x, y, strict=False)]
-        found = [pairs for pairs in parts if pairs is not None]
-        return [*chain.from_iterable(found)] if len(found) == len(x) == len(y) else None
+        built_alike = [pairs for pairs in parts if pairs is not None]
+        return [*chain.from_iterable(built_alike)] if len(built_alike) == len(x) == len(y) else None
     if isinstance(x, dict) and isinstance(y, dict):
         same = x.keys() == y.keys()
         return side_by_side(*(np.array([z[k] for k in x]) for z in (x, y))) if same else None

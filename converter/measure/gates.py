@@ -43,10 +43,10 @@ class Gates:
         """The bounds that the figures miss, in words; a figure that was not measured misses. Empty
         if none is.
         """
-        found, bounds, words = asdict(figures), asdict(self), []
+        measured, bounds, words = asdict(figures), asdict(self), []
         absent = f"was not measured{figures.unmeasured and f' ({figures.unmeasured})'}"
         for name in ("cosine", "agreement", "speedup"):
-            figure, bound = found[name], bounds[f"min_{name}"]
+            figure, bound = measured[name], bounds[f"min_{name}"]
             if bound is not None and not (figure is not None and figure >= bound):
                 value = absent if figure is None else f"{figure:.6g} is less"
                 words.append(f"{name} {value} (--min-{name} {bound:g})")
@@ -59,8 +59,8 @@ class Gates:
 
 def size_limit(text: str, size_before: int) -> float:
     """The bytes that `5MB` or `30%` of a float model stand for; ValueError for any other text."""
-    found = _SIZE.fullmatch(text.strip())
-    if not found:
+    match = _SIZE.fullmatch(text.strip())
+    if not match:
         msg = f"'{text}' is no size; write for example 5MB, or 30% of the float model"
         raise ValueError(msg)
-    return float(found[1]) * (size_before / 100 if found[2] == "%" else _UNITS[found[2].upper()])
+    return float(match[1]) * (size_before / 100 if match[2] == "%" else _UNITS[match[2].upper()])

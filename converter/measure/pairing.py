@@ -99,10 +99,10 @@ class _Finder:
         self.known = values_by_name(reference.graph).keys()
         self.renamed = dict(_renamed(reference, self.values.keys()))
         self.twins = {node.name: node for node in nodes_of(model)}
-        found = [(node, *each) for node in list(model.graph) for each in parameters(node)]
+        integers = [(node, *each) for node in list(model.graph) for each in parameters(node)]
         # What makes integers says what they stand for: a reader may take them for a multiple.
-        found.sort(key=lambda each: each[1] in each[0].outputs)
-        self.codes = {codes: by for _, codes, by in found}
+        integers.sort(key=lambda each: each[1] in each[0].outputs)
+        self.codes = {codes: by for _, codes, by in integers}
         for node in (node for node in model.graph if rule_of(node).moves):
             if node.inputs[0] in self.codes:
                 self.codes.setdefault(node.outputs[0], self.codes[node.inputs[0]])
@@ -142,16 +142,16 @@ class _Finder:
             constant(value),
         )
         name = self.renamed.get(place.name, place.name)
-        found = (
+        there = (
             None
             if name is None
             else twin or self.values.get(name) or self.values.get(f"{name}_quantized")
         )
         # What a node of the same name reads it computes with; else it is what quantization leaves
         # of the tensor.
-        codes = self._codes_of(found, twin is None or output) if found else None
-        if found and codes is None and found.name == f"{name}_quantized":
-            found = None  # integers of which nothing says what they stand for
+        codes = self._codes_of(there, twin is None or output) if there else None
+        if there and codes is None and there.name == f"{name}_quantized":
+            there = None  # integers of which nothing says what they stand for
         q = qparams_of(codes, *self.codes[codes]) if codes else None
         if place.weight is not None:
             array = constant(codes)
@@ -166,9 +166,9 @@ class _Finder:
                     restored=dequantize(stored.codes, stored.qparams),
                     qparams=stored.qparams,
                 )
-            if (array := constant(found)) is not None:
+            if (array := constant(there)) is not None:
                 return replace(place, restored=array)
-        floats = self._floats(codes) if codes else found
+        floats = self._floats(codes) if codes else there
         return replace(place, counterpart=floats.name if floats else None, qparams=q)
 
     def _stored(self, node: str, index: int) -> QuantizedWeight | None:

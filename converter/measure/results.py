@@ -81,14 +81,16 @@ class Verification:
         return f"{self.samples} {'samples held back from calibration' if self.held_back else kind}"
 
 
-def figures_of(before: int, after: int, found: Verification | None, why: str = "") -> Figures:
+def figures_of(
+    before: int, after: int, verification: Verification | None, why: str = ""
+) -> Figures:
     """The figures of two models of so many bytes and what a verification found; `why` there is
     none.
     """
-    if found is None:
+    if verification is None:
         return Figures(before, after, unmeasured=why)
-    cosine = found.worst.cosine if found.worst else None
-    return Figures(before, after, cosine, found.agreement, found.speedup)
+    cosine = verification.worst.cosine if verification.worst else None
+    return Figures(before, after, cosine, verification.agreement, verification.speedup)
 
 
 @dataclass(frozen=True)

@@ -31,7 +31,7 @@ from converter.graph.edit import (
     values_by_name,
 )
 from converter.graph.qdq import codes_behind, quantizes
-from converter.measure.errors import TensorError, compare, error_of, tally, worst_of
+from converter.measure.errors import TensorError, error_of, errors_between, tally, worst_of
 from converter.measure.pairing import Pairing
 from converter.plan.ops import rule_of
 from converter.plan.plan import NodePlan, QuantPlan
@@ -86,11 +86,11 @@ def alone(
         return np.array(rows)
 
     sums = sum(over_samples(min(count, len(data)), step, threads))
-    found = {}
+    costs = {}
     for unit, rows in zip(units, np.asarray(sums), strict=True):
         own, *outputs = map(error_of, [unit, *floats.outputs], rows)
-        found[unit] = Alone(own, _loudest(outputs, own))
-    return found
+        costs[unit] = Alone(own, _loudest(outputs, own))
+    return costs
 
 
 def _loudest(outputs: Iterable[TensorError], own: TensorError) -> TensorError:
@@ -230,7 +230,7 @@ def output_drop(
     1 - cosine.
     """
     if labels is None:
-        errors = compare(reference, other, data, threads)
+        errors = errors_between(reference, other, data, threads)
         if worst := worst_of(errors):
             return 1 - worst.cosine
         if any(error.apart for error in errors):

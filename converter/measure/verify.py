@@ -25,8 +25,8 @@ from converter.measure.both import Both
 from converter.measure.errors import (
     Tally,
     TensorError,
-    compare,
     error_of,
+    errors_between,
     extent,
     speedup,
     tally,
@@ -257,7 +257,7 @@ def tensor_errors(both: Both) -> tuple[TensorError, ...]:
     if not len(data):
         return ()
     outputs = {name: name for name in both.reference.outputs}
-    found = compare(
+    found = errors_between(
         both.reference,
         both.quantized,
         data,

@@ -67,18 +67,18 @@ def quantize(prepared: Prepared, job: Job, watch: Watch) -> Quantized:
     """The quantized copy of a prepared float model."""
     setup = set_up(prepared, job, watch)
     evidence = observed(setup, watch)
-    found = within_drop(setup, evidence, watch)
-    check(found.model, found.plan, setup.target)
-    _require_full_integer(found.plan, job.config)
+    final = within_drop(setup, evidence, watch)
+    check(final.model, final.plan, setup.target)
+    _require_full_integer(final.plan, job.config)
     # What was trained is compared with what training saw, unless flags gave it other types.
     as_given = setup.trained and _edges(prepared.model) == _edges(setup.model)
     return Quantized(
         reference=prepared.model if as_given else setup.model,
-        model=found.model,
-        plan=found.plan,
+        model=final.model,
+        plan=final.plan,
         data=setup.data,
-        tensors=_restored_outputs(setup.model, found),
-        finish=partial(set_edges, found.model, setup, evidence, watch),
+        tensors=_restored_outputs(setup.model, final),
+        finish=partial(set_edges, final.model, setup, evidence, watch),
         compared=setup.model,
         trained=bool(setup.trained),
         exact=_named_target(job.config).pair_limit is None,
@@ -126,8 +126,8 @@ class Setup:
     def with_trained_weights(self, plan: QuantPlan) -> tuple[QuantPlan, Mapping[str, Kept]]:
         """The plan with what training knew of the weights, and what became of it."""
         everything = not len(self.data)
-        found = weighted(self.model, plan)
-        return with_trained_weights(found, plan, self.trained, everything)
+        layers = weighted(self.model, plan)
+        return with_trained_weights(layers, plan, self.trained, everything)
 
 
 @dataclass(frozen=True)
@@ -250,10 +250,10 @@ def within_drop(setup: Setup, evidence: Evidence, watch: Watch) -> Attempt:
         return first
     pairing = pair(setup.model, first.model, first.plan)
     floats = opened(setup.model, pairing.tensors)
-    found = alone(pairing, floats, setup.data, count=RANKED_ON, threads=setup.resources.threads)
+    costs = alone(pairing, floats, setup.data, count=RANKED_ON, threads=setup.resources.threads)
     # What only moves values has its neighbours' integers, or none where they are float.
     units = [unit.name for unit in first.plan.units() if not rule(unit.op_type).moves]
-    leaves = {name: found[name].output.sqnr_db if name in found else math.inf for name in units}
+    leaves = {name: costs[name].output.sqnr_db if name in costs else math.inf for name in units}
     worst = sorted(units, key=lambda name: leaves[name])
     for name in worst:
         watch.say(f"Alone, {name} leaves the output {leaves[name]:.1f} dB.")
@@ -373,12 +373,12 @@ def _output_qparams(setup: Setup, evidence: Evidence, name: str, fmt: IntFormat)
     return spec.qparams(range_of(setup.method, evidence.statistics[name], spec))
 
 
-def _restored_outputs(model: ir.Model, found: Attempt) -> dict[str, str]:
+def _restored_outputs(model: ir.Model, final: Attempt) -> dict[str, str]:
     """What the units put out, by float tensor."""
     known = values_by_name(model.graph)
-    outputs = (name for unit in found.plan.units() for name in unit.outputs)
+    outputs = (name for unit in final.plan.units() for name in unit.outputs)
     return {
-        name: found.restored[name] for name in outputs if name in found.restored and name in known
+        name: final.restored[name] for name in outputs if name in final.restored and name in known
     }
 
 

@@ -76,9 +76,11 @@ def _layers(model: ir.Model, plans: Mapping[str, QuantPlan]) -> list[Row]:
     """The nodes with constant matrices or vectors of floats."""
     rows = []
     for node in nodes_of(model):
-        found = (constant(codes_behind(value) or value) for value in node.inputs)
+        constants = (constant(codes_behind(value) or value) for value in node.inputs)
         if arrays := [
-            x for x in found if x is not None and x.size > 1 and (x.ndim > 1 or x.dtype.kind == "f")
+            x
+            for x in constants
+            if x is not None and x.size > 1 and (x.ndim > 1 or x.dtype.kind == "f")
         ]:
             size = sum(array.nbytes for array in arrays)
             largest = max(arrays, key=lambda array: array.nbytes)
@@ -136,16 +138,16 @@ def _parameters(nodes: list[ir.Node]) -> dict[str | None, Row]:
     """Every tensor of integers that a node makes or reads as such, with the least and greatest of
     its scales.
     """
-    found = {}
+    rows = {}
     for node in (node for node in nodes if is_conversion(node)):
         scale, zero_point = operand(node, 1), operand(node, 2)
         value = codes_behind(node.outputs[0]) or node.outputs[0]
         scales = [] if scale is None else scale.ravel().tolist()
-        found[value.name] = {
+        rows[value.name] = {
             "tensor": value.name,
             "type": "uint8" if zero_point is None else str(zero_point.dtype),
             "scales": len(scales) or None,
             "least_scale": min(scales, default=None),
             "greatest_scale": max(scales, default=None),
         }
-    return found
+    return rows

@@ -112,42 +112,42 @@ class _Taker:
         """Takes out a QuantizeLinear, every DequantizeLinear that reads its codes and what stands
         between.
         """
-        source, found = not_none(node.inputs[0]), _reach(node.outputs[0])
+        source, reach = not_none(node.inputs[0]), _reach(node.outputs[0])
         array = constant(source)
-        if found is None or not found.ends:
+        if reach is None or not reach.ends:
             if q.axis is None:
                 self.tensors.setdefault(source.name or "", q)
             return
-        fmt = format_of(*found.narrowed(q.format))
+        fmt = format_of(*reach.narrowed(q.format))
         earlier = self.tensors.get(source.name or "")
         if (
             fmt is None
             or (array is None and q.axis is not None)
-            or (array is not None and found.moved)
+            or (array is not None and reach.moved)
         ):
             return
         q = replace(q, format=fmt)
-        if not all(same(_qparams(end), q) for end in found.ends) or (
+        if not all(same(_qparams(end), q) for end in reach.ends) or (
             earlier and not same(earlier, q)
         ):
             return
         if array is not None:
-            for end in found.ends:
+            for end in reach.ends:
                 self._constant(end.outputs[0], quantize(array, q), q)
             return
         if _may_hand_over(source) or not any(
-            end.outputs[0].is_graph_output() for end in found.ends
+            end.outputs[0].is_graph_output() for end in reach.ends
         ):
-            found.release(source)
+            reach.release(source)
             _join(node.outputs[0], source)
         self.tensors.setdefault(source.name or "", q)
 
     def _float_input(self, value: ir.Value) -> None:
         """An integer input becomes one of the floats that it stands for."""
-        found = _reach(value)
-        if found and found.ends and (q := _qparams(found.ends[0])) and q.axis is None:
+        reach = _reach(value)
+        if reach and reach.ends and (q := _qparams(reach.ends[0])) and q.axis is None:
             value.type = ir.TensorType(ir.DataType.FLOAT)
-            found.release(value)
+            reach.release(value)
             self.tensors[value.name or ""] = q
 
     def _chain(self, chain: Chain) -> None:
@@ -248,7 +248,7 @@ def _reach(codes: ir.Value) -> _Reach | None:
     """Everything that reads `codes`; None if something else than moves, clips and DequantizeLinear
     does.
     """
-    found, values = _Reach([], [], []), [codes]
+    reach, values = _Reach([], [], []), [codes]
     while values:
         value = values.pop()
         if value.is_graph_output():
@@ -256,18 +256,18 @@ def _reach(codes: ir.Value) -> _Reach | None:
         for use in value.uses():
             node = use.node
             if is_dequantize(node) and use.idx == 0 and _qparams(node):
-                found.ends.append(node)
+                reach.ends.append(node)
             elif node.op_type == "Clip" and all(
                 v is None or constant(v) is not None for v in node.inputs[1:]
             ):
-                found.clips.append(node)
+                reach.clips.append(node)
                 values += node.outputs
             elif rule_of(node).moves and use.idx == 0:
-                found.moved.extend(node.outputs)
+                reach.moved.extend(node.outputs)
                 values += node.outputs
             else:
                 return None
-    return found
+    return reach
 
 
 def _may_hand_over(value: ir.Value | None) -> bool:

@@ -86,12 +86,12 @@ def _before(node: ir.Node) -> _Stages:
     value = node.inputs[0]
     assert value is not None
     stages: _Stages = [(value, Line(shift=0.0 if node.op_type == "Round" else -0.5))]
-    while (maker := value.producer()) and only_consumer(value) is node and (found := _step(maker)):
-        bounded = [np.isfinite([line.low, line.high]).any() for line in (stages[0][1], found[1])]
+    while (maker := value.producer()) and only_consumer(value) is node and (before := _step(maker)):
+        bounded = [np.isfinite([line.low, line.high]).any() for line in (stages[0][1], before[1])]
         if all(bounded):
             break  # an activation function of its own
-        value, node = found[0], maker
-        stages.insert(0, (value, found[1].then(stages[0][1])))
+        value, node = before[0], maker
+        stages.insert(0, (value, before[1].then(stages[0][1])))
     return stages
 
 
@@ -100,14 +100,14 @@ def _behind(node: ir.Node) -> _Stages:
     stages: _Stages = [(node.outputs[0], Line())]
     while (
         (reader := only_consumer(stages[0][0]))
-        and (found := _step(reader))
-        and found[0] is stages[0][0]
+        and (after := _step(reader))
+        and after[0] is stages[0][0]
     ):
-        stages.insert(0, (reader.outputs[0], stages[0][1].then(found[1])))
+        stages.insert(0, (reader.outputs[0], stages[0][1].then(after[1])))
     return stages
 
 
 def _step(node: ir.Node) -> tuple[ir.Value, Line] | None:
     """The one value that `node` reads and the rising line that it makes of it."""
-    found = step(node)
-    return found if found and found[1].factor > 0 else None
+    read = step(node)
+    return read if read and read[1].factor > 0 else None

@@ -15,23 +15,23 @@ def spread(graph: ir.Graph, trained: Mapping[str, QParams]) -> dict[str, QParams
     """`trained` and what follows from it: ranges pass on to outputs that lie within them, and back
     to what is moved.
     """
-    found = dict(trained)
+    qparams = dict(trained)
     for node in graph:
         own = rule_of(node)
         data = [v.name for v in node.inputs[: None if own.data is None else 1] if v is not None]
-        if (own.within or own.moves) and data and all(name in found for name in data):
-            q = _together([found[name or ""] for name in data])
-            found.update((v.name or "", q) for v in node.outputs if v.name not in found)
+        if (own.within or own.moves) and data and all(name in qparams for name in data):
+            q = _together([qparams[name or ""] for name in data])
+            qparams.update((v.name or "", q) for v in node.outputs if v.name not in qparams)
     for node in reversed(graph):
         own = rule_of(node)
-        if node.outputs[0].name in found and (own.joins or own.moves):
+        if node.outputs[0].name in qparams and (own.joins or own.moves):
             sources = node.inputs if own.joins else node.inputs[:1]
-            found.update(
-                (v.name or "", found[node.outputs[0].name])
+            qparams.update(
+                (v.name or "", qparams[node.outputs[0].name])
                 for v in sources
-                if v and v.name not in found
+                if v and v.name not in qparams
             )
-    return found
+    return qparams
 
 
 def _together(parameters: list[QParams]) -> QParams:

@@ -145,10 +145,10 @@ def _cancels(factor: float | None, top: float) -> bool:
 def _line(value: ir.Value) -> _Line:
     """`value` as a line over what it is computed of by scalars."""
     node = value.producer()
-    found = None if node is None or only_consumer(value) is None else _step(node)
-    if node is None or found is None:
+    read = None if node is None or only_consumer(value) is None else _step(node)
+    if node is None or read is None:
         return _Line(value, 1.0, 0.0)
-    source, own = found
+    source, own = read
     inner = _line(source)
     offset = inner.offset * own.factor + own.shift
     return _Line(inner.source, inner.slope * own.factor, offset, (node, *inner.nodes))
@@ -156,23 +156,23 @@ def _line(value: ir.Value) -> _Line:
 
 def _factor(node: ir.Node, value: ir.Value) -> float | None:
     """What `node` multiplies `value` by, a number; None if it does something else."""
-    found = _step(node)
-    return None if found is None or found[0] is not value or found[1].shift else found[1].factor
+    read = _step(node)
+    return None if read is None or read[0] is not value or read[1].shift else read[1].factor
 
 
 def _step(node: ir.Node) -> tuple[ir.Value, Line] | None:
     """The value that `node` reads and the endless line that it makes of it, by a finite float32
     that keeps its shape.
     """
-    found = step(node)
-    if found is None or found[1].factor == 0 or np.isfinite([found[1].low, found[1].high]).any():
+    read = step(node)
+    if read is None or read[1].factor == 0 or np.isfinite([read[1].low, read[1].high]).any():
         return None
-    source, _ = found
+    source, _ = read
     rank = source.shape.rank() if source.shape is not None else 0
     others = [value for value in node.inputs if value is not None and value is not source]
     numbers = [not_none(constant(value)) for value in others]
     plain = all(x.dtype == np.float32 and x.ndim <= rank and np.isfinite(x).all() for x in numbers)
-    return found if numbers and plain else None
+    return read if numbers and plain else None
 
 
 def _gate(clip: ir.Node, line: _Line, top: float) -> ir.Node:

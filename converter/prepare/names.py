@@ -9,19 +9,15 @@ import onnx_ir as ir
 from converter.graph.edit import nodes_of
 
 
-def name_nodes(model: ir.Model) -> bool:
+def name_nodes(model: ir.Model) -> None:
     """Names unnamed nodes after their first output and numbers repeated names, in place; given
     names stay.
-
-    Returns whether there was anything to name.
     """
     nodes = nodes_of(model)
     first = {node.name: node for node in reversed(nodes) if node.name}
     taken = set(first)
-    renamed = [node for node in nodes if not node.name or first[node.name] is not node]
-    for node in renamed:
+    for node in (node for node in nodes if first.get(node.name or "") is not node):
         wish = node.name or node.outputs[0].name or node.op_type
         numbered = (f"{wish}_{number}" for number in itertools.count(2))
         node.name = next(name for name in itertools.chain([wish], numbered) if name not in taken)
         taken.add(node.name)
-    return bool(renamed)

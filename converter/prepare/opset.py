@@ -148,6 +148,6 @@ def without_weights(model: ir.Model) -> list[ir.TensorProtocol]:
 def _with_weights(model: ir.Model, tensors: Sequence[ir.TensorProtocol]) -> None:
     """Puts the tensors back that references stand for."""
     for value in initializers_of(model):
-        found = value.const_value
-        if isinstance(found, ir.ExternalTensor) and str(found.location).startswith(HIDDEN):
-            value.const_value = tensors[int(str(found.location).removeprefix(HIDDEN))]
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor) and str(tensor.location).startswith(HIDDEN):
+            value.const_value = tensors[int(str(tensor.location).removeprefix(HIDDEN))]

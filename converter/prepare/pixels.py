@@ -94,12 +94,12 @@ def _first_convolutions(value: ir.Value) -> list[ir.Node]:
     """The convolutions that read `value`, also through a Transpose; raises UsageError for any other
     reader.
     """
-    found = []
+    convolutions = []
     for use in value.uses():
         if use.node.op_type == "Transpose":
-            found += _first_convolutions(use.node.outputs[0])
+            convolutions += _first_convolutions(use.node.outputs[0])
         elif _can_fold(use.node):
-            found.append(use.node)
+            convolutions.append(use.node)
         else:
             msg = (
                 f"--inputDataType: '{use.node.name}' ({use.node.op_type}) reads the input and "
@@ -108,7 +108,7 @@ def _first_convolutions(value: ir.Value) -> list[ir.Node]:
                 "or a float input."
             )
             raise UsageError(msg)
-    return found
+    return convolutions
 
 
 def _can_fold(node: ir.Node) -> bool:

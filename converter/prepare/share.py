@@ -35,14 +35,14 @@ def share_constants(model: ir.Model) -> None:
 
     Exporters write tied weights, and folding what branches share, several times.
     """
-    found: dict[tuple[object, ...], list[ir.Value]] = defaultdict(list)
+    equal: dict[tuple[object, ...], list[ir.Value]] = defaultdict(list)
     for value in initializers_of(model):
         tensor = value.const_value
         if tensor is not None and tensor.size >= LEAST_SIZE and not value.is_graph_output():
             content = hashlib.sha256(tensor.tobytes()).digest()
-            found[tensor.dtype, tuple(tensor.shape), content].append(value)
+            equal[tensor.dtype, tuple(tensor.shape), content].append(value)
     names = Names(model)
-    for first, *others in found.values():
+    for first, *others in equal.values():
         if first.graph is not model.graph and any(
             value.graph is not first.graph for value in others
         ):

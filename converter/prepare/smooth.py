@@ -83,13 +83,13 @@ def _constants_of(x: ir.Value | None, readers: set[ir.Node], size: int) -> list[
     ):
         return []
     operands = [index for index, value in enumerate(node.inputs) if value is not None]
-    found = [(node, index) for index in operands if operand(node, index) is not None]
+    constants = [(node, index) for index in operands if operand(node, index) is not None]
     linear = rule_of(node).product or node.op_type == "LayerNormalization"
     if linear and node.attributes.get_int("axis", -1) == -1:
-        return found if operands[1:] == [index for _, index in found] else []
-    if rule_of(node).adds and len(found) == 1:
-        before = _constants_of(node.inputs[1 - found[0][1]], {node}, size)
-        return [*before, *found] if before else []
+        return constants if operands[1:] == [index for _, index in constants] else []
+    if rule_of(node).adds and len(constants) == 1:
+        before = _constants_of(node.inputs[1 - constants[0][1]], {node}, size)
+        return [*before, *constants] if before else []
     part = _parting(node, size) if node.op_type == "Reshape" else None
     return _constants_of(part.inputs[0], {part}, size) if part else []
 

@@ -27,8 +27,8 @@ def infer_types(model: ir.Model) -> None:
     without_weights(copy)
     with contextlib.suppress(onnx.shape_inference.InferenceError):
         proto = onnx.shape_inference.infer_shapes(ir.to_proto(copy), data_prop=True)
-        for graph, found in zip(model.graphs(), ir.from_proto(proto).graphs(), strict=True):
-            inferred = values_by_name(found)
+        for graph, typed in zip(model.graphs(), ir.from_proto(proto).graphs(), strict=True):
+            inferred = values_by_name(typed)
             for name, value in values_by_name(graph).items():
                 value.type = inferred[name].type or value.type
                 if inferred[name].shape is not None:

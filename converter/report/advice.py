@@ -100,12 +100,12 @@ def _ratio(figures: Sequence[Figures]) -> float:
 
 
 def overall_advice(
-    nodes: Sequence[NodeFinding], found: Verification | None, settings: Config
+    nodes: Sequence[NodeFinding], verification: Verification | None, settings: Config
 ) -> Iterator[str]:
     """Sentences on the whole, the gravest first."""
-    if found and found.saturated:
+    if verification and verification.saturated:
         yield (
-            f"Saturation: the weights of {listed(found.saturated)} let kernels that add two "
+            f"Saturation: the weights of {listed(verification.saturated)} let kernels that add two "
             "products in 16 bits, those of x86 processors without VNNI, cut sums off; "
             f"{against_saturation(settings)}."
         )
@@ -122,7 +122,7 @@ def overall_advice(
     if costly:
         names = listed([node.name for node in costly])
         yield f"Most of the outputs' error comes from {names}: {_floats(settings)}."
-    if found and found.speedup is not None and found.speedup < 1:
+    if verification and verification.speedup is not None and verification.speedup < 1:
         other = "; WEIGHT_QUANT may do" if settings.mode != "WEIGHT_QUANT" else ""
         yield (
             "It is not faster here than the float model: few operators have integer kernels"

@@ -67,26 +67,26 @@ def write_reports(folder: Path, title: str, both: Both, given: Findings) -> Find
     folder.mkdir(parents=True, exist_ok=True)
     with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
         tables = Path(temporary)
-        found = findings(both, given, tables)
-        (tables / "summary.json").write_text(_summary(found), encoding="utf-8")
-        (tables / "report.html").write_text(page(found, title), encoding="utf-8")
+        told = findings(both, given, tables)
+        (tables / "summary.json").write_text(_summary(told), encoding="utf-8")
+        (tables / "report.html").write_text(page(told, title), encoding="utf-8")
         for old in folder.iterdir():
             if re.fullmatch(r"round_\d+\.csv", old.name):
                 old.unlink()
         for new in sorted(tables.iterdir()):
             new.replace(folder / new.name)
-    return found
+    return told
 
 
-def _summary(found: Findings) -> str:
+def _summary(told: Findings) -> str:
     """For programs; a number that is not finite is null."""
-    before, after = found.sizes
+    before, after = told.sizes
     content = {
-        "facts": dict(found.facts),
+        "facts": dict(told.facts),
         "bytes": {"before": before, "after": after},
-        "verification": asdict(found.verification) if found.verification else None,
-        "worst_nodes": [asdict(node) for node in found.ranked[:WORST]],
-        "advice": found.advice,
+        "verification": asdict(told.verification) if told.verification else None,
+        "worst_nodes": [asdict(node) for node in told.ranked[:WORST]],
+        "advice": told.advice,
     }
     finite = json.loads(json.dumps(content), parse_constant=lambda _: None)
     return json.dumps(finite, indent=2, ensure_ascii=False) + "\n"
@@ -105,11 +105,11 @@ def findings(both: Both, given: Findings, tables: Path | None = None) -> Finding
     totals: dict[Key, Figures] = {}
     outputs = [OUTPUTS]
     measured = rounds(both, data, count, shown.see)
-    for index, found in enumerate(both.watch.track(measured, "Measuring tensors", count)):
-        totals |= {key: _both(totals.get(key), x) for key, x in found.figures.items()}
+    for index, seen in enumerate(both.watch.track(measured, "Measuring tensors", count)):
+        totals |= {key: _both(totals.get(key), x) for key, x in seen.figures.items()}
         if tables:
-            write_table(tables / f"round_{index}.csv", round_rows(pairing.places, found.figures))
-            outputs += output_rows(index, found.outputs)
+            write_table(tables / f"round_{index}.csv", round_rows(pairing.places, seen.figures))
+            outputs += output_rows(index, seen.outputs)
     totals = {key: replace(figures, clip=figures.clip / count) for key, figures in totals.items()}
     threads = both.resources.threads
     by_itself = (
@@ -163,7 +163,7 @@ def _nodes(
     for place in pairing.places:
         places.setdefault(place.node, []).append(place)
     noise = {
-        name: 10 ** (-max(found.output.sqnr_db, -MOST_DB) / 10) for name, found in by_itself.items()
+        name: 10 ** (-max(cost.output.sqnr_db, -MOST_DB) / 10) for name, cost in by_itself.items()
     }
     whole = sum(noise.values()) or 1.0
     # Some tools name an operator on integers like the float one, with this word behind it.
@@ -172,10 +172,10 @@ def _nodes(
     )
     nodes = []
     for name, own_places in places.items():
-        found, unit = by_itself.get(name), result.plan.nodes.get(name)
+        cost, unit = by_itself.get(name), result.plan.nodes.get(name)
         node = _node(name, own_places, unit, totals)
-        if found:
-            node = replace(node, own=found.own, output=found.output, share=noise[name] / whole)
+        if cost:
+            node = replace(node, own=cost.own, output=cost.output, share=noise[name] / whole)
         inputs = [(place, totals[key_of(place)]) for place in own_places if key_of(place) in totals]
         advice = advice_for(node, inputs, name in saturated, result.settings)
         nodes.append(replace(node, advice=advice))

@@ -35,7 +35,7 @@ def provenance(job: Job, data: Dataset) -> dict[str, str]:
     its own SHA-256 in hexadecimal. Neither dates nor paths take part: equal inputs give equal
     bytes.
     """
-    found = {
+    properties = {
         "qconvert.version": __version__,
         "qconvert.mode": job.mode,
         "qconvert.model_sha256": sha256(job.model),
@@ -43,8 +43,8 @@ def provenance(job: Job, data: Dataset) -> dict[str, str]:
     }
     files = dict.fromkeys(path for index in range(len(data)) for path in data.files(index))
     if files:
-        found["qconvert.calibration_sha256"] = _sha256_of_lines(map(sha256, files))
-    return found
+        properties["qconvert.calibration_sha256"] = _sha256_of_lines(map(sha256, files))
+    return properties
 
 
 def _settings(config: Config) -> Iterator[str]:

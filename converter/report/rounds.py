@@ -102,7 +102,7 @@ def rounds(
     outputs = list(dict.fromkeys([*computed, *given]))
 
     def step(index: int) -> Round:
-        found, errors, sample = dict(constants), list[TensorError](), data.sample(index)
+        figures, errors, sample = dict(constants), list[TensorError](), data.sample(index)
         for places in parts:
             wanted = outputs if places is parts[0] else []
             read = dict.fromkeys(place.name for place in places if place.weight is None)
@@ -115,8 +115,8 @@ def rounds(
             for place in places:
                 array = x[place.name] if place.weight is None else place.weight
                 if _has_figures(array):
-                    found[key_of(place)] = figures_of(array, y.get(place.counterpart or ""))
-        return Round(found, tuple(errors))
+                    figures[key_of(place)] = figures_of(array, y.get(place.counterpart or ""))
+        return Round(figures, tuple(errors))
 
     yield from over_samples(min(count, len(data)), step, both.resources.threads)
 

@@ -66,13 +66,13 @@ def _cell(content: object) -> object:
     return content
 
 
-def round_rows(places: Sequence[Place], found: Mapping[Key, Figures]) -> Iterator[Row]:
+def round_rows(places: Sequence[Place], measured: Mapping[Key, Figures]) -> Iterator[Row]:
     """For every place the float tensor's row and, if the quantized model has the tensor, that of
     its floats there.
     """
     yield ROUND
     for place in places:
-        figures = found.get(key_of(place))
+        figures = measured.get(key_of(place))
         if figures is None:
             continue
         flag = "Output" if place.output else "Input"
@@ -96,11 +96,11 @@ def output_rows(index: int, outputs: Iterable[TensorError]) -> Iterator[Row]:
         yield index, error.name, error.cosine if error.compared else None
 
 
-def parameter_rows(places: Sequence[Place], found: Mapping[Key, Figures]) -> Iterator[Row]:
+def parameter_rows(places: Sequence[Place], measured: Mapping[Key, Figures]) -> Iterator[Row]:
     """Scale and zero point of everything that became integers, a row for every channel."""
     yield PARAMETERS
     for place in places:
-        figures, q = found.get(key_of(place)), place.qparams
+        figures, q = measured.get(key_of(place)), place.qparams
         if figures is None or q is None:
             continue
         elements, dims = math.prod(figures.shape), " ".join(map(str, figures.shape))

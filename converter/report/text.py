@@ -52,27 +52,29 @@ def summary_lines(outcome: Outcome, output: Path) -> Iterator[str]:
     yield f"Written to {output}"
 
 
-def verification_lines(found: Verification) -> Iterator[str]:
+def verification_lines(verification: Verification) -> Iterator[str]:
     """What running both models told."""
-    parts = _closeness(found.worst, found.agreement)
+    parts = _closeness(verification.worst, verification.agreement)
     parts += (
-        [] if found.top1 is None else [f"right answers {found.top1[0]:.1%} -> {found.top1[1]:.1%}"]
+        []
+        if verification.top1 is None
+        else [f"right answers {verification.top1[0]:.1%} -> {verification.top1[1]:.1%}"]
     )
-    yield f"Verified on {found.where}: {', '.join(parts) or 'no output can be compared'}."
-    if left_out := "; ".join(found.left_out):
+    yield f"Verified on {verification.where}: {', '.join(parts) or 'no output can be compared'}."
+    if left_out := "; ".join(verification.left_out):
         yield f"Not compared: {left_out}."
-    if found.here:
+    if verification.here:
         yield (
             "On this processor, whose 8-bit kernels saturate, the file gives other answers: "
-            f"{', '.join(_closeness(found.here.worst, found.here.agreement))}."
+            f"{', '.join(_closeness(verification.here.worst, verification.here.agreement))}."
         )
-    if found.speedup is not None:
+    if verification.speedup is not None:
         yield (
-            f"Speed {found.speedup:.2f} times the float model's, in ONNX Runtime on one thread "
-            "of this machine."
+            f"Speed {verification.speedup:.2f} times the float model's, in ONNX Runtime on one "
+            "thread of this machine."
         )
-    if found.kernels:
-        common = Counter(found.kernels).most_common()
+    if verification.kernels:
+        common = Counter(verification.kernels).most_common()
         more = f" and {len(common) - SHOWN} other kinds" if len(common) > SHOWN else ""
         yield f"ONNX Runtime executes {_counts(Counter(dict(common[:SHOWN])))}{more}."
 
@@ -83,12 +85,12 @@ def _closeness(worst: TensorError | None, agreement: float | None) -> list[str]:
     return parts + ([] if agreement is None else [f"same answer on {agreement:.1%}"])
 
 
-def comparison_lines(found: Findings) -> Iterator[str]:
+def comparison_lines(findings: Findings) -> Iterator[str]:
     """Size, verification, the nodes that cost most, and advice."""
-    yield _size_line(*found.sizes)
-    yield from verification_lines(found.verification) if found.verification else ()
-    costly = [node for node in found.ranked if node.share]
-    changed = [(node, node.own) for node in found.nodes if node.own]
+    yield _size_line(*findings.sizes)
+    yield from verification_lines(findings.verification) if findings.verification else ()
+    costly = [node for node in findings.ranked if node.share]
+    changed = [(node, node.own) for node in findings.nodes if node.own]
     if costly:
         yield "Nodes that cost the outputs most, each by itself (share of the error, bits):"
         yield from columns(
@@ -100,7 +102,7 @@ def comparison_lines(found: Findings) -> Iterator[str]:
         yield from columns(
             (f"  {short(n.name)}", f"{own.sqnr_db:.1f} dB", f"{n.bits} bits") for n, own in worst
         )
-    yield from (f"- {sentence}" for sentence in found.advice)
+    yield from (f"- {sentence}" for sentence in findings.advice)
 
 
 def short(name: str) -> str:

@@ -42,8 +42,8 @@ def divergence(reference: Sequence[object], other: Sequence[object]) -> float:
     else squared error over square; 1 for outputs of another shape.
     """
     pairs = map(side_by_side, reference, other)
-    found = [[1.0] if both is None else [_divergence(x, y) for x, y in both] for both in pairs]
-    return max(chain.from_iterable(found), default=0.0)
+    parts = [[1.0] if both is None else [_divergence(x, y) for x, y in both] for both in pairs]
+    return max(chain.from_iterable(parts), default=0.0)
 
 
 def _divergence(x: Array, y: Array) -> float:
@@ -108,9 +108,9 @@ class Search:
             return 1 - drop
 
         def attempt(n: int) -> int | None:
-            found = self.journal.once(f"cosine of step {n}", lambda: cosine(n))
-            self.fitter.watch.say(f"Attempt {n} of {most}: cosine {found:.5f}.")
-            return n if found >= self.wanted.min_cosine or n == most else None
+            cosine_of_n = self.journal.once(f"cosine of step {n}", lambda: cosine(n))
+            self.fitter.watch.say(f"Attempt {n} of {most}: cosine {cosine_of_n:.5f}.")
+            return n if cosine_of_n >= self.wanted.min_cosine or n == most else None
 
         return decide(fewest(most, attempt))
 
@@ -133,7 +133,7 @@ class Search:
         table += [budget.tradeoff(*pair) for pair in zip(tried, measured, strict=True)]
         best = tried[int(np.argmin(measured))]
         return fitter.fitted(self.plan.with_bits(best)), tuple(
-            sorted(table, key=lambda found: found.ratio)
+            sorted(table, key=lambda tradeoff: tradeoff.ratio)
         )
 
     def _budget(self) -> Budget:
@@ -146,9 +146,9 @@ class Search:
             for n, u in units
         }
         overhead = sum(
-            stored_bytes(0, len(x), WIDTHS[0]) for found in arrays.values() for x in found
+            stored_bytes(0, len(x), WIDTHS[0]) for weights in arrays.values() for x in weights
         )
-        sizes = {name: sum(x.size for x in found) for name, found in arrays.items()}
+        sizes = {name: sum(x.size for x in weights) for name, weights in arrays.items()}
         effects = self.journal.once("effects", self._effects)
         worth = {name: max(effects[name], SMALLEST_SCALE) * 4.0**MEASURED_BITS for name in sizes}
         return Budget(worth, sizes, weight_bytes(model), overhead)
@@ -171,14 +171,14 @@ class Search:
                 default=np.inf,
             )
             plan = self._on_a_part.fitted(self.plan.with_bits(widths))
-            found = self._divergence(plan)
-            if found < before:
+            loss = self._divergence(plan)
+            if loss < before:
                 self.keep(plan)
-            return found
+            return loss
 
-        found = self.journal.once(key, measure)
-        self.fitter.watch.say(f"{key} bits: divergence {found:.5f}.")
-        return found
+        loss = self.journal.once(key, measure)
+        self.fitter.watch.say(f"{key} bits: divergence {loss:.5f}.")
+        return loss
 
     @cached_property
     def _judges(self) -> int:

@@ -189,12 +189,13 @@ def chosen(aims: Array, weights: Array, fmt: IntFormat) -> Array:
 def compensated(
     weight: Array, scale: Array, moments: Array, grid: Grid, *, fixed: Array | None = None
 ) -> Array:
-    """Points of `weight` (groups, rows, columns) for `scale` (groups, rows): codes, or the levels
-    of a trellis.
+    """Points Q of `weight` W (groups, rows, columns) for `scale` s (groups, rows): codes, or the
+    levels of a trellis.
 
-    `moments` (groups, columns, columns) are E[x x'] of the inputs. Columns of large ones are
-    rounded first, pairs one after the other. `fixed`, as the weight, are points that are given, NaN
-    where they are to be found.
+    They are to make tr (W - s Q) H (W - s Q)' small, the output's squared error, where `moments` H
+    (groups, columns, columns) are E[x x'] of the inputs. Columns of large ones are rounded first,
+    pairs one after the other. `fixed`, as the weight, are points that are given, NaN where they are
+    to be found.
     """
     damping = DAMPING * np.einsum("gkk->g", moments) / moments.shape[1]
     columns = weight.shape[2]
@@ -223,8 +224,8 @@ def _order(diagonal: Array, width: int) -> Array:
 
 
 def _root(moments: Array, order: Array, damping: Array) -> Array:
-    """Upper triangular V with V V' = the ordered moments, `damping` (groups,) added; or one where
-    nothing comes in.
+    """Upper triangular V with V V' = H + d I, by Cholesky: H the moments in order, d the `damping`
+    (groups,), or 1 where nothing comes in.
     """
     turned = order[:, ::-1]
     damped = moments[np.arange(len(order))[:, None, None], turned[:, :, None], turned[:, None, :]]
@@ -234,10 +235,12 @@ def _root(moments: Array, order: Array, damping: Array) -> Array:
 
 
 def _sequential(scaled: Array, codes: Array, *, scale: Array, root: Array, grid: Grid) -> Array:
-    """Fills `codes` of `scaled` (columns, groups, rows), each column aimed at what makes up for the
-    errors e before it.
+    """Fills `codes` Q of `scaled` W / s (columns, groups, rows), each column aimed at what makes up
+    for the errors E before it.
 
-    The output error |V' e|^2 loses its k-th term where e_k = -sum of V_jk e_j / V_kk over j < k.
+    For k = 1, 2, ...: Q_k = round(W_k / s + C_k), E_k = W_k / s - Q_k, where C_k is the sum of
+    V_jk E_j / V_kk over j < k: at E_k = -C_k the output error |V' E|^2 loses its k-th term. Blocks
+    of columns are told of the errors before them at once, as in GPTQ.
     """
     diagonal = np.einsum("gkk->gk", root)
     ratio = root / diagonal[:, None, :]
@@ -284,8 +287,8 @@ def _fill(
     weights: Sequence[Array],
     grid: Grid,
 ) -> None:
-    """Codes of columns: `carried` is what they make up for, `ratio` (columns, columns, groups, 1)
-    what they hand on.
+    """The codes Q_k of a block's columns: `carried` is what of C_k comes from before it, `ratio`
+    V_jk / V_kk (columns, columns, groups, 1) hands the rest on.
 
     The first of a pair makes room for the second, which takes what is left.
     """
@@ -299,10 +302,10 @@ def _fill(
         elif limit is not None:
             low = np.maximum(low, -limit - codes[k - 1])
             high = np.minimum(high, limit - codes[k - 1])
-        found = (
+        point = (
             np.clip(np.rint(target), low, high)
             if limit is not None
             else chosen(target, weights[k], fmt)
         )
-        codes[k] = np.where(np.isnan(codes[k]), found, codes[k])
+        codes[k] = np.where(np.isnan(codes[k]), point, codes[k])
         aim[k + 1 :] += ratio[k, k + 1 :] * (scaled[k] - codes[k])

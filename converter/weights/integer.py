@@ -72,8 +72,8 @@ def rounded(
     """
     grid = Grid(wanted.format, wanted.pair_limit)
     importance = np.ones(matrix.shape[::2]) if inputs is None else inputs.importance
-    found = search_scales(matrix, importance, grid, wanted.axis is not None)
-    scale = np.maximum(found, least).astype(np.float32).astype(np.float64)
+    best = search_scales(matrix, importance, grid, wanted.axis is not None)
+    scale = np.maximum(best, least).astype(np.float32).astype(np.float64)
     if rounding.power_of_two:
         scale = np.exp2(np.ceil(np.log2(scale)))
     if inputs is None or not rounding.compensate or matrix.shape[2] > MOST_COMPENSATED:

@@ -37,8 +37,8 @@ class Journal:
                 json.dumps({"job": self.job, "known": self.known}), encoding="utf-8"
             )
             unfinished.replace(self.path)
-        found: T = self.known[name]
-        return found
+        result: T = self.known[name]
+        return result
 
     def close(self) -> None:
         """Removes the file, as the search has ended."""

@@ -236,7 +236,7 @@ def store_by_weights(
     """The plan with every weight fitted by itself, but for some; one that several nodes share is
     fitted once.
     """
-    found: dict[ir.Value, QuantizedWeight] = {}
+    fitted: dict[ir.Value, QuantizedWeight] = {}
     weights: dict[tuple[str, int], QuantizedWeight] = {}
     wanted = [
         (unit.name, weight, not_none(node.inputs[weight.index]))
@@ -245,9 +245,9 @@ def store_by_weights(
         if node.inputs[weight.index] not in but
     ]
     for name, weight, value in watch.track(wanted, "Fitting weights", len(wanted)):
-        if value not in found:
-            found[value] = fitted_alone(not_none(constant(value)), weight, storage)
-        weights[name, weight.index] = found[value]
+        if value not in fitted:
+            fitted[value] = fitted_alone(not_none(constant(value)), weight, storage)
+        weights[name, weight.index] = fitted[value]
     return replace(plan, stored=weights)
 
 

@@ -42,11 +42,11 @@ def smooth(
     weights = {
         name: np.concatenate(list(map(_weight, nodes)), axis=1) for name, nodes in readers.items()
     }
-    found = {
+    possible = {
         name: smoothing_factors(channels[name], weights[name], free=bool(linear_in(nodes)))
         for name, nodes in readers.items()
     }
-    factors = {name: values for name, values in found.items() if values is not None}
+    factors = {name: values for name, values in possible.items() if values is not None}
     watch.say(
         f"Channels that stand out in {len(factors)} of {len(readers)} tensors are moved into "
         "the weights."
@@ -82,5 +82,5 @@ def observe_channels(
         tensors = tapped.fetch(names, data.sample(index))
         return {name: channels_of(tensors[name]) for name in names}
 
-    found = list(over_samples(len(data), step, threads))
-    return {name: joined(sample[name] for sample in found) for name in names}
+    seen = list(over_samples(len(data), step, threads))
+    return {name: joined(sample[name] for sample in seen) for name in names}

@@ -59,16 +59,16 @@ def with_trained_weights(
             if bias is not None and tensor and tensor.group in plan.qparams
             else None
         )
-        found, how_much = rows.decided(own.wanted, bias, data)
+        weight, how_much = rows.decided(own.wanted, bias, data)
         kept.update({unit.name: how_much} if rows.scale.any() else {})
-        plan = plan.with_weights({unit.name: found}, {} if bias is None else {unit.name: bias})
+        plan = plan.with_weights({unit.name: weight}, {} if bias is None else {unit.name: bias})
     return plan, kept
 
 
 def tell_kept(kept: Mapping[str, Kept], watch: Watch) -> None:
     """Says how many weights are what training made them, and what the others lost."""
-    channels = sum(found.channels for found in kept.values())
-    anew = sum(found.anew for found in kept.values())
+    channels = sum(each.channels for each in kept.values())
+    anew = sum(each.anew for each in kept.values())
     if kept:
         watch.tell(
             f"Trained weights of {channels - anew} of {channels} channels are kept bit for bit."
@@ -158,10 +158,9 @@ def _as_taught(matrix: Array, codes: Array, trained: Array) -> tuple[Array, Arra
     power, scale = np.square(codes).sum(axis=2), trained[..., 0]
     ratio = np.divide((matrix * codes).sum(axis=2), power, out=scale.copy(), where=power > 0)
     right = np.abs(matrix - ratio[..., None] * codes).max(axis=2) <= CLOSE * np.abs(ratio)
-    found = np.where(np.abs(np.abs(ratio) - scale) <= SAME * scale, scale, np.abs(ratio))
-    return np.where(right, found, 0.0).astype(np.float32).astype(np.float64), codes * np.sign(
-        ratio
-    )[..., None]
+    size = np.where(np.abs(np.abs(ratio) - scale) <= SAME * scale, scale, np.abs(ratio))
+    size = np.where(right, size, 0.0).astype(np.float32).astype(np.float64)
+    return size, codes * np.sign(ratio)[..., None]
 
 
 def _recovered(row: Array) -> float:
@@ -219,8 +218,8 @@ def _rounded(
     """Codes and scales of rows (n, columns): at the scale they have, or at the best there is if
     that errs less.
     """
-    found = search_scales(matrix[None], np.ones((1, matrix.shape[1])), grid, per_channel)[0]
-    starts = np.where(scale > 0, scale, found), found
+    best = search_scales(matrix[None], np.ones((1, matrix.shape[1])), grid, per_channel)[0]
+    starts = np.where(scale > 0, scale, best), best
     tried = [np.maximum(start, floor).astype(np.float32).astype(np.float64) for start in starts]
     codes = [nearest(matrix / s[:, None], grid) for s in tried]
     errors = [
