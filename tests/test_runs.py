@@ -65,3 +65,17 @@ def test_a_conversion_opens_each_model_once(
     outside = [model for model, walks in sessions if not walks]
     assert len(outside) == len(set(outside)) == count
     assert (tmp_path / "reports").exists() == reports
+
+
+def test_what_reports_measure_is_not_measured_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    alone = convert(example(tmp_path)).errors
+    assert len(alone) > 5
+    assert sorted(alone, key=lambda error: error.sqnr_db) == list(alone)
+
+    def again(*_: object) -> None:
+        pytest.fail("tensors inside are compared a second time")
+
+    monkeypatch.setattr("converter.pipeline.convert.tensor_errors", again)
+    assert convert(example(tmp_path, debug_info_save_path=tmp_path / "reports")).errors == alone

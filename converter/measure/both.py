@@ -35,6 +35,14 @@ class Both:
         """Whether it has so many weights that only what is needed should be found out."""
         return weight_bytes(self.result.reference) > TIMED_BYTES
 
+    @property
+    def tensors(self) -> dict[str, str]:
+        """The outputs, and tensors inside of both models, by their float names; none without
+        data.
+        """
+        outputs = {name: name for name in self.reference.outputs}
+        return {**self.result.tensors, **outputs} if len(self.result.data) else {}
+
     @cached_property
     def reference(self) -> Opened:
         """The float model that outputs, and `result.tensors`, are held against."""

@@ -136,7 +136,7 @@ class TensorFinding:
 @dataclass(frozen=True)
 class Findings:
     """Everything a report says: `facts` are named figures in words, `advice` sentences on what to
-    do next.
+    do next, `errors` those of outputs and tensors inside, as far as they were measured on the way.
     """
 
     facts: Mapping[str, str]
@@ -145,6 +145,7 @@ class Findings:
     nodes: tuple[NodeFinding, ...] = ()
     tensors: tuple[TensorFinding, ...] = ()
     advice: tuple[str, ...] = ()
+    errors: tuple[TensorError, ...] = ()
 
     @property
     def ranked(self) -> list[NodeFinding]:

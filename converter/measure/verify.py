@@ -247,22 +247,18 @@ def _warn(
         )
 
 
-def tensor_errors(both: Both) -> tuple[TensorError, ...]:
-    """The error of every output and of every tensor inside that both models have, worst first; none
-    without data.
+def tensor_errors(both: Both) -> list[TensorError]:
+    """The error of each of `both.tensors`.
 
     These are the models as their files say, without the runtime's optimizations.
     """
-    data = both.result.data
-    if not len(data):
-        return ()
-    outputs = {name: name for name in both.reference.outputs}
-    found = errors_between(
+    if not both.tensors:
+        return []
+    return errors_between(
         both.reference,
         both.quantized,
-        data,
+        both.result.data,
         both.resources.threads,
-        tensors={**both.result.tensors, **outputs},
+        tensors=both.tensors,
         count=COMPARED_SAMPLES,
     )
-    return tuple(sorted(found, key=lambda error: error.sqnr_db))

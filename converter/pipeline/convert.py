@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 
 import numpy as np
@@ -21,7 +21,7 @@ from converter.graph.files import accepting
 from converter.graph.qdq import is_conversion
 from converter.job import Job, Watch
 from converter.measure.both import Both, paired
-from converter.measure.errors import independent_names, largest_difference
+from converter.measure.errors import TensorError, independent_names, largest_difference
 from converter.measure.results import Findings, Outcome
 from converter.measure.verify import tensor_errors, verify
 from converter.modes import MODES, full_quant
@@ -112,12 +112,11 @@ def _measured(job: Job, result: Quantized, sizes: tuple[int, int], watch: Watch)
     behind.attempt("It is not said what was changed", lambda: _tell(job, result, sizes, watch))
     inside = behind.attempt(UNREPORTED, lambda: paired(result, inside=bool(folder)))
     both = Both(result, inside or paired(result, inside=False), resources_of(job), watch)
-    labels, verification, errors = job.config.preprocess.label_file, None, None
+    labels, verification = job.config.preprocess.label_file, None
     if job.verify:
         verification = behind.attempt("The result is not verified", lambda: verify(both, labels))
     why = behind.reason if job.verify else "--verify=off"
-    if verification:
-        errors = behind.attempt("The tensors inside are not compared", lambda: tensor_errors(both))
+    errors: Sequence[TensorError] = ()
     if folder and inside:
 
         def report() -> Findings:
@@ -125,8 +124,15 @@ def _measured(job: Job, result: Quantized, sizes: tuple[int, int], watch: Watch)
             known = Findings(facts, sizes, verification)
             return write_reports(folder, job.output.name, both, known)
 
-        behind.attempt(UNREPORTED, report)
-    return Outcome(result.plan, *sizes, errors or (), verification, why)
+        reported = behind.attempt(UNREPORTED, report)
+        errors = reported.errors if reported else ()
+    if verification and not errors:
+        compared = behind.attempt(
+            "The tensors inside are not compared", lambda: tensor_errors(both)
+        )
+        errors = compared or ()
+    ranked = sorted(errors if verification else (), key=lambda error: error.sqnr_db)
+    return Outcome(result.plan, *sizes, tuple(ranked), verification, why)
 
 
 def _facts(job: Job, result: Quantized) -> dict[str, str]:

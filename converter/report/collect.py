@@ -20,10 +20,11 @@ from converter.calibrate.data import synthetic_data
 from converter.errors import ConfigError
 from converter.graph.edit import not_none
 from converter.measure.both import Both
-from converter.measure.errors import error_of
+from converter.measure.errors import Tally, error_of
 from converter.measure.pairing import Pairing, Place
 from converter.measure.results import Findings, NodeFinding, TensorFinding, Verification
 from converter.measure.sensitivity import RANKED_ON, Alone, alone
+from converter.measure.verify import COMPARED_SAMPLES
 from converter.plan.plan import NodePlan
 from converter.plan.result import Quantized
 from converter.prepare.fake_quant_ranges import span_of
@@ -103,10 +104,14 @@ def findings(both: Both, given: Findings, tables: Path | None = None) -> Finding
     count = len(data) if tables else min(len(data), SHOWN_SAMPLES)
     shown = _Shown(pairing, count // max(1, count // SHOWN_SAMPLES))
     totals: dict[Key, Figures] = {}
-    outputs = [OUTPUTS]
+    outputs, tallies = [OUTPUTS], list[list[Tally]]()
+    # What was trained is held against another float model.
+    pairs = both.tensors if both.reference is both.floats else {}
     measured = rounds(both, data, count, shown.see)
     for index, seen in enumerate(both.watch.track(measured, "Measuring tensors", count)):
         totals |= {key: _both(totals.get(key), x) for key, x in seen.figures.items()}
+        if index < COMPARED_SAMPLES:
+            tallies.append([seen.tally(*pair) for pair in pairs.items()])
         if tables:
             write_table(tables / f"round_{index}.csv", round_rows(pairing.places, seen.figures))
             outputs += output_rows(index, seen.outputs)
@@ -121,6 +126,7 @@ def findings(both: Both, given: Findings, tables: Path | None = None) -> Finding
         nodes=nodes,
         tensors=tuple(shown.findings()),
         advice=tuple(overall_advice(nodes, given.verification, result.settings)),
+        errors=tuple(map(error_of, pairs, np.sum(tallies, axis=0))),
     )
     if tables:
         write_table(tables / "output_summary.csv", outputs)

@@ -14,7 +14,7 @@ from calib.samples import Dataset
 from calib.workers import over_samples
 from converter.calibrate.runs import groups_within
 from converter.measure.both import Both
-from converter.measure.errors import APART, Tally, TensorError, error_of, tally
+from converter.measure.errors import APART, NOTHING, Tally, error_of, tally
 from converter.measure.pairing import Pairing, Place
 
 Summary = tuple[float, ...]
@@ -43,10 +43,15 @@ class Figures:
 
 @dataclass(frozen=True)
 class Round:
-    """One sample: the figures of every place, and the error of every output of the models."""
+    """One sample: the figures of every place, and the tally of every output of the models."""
 
     figures: Mapping[Key, Figures]
-    outputs: tuple[TensorError, ...]
+    outputs: Mapping[str, Tally]
+
+    def tally(self, name: str, there: str) -> Tally:
+        """That of a float tensor and of what stands for it in the quantized model."""
+        measured = self.figures.get((name, there))
+        return measured.tally if measured else self.outputs.get(name, NOTHING)
 
 
 def summary(x: Array) -> Summary:
@@ -102,21 +107,23 @@ def rounds(
     outputs = list(dict.fromkeys([*computed, *given]))
 
     def step(index: int) -> Round:
-        figures, errors, sample = dict(constants), list[TensorError](), data.sample(index)
+        figures, tallies, sample = dict(constants), dict[str, Tally](), data.sample(index)
         for places in parts:
             wanted = outputs if places is parts[0] else []
             read = dict.fromkeys(place.name for place in places if place.weight is None)
             counterparts = [place.counterpart for place in places if place.counterpart]
             x = floats.fetch([*read, *wanted], sample)
             y = quantized.fetch([*counterparts, *wanted], sample)
-            errors += [error_of(name, tally(x[name], y[name])) for name in wanted]
             for name in read:
                 see(index, name, x[name])
             for place in places:
                 array = x[place.name] if place.weight is None else place.weight
                 if _has_figures(array):
                     figures[key_of(place)] = figures_of(array, y.get(place.counterpart or ""))
-        return Round(figures, tuple(errors))
+            for name in wanted:
+                measured = figures.get((name, name))
+                tallies[name] = measured.tally if measured else tally(x[name], y[name])
+        return Round(figures, tallies)
 
     yield from over_samples(min(count, len(data)), step, both.resources.threads)
 

@@ -7,11 +7,12 @@ from __future__ import annotations
 import csv
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from itertools import starmap
 from pathlib import Path
 
 import numpy as np
 
-from converter.measure.errors import TensorError
+from converter.measure.errors import Tally, error_of
 from converter.measure.pairing import Place
 from converter.measure.results import NodeFinding
 from converter.report.rounds import Figures, Key, key_of
@@ -90,9 +91,9 @@ def round_rows(places: Sequence[Place], measured: Mapping[Key, Figures]) -> Iter
             )
 
 
-def output_rows(index: int, outputs: Iterable[TensorError]) -> Iterator[Row]:
+def output_rows(index: int, outputs: Mapping[str, Tally]) -> Iterator[Row]:
     """The cosine similarity of every graph output in a round; none where it cannot be compared."""
-    for error in outputs:
+    for error in starmap(error_of, outputs.items()):
         yield index, error.name, error.cosine if error.compared else None
 
 
