@@ -5,6 +5,7 @@ from __future__ import annotations
 import ast
 import sys
 from collections.abc import Iterator
+from functools import cache
 from graphlib import TopologicalSorter
 from pathlib import Path
 from typing import get_args
@@ -104,6 +105,12 @@ def calls_of(path: Path) -> set[str]:
             owner = node.func.value.id if isinstance(node.func.value, ast.Name) else ""
             found |= {f"{owner}.{node.func.attr}", f".{node.func.attr}"}
     return found
+
+
+@cache
+def attributes_of(path: Path) -> set[str]:
+    """The names behind dots that `path` reads: 'outputs' of `node.outputs[0]`."""
+    return {node.attr for node in ast.walk(tree_of(path)) if isinstance(node, ast.Attribute)}
 
 
 def callers_of(*names: str) -> set[str]:
@@ -257,6 +264,17 @@ def test_what_a_table_has_a_config_can_name(what):
         "converter/config/keys.py, and run docs/update_readme.py"
     )
     assert not missing, f"{alias} in converter/config/keys.py offers {missing}: add it to {place}"
+
+
+@pytest.mark.parametrize(
+    ("section", "key"), [(row.name, key) for row in keys.SECTIONS.values() for key in row.keys]
+)
+def test_every_key_is_read_where_it_takes_effect(section, key):
+    readers = {module for module, path in MODULES.items() if key in attributes_of(path)}
+    assert readers - {"converter.config.rules"}, (
+        f"nothing asks for `.{key}` of [{section}]: whoever sets it gets nothing for it. Read it "
+        "from the config where it decides"
+    )
 
 
 def test_every_file_of_range_methods_has_a_row():

@@ -11,6 +11,7 @@ import onnx_ir as ir
 
 from calib import CalibError
 from converter.calibrate.data import resources_of
+from converter.config.keys import QUANT_TYPES
 from converter.emit.half import store_constants_as_half
 from converter.emit.inferred import forget_inferred
 from converter.errors import ModelError, QConvertError
@@ -39,7 +40,6 @@ from converter.report.collect import check_folder, write_reports
 from converter.report.provenance import provenance
 
 INTEGER_ACTIVATIONS = {"FULL_QUANT", "DYNAMIC_QUANT"}
-QUANTIZING = {"FULL_QUANT", "WEIGHT_QUANT", "DYNAMIC_QUANT"}
 UNREPORTED = "There are no reports"
 # Float32 outputs may differ in their last bits after an opset conversion.
 RAISED_TOLERANCE = 1e-4
@@ -166,7 +166,7 @@ def _tell_of_nothing(job: Job, result: Quantized, sizes: tuple[int, int], watch:
     """Warns of a conversion that changes nothing, or makes the file no smaller."""
     before, after = sizes
     nodes = [node for node in result.plan.nodes.values() if not node.inside]
-    if job.mode in QUANTIZING and not any(node.quantized for node in nodes):
+    if job.mode in QUANT_TYPES and not any(node.quantized for node in nodes):
         heavy = [node for node in nodes if may_have_weight(node.op_type)] or nodes
         reasons = Counter(node.reason for node in heavy).most_common(1)
         why = "".join(f", as {reason} ({count} of {len(nodes)})" for reason, count in reasons)
