@@ -285,6 +285,12 @@ def test_every_file_of_range_methods_has_a_row():
     )
 
 
+def test_every_file_of_modes_has_a_row():
+    known = {vars(mode)["__name__"] for mode in MODES.values()}
+    files = {module for module in MODULES if module.startswith("converter.modes.")}
+    assert files == known, f"{files ^ known}: a mode is a file with a row of MODES beside it"
+
+
 def test_only_model_reads_and_writes_model_files():
     names = (
         "ir.save",
