@@ -25,7 +25,6 @@ CPU_PROVIDERS = ("CPUExecutionProvider",)
 
 def open_session(
     model: Path | bytes,
-    threads: int = 1,
     *,
     optimize: bool = True,
     providers: Sequence[str] = CPU_PROVIDERS,
@@ -38,7 +37,7 @@ def open_session(
     """
     options = ort.SessionOptions()
     options.log_severity_level = 4
-    options.intra_op_num_threads = threads
+    options.intra_op_num_threads = 1  # workers run samples side by side
     # Activations of varying size make the arena keep every size it ever saw.
     options.enable_cpu_mem_arena = False
     if not optimize:

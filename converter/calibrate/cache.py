@@ -4,7 +4,6 @@ to find ranges.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import tempfile
 import zlib
@@ -27,7 +26,7 @@ from converter.calibrate.observe import (
     observe,
     warn_of_oddities,
 )
-from converter.graph.files import serialized_parts
+from converter.graph.files import digest_of
 from converter.job import Resources, Watch
 from converter.version import __version__
 
@@ -120,10 +119,7 @@ def merge(parts: Sequence[Path], path: Path) -> None:
 
 def fingerprint_of(model: ir.Model, data: Dataset) -> str:
     """SHA-256 over this version, the data and the model."""
-    digest = hashlib.sha256(f"qconvert {__version__} {data.fingerprint()}".encode())
-    for part in serialized_parts(model):
-        digest.update(part)
-    return digest.hexdigest()
+    return digest_of(model, f"qconvert {__version__} {data.fingerprint()}")
 
 
 def _load(path: Path, fingerprint: str, watch: Watch) -> Evidence:

@@ -198,10 +198,16 @@ def channel_mean(x: Array, axis: int) -> Array:
         mean = np.asarray(inner.mean(axis=0, dtype=np.float64) if x.ndim > 1 else inner, np.float64)
     if np.isfinite(mean).all():
         return mean
-    rows = moved.swapaxes(0, 1).reshape(moved.shape[1], -1) if x.ndim > 1 else moved[:, None]
+    return finite_mean(
+        moved.swapaxes(0, 1).reshape(moved.shape[1], -1) if x.ndim > 1 else moved[:, None], 1
+    )
+
+
+def finite_mean(rows: Array, axis: int) -> Array:
+    """Mean over an axis of two, in float64, of the finite values; NaN where there is none."""
     finite = np.isfinite(rows)
-    total, count = rows.sum(axis=1, where=finite, dtype=np.float64), finite.sum(axis=1)
-    return np.asarray(np.divide(total, count, out=np.full(len(rows), np.nan), where=count > 0))
+    total, count = rows.sum(axis, np.float64, where=finite), finite.sum(axis)
+    return np.asarray(np.divide(total, count, out=np.full(count.shape, np.nan), where=count > 0))
 
 
 def activation_qparams(

@@ -21,7 +21,7 @@ from calib.samples import Dataset
 from calib.session import open_session, run
 from calib.workers import over_samples
 from converter.calibrate.exact import exact_here
-from converter.calibrate.observe import channel_mean
+from converter.calibrate.observe import channel_mean, finite_mean
 from converter.calibrate.runs import opened
 from converter.emit.integer_edges import feed_integers, hand_out_integers
 from converter.emit.qdq import emit
@@ -274,16 +274,8 @@ class Walk:
         view = view_of(self._nodes[unit.name], weight.shape, unit.weight.index)
         if view and view.input_axis is not None and name in self._codes:
             q, along = plan.params(name), view.input_axis
-            means = list(
-                over_samples(
-                    self.count,
-                    lambda i: channel_mean(self._store[i][name], along),
-                    self.threads,
-                )
-            )
-            return product_of_mean(
-                view, weight, (_mean(means) - float(q.zero_point)) * float(q.scale)
-            )
+            mean = self._mean(lambda i: channel_mean(self._store[i][name], along))
+            return product_of_mean(view, weight, (mean - float(q.zero_point)) * float(q.scale))
         model = self._product(unit, weight, plan)
         output = model.graph.outputs[0].name or ""
         session = open_session(serialized(exact_here(model)), optimize=False)
@@ -293,7 +285,11 @@ class Walk:
                 run(session, [output], {name: self._store[index][name]})[output], axis
             )
 
-        return _mean(list(over_samples(self.count, work, self.threads)))
+        return self._mean(work)
+
+    def _mean(self, work: Callable[[int], Array]) -> Array:
+        """The mean a channel over the samples that have one; NaN where none has."""
+        return finite_mean(np.stack(list(over_samples(self.count, work, self.threads))), 0)
 
     def _product(self, unit: NodePlan, weight: Array, plan: QuantPlan) -> ir.Model:
         """The unit's weighted node alone, without bias, on another weight and its quantized
@@ -346,14 +342,6 @@ class Walk:
             hand_out_integers(model.graph, name)
         # Integers need the runtime's fused kernels; of floats those differ between processors.
         return open_session(serialized(exact_here(model)), optimize=bool(self._codes))
-
-
-def _mean(means: Sequence[Array]) -> Array:
-    """The mean a channel over the samples that have one; NaN where none has."""
-    rows = np.stack(means)
-    known = np.isfinite(rows)
-    total, count = rows.sum(axis=0, where=known), known.sum(axis=0)
-    return np.asarray(np.divide(total, count, out=np.full(count.shape, np.nan), where=count > 0))
 
 
 def product_of_mean(view: View, weight: Array, mean: Array) -> Array:

@@ -116,14 +116,14 @@ class Section:
     keys: dict[str, Key]
 
 
-def _key(kind: Kind, meaning: str, default: Any = None, scope: Scope | None = None) -> Any:
+def _key(kind: Kind | None, meaning: str, default: Any = None, scope: Scope | None = None) -> Any:
     """A row: a field of its section's dataclass; without a scope it has the section's."""
     return field(default=default, metadata={"kind": kind, "meaning": meaning, "scope": scope})
 
 
 def _choice(meaning: str, default: Any = None, scope: Scope | None = None) -> Any:
     """A row whose field's type, a bool or a Literal, says which values there are."""
-    return field(default=default, metadata={"kind": None, "meaning": meaning, "scope": scope})
+    return _key(None, meaning, default, scope)
 
 
 @dataclass(frozen=True)

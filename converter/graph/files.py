@@ -353,7 +353,7 @@ def save(
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
-        data = f"{path.name}.{_fingerprint(model)}.data" if _is_large(model) else None
+        data = f"{path.name}.{digest_of(model)[:16]}.data" if _is_large(model) else None
         _write(model, Path(folder) / path.name, data)
         if UNCHECKED not in model.graph.meta:
             check(Path(folder) / path.name)
@@ -369,12 +369,12 @@ def save(
             other.unlink()
 
 
-def _fingerprint(model: ir.Model) -> str:
-    """16 hexadecimal digits of a hash over the whole model."""
-    digest = hashlib.sha256()
-    for part in serialized_parts(model):
+def digest_of(model: ir.Model, more: str = "") -> str:
+    """SHA-256 over more, and the whole model."""
+    digest = hashlib.sha256(more.encode())
+    for part in _parts(model):
         digest.update(part)
-    return digest.hexdigest()[:16]
+    return digest.hexdigest()
 
 
 def _is_large(model: ir.Model) -> bool:
@@ -460,8 +460,8 @@ def serialized(model: ir.Model) -> bytes:
     return bytes(ir.to_proto(ir.external_data.load_to_model(model)).SerializeToString())
 
 
-def serialized_parts(model: ir.Model) -> Iterator[bytes]:
-    """The graph and then every weight as bytes, for fingerprints: a model of any size."""
+def _parts(model: ir.Model) -> Iterator[bytes]:
+    """The graph and then every weight as bytes: a model of any size."""
     for graph in model.graphs():
         for node in graph:
             names = [v and v.name for v in (*node.inputs, *node.outputs)]

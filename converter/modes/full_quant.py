@@ -407,7 +407,7 @@ def _mixed_concats(plan: QuantPlan) -> dict[str, str]:
 
 def _require_full_integer(plan: QuantPlan, config: Config) -> None:
     """Raises ConfigError where the user wants no float node and there is one."""
-    left = [node for node in plan.nodes.values() if not node.quantized and not node.inside]
+    left = [node for node in plan.outside if not node.quantized]
     if config.full_quant.require_full_integer and left:
         listed = "; ".join(f"{node.name} ({node.op_type}): {node.reason}" for node in left)
         where = config.at("full_quant_param", "require_full_integer")

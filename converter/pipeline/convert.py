@@ -137,7 +137,7 @@ def _measured(job: Job, result: Quantized, sizes: tuple[int, int], watch: Watch)
 
 def _facts(job: Job, result: Quantized) -> dict[str, str]:
     """What was done, in words."""
-    nodes = [node for node in result.plan.nodes.values() if not node.inside]
+    nodes = result.plan.outside
     return {
         "Float model": job.model.name,
         "Calibration": f"{len(result.data)} samples" if len(result.data) else "no data",
@@ -165,7 +165,7 @@ def _tell_of_integers(result: Quantized, watch: Watch) -> None:
 def _tell_of_nothing(job: Job, result: Quantized, sizes: tuple[int, int], watch: Watch) -> None:
     """Warns of a conversion that changes nothing, or makes the file no smaller."""
     before, after = sizes
-    nodes = [node for node in result.plan.nodes.values() if not node.inside]
+    nodes = result.plan.outside
     if job.mode in QUANT_TYPES and not any(node.quantized for node in nodes):
         heavy = [node for node in nodes if may_have_weight(node.op_type)] or nodes
         reasons = Counter(node.reason for node in heavy).most_common(1)

@@ -82,23 +82,15 @@ def _layers(model: ir.Model, plans: Mapping[str, QuantPlan]) -> list[Row]:
             for x in constants
             if x is not None and x.size > 1 and (x.ndim > 1 or x.dtype.kind == "f")
         ]:
-            size = sum(array.nbytes for array in arrays)
             largest = max(arrays, key=lambda array: array.nbytes)
             row = {
                 "layer": node.name,
                 "operator": node.op_type,
                 "weights": list(largest.shape),
-                "bytes": size,
+                "bytes": sum(array.nbytes for array in arrays),
             }
-            rows.append(
-                {
-                    **row,
-                    **{
-                        mode: _becomes(plan.nodes.get(node.name or ""))
-                        for mode, plan in plans.items()
-                    },
-                }
-            )
+            own = {mode: plan.nodes.get(node.name or "") for mode, plan in plans.items()}
+            rows.append({**row, **{mode: _becomes(unit) for mode, unit in own.items()}})
     return rows
 
 
@@ -110,19 +102,16 @@ def _becomes(node: NodePlan | None) -> str:
 
 
 def _mode(name: str, plan: QuantPlan) -> Row:
-    counted = [node for node in plan.nodes.values() if not node.inside]
-    kinds = Counter(_becomes(node) for node in counted)
+    kinds = Counter(map(_becomes, plan.outside))
     return {
         "mode": name,
-        "nodes": len(counted),
+        "nodes": len(plan.outside),
         **{kind: kinds[kind] for kind in ("integer", "stored", "float")},
     }
 
 
 def _left(name: str, plan: QuantPlan) -> list[Row]:
-    left = Counter(
-        node.reason for node in plan.nodes.values() if not node.quantized and not node.inside
-    )
+    left = Counter(node.reason for node in plan.outside if not node.quantized)
     return [
         {"mode": name, "nodes": count, "reason": reason} for reason, count in left.most_common()
     ]

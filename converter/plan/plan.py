@@ -148,6 +148,11 @@ class QuantPlan:
         """The quantized nodes, in graph order."""
         return [node for node in self.nodes.values() if node.quantized]
 
+    @property
+    def outside(self) -> list[NodePlan]:
+        """The nodes that stand in no other node's subgraph."""
+        return [node for node in self.nodes.values() if not node.inside]
+
     def groups(self) -> dict[str, TensorPlan]:
         """The tensor each group is named by."""
         return {plan.group: self.tensors[plan.group] for plan in self.tensors.values()}

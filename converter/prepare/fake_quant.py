@@ -20,6 +20,7 @@ from converter.graph.edit import (
     Names,
     add_constant,
     constant,
+    input_at,
     not_none,
     operand,
     readers_of,
@@ -208,11 +209,11 @@ def _qparams(node: ir.Node) -> QParams | None:
     """
     codes = node.outputs[0] if is_quantize(node) else not_none(node.inputs[0])
     scale = not_none(node.inputs[1])
-    zero_point = node.inputs[2] if len(node.inputs) > 2 else None
+    zero_point = input_at(node, 2)
     kind = (codes if zero_point is None else zero_point).dtype
     if node.domain or scale.dtype != ir.DataType.FLOAT or kind is None or not kind.is_integer():
         return None
-    if len(node.inputs) > 2 and constant(zero_point) is None:
+    if zero_point is not None and constant(zero_point) is None:
         return None
     q = qparams_of(codes, scale, zero_point, node.attributes.get_int("axis", 1))
     return q and replace(q, zero_point=q.zero_point.astype(np.int64))

@@ -23,10 +23,10 @@ def full_axes(model: ir.Model) -> None:
 
 def _full_pads(node: ir.Node, names: Names) -> None:
     """Pad reads (begins, ends) of `axes`: zeros for all others."""
-    pads, axes, rank = operand(node, 1), operand(node, 3), _rank(node)
-    if pads is None or axes is None or rank is None:
+    pads, axes, shape = operand(node, 1), operand(node, 3), _shape(node)
+    if pads is None or axes is None or shape is None:
         return
-    full = np.zeros((2, rank), np.int64)
+    full = np.zeros((2, len(shape)), np.int64)
     full[:, axes] = pads.reshape(2, -1)
     replace_constant(node, 1, full.reshape(-1), names)
     node.resize_inputs(3)
@@ -34,14 +34,13 @@ def _full_pads(node: ir.Node, names: Names) -> None:
 
 def _full_scales(node: ir.Node, names: Names) -> None:
     """Resize reads factors, or sizes where all others are known, of `axes`."""
-    axes, rank = list(node.attributes.get_ints("axes", ())), _rank(node)
+    axes, shape = list(node.attributes.get_ints("axes", ())), _shape(node)
     policy = node.attributes.get_string("keep_aspect_ratio_policy", "stretch")
-    if not axes or rank is None or policy != "stretch":
+    if not axes or shape is None or policy != "stretch":
         return
-    shape = node.inputs[0].shape if node.inputs[0] is not None else None
-    sizes = [size if isinstance(size, int) else 0 for size in shape or ()]
+    sizes = [size if isinstance(size, int) else 0 for size in shape]
     fillers: dict[int, Array] = {
-        2: np.ones(rank, np.float32),
+        2: np.ones(len(sizes), np.float32),
         3: np.array(sizes, np.int64),
     }
     for index, full in fillers.items():
@@ -60,6 +59,5 @@ def _drop_plain_dilations(node: ir.Node) -> None:
         node.attributes.pop("dilations", None)
 
 
-def _rank(node: ir.Node) -> int | None:
-    shape = node.inputs[0].shape if node.inputs[0] is not None else None
-    return None if shape is None else shape.rank()
+def _shape(node: ir.Node) -> ir.Shape | None:
+    return node.inputs[0].shape if node.inputs[0] is not None else None

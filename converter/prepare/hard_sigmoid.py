@@ -83,63 +83,57 @@ def _spell_behind_product(node: ir.Node, names: Names) -> None:
     _replace(node, [node], [scaled, moved, clip], clip.outputs[0])
 
 
-def _name(clip: ir.Node) -> bool:
-    """Makes a HardSigmoid of `clip` and what belongs to it; False where it is none."""
+def _name(clip: ir.Node) -> None:
+    """Makes a HardSigmoid of `clip` and what belongs to it, where it is one."""
     low, high = operand(clip, 1), operand(clip, 2)
     if low is None or high is None or low.size != 1 or high.size != 1:
-        return False
+        return
     line, top = _line(not_none(clip.inputs[0])), float(high.item())
     if low.item() != 0 or not 0 < top < np.inf or not line.nodes:
-        return False
+        return
+    if (scaled := _scaled(clip, top)) is None:
+        return
+    nodes, name, x = scaled
+    gate = _hard_sigmoid(
+        line.source, line.slope / top, line.offset / top, name=clip.name or "", like=clip.outputs[0]
+    )
+    new = [gate]
+    if x is not None:
+        output = _like(nodes[0].outputs[0])
+        new.append(ir.node("Mul", [x, gate.outputs[0]], name=name, outputs=[output]))
+    _replace(nodes[0], [*nodes, *line.nodes], new, new[-1].outputs[0])
+
+
+_Scaled = tuple[list[ir.Node], str | None, ir.Value | None]
+
+
+def _scaled(clip: ir.Node, top: float) -> _Scaled | None:
+    """Where the upper bound `top` becomes 1: the nodes, last first, of clip(…), clip(…) / m,
+    x clip(…) / m or (x / m) clip(…), the product's name and x.
+    """
     if abs(top - 1) <= TOLERANCE:
-        gate = _gate(clip, line, top)
-        _replace(clip, [clip, *line.nodes], [gate], gate.outputs[0])
-        return True
+        return [clip], None, None
     follower = only_consumer(clip.outputs[0])
     if follower is None or follower.domain:
-        return False
-    return _divided(clip, line, top, follower) or _in_product(clip, line, top, follower)
+        return None
+    if _cancels(follower, clip.outputs[0], top):
+        return [follower, clip], None, None
+    if follower.op_type != "Mul":
+        return None
+    x = not_none(follower.inputs[1 if follower.inputs[0] is clip.outputs[0] else 0])
+    behind, before = only_consumer(follower.outputs[0]), x.producer()
+    if behind is not None and _cancels(behind, follower.outputs[0], top):
+        return [behind, follower, clip], follower.name, x
+    source = before.inputs[0] if before is not None and only_consumer(x) is follower else None
+    if before is None or source is None or not _cancels(before, source, top):
+        return None
+    return [follower, before, clip], follower.name, source
 
 
-def _divided(clip: ir.Node, line: _Line, top: float, follower: ir.Node) -> bool:
-    """clip(…) / m."""
-    factor = _factor(follower, clip.outputs[0])
-    if not _cancels(factor, top):
-        return False
-    gate = _gate(clip, line, top)
-    _replace(follower, [follower, clip, *line.nodes], [gate], gate.outputs[0])
-    return True
-
-
-def _in_product(clip: ir.Node, line: _Line, top: float, product: ir.Node) -> bool:
-    """x clip(…) / m or (x / m) clip(…)."""
-    if product.op_type != "Mul":
-        return False
-    index = 1 if product.inputs[0] is clip.outputs[0] else 0
-    other = not_none(product.inputs[index])
-    behind, before = only_consumer(product.outputs[0]), other.producer()
-    if behind is not None and _cancels(_factor(behind, product.outputs[0]), top):
-        gate = _gate(clip, line, top)
-        output = _like(behind.outputs[0])
-        new = ir.node("Mul", [other, gate.outputs[0]], name=product.name, outputs=[output])
-        _replace(behind, [behind, product, clip, *line.nodes], [gate, new], output)
-        return True
-    source = before.inputs[0] if before is not None and only_consumer(other) is product else None
-    if before is None or source is None or not _cancels(_factor(before, source), top):
-        return False
-    gate = _gate(clip, line, top)
-    new = ir.node(
-        "Mul",
-        [source, gate.outputs[0]],
-        name=product.name,
-        outputs=[_like(product.outputs[0])],
-    )
-    _replace(product, [product, before, clip, *line.nodes], [gate, new], new.outputs[0])
-    return True
-
-
-def _cancels(factor: float | None, top: float) -> bool:
-    return factor is not None and abs(factor * top - 1) <= TOLERANCE
+def _cancels(node: ir.Node, value: ir.Value, top: float) -> bool:
+    """Whether `node` divides `value` by `top`, and does nothing else."""
+    source, line = _step(node) or (None, Line())
+    return source is value and not line.shift and abs(line.factor * top - 1) <= TOLERANCE
 
 
 def _line(value: ir.Value) -> _Line:
@@ -152,12 +146,6 @@ def _line(value: ir.Value) -> _Line:
     inner = _line(source)
     offset = inner.offset * own.factor + own.shift
     return _Line(inner.source, inner.slope * own.factor, offset, (node, *inner.nodes))
-
-
-def _factor(node: ir.Node, value: ir.Value) -> float | None:
-    """What `node` multiplies `value` by, a number; None if it does something else."""
-    read = _step(node)
-    return None if read is None or read[0] is not value or read[1].shift else read[1].factor
 
 
 def _step(node: ir.Node) -> tuple[ir.Value, Line] | None:
@@ -173,16 +161,6 @@ def _step(node: ir.Node) -> tuple[ir.Value, Line] | None:
     numbers = [not_none(constant(value)) for value in others]
     plain = all(x.dtype == np.float32 and x.ndim <= rank and np.isfinite(x).all() for x in numbers)
     return read if numbers and plain else None
-
-
-def _gate(clip: ir.Node, line: _Line, top: float) -> ir.Node:
-    return _hard_sigmoid(
-        line.source,
-        line.slope / top,
-        line.offset / top,
-        name=clip.name or "",
-        like=clip.outputs[0],
-    )
 
 
 def _hard_sigmoid(

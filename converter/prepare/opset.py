@@ -15,6 +15,7 @@ from converter.graph.edit import (
     constant,
     graph_of,
     initializers_of,
+    input_at,
 )
 from converter.graph.files import MAKERS_OF_MAPS, first_line
 
@@ -105,7 +106,7 @@ def _as_resize(node: ir.Node, names: Names) -> None:
 
     Both take sample i of the output from i / scale, rounded down or, where they shrink, up.
     """
-    scales = node.inputs[1] if len(node.inputs) > 1 else None
+    scales = input_at(node, 1)
     if scales is None:
         numbers = np.array(node.attributes.pop("scales").as_floats(), np.float32)
         scales = add_constant(graph_of(node), names.fresh(f"{node.name}_scales"), numbers)

@@ -85,15 +85,13 @@ def _tensor(tensor: TensorFinding) -> dict[str, Any]:
         np.pad(tensor.counts, (0, -tensor.counts.size % together)).reshape(-1, together).sum(axis=1)
     )
     width = (tensor.high - tensor.low) / tensor.counts.size * together
-    numbers = {
+    return {
+        "name": tensor.name,
+        "node": tensor.node,
+        "bits": tensor.bits,
         "low": float(tensor.low),
         "width": float(width),
         "clipped": float(tensor.clipped),
-    }
-    words = {"name": tensor.name, "node": tensor.node, "bits": tensor.bits}
-    return {
-        **words,
-        **numbers,
         "range": [float(end) for end in tensor.range],
         "counts": counts.tolist(),
     }

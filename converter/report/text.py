@@ -34,7 +34,7 @@ def plan_lines(plan: QuantPlan) -> Iterator[str]:
 
 def summary_lines(outcome: Outcome, output: Path) -> Iterator[str]:
     """What was quantized, what was left and why, sizes, and where it hurts most."""
-    counted = [node for node in outcome.plan.nodes.values() if not node.inside]
+    counted = outcome.plan.outside
     quantized = Counter(node.op_type for node in counted if node.quantized)
     yield f"Quantized {sum(quantized.values())} of {len(counted)} nodes: {_counts(quantized)}."
     left = [node for node in counted if not node.quantized]
