@@ -68,6 +68,7 @@ MISTAKES = {
     (WEIGHT, "block_size"): [
         (bad, "power of two from 16 to 256") for bad in ("8", "48", "512", "x")
     ],
+    (WEIGHT, "table_bit_num"): [(bad, "integer from 1 to 16") for bad in ("0", "17", "x")],
     (FULL, "activation_quant_method"): [
         ("MINMAX_", "MAX_MIN, KL, REMOVAL_OUTLIER, PERCENTILE, MSE,")
     ],

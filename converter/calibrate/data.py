@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from dataclasses import fields
 
 import numpy as np
@@ -20,6 +21,10 @@ from converter.graph.edit import constant
 from converter.graph.files import default_inputs, fed_inputs
 from converter.job import Job, Resources, Watch, processors
 from converter.plan.ops import rule_of
+
+# Dimensions of a batch of images, and how many times as many pixels as tokens random samples have;
+# the least dimensions of a cache.
+IMAGE_AXES, PIXELS, CACHE_AXES = 4, 4, 3
 
 
 def open_data(
@@ -81,28 +86,71 @@ def resources_of(job: Job) -> Resources:
     return Resources(threads, common.providers or CPU_PROVIDERS, common.calibration_memory << 20)
 
 
+def token_data(model: ir.Model, count: int, length: int) -> Dataset:
+    """`count` samples of `length` random tokens, caches empty; none for a model that takes more
+    than integers and caches.
+    """
+    fed = fed_inputs(model)
+    integers = all(v.dtype is not None and v.dtype.is_integer() for v in fed if not _grows(v))
+    return synthetic_data(model, count, length) if fed and integers else Dataset((), (), ())
+
+
 def synthetic_data(model: ir.Model, count: int = 8, length: int = 1) -> Dataset:
     """Random samples: numbers from -1 to 1, or 0 and 1 where integers are wanted, or rows of the
-    table they index.
+    table they index; masks are 1 and positions count up.
 
-    A dynamic dimension becomes `length`, the first one 1.
+    A dynamic dimension becomes `length`, those of an image PIXELS times as much, the first one 1;
+    caches are empty.
     """
     rng, fixed = np.random.default_rng(0), default_inputs(model)
-    specs = [(spec_of(value), _rows_indexed(value) or 2) for value in fed_inputs(model)]
+    inputs = [(spec_of(value), value) for value in fed_inputs(model)]
 
     def sample() -> dict[str, Array]:
-        fed = dict(fixed)
-        for spec, rows in specs:
-            shape = [size or (length if axis else 1) for axis, size in enumerate(spec.shape)]
-            numbers = (
-                rng.uniform(-1, 1, shape)
-                if spec.dtype.kind == "f"
-                else rng.integers(0, rows, shape)
-            )
-            fed[spec.name] = numbers.astype(spec.dtype)
-        return fed
+        found = dict(fixed)
+        for spec, value in inputs:
+            shape = _shape(spec, _grows(value), length)
+            found[spec.name] = _random(spec, shape, _rows_indexed(value), rng).astype(spec.dtype)
+        return found
 
     return Dataset((), [(index, sample()) for index in range(count)], ())
+
+
+def _shape(spec: InputSpec, grows: Collection[int], length: int) -> list[int]:
+    """The sizes of an input whose axes `grows` are empty."""
+    open_size = length * PIXELS if len(spec.shape) == IMAGE_AXES and length > 1 else length
+    sizes = [size or (open_size if axis else 1) for axis, size in enumerate(spec.shape)]
+    return [0 if axis in grows else size for axis, size in enumerate(sizes)]
+
+
+def _random(
+    spec: InputSpec, shape: Sequence[int], rows: int | None, rng: np.random.Generator
+) -> Array:
+    if spec.dtype.kind == "f":
+        return rng.uniform(-1, 1, shape)
+    if rows is None and "mask" in spec.name:
+        return np.ones(shape)
+    if rows is None and "position" in spec.name:
+        return np.broadcast_to(np.arange(shape[-1] if shape else 1), shape)
+    return rng.integers(0, rows or 2, shape)
+
+
+def _grows(value: ir.Value) -> set[int]:
+    """The axes of an open size along which a cache is joined with what is new, or which its name
+    says is one.
+    """
+    shape = value.shape
+    if shape is None or shape.rank() < CACHE_AXES or value.dtype is None:
+        return set()
+    if value.dtype.is_integer():
+        return set()
+    readers = [use.node for use in value.uses()]
+    joined = {
+        node.attributes.get_int("axis", 0) % shape.rank()
+        for node in readers
+        if rule_of(node).joins and not node.domain
+    }
+    named = set(range(1, shape.rank())) if (value.name or "").startswith("past") else set()
+    return {axis for axis in joined | named if axis and not isinstance(shape[axis], int)}
 
 
 def _rows_indexed(value: ir.Value) -> int | None:

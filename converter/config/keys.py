@@ -254,6 +254,13 @@ class WeightQuantParam:
         scope=_STORED,
     )
 
+    table_bit_num: int = _key(
+        kinds.integer(1, 16, 8),
+        "Least bits of tables that rows are looked up in, and of a matrix that scores all rows of "
+        "one; a bit_num of 0 chooses them as well.",
+        8,
+    )
+
     @property
     def on_the_fly(self) -> bool:
         """Whether weights stay integers in memory."""

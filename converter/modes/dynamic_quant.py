@@ -17,7 +17,7 @@ import onnx_ir as ir
 from calib import CalibError
 from calib.affine import INT8_NARROW, UINT8
 from calib.samples import Dataset
-from converter.calibrate.data import open_data, resources_of, synthetic_data
+from converter.calibrate.data import open_data, resources_of, token_data
 from converter.calibrate.observe import Wanted, observe
 from converter.calibrate.walk import Walk
 from converter.emit.dynamic import emit_dynamic
@@ -148,10 +148,7 @@ def _smooth(
     place.
     """
     hint = "" if len(data) else "; give calibrate_path"
-    if not len(data) and all(
-        value.dtype is not None and value.dtype.is_integer() for value in model.graph.inputs
-    ):
-        data = synthetic_data(model, RANDOM_SAMPLES, RANDOM_LENGTH)
+    data = data if len(data) else token_data(model, RANDOM_SAMPLES, RANDOM_LENGTH)
     products = [unit for node in model.graph if _is_integer(unit := plan.nodes[node.name or ""])]
     try:
         smooth(model, products if len(data) else (), data, threads=resources.threads, watch=watch)

@@ -5,6 +5,7 @@ runs.
 from __future__ import annotations
 
 from collections import Counter
+from collections.abc import Collection
 from dataclasses import replace
 
 import onnx_ir as ir
@@ -17,9 +18,9 @@ from converter.config.keys import WeightQuantParam
 from converter.emit.dequantize import (
     NEWEST_OPSET,
     TYPES,
-    DequantizeWriter,
+    emit_dequantized,
+    opset_for,
     type_for,
-    type_of,
 )
 from converter.emit.planes import PlaneWriter
 from converter.emit.stored import emit_stored
@@ -27,7 +28,15 @@ from converter.errors import ModelError
 from converter.graph.edit import constant, nodes_of, not_none
 from converter.graph.files import accepting, refusal, save, saved
 from converter.job import Job, Watch
-from converter.plan.ops import bias_add, rule_of, takes_weight, unusable, weights_of
+from converter.plan.ops import (
+    bias_add,
+    picks_rows,
+    rule_of,
+    takes_weight,
+    unusable,
+    weights_of,
+    words_of,
+)
 from converter.plan.placement import Wishes, skipped
 from converter.plan.plan import (
     Granularity,
@@ -58,8 +67,9 @@ def make_plan(prepared: Prepared, job: Job) -> QuantPlan:
 
 def _plan_of(model: ir.Model, job: Job) -> QuantPlan:
     nodes: dict[str, NodePlan] = {}
+    words = words_of(model)
     for node in nodes_of(model):
-        unit = nodes.setdefault(node.name or "", _node_plan(node, job))
+        unit = nodes.setdefault(node.name or "", _node_plan(node, words, job))
         for name in unit.absorbed:
             nodes[name] = NodePlan(
                 name, "Add", False, f"computed inside {unit.name}", inside=unit.name
@@ -165,9 +175,9 @@ def _emitted(model: ir.Model, plan: QuantPlan, newest: int | None) -> ir.Model:
     if newest is None:
         emit_stored(quantized, plan, PlaneWriter(quantized))
         return quantized
-    types = [type_of(weight, newest) for weight in plan.stored.values()]
-    quantized = raise_opset(quantized, max((opset for _, opset in types), default=0))
-    emit_stored(quantized, plan, DequantizeWriter(quantized, newest))
+    opsets = [opset_for(weight, newest) for weight in plan.stored.values()]
+    quantized = raise_opset(quantized, max(opsets, default=0))
+    emit_dequantized(quantized, plan, newest)
     return quantized
 
 
@@ -207,9 +217,12 @@ def _data(model: ir.Model, job: Job, watch: Watch) -> Dataset:
     return synthetic_data(model)
 
 
-def _node_plan(node: ir.Node, job: Job) -> NodePlan:
+def _node_plan(node: ir.Node, words: Collection[ir.Value], job: Job) -> NodePlan:
     common, name, axes = job.config.common, node.name or "", weights_of(node)
-    weights = [_weight_plan(node, index, axis, job) for index, axis in axes.items()]
+    weights = [
+        _weight_plan(node, index, axis, bits=_bits(node.inputs[index] in words, job), job=job)
+        for index, axis in axes.items()
+    ]
     reasons = (_obstacle(node, weight, job) for weight in weights)
     wishes = Wishes(common.skip_quant_node, common.skip_quant_type)
     reason = skipped(node, wishes) or next(
@@ -223,15 +236,26 @@ def _node_plan(node: ir.Node, job: Job) -> NodePlan:
         name,
         node.op_type,
         quantized=True,
-        reason=(
-            "weights stored in "
-            f"{f'{common.bit_num} bits' if common.bit_num else 'as few bits as they need'}"
-        ),
+        reason=_reason(weights[0].format.bits, common.bit_num),
         inputs=(data.name or "",),
         absorbed=(add.name or "",) if add else (),
         weight=weights[0],
         further=tuple(weights[1:]),
     )
+
+
+def _reason(bits: int, wanted: int) -> str:
+    if not wanted:
+        return "weights stored in as few bits as they need"
+    why = "" if bits == wanted else ", as table_bit_num asks for: a table of words or their scores"
+    return f"weights stored in {bits} bits{why}"
+
+
+def _bits(of_words: bool, job: Job) -> int:
+    """The width of a weight, 0 where it is to be found."""
+    wanted = job.config.common.bit_num
+    least = job.config.weight_quant.table_bit_num if wanted and of_words else 0
+    return max(wanted, least)
 
 
 def _without_weight(node: ir.Node) -> str:
@@ -243,7 +267,7 @@ def _without_weight(node: ir.Node) -> str:
     return "no constant weight"
 
 
-def _weight_plan(node: ir.Node, index: int, axis: int | None, job: Job) -> WeightPlan:
+def _weight_plan(node: ir.Node, index: int, axis: int | None, *, bits: int, job: Job) -> WeightPlan:
     wanted = job.config.weight_quant
     value = node.inputs[index]
     array = constant(node.inputs[index])
@@ -252,13 +276,15 @@ def _weight_plan(node: ir.Node, index: int, axis: int | None, job: Job) -> Weigh
     granularity: Granularity = PerTensor()
     if axis is not None and wanted.per_channel:
         granularity = _along(node, array.shape, axis % array.ndim, wanted.block_size)
-    fmt = IntFormat(job.config.common.bit_num or UNKNOWN_BITS, signed=False)
+    fmt = IntFormat(bits or UNKNOWN_BITS, signed=False)
     return WeightPlan(value.name or "", index, fmt, granularity)
 
 
 def _along(node: ir.Node, shape: tuple[int, ...], axis: int, size: int | None) -> Granularity:
-    """In blocks of `size` where a channel is a whole number of them in a matrix product."""
-    is_matrix = len(shape) == 2 and rule_of(node).product
+    """In blocks of `size` where a channel is a whole number of them, in a matrix product or a
+    table of rows.
+    """
+    is_matrix = len(shape) == 2 and (rule_of(node).product or picks_rows(node))
     if size and is_matrix and shape[1 - axis] % size == 0:
         return PerBlock(axis, size)
     return PerAxis(axis)

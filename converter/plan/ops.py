@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -21,6 +21,7 @@ from calib.affine import Array
 from converter.graph.edit import (
     constant,
     input_at,
+    nodes_of,
     not_none,
     only_consumer,
     operand,
@@ -32,6 +33,9 @@ from converter.plan.matrices import View, conv_view, no_view, product_view
 Obstacle = Callable[[ir.Node], str | None]
 Axis = Callable[[ir.Node], int | None]
 Row = TypeVar("Row")
+
+# How many times as high as wide a table of words is at the least.
+WORDS = 2
 
 
 @dataclass(frozen=True)
@@ -425,6 +429,35 @@ def weights_of(node: ir.Node) -> dict[int, int | None]:
         for index, array in arrays.items()
         if array is not None and array.dtype == np.float32 and array.ndim > 1
     }
+
+
+def picks_rows(node: ir.Node) -> bool:
+    """Whether `node` picks rows of a constant matrix."""
+    own = rule_of(node)
+    table = operand(node, 0) if own.looks_up and own.picks[0](node) == 0 else None
+    return table is not None and table.ndim == 2
+
+
+def words_of(model: ir.Model) -> set[ir.Value]:
+    """Tables of words: matrices that rows are picked of, and those of products that score every
+    row of one, with the table itself or another matrix of its sizes.
+    """
+    nodes = nodes_of(model)
+    tables = {not_none(node.inputs[0]) for node in nodes if picks_rows(node)}
+    sizes = {not_none(constant(table)).shape for table in tables}
+    products = [node for node in nodes if rule_of(node).product]
+    return tables | {not_none(node.inputs[1]) for node in products if _scores(node, sizes)}
+
+
+def _scores(product: ir.Node, tables: Collection[tuple[int, ...]]) -> bool:
+    """Whether it has an output for every row of a table: tables of words are high, others, as of
+    positions, may have the sizes of any weight.
+    """
+    array = operand(product, 1)
+    if array is None or array.ndim != 2:
+        return False
+    rows, columns = array.shape if is_transposed(product) else array.shape[::-1]
+    return (rows, columns) in tables and rows >= WORDS * columns
 
 
 # --- operators on integers

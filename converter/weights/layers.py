@@ -29,6 +29,7 @@ from converter.plan.plan import NodePlan, PerBlock, QuantizedWeight, QuantPlan
 from converter.plan.units import Weighted, bias_of, planned, weighted_of
 from converter.weights import integer, stored
 from converter.weights.gptq import helps_everywhere
+from converter.weights.importance import importance_of
 from converter.weights.integer import Rounding, least_scales
 from converter.weights.moments import usable, usable_of
 from converter.weights.stored import Storage, fitted_alone, fitted_to_outputs
@@ -202,14 +203,23 @@ class Fitter:
         were float.
         """
         if not self.storage.by_outputs:
-            return store_by_weights(self.model, plan, self.storage, watch=self.watch)
+            return self._by_weights(plan)
         layers = _StoredLayers(self, plan, alone)
         plan = self._told_of_blind(plan, layers.seen)
         # What others read too, as a lookup does a tied table, may be needed before its product is
         # decided.
         but = [value for value in layers.seen if len(value.uses()) == 1]
-        plan = store_by_weights(self.model, plan, self.storage, watch=self.watch, but=but)
+        plan = self._by_weights(plan, but)
         return in_turn(layers.walks, plan, layers.decide, self.watch)
+
+    def _by_weights(self, plan: QuantPlan, but: Collection[ir.Value] = ()) -> QuantPlan:
+        counts: Mapping[ir.Value, Array] = {}
+        if self.storage.integer_zero:
+            threads = self.resources.threads
+            counts = importance_of(self.model, plan, self.data, threads=threads, watch=self.watch)
+        return store_by_weights(
+            self.model, plan, self.storage, watch=self.watch, but=but, counts=counts
+        )
 
     def _told_of_blind(self, plan: QuantPlan, seen: Collection[ir.Value]) -> QuantPlan:
         """The plan whose reasons say which weights are rounded without data, as no walk sees what
@@ -232,10 +242,12 @@ def store_by_weights(
     *,
     watch: Watch,
     but: Collection[ir.Value] = (),
+    counts: Mapping[ir.Value, Array] | None = None,
 ) -> QuantPlan:
     """The plan with every weight fitted by itself, but for some; one that several nodes share is
-    fitted once.
+    fitted once. `counts` is of some what each column counts.
     """
+    known = counts or {}
     fitted: dict[ir.Value, QuantizedWeight] = {}
     weights: dict[tuple[str, int], QuantizedWeight] = {}
     wanted = [
@@ -246,7 +258,8 @@ def store_by_weights(
     ]
     for name, weight, value in watch.track(wanted, "Fitting weights", len(wanted)):
         if value not in fitted:
-            fitted[value] = fitted_alone(not_none(constant(value)), weight, storage)
+            array = not_none(constant(value))
+            fitted[value] = fitted_alone(array, weight, storage, known.get(value))
         weights[name, weight.index] = fitted[value]
     return replace(plan, stored=weights)
 

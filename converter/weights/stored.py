@@ -16,6 +16,7 @@ from converter.plan.plan import (
     QuantizedWeight,
     WeightPlan,
 )
+from converter.weights import block_grids
 from converter.weights.gptq import kept_weights
 from converter.weights.grids import Grids, Rows, fit, with_variance
 from converter.weights.moments import second_moments
@@ -45,8 +46,12 @@ class Storage:
     max_error: float | None = None
 
 
-def fitted_alone(weight: Array, wanted: WeightPlan, storage: Storage) -> QuantizedWeight:
-    """The weight fitted to itself."""
+def fitted_alone(
+    weight: Array, wanted: WeightPlan, storage: Storage, importance: Array | None = None
+) -> QuantizedWeight:
+    """The weight fitted to itself; `importance` tells how much each of its columns counts."""
+    if storage.integer_zero and storage.max_error is None and wanted.axis is not None:
+        return block_grids.fitted(weight, wanted, importance)
     matrix = plain_matrix(weight, wanted.axis)
     if isinstance(wanted.granularity, PerBlock):
         matrix = matrix.reshape(1, -1, wanted.granularity.size)  # blocks have grids of their own
