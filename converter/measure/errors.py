@@ -24,6 +24,8 @@ from converter.errors import ModelError
 from converter.graph.dimensions import name_apart, shared_names, told_apart
 
 TIMED_SECONDS, LEAST_SECONDS = 0.1, 1e-3
+# A cosine similarity that is called a loss, and dB of what stands out: its error is half as large.
+LOST_COSINE, LOST_DB = 0.95, 6.0
 # What two tensors x and y have in common, numbers that sum up over samples: the inner products
 # xx, yy, xy and that of the difference with itself over values that are finite in both, and the
 # counts of a TensorError.
@@ -34,6 +36,27 @@ LARGEST = 1e75
 
 
 @dataclass(frozen=True)
+class Few:
+    """The few values of a tensor that stand out: how alike they are, measured from the median they
+    stand out from, and which `share` of all squared distances from it they hold.
+    """
+
+    cosine: float
+    sqnr_db: float
+    share: float
+
+    @property
+    def lost(self) -> bool:
+        """Whether they miss half of their height, and may be on the background's side."""
+        return self.sqnr_db < LOST_DB
+
+    @property
+    def decides(self) -> bool:
+        """Whether all others are background, whose noise tells nothing."""
+        return self.share > 0.5
+
+
+@dataclass(frozen=True)
 class TensorError:
     """How a quantized tensor differs from the float one over all samples compared.
 
@@ -41,7 +64,8 @@ class TensorError:
     has as a finite number, or which are other infinities. `infinite` is the number of values that
     are the same infinity in both, `undefined` that of those that are NaN in the float model, and
     `apart` that of samples in which the two have other shapes. Texts count as numbers do, 1 for the
-    text and 0 for all others.
+    text and 0 for all others. `where` says which slice of the tensor it is, empty for all of it;
+    `few` are the values that stand out, None where none do or nobody looked.
     """
 
     name: str
@@ -52,6 +76,20 @@ class TensorError:
     infinite: int = 0
     undefined: int = 0
     apart: int = 0
+    where: str = ""
+    few: Few | None = None
+
+    @property
+    def title(self) -> str:
+        """Its name in quotes, and which slice it is."""
+        return f"'{self.name}', {self.where}" if self.where else f"'{self.name}'"
+
+    @property
+    def ruined(self) -> bool:
+        """Whether its few answers are lost or, where there are not only few, its whole."""
+        if self.few and self.few.lost:
+            return True
+        return self.cosine < LOST_COSINE and not (self.few and self.few.decides)
 
     @property
     def left_out(self) -> int:
@@ -153,12 +191,18 @@ def error_of(name: str, total: Iterable[float]) -> TensorError:
     # Noise where there should be nothing is the worst there is.
     ratio = xx / noise if noise else np.inf
     sqnr = 10 * np.log10(ratio) if ratio > 0 else -np.inf
-    return TensorError(name, float(cosine), float(sqnr), *map(int, counts))
+    infinite, undefined, apart = map(int, counts[2:])
+    return TensorError(
+        name, float(cosine), float(sqnr), int(compared), int(lost), infinite, undefined, apart
+    )
 
 
 def worst_of(errors: Iterable[TensorError]) -> TensorError | None:
-    """The one with the least cosine similarity of those that could be compared."""
-    return min((e for e in errors if e.compared), key=lambda error: error.cosine, default=None)
+    """The one with the least cosine similarity of those that could be compared, ruined ones
+    first.
+    """
+    compared = (error for error in errors if error.compared)
+    return min(compared, key=lambda error: (not error.ruined, error.cosine), default=None)
 
 
 def speedup(reference: Opened, other: Opened, sample: Sample) -> float | None:

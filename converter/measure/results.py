@@ -27,9 +27,10 @@ class Here:
 class Verification:
     """Both models run on the same samples.
 
-    `held_back` says whether calibration saw none of the samples; `fused_difference` is the largest
-    difference between the quantized model with and without the runtime's optimizations, relative to
-    the output's largest value; `speedup`, `top1` and `agreement` (shares from 0 to 1) are None
+    `slices` are the parts of those outputs that hold values of different sizes. `held_back` says
+    whether calibration saw none of the samples; `fused_difference` is the largest difference
+    between the quantized model with and without the runtime's optimizations, relative to the
+    output's largest value; `speedup`, `top1` and `agreement` (shares from 0 to 1) are None
     where they were not measured. `kernels` counts the operators that the runtime really executes by
     name, `conversions` names the Q/DQ nodes among them that stayed on their own, and `saturated`
     the nodes whose weights let kernels of some processors that the model is for saturate. `random`
@@ -49,11 +50,25 @@ class Verification:
     saturated: tuple[str, ...]
     random: bool = False
     here: Here | None = None
+    slices: tuple[TensorError, ...] = ()
+
+    @property
+    def judged(self) -> list[TensorError]:
+        """The errors of outputs and, in place of those that hold several kinds of values, of their
+        slices.
+        """
+        cut = {part.name for part in self.slices}
+        return [*(error for error in self.outputs if error.name not in cut), *self.slices]
 
     @property
     def worst(self) -> TensorError | None:
-        """The output that is least like the float model's."""
-        return worst_of(self.outputs)
+        """The output, or slice, that is least like the float model's."""
+        return worst_of(self.judged)
+
+    @property
+    def cosine(self) -> float | None:
+        """The least cosine similarity of an output or slice."""
+        return min((error.cosine for error in self.judged if error.compared), default=None)
 
     @property
     def left_out(self) -> Iterator[str]:
@@ -89,8 +104,7 @@ def figures_of(
     """
     if verification is None:
         return Figures(before, after, unmeasured=why)
-    cosine = verification.worst.cosine if verification.worst else None
-    return Figures(before, after, cosine, verification.agreement, verification.speedup)
+    return Figures(before, after, verification.cosine, verification.agreement, verification.speedup)
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
@@ -35,6 +36,7 @@ from converter.measure.errors import (
 )
 from converter.measure.results import Here, Verification
 from converter.measure.sensitivity import read_labels
+from converter.measure.slices import SHARE, comparable, few_of, judged_apart
 from converter.plan.ops import draws
 from converter.plan.result import Quantized
 
@@ -43,9 +45,8 @@ from converter.plan.result import Quantized
 VERIFIED_SAMPLES, PLAIN_SAMPLES, COMPARED_SAMPLES = 16, 4, 4
 # The size of open dimensions in random samples: tokens of a sentence.
 RANDOM_LENGTH = 16
-# What is called slower and not noise, a cosine similarity called a loss, and dB that optimizations
-# may cost.
-SLOWER, LOST_COSINE, LOST_DB = 0.95, 0.95, 3.0
+# What is called slower and not noise, and dB that optimizations may cost.
+SLOWER, FUSED_DB = 0.95, 3.0
 # Above this there are but the last bits of float32, which sums in another order change.
 LAST_BITS_DB = 110.0
 # All outputs of each sample.
@@ -83,12 +84,13 @@ def verify(both: Both, label_file: Path | None) -> Verification:
         data = synthetic_data(result.reference)
         seen = _run(both, data)
     plain = _outputs(both.quantized, data, PLAIN_SAMPLES, both) if len(seen.before) > 1 else []
-    after = _tallies(seen.before, seen.after)
     answers = _answers(seen.before, seen.after)
+    outputs, slices = _judged(seen.names, seen.before, seen.after)
     found = Verification(
         samples=len(seen.before),
         held_back=held_back,
-        outputs=_errors(seen.names, after),
+        outputs=outputs,
+        slices=slices,
         fused_difference=_difference(plain, seen.after),
         speedup=seen.speedup,
         top1=_top1(answers, data, label_file, watch),
@@ -99,7 +101,8 @@ def verify(both: Both, label_file: Path | None) -> Verification:
         random=not len(result.data),
         here=_here(seen),
     )
-    fused = [_errors(seen.names, x) for x in (after[: len(plain)], _tallies(seen.before, plain))]
+    samples = seen.after[: len(plain)], plain
+    fused = [_errors(seen.names, _tallies(seen.before, x)) for x in samples]
     _warn(found, list(zip(*fused, strict=True)), result, watch)
     return found
 
@@ -151,6 +154,20 @@ def _errors(names: Sequence[str], tallies: list[list[Tally]]) -> tuple[TensorErr
     return tuple(map(error_of, names, np.sum(tallies, axis=0))) if tallies else ()
 
 
+def _judged(
+    names: Sequence[str], before: Outputs, after: Outputs
+) -> tuple[tuple[TensorError, ...], tuple[TensorError, ...]]:
+    """The error of every output over all samples, and of slices that are judged apart."""
+    outputs, slices = list[TensorError](), list[TensorError]()
+    for number, name in enumerate(names):
+        pairs = [(x[number], y[number]) for x, y in zip(before, after, strict=True)]
+        alike = [pair for pair in pairs if comparable(*pair)]
+        error = error_of(name, np.sum([tally(*pair) for pair in pairs], axis=0))
+        outputs.append(replace(error, few=few_of(alike)))
+        slices += judged_apart(name, alike)
+    return tuple(outputs), tuple(slices)
+
+
 def _extents(first: Outputs, second: Outputs) -> list[tuple[float, float]]:
     """The largest value and difference of every output, in the samples that both have."""
     samples = zip(first, second, strict=False)
@@ -188,7 +205,7 @@ def _here(seen: _Seen) -> Here | None:
     """What the outputs here tell, None where they are those of exact kernels."""
     if seen.here is seen.after:
         return None
-    worst = worst_of(_errors(seen.names, _tallies(seen.before, seen.here)))
+    worst = worst_of(chain(*_judged(seen.names, seen.before, seen.here)))
     if worst is None or not any(difference for _, difference in _extents(seen.after, seen.here)):
         return None
     return Here(worst, _agreement(_answers(seen.before, seen.here)))
@@ -236,25 +253,34 @@ def _warn(
             "differ from run to run, and the figures compare different draws."
         )
     for error, plain in () if drawing else fused:
-        if error.sqnr_db < min(plain.sqnr_db, LAST_BITS_DB) - LOST_DB:
+        if error.sqnr_db < min(plain.sqnr_db, LAST_BITS_DB) - FUSED_DB:
             watch.warn(
                 f"The runtime's integer kernels disagree with the model: output '{error.name}' has "
                 f"{error.sqnr_db:.1f} dB, and {plain.sqnr_db:.1f} dB without optimizations."
             )
     worst = found.worst
-    if worst is not None and worst.cosine < LOST_COSINE and not drawing:
+    if worst is not None and worst.ruined and not drawing:
         reports = result.settings.common.debug_info_save_path
         where = f"{reports} shows" if reports else "set debug_info_save_path to see"
-        watch.warn(
-            f"Output '{worst.name}' is only {worst.cosine:.4f} like the float model's (cosine "
-            f"similarity): {where} which nodes cost most."
-        )
+        others = [error.title for error in found.judged if error.ruined and error is not worst]
+        also = f", and {len(others)} more, first {others[0]}," if others else ""
+        watch.warn(f"Output {worst.title}{also} is {_loss(worst)}: {where} which nodes cost most.")
     if found.saturated:
         watch.warn(
             f"The weights of {len(found.saturated)} nodes, first {found.saturated[0]}, can "
             "overflow 16-bit sums on x86 processors without VNNI, which then compute something "
             f"else: {against_saturation(result.settings)}."
         )
+
+
+def _loss(error: TensorError) -> str:
+    """What is lost, in words."""
+    if error.few and error.few.lost:
+        return (
+            f"lost where it matters: the {SHARE:.1%} of its values that stand out most have "
+            f"{error.few.sqnr_db:.1f} dB, an error of more than half their height"
+        )
+    return f"only {error.cosine:.4f} like the float model's (cosine similarity)"
 
 
 def tensor_errors(both: Both) -> list[TensorError]:

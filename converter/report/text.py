@@ -81,8 +81,16 @@ def verification_lines(verification: Verification) -> Iterator[str]:
 
 def _closeness(worst: TensorError | None, agreement: float | None) -> list[str]:
     """How much is as in the float model."""
-    parts = [f"cosine {worst.cosine:.5f}, {worst.sqnr_db:.1f} dB"] if worst else []
+    parts = [_of_output(worst)] if worst else []
     return parts + ([] if agreement is None else [f"same answer on {agreement:.1%}"])
+
+
+def _of_output(error: TensorError) -> str:
+    """How much of an output, or of which slice, and of its few answers is as in the float model."""
+    few, whole = error.few, f"cosine {error.cosine:.5f}, {error.sqnr_db:.1f} dB"
+    where = f" ({error.title})" if error.where else ""
+    peaks = f", peaks {few.sqnr_db:.1f} dB" if few else ""
+    return whole + where + peaks
 
 
 def comparison_lines(findings: Findings) -> Iterator[str]:

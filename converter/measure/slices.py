@@ -1,0 +1,184 @@
+"""What of an output is judged by itself: slices whose values are of another size than those beside
+them, as boxes and scores in one tensor are, and the few values that stand out, as answers do from
+background.
+
+Both are found from the float model alone, a sample at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+
+from calib.affine import Array
+from converter.measure.errors import Few, TensorError, error_of, tally
+
+# Values of another kind are so many times as large in every sample. Shares of a whole (a softmax'
+# classes, a detector's scores) are of one kind, and rare if their mean is so much below the peak.
+FACTOR = 16.0
+# An axis is cut where an index has so many values in a sample, among so many indices, and into so
+# few slices: else it tells of places or samples, not of kinds.
+LEAST_VALUES, MOST_INDICES, MOST_SLICES = 8, 1024, 8
+# The values that stand out most, but so many at least, of ten times as many.
+SHARE, LEAST_FEW, MANY = 1e-3, 16, 10
+# What stands out less, relative to what it stands out from, is nothing that eight bits would hold.
+QUIET = 0.01
+Pair = tuple[Array, Array]
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Indices `start` to `end` of an axis."""
+
+    axis: int
+    start: int
+    end: int
+
+    def of(self, x: Array) -> Array:
+        """That part of an output."""
+        return x[(slice(None),) * self.axis + (slice(self.start, self.end),)]
+
+    def __str__(self) -> str:
+        return f"slice {self.start}:{self.end} of axis {self.axis}"
+
+
+@dataclass(frozen=True)
+class _Run:
+    """Neighbouring indices of an axis: `mean` and `peak` of their magnitudes in each sample, the
+    means of the `first` and the `last` of them, and whether all values lie from 0 to 1.
+    """
+
+    start: int
+    end: int
+    mean: Array
+    peak: Array
+    shares: bool
+    first: Array
+    last: Array
+
+    @property
+    def rare(self) -> bool:
+        """Whether few of the values are anything but background."""
+        return bool(self.mean.mean() * FACTOR < self.peak.max())
+
+    def with_next(self, other: _Run) -> _Run:
+        """Both as one."""
+        sizes = [run.end - run.start for run in (self, other)]
+        mean = np.average([self.mean, other.mean], axis=0, weights=sizes)
+        peak, shares = np.maximum(self.peak, other.peak), self.shares and other.shares
+        return _Run(self.start, other.end, mean, peak, shares, self.first, other.last)
+
+
+def judged_apart(name: str, pairs: Sequence[Pair]) -> Iterator[TensorError]:
+    """The errors of an output's slices, by its values in both models for each sample; none where
+    it is of one kind.
+    """
+    for part in slices_of([x for x, _ in pairs]):
+        own = [(part.of(x), part.of(y)) for x, y in pairs]
+        error = error_of(name, np.sum([tally(*pair) for pair in own], axis=0))
+        yield replace(error, where=str(part), few=few_of(own))
+
+
+def comparable(x: object, y: object) -> bool:
+    """Whether both are arrays of one shape whose values may be of several sizes."""
+    if not (isinstance(x, np.ndarray) and isinstance(y, np.ndarray)):
+        return False
+    return bool(x.shape == y.shape and x.dtype.kind == y.dtype.kind == "f")
+
+
+# --- slices
+
+
+def slices_of(samples: Sequence[Array]) -> list[Slice]:
+    """The slices of an output by its values in every sample, those of the axis that has the
+    fewest; none where it is of one kind.
+    """
+    ranks = {x.ndim for x in samples}
+    axes = range(ranks.pop()) if len(ranks) == 1 else range(0)
+    cuts = [[Slice(axis, r.start, r.end) for r in _runs(samples, axis)] for axis in axes]
+    return min((cut for cut in cuts if 1 < len(cut) <= MOST_SLICES), key=len, default=[])
+
+
+def _runs(samples: Sequence[Array], axis: int) -> list[_Run]:
+    """Neighbours of one kind together, from left to right."""
+    sizes = {x.shape[axis] for x in samples}
+    seen = [x for x in samples if x.size >= LEAST_VALUES * x.shape[axis] > 0]
+    if len(sizes) > 1 or not seen or max(sizes) > MOST_INDICES:
+        return []
+    runs: list[_Run] = []
+    for run in _indices(seen, axis):
+        grown = run
+        while runs and not _apart(runs[-1], grown):
+            grown = runs.pop().with_next(grown)
+        runs.append(grown)
+    return runs
+
+
+def _indices(samples: Sequence[Array], axis: int) -> Iterator[_Run]:
+    """Every index of an axis by itself."""
+    means, peaks, lows = [], [], []
+    for x in samples:
+        others = tuple(k for k in range(x.ndim) if k != axis)
+        finite = np.nan_to_num(x.astype(np.float32), posinf=0.0, neginf=0.0)
+        size = np.abs(finite)
+        means.append(size.mean(axis=others, dtype=np.float64))
+        peaks.append(size.max(axis=others))
+        lows.append(finite.min(axis=others))
+    mean, peak = np.transpose(means), np.transpose(peaks).astype(np.float64)
+    shares = (np.min(lows, axis=0) >= 0) & (peak.max(axis=1) <= 1)
+    for k in range(len(mean)):
+        yield _Run(k, k + 1, mean[k], peak[k], bool(shares[k]), mean[k], mean[k])
+
+
+def _apart(left: _Run, right: _Run) -> bool:
+    """Whether two neighbours are of different kinds.
+
+    They meet at an edge: what fades along an axis, as a spectrum does, is one. A share that never
+    comes near others, as that of a class or place without an object, is none of its own.
+    """
+    if not (_outdone(left.mean, right.mean) and _outdone(left.last, right.first)):
+        return False
+    louder = _outdone(left.peak, right.peak)
+    if left.shares and right.shares:
+        return left.rare != right.rare and not louder
+    return left.rare != right.rare or louder
+
+
+def _outdone(left: Array, right: Array) -> bool:
+    """Whether one is FACTOR times as large as the other in every sample that has both."""
+    heard = (left > 0) & (right > 0)
+    if not heard.any():
+        return False
+    ratio = np.log(left[heard] / right[heard])
+    return bool(max(ratio.min(), -ratio.max()) >= np.log(FACTOR))
+
+
+# --- values that stand out
+
+
+def few_of(pairs: Sequence[Pair]) -> Few | None:
+    """How alike the SHARE of values are that lie farthest from the float model's median in either
+    model, measured from there; None where nothing stands out from it, or no value is one of many.
+    """
+    numbers = [(x[np.isfinite(x)], y[np.isfinite(x)]) for x, y in pairs]
+    count = sum(x.size for x, _ in numbers)
+    if count < MANY * LEAST_FEW:
+        return None
+    middle = float(np.median([np.median(x) for x, _ in numbers if x.size]))
+    most = max(LEAST_FEW, int(np.ceil(SHARE * count)))
+    energy, left, right = 0.0, *(np.zeros(0),) * 2
+    for x, y in numbers:
+        a, b = (each.astype(np.float64) - middle for each in (x, y))
+        energy += float(a @ a)
+        left, right = (np.concatenate(both) for both in ((left, a), (right, b)))
+        if left.size > most:
+            height = np.maximum(np.abs(left), np.abs(right))
+            kept = np.argpartition(height, -most)[-most:]
+            left, right = left[kept], right[kept]
+    error = error_of("", tally(left, right))
+    held = float(left @ left)
+    if held <= (QUIET * middle) ** 2 * left.size:
+        return None
+    return Few(error.cosine, error.sqnr_db, held / energy)
