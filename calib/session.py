@@ -29,17 +29,21 @@ def open_session(
     optimize: bool = True,
     providers: Sequence[str] = CPU_PROVIDERS,
     optimized: Path | None = None,
+    pack: bool = True,
 ) -> ort.InferenceSession:
     """An ONNX Runtime session of a model file or serialized model; CalibError if the runtime
     refuses it.
 
-    What the runtime makes of the model is written to `optimized`.
+    What the runtime makes of the model is written to `optimized`. Without `pack` it holds no copies
+    of weights in the order that its kernels like, so that those in other files stay there.
     """
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = 1  # workers run samples side by side
     # Activations of varying size make the arena keep every size it ever saw.
     options.enable_cpu_mem_arena = False
+    if not pack:
+        options.add_session_config_entry("session.disable_prepacking", "1")
     if not optimize:
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if optimized:

@@ -258,7 +258,7 @@ def test_weights_in_other_files_stay_where_they_are(tmp_path, monkeypatch):
     )
     (tmp_path / "m.data").write_bytes(bytes(W.nbytes))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("converter.graph.files.EXTERNAL_DATA_ABOVE", 0)
+    monkeypatch.setattr("converter.graph.mapped.MAPPED_ABOVE", 0)
     model = load(Path("sub/m.onnx"))
     raised = raise_opset(model)
     tensor = raised.graph.initializers["w"].const_value

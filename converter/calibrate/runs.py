@@ -11,10 +11,14 @@ from onnxruntime import InferenceSession
 from calib.affine import Array
 from calib.session import CPU_PROVIDERS, Sample, open_session, run
 from converter.calibrate.exact import exact_here
+from converter.graph.edit import weight_bytes
 from converter.graph.files import nodes_in, saved
 
 # Tensors tapped at once while their sizes are found out.
 PROBED = 32
+# Bytes of weights that make a model big: it is compared on one sample and not timed, which would
+# take longer than the conversion, and held in memory once.
+BIG = 500_000_000
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,11 @@ class Opened:
         return sizes
 
 
+def is_big(model: ir.Model) -> bool:
+    """Whether it has so many weights that only what is needed should be found out."""
+    return weight_bytes(model) > BIG
+
+
 def opened(
     model: ir.Model,
     taps: Iterable[str] = (),
@@ -61,7 +70,8 @@ def opened(
     """
     fed = {value.name for value in model.graph.inputs}
     with saved(exact_here(model), [name for name in taps if name not in fed]) as path:
-        return Opened(open_session(path, optimize=optimize, providers=providers), _outputs(model))
+        session = open_session(path, optimize=optimize, providers=providers, pack=not is_big(model))
+        return Opened(session, _outputs(model))
 
 
 def _outputs(model: ir.Model) -> tuple[str, ...]:
@@ -86,7 +96,8 @@ def executed(model: ir.Model, look: bool) -> Executed:
     with saved(model) as path:
         # In a form that the ONNX checker need not accept.
         optimized = path.with_name("optimized.onnx") if look else None
-        here = Opened(open_session(path, optimized=optimized), _outputs(model))
+        session = open_session(path, optimized=optimized, pack=not is_big(model))
+        here = Opened(session, _outputs(model))
         nodes = nodes_in(optimized) if optimized else []
     other = exact_here(model)
     return Executed(here, here if other is model else opened(other, optimize=True), nodes)

@@ -12,6 +12,7 @@ import re
 import sys
 import tempfile
 from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 
@@ -23,7 +24,8 @@ from calib import CalibError
 from calib.affine import Array
 from calib.session import open_session
 from converter.errors import ModelError, QConvertError, UsageError
-from converter.graph.edit import not_none, values_by_name, weight_bytes
+from converter.graph import mapped
+from converter.graph.edit import initializers_of, not_none, values_by_name, weight_bytes
 from converter.job import Watch
 
 # Puts a tensor in the place of another.
@@ -35,12 +37,12 @@ Put = Callable[[ir.TensorProtocol], None]
 EXTERNAL_DATA_ABOVE = 1_500_000_000
 
 
-# Smaller tensors of such a model are in memory all the same.
-LEAST_MAPPED = 1 << 12
-
-
 # The version of the standard operators in a model that imports none of them.
 DEFAULT_OPSET = 13
+
+
+# Where weights may begin in a file, so that runtimes can map them.
+ALIGNMENT = 1 << 12
 
 
 # Until this version of the file format every initializer is an input as well.
@@ -104,7 +106,7 @@ def _parsed(path: Path) -> ir.Model:
     and get theirs back when the model is written. So do inputs with their default values, which
     are plain inputs here.
     """
-    proto = onnx.load(path, load_external_data=False)
+    proto = mapped.read(path)
     graph = proto.graph
     maps = {value.name: value.type.SerializeToString() for value in _maps_in(graph.output)}
     for value in (*_maps_in(graph.output), *_maps_in(graph.value_info)):
@@ -114,6 +116,10 @@ def _parsed(path: Path) -> ir.Model:
             if dim.dim_value < 0:
                 dim.Clear()
     model: ir.Model = ir.from_proto(proto)
+    for value in model.graph.initializers.values():
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor) and tensor.location == mapped.OWN:
+            value.const_value = mapped.own_tensor(tensor, path)
     for node in model.graph.all_nodes():
         # A domain that is not imported, as some exporters forget: its first version is meant.
         model.graph.opset_imports.setdefault(node.domain, 1)
@@ -186,7 +192,7 @@ def _external_tensors(model: ir.Model, path: Path) -> list[ir.ExternalTensor]:
     """
     external = list[ir.ExternalTensor]()
     for tensor, put in _tensors(model):
-        if isinstance(tensor, ir.ExternalTensor):
+        if isinstance(tensor, ir.ExternalTensor) and not isinstance(tensor, mapped.OwnTensor):
             tensor.base_dir = _home(tensor, path)
             if problem := _problem(tensor, path):
                 msg = (
@@ -235,9 +241,21 @@ def _home(tensor: ir.ExternalTensor, path: Path) -> Path:
 
 def _in_file(tensor: ir.ExternalTensor, file: Path, offset: int | None) -> ir.ExternalTensor:
     """The tensor at another place."""
-    place, shape = (file.name, offset, tensor.length), ir.Shape(list(tensor.shape))
+    return _external(tensor, file, offset, tensor.length)
+
+
+def _external(
+    tensor: ir.TensorProtocol, file: Path, offset: int | None, length: int | None
+) -> ir.ExternalTensor:
+    sizes = [size for size in tensor.shape if isinstance(size, int)]
     return ir.ExternalTensor(
-        *place, tensor.dtype, shape=shape, name=tensor.name, base_dir=file.parent
+        file.name,
+        offset,
+        length,
+        tensor.dtype,
+        shape=ir.Shape(sizes),
+        name=tensor.name or "",
+        base_dir=file.parent,
     )
 
 
@@ -246,10 +264,10 @@ def _brought_in(model: ir.Model) -> ir.Model:
     model, which stay mapped.
     """
     weights = (v.const_value for g in model.graphs() for v in g.initializers.values())
-    least = LEAST_MAPPED if _is_large(model) else sys.maxsize
-    mapped = {id(tensor) for tensor in weights if tensor is not None and tensor.nbytes >= least}
+    least = mapped.LEAST_MAPPED if _are_many(model) else sys.maxsize
+    kept = {id(tensor) for tensor in weights if tensor is not None and tensor.nbytes >= least}
     for tensor, put in _tensors(model):
-        if isinstance(tensor, ir.ExternalTensor) and id(tensor) not in mapped:
+        if isinstance(tensor, ir.ExternalTensor) and id(tensor) not in kept:
             put(ir.external_data.convert_tensors_from_external([tensor])[0])
     return model
 
@@ -287,7 +305,7 @@ def _check_or_repair(model: ir.Model, path: Path) -> None:
     shapes and a name, its weights are behind links, or the runtime takes it as it is.
     """
     try:
-        check(path, str(path))
+        _check_file(model, path)
     except ModelError as error:
         model.graph.name = model.graph.name or "graph"
         problem: ModelError | None = error
@@ -299,6 +317,17 @@ def _check_or_repair(model: ir.Model, path: Path) -> None:
         if problem or any(value.shape is None for value in model.graph.outputs):
             _ask_runtime(model, problem or error)
         model.graph.meta.update({UNCHECKED: str(problem)} if problem else {})
+
+
+def _check_file(model: ir.Model, path: Path) -> None:
+    """Raises ModelError for a file that is not valid ONNX; of a large one a copy without weights
+    is looked at.
+    """
+    tensors = (tensor for tensor, _ in _graph_tensors(model))
+    if not any(isinstance(tensor, mapped.OwnTensor) for tensor in tensors):
+        check(path, str(path))
+    elif problem := _problem_of_copy(model, str(path)):
+        raise problem
 
 
 def _problem_of_copy(model: ir.Model, name: str) -> ModelError | None:
@@ -381,6 +410,11 @@ def _is_large(model: ir.Model) -> bool:
     return weight_bytes(model) > EXTERNAL_DATA_ABOVE
 
 
+def _are_many(model: ir.Model) -> bool:
+    """Whether there are so many weights that they are better not held in memory."""
+    return weight_bytes(model) > mapped.MAPPED_ABOVE
+
+
 def _write(model: ir.Model, path: Path, data: str | None = None) -> None:
     """One file, or two where the weights are too many for one."""
     if _is_large(model):
@@ -420,7 +454,7 @@ def check(path: Path, name: str = "The converted model") -> None:
 def refusal(path: Path, optimize: bool = True) -> str | None:
     """Why ONNX Runtime does not load a file, None if it does."""
     try:
-        open_session(path, optimize=optimize)
+        open_session(path, optimize=optimize, pack=False)
     except CalibError as error:
         return str(error)
     return None
@@ -449,10 +483,66 @@ def saved(model: ir.Model, taps: Iterable[str] = ()) -> Iterator[Path]:
     known = {value.name for value in clone.graph.outputs}
     values = values_by_name(clone.graph)
     clone.graph.outputs.extend(values[name] for name in dict.fromkeys(taps) if name not in known)
-    with tempfile.TemporaryDirectory(prefix="qconvert-") as folder:
-        path = Path(folder) / "model.onnx"
-        _write(clone, path)
+    with contextlib.ExitStack() as stack:
+        if _are_many(clone):
+            weights = _WEIGHTS.get() or stack.enter_context(weights_written_once())
+            path = weights.model(clone)
+            stack.callback(path.unlink)
+        else:
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="qconvert-"))
+            path = Path(folder) / "model.onnx"
+            _write(clone, path)
         yield path
+
+
+@contextlib.contextmanager
+def weights_written_once() -> Iterator[_Weights]:
+    """While it lasts, temporary files of models with many weights share one file of these."""
+    with tempfile.TemporaryDirectory(prefix="qconvert-") as folder:
+        token = _WEIGHTS.set(weights := _Weights(Path(folder)))
+        try:
+            yield weights
+        finally:
+            _WEIGHTS.reset(token)
+
+
+class _Weights:
+    """A file of weights that models in the same folder refer to."""
+
+    def __init__(self, folder: Path) -> None:
+        self._file = folder / "weights"
+        self._file.touch()
+        self._held = dict[int, tuple[ir.TensorProtocol, ir.ExternalTensor]]()
+        self._numbers = itertools.count()
+
+    def model(self, model: ir.Model) -> Path:
+        """Writes the model without its large weights, which it refers to from here on."""
+        for value in initializers_of(model):
+            if value.const_value is not None and value.const_value.nbytes >= mapped.LEAST_MAPPED:
+                value.const_value = self._written(value.const_value)
+        path = self._file.with_name(f"model{next(self._numbers)}.onnx")
+        ir.save(model, path)
+        _complete(path, model)
+        return path
+
+    def _written(self, tensor: ir.TensorProtocol) -> ir.ExternalTensor:
+        if id(tensor) not in self._held:
+            # Not to append: the system's way of copying between files refuses that.
+            with self._file.open("r+b") as file:
+                start = -(-file.seek(0, os.SEEK_END) // ALIGNMENT) * ALIGNMENT
+                file.seek(start)
+                if isinstance(tensor, ir.ExternalTensor):
+                    tensor.tofile(file)
+                else:
+                    file.write(tensor.tobytes())
+            written = _external(tensor, self._file, start, tensor.nbytes)
+            # The tensor as well, or another could get its id.
+            self._held[id(tensor)] = tensor, written
+        return self._held[id(tensor)][1]
+
+
+# The file that temporary models share at the time.
+_WEIGHTS: ContextVar[_Weights | None] = ContextVar("weights", default=None)
 
 
 def serialized(model: ir.Model) -> bytes:

@@ -5,15 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from functools import cached_property
 
-from converter.calibrate.runs import Opened, opened
-from converter.graph.edit import weight_bytes
+from converter.calibrate.runs import Opened, is_big, opened
 from converter.job import Resources, Watch
 from converter.measure.pairing import Pairing, pair
 from converter.plan.result import Quantized
-
-# Models with more weights are compared on one sample and not timed, which would take longer than
-# the conversion.
-TIMED_BYTES = 500_000_000
 
 
 @dataclass(frozen=True)
@@ -33,15 +28,17 @@ class Both:
     @property
     def big(self) -> bool:
         """Whether it has so many weights that only what is needed should be found out."""
-        return weight_bytes(self.result.reference) > TIMED_BYTES
+        return is_big(self.result.reference)
 
     @property
     def tensors(self) -> dict[str, str]:
         """The outputs, and tensors inside of both models, by their float names; none without
         data.
         """
+        if not len(self.result.data):
+            return {}
         outputs = {name: name for name in self.reference.outputs}
-        return {**self.result.tensors, **outputs} if len(self.result.data) else {}
+        return {**self.result.tensors, **outputs}
 
     @cached_property
     def reference(self) -> Opened:

@@ -18,7 +18,7 @@ from calib.samples import Dataset
 from calib.workers import over_samples
 from converter.calibrate.data import synthetic_data
 from converter.calibrate.exact import saturating
-from converter.calibrate.runs import Opened, executed
+from converter.calibrate.runs import Executed, Opened, executed
 from converter.config.left import against_saturation
 from converter.errors import DataError
 from converter.graph.qdq import CONVERSIONS
@@ -122,13 +122,17 @@ def _samples(result: Quantized, watch: Watch) -> tuple[Dataset, bool]:
 
 def _run(both: Both, data: Dataset) -> _Seen:
     result, big = both.result, both.big
-    reference = executed(result.reference, look=False)
-    other = executed(result.model, look=not big)
+    reference: Executed | None = executed(result.reference, look=False)
+    assert reference is not None
+    names = reference.exact.outputs
     before = _outputs(reference.exact, data, 1 if big else VERIFIED_SAMPLES, both)
+    if big:
+        reference = None  # one of them at a time in memory
+    other = executed(result.model, look=not big)
     after = _outputs(other.exact, data, len(before), both)
     here = after if other.here is other.exact else _outputs(other.here, data, len(before), both)
-    ratio = None if big else speedup(reference.here, other.here, data.sample(0))
-    return _Seen(reference.exact.outputs, before, after, here, ratio, other.nodes)
+    ratio = speedup(reference.here, other.here, data.sample(0)) if reference else None
+    return _Seen(names, before, after, here, ratio, other.nodes)
 
 
 def _outputs(model: Opened, data: Dataset, most: int, both: Both) -> Outputs:

@@ -27,6 +27,7 @@ from converter.emit.stored import emit_stored
 from converter.errors import ModelError
 from converter.graph.edit import constant, nodes_of, not_none
 from converter.graph.files import accepting, refusal, save, saved
+from converter.graph.mapped import release
 from converter.job import Job, Watch
 from converter.plan.ops import (
     bias_add,
@@ -70,6 +71,7 @@ def _plan_of(model: ir.Model, job: Job) -> QuantPlan:
     words = words_of(model)
     for node in nodes_of(model):
         unit = nodes.setdefault(node.name or "", _node_plan(node, words, job))
+        release(value for value in node.inputs if value is not None)
         for name in unit.absorbed:
             nodes[name] = NodePlan(
                 name, "Add", False, f"computed inside {unit.name}", inside=unit.name
@@ -162,7 +164,7 @@ def _refusal_at(model: ir.Model, opset: int) -> str | None:
     """Why ONNX Runtime does not load the model at an opset, None if it does."""
     try:
         with saved(raise_opset(model.clone(), opset)) as path:
-            return refusal(path)
+            return refusal(path, optimize=False)
     except ModelError as error:
         return str(error)
 

@@ -19,6 +19,7 @@ from converter.graph import files as models
 from converter.graph.dimensions import name_apart
 from converter.graph.edit import constant, initializers_of, nodes_of
 from converter.graph.files import accepting
+from converter.graph.mapped import release
 from converter.graph.qdq import is_conversion
 from converter.job import Job, Watch
 from converter.measure.both import Both, paired
@@ -50,7 +51,11 @@ def convert(job: Job, watch: Watch | None = None) -> Outcome:
 
     What comes behind the finished file, measuring and reporting, never loses it.
     """
-    watch = watch or Watch()
+    with models.weights_written_once():
+        return _converted(job, watch or Watch())
+
+
+def _converted(job: Job, watch: Watch) -> Outcome:
     prepared = read(job, watch)
     before = models.file_bytes(job.model)
     try:
@@ -209,6 +214,7 @@ def read(job: Job, watch: Watch) -> Prepared:
     if raised is not model:
         _check_raised(model, raised, watch)
     normal = prepare(raised)
+    release(initializers_of(normal))
     check_shapes(normal)
     check_skips(job.config, nodes | _nodes(normal))
     if job.mode in INTEGER_ACTIVATIONS:

@@ -7,7 +7,7 @@ from collections.abc import Callable
 import onnx_ir as ir
 from onnxscript import optimizer
 
-from converter.graph.edit import operand
+from converter.graph.edit import nodes_of, operand
 from converter.graph.qdq import is_conversion
 from converter.plan.ops import ONE_FOR_ONE, cast_to, takes_weight
 
@@ -24,7 +24,8 @@ def fold_constants(model: ir.Model) -> None:
     in fewer bits two of them are smaller than one.
     """
     _fold(model, OUTPUT_LIMIT, _worth_folding)
-    _fold(model, INPUT_LIMIT, _becomes_weight)
+    if any(map(_leads_to_weight, nodes_of(model))):
+        _fold(model, INPUT_LIMIT, _becomes_weight)
 
 
 def _fold(model: ir.Model, limit: int, worth: Callable[[ir.Node], bool | None]) -> None:

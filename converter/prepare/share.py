@@ -8,10 +8,13 @@ from collections import defaultdict
 import onnx_ir as ir
 
 from converter.graph.edit import Names, graph_of, initializers_of, not_none
+from converter.graph.mapped import release
 
 # Smaller constants are not worth the search, and equal biases belong to operators that may want
 # different ones later.
 LEAST_SIZE = 1 << 12
+# Numbers of a constant that are looked at before all are.
+LOOKED_AT = 64
 
 
 def share_shapes(model: ir.Model) -> None:
@@ -35,12 +38,16 @@ def share_constants(model: ir.Model) -> None:
 
     Exporters write tied weights, and folding what branches share, several times.
     """
-    equal: dict[tuple[object, ...], list[ir.Value]] = defaultdict(list)
+    alike: dict[tuple[object, ...], list[ir.Value]] = defaultdict(list)
     for value in initializers_of(model):
         tensor = value.const_value
         if tensor is not None and tensor.size >= LEAST_SIZE and not value.is_graph_output():
-            content = hashlib.sha256(tensor.tobytes()).digest()
-            equal[tensor.dtype, tuple(tensor.shape), content].append(value)
+            alike[tensor.dtype, tuple(tensor.shape), _some(tensor)].append(value)
+            release([value])
+    equal: dict[bytes, list[ir.Value]] = defaultdict(list)
+    for value in (value for values in alike.values() if len(values) > 1 for value in values):
+        equal[_content(not_none(value.const_value))].append(value)
+        release([value])
     names = Names(model)
     for first, *others in equal.values():
         if first.graph is not model.graph and any(
@@ -51,3 +58,14 @@ def share_constants(model: ir.Model) -> None:
         for value in others:
             value.replace_all_uses_with(first)
             del graph_of(value).initializers[not_none(value.name)]
+
+
+def _some(tensor: ir.TensorProtocol) -> bytes:
+    """Its first numbers, which tell most tensors apart."""
+    return bytes(tensor.numpy().reshape(-1)[:LOOKED_AT].tobytes())
+
+
+def _content(tensor: ir.TensorProtocol) -> bytes:
+    digest = hashlib.sha256(f"{tensor.dtype} {list(tensor.shape)}".encode())
+    digest.update(tensor.tobytes())
+    return digest.digest()

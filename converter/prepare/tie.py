@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from calib.affine import Array
 from converter.graph.edit import Names, constant, graph_of
+from converter.graph.mapped import release
 from converter.plan.ops import rule_of
 
 
@@ -31,6 +32,7 @@ def tie(model: ir.Model) -> None:
     }
     products = [node for node in nodes if node.op_type == "MatMul"]
     tied = [(node, table) for node in products if (table := _tied(node, arrays)) is not None]
+    release(value for node in nodes for value in node.inputs if value is not None)
     for node, table in tied:
         _read(table, arrays[table].shape, node, names)
 
@@ -46,9 +48,14 @@ def _tied(product: ir.Node, tables: Mapping[ir.Value, Array]) -> ir.Value | None
     ):
         return maker.inputs[0] if maker.inputs[0] in tables else None
     return next(
-        (v for v, table in tables.items() if array is not None and np.array_equal(array.T, table)),
+        (v for v, table in tables.items() if array is not None and _same(array.T, table)),
         None,
     )
+
+
+def _same(matrix: Array, table: Array) -> bool:
+    """Whether they are equal; the first rows tell most apart."""
+    return np.array_equal(matrix[:1], table[:1]) and np.array_equal(matrix, table)
 
 
 def _read(table: ir.Value, sizes: tuple[int, ...], product: ir.Node, names: Names) -> None:

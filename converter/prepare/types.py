@@ -47,7 +47,7 @@ def complete_types(model: ir.Model) -> None:
     if not untyped:
         return
     with contextlib.suppress(CalibError), saved(model, untyped) as path:
-        for output in open_session(path, optimize=False).get_outputs():
+        for output in open_session(path, optimize=False, pack=False).get_outputs():
             value, dtype = untyped.get(output.name), NAMES.get(output.type)
             if value is not None and dtype is not None:
                 value.type = ir.TensorType(dtype)

@@ -23,7 +23,7 @@ from converter.plan.units import planned
 from converter.weights.smoothing import observe_channels
 
 # Random samples that show it, the tokens in each, and samples of data that are looked at.
-RANDOM_SAMPLES, RANDOM_LENGTH, MOST_SAMPLES = 8, 32, 64
+RANDOM_SAMPLES, RANDOM_LENGTH, MOST_SAMPLES = 4, 32, 64
 # With more bits it makes no difference.
 MOST_BITS = 6
 

@@ -22,6 +22,7 @@ from converter.calibrate.observe import Mean
 from converter.calibrate.walk import Emit, Walk, product_of_mean
 from converter.emit.stored import as_floats, emit_stored
 from converter.graph.edit import constant, nodes_by_name, not_none, values_by_name
+from converter.graph.mapped import release
 from converter.job import Resources, Watch
 from converter.plan.matrices import View, plain_matrix, plain_weight
 from converter.plan.ops import OPS, is_normalized, view_of
@@ -260,6 +261,8 @@ def store_by_weights(
         if value not in fitted:
             array = not_none(constant(value))
             fitted[value] = fitted_alone(array, weight, storage, known.get(value))
+            del array
+            release([value])
         weights[name, weight.index] = fitted[value]
     return replace(plan, stored=weights)
 
