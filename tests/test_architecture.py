@@ -301,7 +301,7 @@ def test_only_model_reads_and_writes_model_files():
         "onnx.load_model",
         ".SerializeToString",
     )
-    assert callers_of(*names) == {"converter.graph.files"}
+    assert callers_of(*names) == {"converter.graph.files", "converter.graph.mapped"}
 
 
 def test_samples_run_where_sessions_are_opened_once():

@@ -1,5 +1,5 @@
-"""Loading, saving and asking about ONNX models; the only module that reads or writes model
-files.
+"""Loading, saving and asking about ONNX models; the only module that reads or writes model files,
+with `mapped`, which reads large ones.
 """
 
 from __future__ import annotations
