@@ -4,20 +4,24 @@ from __future__ import annotations
 
 import os
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
+import onnxruntime as ort
 import pytest
 from command_line import MODEL, digits
 from graphs import build, frozen, normal, run, types, uneven
 from running import Ear, job, resources
 from simulation import pairs_of
 
+from calib.affine import Array, dequantize
 from converter.calibrate.data import resources_of
 from converter.config import load_config
 from converter.errors import ConfigError, DataError
 from converter.graph.edit import constant
 from converter.graph.files import load
+from converter.measure.results import Outcome
 from converter.modes import full_quant
 from converter.pipeline.convert import convert, make_plan
 from converter.plan.targets import TARGETS
@@ -531,3 +535,75 @@ def test_bounds_of_a_clip_may_be_vectors_of_one(tmp_path, shape):
     data = {"x": rng.normal(size=(8, 3, 8, 8)).astype(np.float32)}
     _, outcome, _ = converted(tmp_path, model, data)
     assert outcome.verification.outputs[0].cosine > 0.999
+
+
+DETECTOR = """g (float[1,3,80,80] x) => (float[1,5,80,80] y) {
+    f = Conv <pads = [1,1,1,1]> (x, stem, low)  a = Relu (f)
+    [classes] c = Conv (a, class, bias)  [boxes] b = Conv (a, box)
+    s = Sigmoid (c)  y = Concat <axis = 1> (b, s)
+}"""
+# The channel of the stem that is active where the object is, and nowhere else.
+DECISIVE = 5
+
+
+def scene(seed: int) -> Array:
+    """Noise (1, 3, 80, 80) with spots at some 4 of the 6,400 positions."""
+    rng = np.random.default_rng(seed)
+    x = rng.normal(0, 0.3, (1, 3, 80, 80))
+    spots = rng.random((80, 80)) < 0.0006
+    x[0, :, spots] += [1, -1, 1]
+    return x.astype(np.float32)
+
+
+def detector() -> dict[str, Array]:
+    """Constants of DETECTOR."""
+    stem = 0.6 * normal(16, 3, 3, 3, seed=2)
+    stem[DECISIVE] = 0
+    stem[DECISIVE, :, 1, 1] = [12, -12, 12]
+    low = np.zeros(16, np.float32)
+    low[DECISIVE] = -24
+    box, classes = normal(4, 16, 1, 1, seed=3), 0.02 * normal(1, 16, 1, 1, seed=4)
+    classes[0, DECISIVE] = 0.6
+    return {
+        "stem": stem,
+        "low": low,
+        "box": box,
+        "class": classes,
+        "bias": np.array([-4], np.float32),
+    }
+
+
+def scored(folder: Path, method: str) -> tuple[Outcome, list[Array], Ear]:
+    """The conversion of a detector, the scores of both models on other scenes, and what was said."""
+    data = np.concatenate([scene(seed) for seed in range(12)])
+    model = build(DETECTOR, **detector())
+    task = job(folder, model, {"x": data}, activation_quant_method=method)
+    outcome = convert(task, ear := Ear())
+    scores = []
+    for path in (task.model, task.output):
+        session = ort.InferenceSession(path, providers=["CPUExecutionProvider"])
+        outputs = [session.run(None, {"x": scene(seed)})[0] for seed in range(90, 100)]
+        scores.append(np.concatenate(outputs)[:, 4])
+    return outcome, scores, ear
+
+
+@pytest.mark.parametrize("method", ["MAX_MIN", "MSE", "AUTO"])
+def test_a_detector_keeps_the_answers_of_a_channel_that_is_active_in_few_places(tmp_path, method):
+    outcome, scores, ear = scored(tmp_path, method)
+    wanted, found = (x > 0.5 for x in scores)
+    assert 0.0003 < wanted.mean() < 0.001
+    assert (wanted & found).sum() > 0.95 * wanted.sum()
+    assert found.sum() < 1.05 * wanted.sum()
+    weight = outcome.plan.weights["classes"]
+    kept = dequantize(weight.codes, weight.qparams)[0, DECISIVE]
+    assert kept == pytest.approx(detector()["class"][0, DECISIVE], rel=0.05)
+    assert not [line for line in ear.warned if line.startswith("Output")]
+
+
+def test_a_range_that_cuts_a_detectors_answers_off_is_told_of(tmp_path):
+    outcome, scores, ear = scored(tmp_path, "KL")
+    assert (scores[1] > 0.5).sum() < 0.5 * (scores[0] > 0.5).sum()
+    assert outcome.verification is not None
+    (line,) = [line for line in ear.warned if line.startswith("Output")]
+    assert line.startswith("Output 'y', slice 4:5 of axis 1 is lost where it matters: ")
+    assert outcome.verification.outputs[0].cosine > 0.99
