@@ -81,8 +81,8 @@ def test_classes_without_an_object_stay_with_the_others():
 
 
 def test_kinds_that_alternate_are_slices_each():
-    samples = [np.concatenate([x[..., :5], x[..., :5]], axis=2) for x in HEADS]
-    assert cut(samples) == [f"slice {part} of axis 2" for part in ("0:4", "4:5", "5:9", "9:10")]
+    samples = [np.concatenate([x[..., :6], x[..., :6]], axis=2) for x in HEADS]
+    assert cut(samples) == [f"slice {part} of axis 2" for part in ("0:4", "4:6", "6:10", "10:12")]
 
 
 def likely(rng: np.random.Generator) -> Array:
@@ -104,6 +104,12 @@ ONE_KIND: dict[str, Callable[[np.random.Generator], Array]] = {
         rng.normal(size=(1, 64, 20, 2)) * np.geomspace(1, 1e-4, 64)[:, None, None]
     ),
     "many sizes": lambda rng: rng.normal(size=(1, 40, 64)) * np.tile([1, 1e-3], 20)[:, None],
+    "a channel that is hardly active": lambda rng: np.maximum(
+        rng.normal(size=(1, 16, 200)) - 3.0 * (np.arange(16) == 7)[:, None], 0
+    ),
+    "channels of all sizes": lambda rng: (
+        rng.normal(size=(1, 32, 64)) * np.exp(2 * np.random.default_rng(0).normal(size=(32, 1)))
+    ),
     "dead channels": lambda rng: rng.normal(size=(1, 8, 64)) * (np.arange(8) != 3)[:, None],
     "nothing": lambda rng: np.zeros((1, 0, 6)),
 }
@@ -149,6 +155,18 @@ def test_there_are_no_few_among_a_few_or_where_nothing_stands_out():
     flat = 5 + 1e-6 * np.random.default_rng(0).normal(size=4000)
     assert few_of([(flat, np.full(4000, 5.0))]) is None
     assert few_of([]) is None
+    none = np.full(4000, np.nan)
+    assert few_of([(none, none)]) is None
+
+
+def test_values_that_are_no_numbers_are_lost_where_they_stand_for_answers():
+    x = np.random.default_rng(0).normal(size=4000)
+    x[:8], x[10] = 50, np.inf
+    y = x.copy()
+    y[:4] = np.nan
+    found = few_of([(x, y)])
+    assert found is not None
+    assert found.lost
 
 
 # --- in a verification

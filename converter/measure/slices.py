@@ -7,6 +7,7 @@ Both are found from the float model alone, a sample at a time.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 
@@ -23,6 +24,8 @@ FACTOR = 16.0
 LEAST_VALUES, MOST_INDICES, MOST_SLICES = 8, 1024, 8
 # The values that stand out most, but so many at least, of ten times as many.
 SHARE, LEAST_FEW, MANY = 1e-3, 16, 10
+# Values of a sample that tell its median, spread by Knuth's multiplier over all positions.
+MOST_DRAWN, STRIDE = 16384, 2654435761
 # What stands out less, relative to what it stands out from, is nothing that eight bits would hold.
 QUIET = 0.01
 Pair = tuple[Array, Array]
@@ -46,8 +49,8 @@ class Slice:
 
 @dataclass(frozen=True)
 class _Run:
-    """Neighbouring indices of an axis: `mean` and `peak` of their magnitudes in each sample, the
-    means of the `first` and the `last` of them, and whether all values lie from 0 to 1.
+    """Neighbouring indices of an axis: the magnitudes of each index in each sample, `mean` and
+    `peak` (indices, samples), and whether all values lie from 0 to 1.
     """
 
     start: int
@@ -55,8 +58,6 @@ class _Run:
     mean: Array
     peak: Array
     shares: bool
-    first: Array
-    last: Array
 
     @property
     def rare(self) -> bool:
@@ -65,10 +66,8 @@ class _Run:
 
     def with_next(self, other: _Run) -> _Run:
         """Both as one."""
-        sizes = [run.end - run.start for run in (self, other)]
-        mean = np.average([self.mean, other.mean], axis=0, weights=sizes)
-        peak, shares = np.maximum(self.peak, other.peak), self.shares and other.shares
-        return _Run(self.start, other.end, mean, peak, shares, self.first, other.last)
+        mean, peak = np.vstack([self.mean, other.mean]), np.vstack([self.peak, other.peak])
+        return _Run(self.start, other.end, mean, peak, self.shares and other.shares)
 
 
 def judged_apart(name: str, pairs: Sequence[Pair]) -> Iterator[TensorError]:
@@ -113,7 +112,16 @@ def _runs(samples: Sequence[Array], axis: int) -> list[_Run]:
         while runs and not _apart(runs[-1], grown):
             grown = runs.pop().with_next(grown)
         runs.append(grown)
+        if len(runs) > 2 and _stands_alone(*runs[-3:]):
+            runs[-3:] = [runs[-3].with_next(runs[-2]).with_next(runs[-1])]
     return runs
+
+
+def _stands_alone(left: _Run, run: _Run, right: _Run) -> bool:
+    """Whether one index between others of one kind is an exception, as a dead channel, and no
+    kind.
+    """
+    return run.end - run.start == 1 and not _apart(left, right)
 
 
 def _indices(samples: Sequence[Array], axis: int) -> Iterator[_Run]:
@@ -129,30 +137,32 @@ def _indices(samples: Sequence[Array], axis: int) -> Iterator[_Run]:
     mean, peak = np.transpose(means), np.transpose(peaks).astype(np.float64)
     shares = (np.min(lows, axis=0) >= 0) & (peak.max(axis=1) <= 1)
     for k in range(len(mean)):
-        yield _Run(k, k + 1, mean[k], peak[k], bool(shares[k]), mean[k], mean[k])
+        yield _Run(k, k + 1, mean[[k]], peak[[k]], bool(shares[k]))
 
 
 def _apart(left: _Run, right: _Run) -> bool:
     """Whether two neighbours are of different kinds.
 
-    They meet at an edge: what fades along an axis, as a spectrum does, is one. A share that never
-    comes near others, as that of a class or place without an object, is none of its own.
+    A share that never comes near others, as that of a class or place without an object, is none of
+    its own.
     """
-    if not (_outdone(left.mean, right.mean) and _outdone(left.last, right.first)):
+    if not _outdone(left.mean, right.mean):
         return False
-    louder = _outdone(left.peak, right.peak)
+    louder = _outdone(left.peak.max(axis=0), right.peak.max(axis=0))
     if left.shares and right.shares:
         return left.rare != right.rare and not louder
     return left.rare != right.rare or louder
 
 
 def _outdone(left: Array, right: Array) -> bool:
-    """Whether one is FACTOR times as large as the other in every sample that has both."""
-    heard = (left > 0) & (right > 0)
-    if not heard.any():
-        return False
-    ratio = np.log(left[heard] / right[heard])
-    return bool(max(ratio.min(), -ratio.max()) >= np.log(FACTOR))
+    """Whether every index of one is FACTOR times as large as all of the other, in every sample."""
+    least, most = (
+        [bound(x, axis=0, initial=start, where=x > 0) for x in map(np.atleast_2d, (left, right))]
+        for bound, start in ((np.min, np.inf), (np.max, 0.0))
+    )
+    heard = (most[0] > 0) & (most[1] > 0)
+    ways = least[0] >= FACTOR * most[1], least[1] >= FACTOR * most[0]
+    return bool(heard.any() and any(way[heard].all() for way in ways))
 
 
 # --- values that stand out
@@ -162,23 +172,40 @@ def few_of(pairs: Sequence[Pair]) -> Few | None:
     """How alike the SHARE of values are that lie farthest from the float model's median in either
     model, measured from there; None where nothing stands out from it, or no value is one of many.
     """
-    numbers = [(x[np.isfinite(x)], y[np.isfinite(x)]) for x, y in pairs]
-    count = sum(x.size for x, _ in numbers)
-    if count < MANY * LEAST_FEW:
+    medians, counts = zip(*(_typical(x) for x, _ in pairs), strict=True) if pairs else ((), ())
+    if sum(counts) < MANY * LEAST_FEW:
         return None
-    middle = float(np.median([np.median(x) for x, _ in numbers if x.size]))
-    most = max(LEAST_FEW, int(np.ceil(SHARE * count)))
-    energy, left, right = 0.0, *(np.zeros(0),) * 2
-    for x, y in numbers:
-        a, b = (each.astype(np.float64) - middle for each in (x, y))
-        energy += float(a @ a)
-        left, right = (np.concatenate(both) for both in ((left, a), (right, b)))
-        if left.size > most:
-            height = np.maximum(np.abs(left), np.abs(right))
+    middle = float(np.nanmedian(medians))
+    left, right, energy = _farthest(pairs, middle, max(LEAST_FEW, math.ceil(SHARE * sum(counts))))
+    error, held = error_of("", tally(left, right)), float(np.dot(left, left))
+    if not (QUIET * middle) ** 2 * left.size < held < math.inf:
+        return None
+    return Few(error.cosine, error.sqnr_db, min(held / energy, 1.0))
+
+
+def _typical(x: Array) -> tuple[float, int]:
+    """The median of a sample's finite values, of a large one by some of them, and their number."""
+    count, flat = int(np.count_nonzero(np.isfinite(x))), x.ravel()
+    drawn = flat[np.arange(MOST_DRAWN) * STRIDE % x.size] if x.size > MOST_DRAWN else flat
+    drawn = drawn[np.isfinite(drawn)]
+    return float(np.median(drawn)) if drawn.size else np.nan, count
+
+
+def _farthest(pairs: Sequence[Pair], middle: float, most: int) -> tuple[Array, Array, float]:
+    """What both models have where either is farthest from `middle`, and the sum of all squares of
+    the float model, measured from there.
+    """
+    energy, left, right, height = 0.0, *(np.zeros(0, np.float32),) * 3
+    for x, y in pairs:
+        known = np.isfinite(x)
+        a, b = (np.subtract(each[known], middle, dtype=np.float32) for each in (x, y))
+        energy += float(np.dot(a, a))
+        far = np.maximum(np.abs(a), np.abs(b))
+        # Only what is farther than the least of those known; what is no number is.
+        new = ~(far <= (height.min() if height.size == most else -1))
+        parts = (left, a[new]), (right, b[new]), (height, far[new])
+        left, right, height = (np.concatenate(part) for part in parts)
+        if height.size > most:
             kept = np.argpartition(height, -most)[-most:]
-            left, right = left[kept], right[kept]
-    error = error_of("", tally(left, right))
-    held = float(left @ left)
-    if held <= (QUIET * middle) ** 2 * left.size:
-        return None
-    return Few(error.cosine, error.sqnr_db, held / energy)
+            left, right, height = left[kept], right[kept], height[kept]
+    return left, right, energy

@@ -37,24 +37,31 @@ class Rounding:
 @dataclass(frozen=True)
 class Inputs:
     """Inputs drawn for a product: float32 (groups, drawn, columns), in units of `scale`, and the
-    mean squares of all there are: float64 (groups, columns).
+    mean squares of all there are: float64 (groups, columns). A share `even` of them is unknown, and
+    taken to be alike in all columns.
     """
 
     drawn: Array
     squares: Array
     scale: float
     threads: int
+    even: float = 0.0
 
     @property
     def importance(self) -> Array:
         """Mean square of each column: float64 (groups, columns)."""
-        return self.squares * self.scale**2
+        unknown = self.squares.mean(axis=1, keepdims=True)
+        squares: Array = (1 - self.even) * self.squares + self.even * unknown
+        return squares * self.scale**2
 
     @property
     def moments(self) -> Array:
         """Second moments of the columns: float64 (groups, columns, columns)."""
         some = second_moments(self.drawn, self.threads)
-        return with_mean_squares(some, self.squares) * self.scale**2
+        whole = with_mean_squares(some, self.squares) * (self.scale**2 * (1 - self.even))
+        columns = np.arange(whole.shape[1])
+        whole[:, columns, columns] = self.importance
+        return whole
 
 
 def rounded(
