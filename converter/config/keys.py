@@ -316,6 +316,11 @@ class FullQuantParam:
     power_of_two_scale: bool = _choice(
         "Make every scale a power of two, for hardware that shifts.", False
     )
+    only_faster: bool = _choice(
+        "Leave float what integers would make no faster, by a table of costs (targets CPU and "
+        "CPU_VNNI).",
+        True,
+    )
     require_full_integer: bool = _choice(
         "Fail, naming the nodes, where any node would stay float.", False
     )

@@ -40,6 +40,7 @@ from converter.measure.sensitivity import RANKED_ON, alone, output_drop, read_la
 from converter.measure.target_checks import check
 from converter.modes import weight_quant
 from converter.plan.ops import rule
+from converter.plan.payoff import unprofitable
 from converter.plan.placement import Wishes, build_plan
 from converter.plan.plan import NodePlan, QuantPlan, TensorPlan
 from converter.plan.result import Quantized
@@ -186,7 +187,11 @@ def _planned(
     """The plan with trained ranges; without data, the nodes whose ranges are open stay float."""
     common, full = config.common, config.full_quant
     wishes = Wishes(common.skip_quant_node, common.skip_quant_type, full.per_channel, kept_float)
-    plan = build_plan(model.graph, _target(config), wishes)
+    target = _target(config)
+    plan = build_plan(model.graph, target, wishes)
+    if target.counts_costs and full.only_faster and not full.require_full_integer and not trained:
+        slow = unprofitable(model, plan)
+        plan = build_plan(model.graph, target, replace(wishes, kept_float={**slow, **kept_float}))
     plan = with_trained_ranges(plan, trained.tensors, full.power_of_two_scale)
     if config.preprocess.calibrate_path:
         return plan

@@ -26,7 +26,8 @@ class Target:
     they stay float. `all_pays`: whether every operator with a kernel is worth it, also where
     integers begin and end. `computed_products`: whether products of two activations, as in
     attention, are worth it. `fuses_residual`: whether an Add after a convolution runs inside it, so
-    that only its other input is converted.
+    that only its other input is converted. `counts_costs`: whether the table of costs is of its
+    kernels, and what makes nothing faster stays float.
     """
 
     name: str
@@ -42,6 +43,7 @@ class Target:
     all_pays: bool = False
     fuses_residual: bool = False
     computed_products: bool = True
+    counts_costs: bool = False
 
 
 def _set(text: str) -> frozenset[str]:
@@ -64,6 +66,7 @@ CPU = Target(
     bare=_set("Pad"),
     pair_limit=PAIR_LIMIT,
     computed_products=False,
+    counts_costs=True,
 )
 OPENVINO = replace(
     CPU,
@@ -74,6 +77,7 @@ OPENVINO = replace(
     integer_bias=False,
     fuses_residual=True,
     computed_products=True,
+    counts_costs=False,
 )
 NVGPU = Target(
     name="NVGPU",
@@ -107,7 +111,7 @@ TARGETS: dict[str, Target] = {
     for target in (
         CPU,
         replace(CPU, name="CPU_VNNI", pair_limit=None),
-        replace(CPU, name="ARM", pair_limit=None),
+        replace(CPU, name="ARM", pair_limit=None, counts_costs=False),
         OPENVINO,
         NVGPU,
         DSP,

@@ -1,0 +1,116 @@
+"""THE table of costs: nanoseconds that operators take on one thread, in floats and in integers.
+
+Measured with ONNX Runtime on x86 by benchmarks/costs.py; only ratios count. A convolution's costs
+follow from its shape: integers multiply fast, but a first layer of three channels is gathered value
+by value, and few kernels know depthwise convolutions as well as the float ones do.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from math import prod
+
+import onnx_ir as ir
+
+from calib.affine import Array
+from converter.graph.edit import operand
+
+# A node that does next to nothing.
+NODE = 1500.0
+# A conversion, and a float convolution's change of layout, a value.
+QUANTIZE, DEQUANTIZE, REORDER = 0.33, 0.25, 0.2
+# A byte under a pool's window where no integer convolution comes before: no kernel but the plainest
+# knows that layout.
+PLAIN_POOL = 6.0
+# Float operators that compute in the layout of float convolutions.
+IN_BLOCKS = {
+    *("Add", "AveragePool", "Clip", "Concat", "Conv", "GlobalAveragePool", "HardSigmoid"),
+    *("LeakyRelu", "MaxPool", "Mul", "Relu", "Sigmoid", "Tanh"),
+}
+# Float activation functions that vanish into a float convolution before them.
+FUSED = {"Clip", "HardSigmoid", "LeakyRelu", "Relu", "Sigmoid", "Tanh"}
+# Products a nanosecond, of floats and of bytes.
+FLOATS, BYTES = 60.0, 160.0
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Nanoseconds in floats and in integers, of a node or of a value."""
+
+    floats: float
+    integers: float
+
+    def times(self, count: float) -> Cost:
+        """The cost of a node that does it so often."""
+        return Cost(NODE + count * self.floats, NODE + count * self.integers)
+
+
+# By operator, a value of the largest tensor that it reads or makes.
+VALUES = {
+    "Add": Cost(0.58, 0.25),
+    "Concat": Cost(1.1, 0.45),
+    "GlobalAveragePool": Cost(0.2, 0.1),
+    "HardSigmoid": Cost(0.44, 0.17),
+    "LeakyRelu": Cost(0.43, 0.43),
+    "MaxPool": Cost(0.5, 0.3),
+    "Mul": Cost(0.58, 0.35),
+    "Reshape": Cost(0.1, 0.02),
+    "Resize": Cost(2.0, 0.39),
+    "Sigmoid": Cost(0.7, 0.43),
+    "Transpose": Cost(0.8, 0.2),
+}
+OTHERS = Cost(0.2, 0.1)
+# A value under the window of an average.
+AVERAGED = Cost(0.25, 2.2)
+# A row of a matrix product: for each output, and for each weight, which is read at least once.
+ROW, WEIGHT = Cost(0.0, 0.5), Cost(0.1, 0.07)
+
+
+def cost(node: ir.Node, made: tuple[int, ...], most: int) -> Cost:
+    """The cost of a node whose output has the shape `made` and whose largest tensor `most` values."""
+    weight = operand(node, 1) if len(node.inputs) > 1 else None
+    if node.op_type == "Conv" and weight is not None:
+        groups = node.attributes.get_int("group", 1)
+        return _convolution(weight, groups).times(made[0] * prod(made[2:]))
+    if node.op_type in {"Gemm", "MatMul"} and weight is not None and made:
+        return _product(weight, prod(made), made[-1])
+    if node.op_type == "AveragePool":
+        return AVERAGED.times(prod(made) * prod(node.attributes.get_ints("kernel_shape", ())))
+    return VALUES.get(node.op_type, OTHERS).times(most)
+
+
+def _product(weight: Array, values: int, columns: int) -> Cost:
+    multiplied = values / max(1, columns) * weight.size
+    return Cost(
+        NODE + max(multiplied / FLOATS, weight.size * WEIGHT.floats),
+        NODE + max(multiplied / BYTES, weight.size * WEIGHT.integers) + values * ROW.integers,
+    )
+
+
+def _convolution(weight: Array, groups: int) -> Cost:
+    """Of one position of the output."""
+    rows, inputs, taps = weight.shape[0], weight.shape[1], prod(weight.shape[2:])
+    if groups == rows and inputs == 1:
+        return _depthwise(rows, taps)
+    each, columns = rows // groups, inputs * taps
+    floats = 5 + columns * _rounded_up(each, 16) / FLOATS
+    integers = 10 + 0.17 * each + columns * each / BYTES
+    if each % 4:
+        integers += 0.8 * each
+    if taps > 1:
+        # Every tap is gathered by itself; three channels byte by byte.
+        integers += (5.0 if inputs == 3 else 2.5) * taps + 0.05 * columns
+    return Cost(groups * floats, groups * integers)
+
+
+def _depthwise(channels: int, taps: int) -> Cost:
+    nine = taps / 9
+    floats = (
+        (5 + 0.5 * channels) * (0.5 + 0.5 * nine) if channels % 4 == 0 else 3.9 * channels * nine
+    )
+    integers = 23 + 0.56 * channels if channels % 16 == 0 else 20 + 2.2 * channels
+    return Cost(floats, integers * (0.3 + 0.7 * nine))
+
+
+def _rounded_up(number: int, to: int) -> int:
+    return -(-number // to) * to

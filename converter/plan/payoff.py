@@ -1,0 +1,193 @@
+"""Which of the nodes that could be integer make a model faster, by the table of costs.
+
+Every unit is float or integer, and a value that passes from one to the other is converted: the
+cheapest choice is a minimum cut. A depthwise convolution is faster in floats on most processors and
+becomes integer only where that saves conversions; a model in which nothing pays stays float.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping
+from math import prod
+
+import onnx_ir as ir
+import onnx_ir.passes.common as common
+
+from converter.graph.edit import constant, readers_of
+from converter.plan.costs import (
+    DEQUANTIZE,
+    FUSED,
+    IN_BLOCKS,
+    NODE,
+    PLAIN_POOL,
+    QUANTIZE,
+    REORDER,
+    Cost,
+    cost,
+)
+from converter.plan.plan import NodePlan, QuantPlan
+
+REASON = "integers make it no faster here"
+# Where both cost about the same, a smaller file and less energy decide.
+LIKING = 0.95
+# Models that take less, in nanoseconds, are never slow.
+NEGLIGIBLE = 200_000.0
+# What stands for a dimension that only data will tell: of a batch, and of space or time.
+BATCH, EXTENT = 1, 256
+# The two sides, and what feeds the model.
+INTEGER, FLOAT, GIVEN = "integer side", "float side", "given"
+# A cost that no choice comes to.
+NEVER = 1e15
+
+Sizes = Mapping[str, tuple[int, ...]]
+
+
+def unprofitable(model: ir.Model, plan: QuantPlan) -> dict[str, str]:
+    """The planned units that had better stay float, with the reason."""
+    choice = _Choice(model.graph, plan, sizes_of(model))
+    return choice.float_units() if choice.total > NEGLIGIBLE else {}
+
+
+def sizes_of(model: ir.Model) -> dict[str, tuple[int, ...]]:
+    """The shapes of the main graph's values, as far as they can be known without data."""
+    if any(_known(value) is None for value in model.graph.inputs):
+        model = model.clone()
+        for value in model.graph.inputs:
+            if value.shape is not None:
+                value.shape = ir.Shape([_size(d, k) for k, d in enumerate(value.shape)])
+        for value in (v for node in model.graph for v in node.outputs):
+            value.shape = None
+        common.ShapeInferencePass()(model)
+    values = [*model.graph.inputs, *(v for node in model.graph for v in node.outputs)]
+    return {v.name or "": size for v in values if (size := _known(v)) is not None}
+
+
+def _known(value: ir.Value) -> tuple[int, ...] | None:
+    """The shape of a value all of whose dimensions are known."""
+    sizes = [] if value.shape is None else [d for d in value.shape if isinstance(d, int)]
+    whole = value.shape is not None and len(sizes) == value.shape.rank()
+    return tuple(sizes) if whole else None
+
+
+def _size(dimension: object, axis: int) -> int:
+    return dimension if isinstance(dimension, int) else EXTENT if axis else BATCH
+
+
+class _Choice:
+    """A network of units, and of the codes that float values are converted to; `total` is what the
+    model takes in floats.
+    """
+
+    def __init__(self, graph: ir.Graph, plan: QuantPlan, sizes: Sizes) -> None:
+        self.plan, self.sizes, self.total = plan, sizes, 0.0
+        self.costs: dict[tuple[Hashable, Hashable], float] = {}
+        self.units = {n.name or "": n for n in graph if not self._unit(n).inside}
+        for name, node in self.units.items():
+            self._add_node(name, node)
+            for value in self._outputs(name, node):
+                self._add_value(value, name, node)
+        for value in graph.inputs:
+            self._add_conversion(value, GIVEN, 0.0)
+        self._apart(GIVEN, FLOAT, NEVER)
+
+    def float_units(self) -> dict[str, str]:
+        """Units on the float side, with the reason."""
+        integers = _least_cut(self.costs)
+        return {
+            name: REASON
+            for name in self.units
+            if name not in integers and self.plan.nodes[name].quantized
+        }
+
+    # --- the network
+
+    def _add_node(self, name: str, node: ir.Node) -> None:
+        own, source = self._cost(node), self._source(node)
+        behind = self.units.get(source or "")
+        fused = node.op_type in FUSED and behind is not None and behind.op_type == "Conv"
+        floats = (0.0 if fused else own.floats) + self._reordered(node)
+        self.total += floats
+        quantized = self.plan.nodes[name].quantized
+        self._apart(INTEGER, name, floats)
+        self._apart(name, FLOAT, LIKING * own.integers if quantized else NEVER)
+        if source and fused:
+            self._apart(source, name, own.floats)
+        if source and node.op_type == "MaxPool":
+            # Only behind an integer convolution there is a fast kernel.
+            window = prod(node.attributes.get_ints("kernel_shape", ()))
+            self._apart(name, source, PLAIN_POOL * window * self._count(node.outputs[0]))
+
+    def _add_value(self, value: ir.Value, name: str, node: ir.Node) -> None:
+        reorder = REORDER * self._count(value) if node.op_type == "Conv" else 0.0
+        self._add_conversion(value, name, reorder)
+        restored = NODE + DEQUANTIZE * self._count(value)
+        for reader in self._readers(value, name):
+            self._apart(name, reader, restored)
+        if value.is_graph_output():
+            self._apart(name, FLOAT, restored)
+
+    def _add_conversion(self, value: ir.Value, name: str, more: float) -> None:
+        """Floats that integer nodes read are converted once."""
+        codes = (name, value.name)
+        self._apart(codes, name, NODE + QUANTIZE * self._count(value) + more)
+        for reader in self._readers(value, name):
+            self._apart(reader, codes, NEVER)
+
+    def _apart(self, integer: Hashable, floats: Hashable, nanoseconds: float) -> None:
+        """That the first is integer and the second float costs so much."""
+        edge = integer, floats
+        self.costs[edge] = self.costs.get(edge, 0.0) + nanoseconds
+
+    # --- what is asked of the graph
+
+    def _cost(self, node: ir.Node) -> Cost:
+        read = [v for v in (*node.inputs, *node.outputs) if v is not None and constant(v) is None]
+        made = self.sizes.get(node.outputs[0].name or "", ())
+        return cost(node, made, max(map(self._count, read), default=0))
+
+    def _reordered(self, node: ir.Node) -> float:
+        """What it costs a float convolution to take and give another layout than its own."""
+        if node.op_type != "Conv":
+            return 0.0
+        source = node.inputs[0].producer() if node.inputs[0] else None
+        read = source is not None and source.op_type not in IN_BLOCKS
+        given = any(reader.op_type not in IN_BLOCKS for reader in readers_of(node.outputs[0]))
+        values = read * self._count(node.inputs[0]) + given * self._count(node.outputs[0])
+        return REORDER * values
+
+    def _unit(self, node: ir.Node) -> NodePlan:
+        return self.plan.nodes[node.name or ""]
+
+    def _readers(self, value: ir.Value, name: str) -> list[str]:
+        """The units that read a value; the bodies of control flow are not among them."""
+        nodes = (node for node in readers_of(value) if node.name in self.plan.nodes)
+        names = (self._unit(node).inside or node.name or "" for node in nodes)
+        return [reader for reader in dict.fromkeys(names) if reader != name]
+
+    def _outputs(self, name: str, node: ir.Node) -> list[ir.Value]:
+        last = node
+        for inner in self.plan.nodes[name].absorbed:
+            last = next(reader for reader in readers_of(last.outputs[0]) if reader.name == inner)
+        return list(last.outputs)
+
+    def _source(self, node: ir.Node) -> str | None:
+        """The unit that makes what the node reads first."""
+        producer = node.inputs[0].producer() if node.inputs and node.inputs[0] else None
+        if producer is None or producer.name not in self.plan.nodes:
+            return None
+        return self._unit(producer).inside or producer.name
+
+    def _count(self, value: ir.Value | None) -> int:
+        return prod(self.sizes.get(value.name or "", (0,))) if value is not None else 0
+
+
+def _least_cut(costs: Mapping[tuple[Hashable, Hashable], float]) -> set[Hashable]:
+    """The integer side of the cheapest choice; whole picoseconds add up alike in any order."""
+    # Imported where it is needed: that takes a fifth of a second.
+    import networkx
+
+    network: networkx.DiGraph[Hashable] = networkx.DiGraph()
+    for (integer, floats), nanoseconds in costs.items():
+        network.add_edge(integer, floats, capacity=round(1000 * nanoseconds))
+    _, (integers, _) = networkx.minimum_cut(network, INTEGER, FLOAT)
+    return set(integers)
