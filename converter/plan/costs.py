@@ -16,21 +16,21 @@ from calib.affine import Array
 from converter.graph.edit import operand
 
 # A node that does next to nothing.
-NODE = 1500.0
-# A conversion, and a float convolution's change of layout, a value.
-QUANTIZE, DEQUANTIZE, REORDER = 0.33, 0.25, 0.2
+NODE = 2500.0
+# A conversion, with the change of layout that integers ask for, and a change of the layout of
+# floats, a value.
+QUANTIZE, DEQUANTIZE, REORDER = 0.53, 0.46, 0.33
 # A byte under a pool's window where no integer convolution comes before: no kernel but the plainest
 # knows that layout.
 PLAIN_POOL = 6.0
-# Float operators that compute in the layout of float convolutions.
+# Float operators that may compute in the layout of float convolutions, blocks of channels.
+BLOCK = 16
 IN_BLOCKS = {
-    *("Add", "AveragePool", "Clip", "Concat", "Conv", "GlobalAveragePool", "HardSigmoid"),
+    *("Add", "AveragePool", "Clip", "Concat", "GlobalAveragePool", "HardSigmoid"),
     *("LeakyRelu", "MaxPool", "Mul", "Relu", "Sigmoid", "Tanh"),
 }
-# Float activation functions that vanish into a float convolution before them.
-FUSED = {"Clip", "HardSigmoid", "LeakyRelu", "Relu", "Sigmoid", "Tanh"}
 # Products a nanosecond, of floats and of bytes.
-FLOATS, BYTES = 60.0, 160.0
+FLOATS, BYTES = 60.0, 110.0
 
 
 @dataclass(frozen=True)
@@ -40,43 +40,63 @@ class Cost:
     floats: float
     integers: float
 
-    def times(self, count: float) -> Cost:
-        """The cost of a node that does it so often."""
-        return Cost(NODE + count * self.floats, NODE + count * self.integers)
+    def times(self, count: float, node: Cost | None = None) -> Cost:
+        """The cost of a node, itself of the cost `node`, that does it so often."""
+        start = node or Cost(NODE, NODE)
+        return Cost(start.floats + count * self.floats, start.integers + count * self.integers)
 
 
 # By operator, a value of the largest tensor that it reads or makes.
 VALUES = {
-    "Add": Cost(0.58, 0.25),
-    "Concat": Cost(1.1, 0.45),
-    "GlobalAveragePool": Cost(0.2, 0.1),
-    "HardSigmoid": Cost(0.44, 0.17),
-    "LeakyRelu": Cost(0.43, 0.43),
-    "MaxPool": Cost(0.5, 0.3),
-    "Mul": Cost(0.58, 0.35),
-    "Reshape": Cost(0.1, 0.02),
-    "Resize": Cost(2.0, 0.39),
-    "Sigmoid": Cost(0.7, 0.43),
-    "Transpose": Cost(0.8, 0.2),
+    "Add": Cost(0.36, 0.25),
+    "Clip": Cost(0.3, 0.0),
+    "Concat": Cost(0.31, 0.39),
+    "GlobalAveragePool": Cost(0.39, 0.21),
+    "HardSigmoid": Cost(0.39, 0.17),
+    "LeakyRelu": Cost(0.4, 0.57),
+    "MaxPool": Cost(0.63, 0.25),
+    "Mul": Cost(0.48, 0.53),
+    # Behind a convolution; other activation functions take a pass of their own even there.
+    "Relu": Cost(0.0, 0.0),
+    "Reshape": Cost(0.05, 0.04),
+    "Resize linear": Cost(3.3, 0.9),
+    "Resize nearest": Cost(0.45, 2.5),
+    "Sigmoid": Cost(0.67, 0.61),
+    "Split": Cost(0.33, 0.07),
+    "Transpose": Cost(0.41, 0.18),
 }
 OTHERS = Cost(0.2, 0.1)
+# A convolution that computes nothing.
+CONVOLUTION = Cost(4500.0, 8500.0)
 # A value under the window of an average.
-AVERAGED = Cost(0.25, 2.2)
+AVERAGED = Cost(0.2, 1.9)
 # A row of a matrix product: for each output, and for each weight, which is read at least once.
 ROW, WEIGHT = Cost(0.0, 0.5), Cost(0.1, 0.07)
 
 
 def cost(node: ir.Node, made: tuple[int, ...], most: int) -> Cost:
-    """The cost of a node whose output has the shape `made` and whose largest tensor `most` values."""
+    """The cost of a node whose output has the shape `made`, and whose largest tensor `most`
+    values.
+    """
     weight = operand(node, 1) if len(node.inputs) > 1 else None
     if node.op_type == "Conv" and weight is not None:
         groups = node.attributes.get_int("group", 1)
-        return _convolution(weight, groups).times(made[0] * prod(made[2:]))
+        return _convolution(weight, groups).times(made[0] * prod(made[2:]), CONVOLUTION)
     if node.op_type in {"Gemm", "MatMul"} and weight is not None and made:
         return _product(weight, prod(made), made[-1])
     if node.op_type == "AveragePool":
         return AVERAGED.times(prod(made) * prod(node.attributes.get_ints("kernel_shape", ())))
-    return VALUES.get(node.op_type, OTHERS).times(most)
+    return VALUES.get(_kind(node), OTHERS).times(most)
+
+
+def in_blocks(node: ir.Node, channels: int) -> bool:
+    """Whether the float operator computes in the layout of float convolutions."""
+    return node.op_type == "Conv" or (node.op_type in IN_BLOCKS and channels % BLOCK == 0)
+
+
+def _kind(node: ir.Node) -> str:
+    mode = node.attributes.get_string("mode", "nearest") if node.op_type == "Resize" else ""
+    return f"{node.op_type} {mode}".strip()
 
 
 def _product(weight: Array, values: int, columns: int) -> Cost:
@@ -93,7 +113,7 @@ def _convolution(weight: Array, groups: int) -> Cost:
     if groups == rows and inputs == 1:
         return _depthwise(rows, taps)
     each, columns = rows // groups, inputs * taps
-    floats = 5 + columns * _rounded_up(each, 16) / FLOATS
+    floats = 5 + columns * _rounded_up(each, BLOCK) / FLOATS
     integers = 10 + 0.17 * each + columns * each / BYTES
     if each % 4:
         integers += 0.8 * each
@@ -106,7 +126,7 @@ def _convolution(weight: Array, groups: int) -> Cost:
 def _depthwise(channels: int, taps: int) -> Cost:
     nine = taps / 9
     floats = (
-        (5 + 0.5 * channels) * (0.5 + 0.5 * nine) if channels % 4 == 0 else 3.9 * channels * nine
+        (5 + 0.5 * channels) * (0.5 + 0.5 * nine) if channels % 4 == 0 else 4.6 * channels * nine
     )
     integers = 23 + 0.56 * channels if channels % 16 == 0 else 20 + 2.2 * channels
     return Cost(floats, integers * (0.3 + 0.7 * nine))

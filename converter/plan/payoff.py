@@ -13,25 +13,20 @@ from math import prod
 import onnx_ir as ir
 import onnx_ir.passes.common as common
 
-from converter.graph.edit import constant, readers_of
+from converter.graph.edit import constant, not_none, readers_of
 from converter.plan.costs import (
     DEQUANTIZE,
-    FUSED,
-    IN_BLOCKS,
     NODE,
     PLAIN_POOL,
     QUANTIZE,
     REORDER,
     Cost,
     cost,
+    in_blocks,
 )
 from converter.plan.plan import NodePlan, QuantPlan
 
 REASON = "integers make it no faster here"
-# Where both cost about the same, a smaller file and less energy decide.
-LIKING = 0.95
-# Models that take less, in nanoseconds, are never slow.
-NEGLIGIBLE = 200_000.0
 # What stands for a dimension that only data will tell: of a batch, and of space or time.
 BATCH, EXTENT = 1, 256
 # The two sides, and what feeds the model.
@@ -44,8 +39,7 @@ Sizes = Mapping[str, tuple[int, ...]]
 
 def unprofitable(model: ir.Model, plan: QuantPlan) -> dict[str, str]:
     """The planned units that had better stay float, with the reason."""
-    choice = _Choice(model.graph, plan, sizes_of(model))
-    return choice.float_units() if choice.total > NEGLIGIBLE else {}
+    return _Choice(model.graph, plan, sizes_of(model)).float_units()
 
 
 def sizes_of(model: ir.Model) -> dict[str, tuple[int, ...]]:
@@ -74,17 +68,15 @@ def _size(dimension: object, axis: int) -> int:
 
 
 class _Choice:
-    """A network of units, and of the codes that float values are converted to; `total` is what the
-    model takes in floats.
-    """
+    """A network of units, and of the codes that float values are converted to."""
 
     def __init__(self, graph: ir.Graph, plan: QuantPlan, sizes: Sizes) -> None:
-        self.plan, self.sizes, self.total = plan, sizes, 0.0
+        self.plan, self.sizes = plan, sizes
         self.costs: dict[tuple[Hashable, Hashable], float] = {}
         self.units = {n.name or "": n for n in graph if not self._unit(n).inside}
         for name, node in self.units.items():
             self._add_node(name, node)
-            for value in self._outputs(name, node):
+            for value in [node, *self._absorbed(node)][-1].outputs:
                 self._add_value(value, name, node)
         for value in graph.inputs:
             self._add_conversion(value, GIVEN, 0.0)
@@ -103,26 +95,25 @@ class _Choice:
 
     def _add_node(self, name: str, node: ir.Node) -> None:
         own, source = self._cost(node), self._source(node)
-        behind = self.units.get(source or "")
-        fused = node.op_type in FUSED and behind is not None and behind.op_type == "Conv"
-        floats = (0.0 if fused else own.floats) + self._reordered(node)
-        self.total += floats
+        inside = sum(self._cost(each).floats for each in self._absorbed(node))
         quantized = self.plan.nodes[name].quantized
-        self._apart(INTEGER, name, floats)
-        self._apart(name, FLOAT, LIKING * own.integers if quantized else NEVER)
-        if source and fused:
-            self._apart(source, name, own.floats)
+        self._apart(INTEGER, name, own.floats + inside + self._reordered(node))
+        self._apart(name, FLOAT, own.integers if quantized else NEVER)
         if source and node.op_type == "MaxPool":
-            # Only behind an integer convolution there is a fast kernel.
+            # Only behind an integer convolution there is a fast kernel, and the runtime takes a
+            # conversion behind a pool before it.
             window = prod(node.attributes.get_ints("kernel_shape", ()))
-            self._apart(name, source, PLAIN_POOL * window * self._count(node.outputs[0]))
+            pooled, codes = node.outputs[0], (name, node.outputs[0].name)
+            self._apart(name, codes, NEVER)
+            self._apart(codes, source, PLAIN_POOL * window * self._count(pooled))
 
     def _add_value(self, value: ir.Value, name: str, node: ir.Node) -> None:
-        reorder = REORDER * self._count(value) if node.op_type == "Conv" else 0.0
-        self._add_conversion(value, name, reorder)
+        reorder = REORDER * self._count(value)
+        self._add_conversion(value, name, reorder if node.op_type == "Conv" else 0.0)
         restored = NODE + DEQUANTIZE * self._count(value)
         for reader in self._readers(value, name):
-            self._apart(name, reader, restored)
+            convolves = self.units[reader].op_type == "Conv"
+            self._apart(name, reader, restored + (reorder if convolves else 0.0))
         if value.is_graph_output():
             self._apart(name, FLOAT, restored)
 
@@ -149,10 +140,10 @@ class _Choice:
         """What it costs a float convolution to take and give another layout than its own."""
         if node.op_type != "Conv":
             return 0.0
-        source = node.inputs[0].producer() if node.inputs[0] else None
-        read = source is not None and source.op_type not in IN_BLOCKS
-        given = any(reader.op_type not in IN_BLOCKS for reader in readers_of(node.outputs[0]))
-        values = read * self._count(node.inputs[0]) + given * self._count(node.outputs[0])
+        source, made = not_none(node.inputs[0]).producer(), node.outputs[0]
+        read = source is not None and not in_blocks(source, self._channels(node.inputs[0]))
+        given = not all(in_blocks(reader, self._channels(made)) for reader in readers_of(made))
+        values = read * self._count(node.inputs[0]) + given * self._count(made)
         return REORDER * values
 
     def _unit(self, node: ir.Node) -> NodePlan:
@@ -164,11 +155,13 @@ class _Choice:
         names = (self._unit(node).inside or node.name or "" for node in nodes)
         return [reader for reader in dict.fromkeys(names) if reader != name]
 
-    def _outputs(self, name: str, node: ir.Node) -> list[ir.Value]:
-        last = node
-        for inner in self.plan.nodes[name].absorbed:
-            last = next(reader for reader in readers_of(last.outputs[0]) if reader.name == inner)
-        return list(last.outputs)
+    def _absorbed(self, node: ir.Node) -> list[ir.Node]:
+        """What is computed inside a unit, in order."""
+        chain = [node]
+        for inner in self._unit(node).absorbed:
+            readers = readers_of(chain[-1].outputs[0])
+            chain.append(next(reader for reader in readers if reader.name == inner))
+        return chain[1:]
 
     def _source(self, node: ir.Node) -> str | None:
         """The unit that makes what the node reads first."""
@@ -176,6 +169,10 @@ class _Choice:
         if producer is None or producer.name not in self.plan.nodes:
             return None
         return self._unit(producer).inside or producer.name
+
+    def _channels(self, value: ir.Value | None) -> int:
+        shape = self.sizes.get(value.name or "", ()) if value is not None else ()
+        return shape[1] if len(shape) > 1 else 0
 
     def _count(self, value: ir.Value | None) -> int:
         return prod(self.sizes.get(value.name or "", (0,))) if value is not None else 0
