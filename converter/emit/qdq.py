@@ -34,7 +34,8 @@ def emit(model: ir.Model, plan: QuantPlan) -> dict[str, str]:
     Weights that the plan stores are restored when a runtime loads the model.
     Returns under which name each planned tensor's dequantized values stand now.
     """
-    kept = {name: unit for name, unit in plan.nodes.items() if (name, 0) in plan.stored}
+    stored = {name for name, _ in plan.stored}
+    kept = {name: unit for name, unit in plan.nodes.items() if name in stored}
     restored = _Emitter(
         model,
         replace(plan, nodes={n: u for n, u in plan.nodes.items() if n not in kept}),

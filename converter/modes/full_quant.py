@@ -40,7 +40,7 @@ from converter.measure.sensitivity import RANKED_ON, alone, output_drop, read_la
 from converter.measure.target_checks import check
 from converter.modes import weight_quant
 from converter.plan.ops import rule
-from converter.plan.payoff import unprofitable
+from converter.plan.payoff import NO_FASTER, unprofitable
 from converter.plan.placement import Wishes, build_plan
 from converter.plan.plan import NodePlan, QuantPlan, TensorPlan
 from converter.plan.result import Quantized
@@ -301,7 +301,7 @@ def attempt(
         plan = decide_weights(
             setup.model, plan, walk, means=evidence.means, rounding=rounding, watch=watch
         )
-    quantized, plan = setup.model.clone(), _with_tables(setup, plan, watch)
+    quantized, plan = setup.model.clone(), _with_stored(setup, plan, watch)
     return Attempt(quantized, plan, emit(quantized, plan))
 
 
@@ -322,25 +322,35 @@ def _with_ranges(setup: Setup, evidence: Evidence, plan: QuantPlan) -> QuantPlan
     )
 
 
-def _with_tables(setup: Setup, plan: QuantPlan, watch: Watch) -> QuantPlan:
-    """The plan with float lookups in tables of 8 bits; in a product's codes where it multiplies
-    with the table.
+def _with_stored(setup: Setup, plan: QuantPlan, watch: Watch) -> QuantPlan:
+    """The plan with weights of 8 bits for float lookups and for what integers make no faster; in a
+    product's codes where it multiplies with the same ones.
     """
     nodes = {
-        unit.name: unit
+        unit.name: replace(unit, reason=f"{reason}; its weights are stored in 8 bits")
         for unit in weight_quant.storage_plan(setup.model, setup.job).units()
-        if rule(unit.op_type).looks_up and unit.name in plan.nodes
-        if not plan.nodes[unit.name].quantized
+        if (reason := _stored_for(unit, plan))
     }
-    lookups = replace(plan, nodes=nodes)
-    stored = store_by_weights(setup.model, lookups, Storage(), watch=watch).stored
+    stored = store_by_weights(
+        setup.model, replace(plan, nodes=nodes), Storage(), watch=watch
+    ).stored
     weights = {unit.weight.name: plan.weights[unit.name] for unit in plan.units() if unit.weight}
     tied = {
-        (unit.name, 0): weights[unit.weight.name]
+        (unit.name, unit.weight.index): weights[unit.weight.name]
         for unit in nodes.values()
         if unit.weight and unit.weight.name in weights
     }
     return replace(plan, nodes={**plan.nodes, **nodes}, stored={**stored, **tied})
+
+
+def _stored_for(unit: NodePlan, plan: QuantPlan) -> str:
+    """Why the weights of a node are stored in codes although it computes in floats; empty where
+    they are not.
+    """
+    planned = plan.nodes.get(unit.name)
+    if planned is None or planned.quantized:
+        return ""
+    return planned.reason if rule(unit.op_type).looks_up or planned.reason == NO_FASTER else ""
 
 
 # --- the edges of the model

@@ -26,7 +26,7 @@ from converter.plan.costs import (
 )
 from converter.plan.plan import NodePlan, QuantPlan
 
-REASON = "integers make it no faster here"
+NO_FASTER = "integers make it no faster here"
 # What stands for a dimension that only data will tell: of a batch, and of space or time.
 BATCH, EXTENT = 1, 256
 # The two sides, and what feeds the model.
@@ -86,7 +86,7 @@ class _Choice:
         """Units on the float side, with the reason."""
         integers = _least_cut(self.costs)
         return {
-            name: REASON
+            name: NO_FASTER
             for name in self.units
             if name not in integers and self.plan.nodes[name].quantized
         }
