@@ -7,13 +7,13 @@ by value, and few kernels know depthwise convolutions as well as the float ones 
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from math import prod
 
 import onnx_ir as ir
 
-from calib.affine import Array
-from converter.graph.edit import operand
+from converter.graph.edit import input_at
 
 # A node that does next to nothing.
 NODE = 2500.0
@@ -59,12 +59,12 @@ VALUES = {
     # Behind a convolution; other activation functions take a pass of their own even there.
     "Relu": Cost(0.0, 0.0),
     "Reshape": Cost(0.05, 0.04),
-    "Resize linear": Cost(3.3, 0.9),
-    "Resize nearest": Cost(0.45, 2.5),
     "Sigmoid": Cost(0.67, 0.61),
     "Split": Cost(0.33, 0.07),
     "Transpose": Cost(0.41, 0.18),
 }
+# Resize, by its mode.
+RESIZED = {"linear": Cost(3.3, 0.9), "nearest": Cost(0.45, 2.5)}
 OTHERS = Cost(0.2, 0.1)
 # A convolution that computes nothing.
 CONVOLUTION = Cost(4500.0, 8500.0)
@@ -78,38 +78,39 @@ def cost(node: ir.Node, made: tuple[int, ...], most: int) -> Cost:
     """The cost of a node whose output has the shape `made`, and whose largest tensor `most`
     values.
     """
-    weight = operand(node, 1) if len(node.inputs) > 1 else None
-    if node.op_type == "Conv" and weight is not None:
-        groups = node.attributes.get_int("group", 1)
-        return _convolution(weight, groups).times(made[0] * prod(made[2:]), CONVOLUTION)
-    if node.op_type in {"Gemm", "MatMul"} and weight is not None and made:
-        return _product(weight, prod(made), made[-1])
-    if node.op_type == "AveragePool":
-        return AVERAGED.times(prod(made) * prod(node.attributes.get_ints("kernel_shape", ())))
-    return VALUES.get(_kind(node), OTHERS).times(most)
+    if own := _OWN.get(node.op_type):
+        return own(node, made)
+    return VALUES.get(node.op_type, OTHERS).times(most)
 
 
 def in_blocks(node: ir.Node, channels: int) -> bool:
     """Whether the float operator computes in the layout of float convolutions."""
-    return node.op_type == "Conv" or (node.op_type in IN_BLOCKS and channels % BLOCK == 0)
+    return convolves(node) or (node.op_type in IN_BLOCKS and channels % BLOCK == 0)
 
 
-def _kind(node: ir.Node) -> str:
-    mode = node.attributes.get_string("mode", "nearest") if node.op_type == "Resize" else ""
-    return f"{node.op_type} {mode}".strip()
+def convolves(node: ir.Node) -> bool:
+    """Whether floats stand in blocks of channels before and behind it."""
+    return node.op_type in _CONVOLUTIONS
 
 
-def _product(weight: Array, values: int, columns: int) -> Cost:
-    multiplied = values / max(1, columns) * weight.size
-    return Cost(
-        NODE + max(multiplied / FLOATS, weight.size * WEIGHT.floats),
-        NODE + max(multiplied / BYTES, weight.size * WEIGHT.integers) + values * ROW.integers,
-    )
+def pooled(node: ir.Node) -> int:
+    """The values under the window of a maximum that floats and integers pool alike; 0 elsewhere."""
+    return _window(node) if node.op_type in _POOLS else 0
 
 
-def _convolution(weight: Array, groups: int) -> Cost:
+# --- operators whose costs follow from their shapes
+
+
+def _convolution(node: ir.Node, made: tuple[int, ...]) -> Cost:
+    shape, groups = _weight(node), max(1, node.attributes.get_int("group", 1))
+    if len(shape) < 3 or not made:
+        return Cost(NODE, NODE)
+    return _position(shape, groups).times(made[0] * prod(made[2:]), CONVOLUTION)
+
+
+def _position(shape: tuple[int, ...], groups: int) -> Cost:
     """Of one position of the output."""
-    rows, inputs, taps = weight.shape[0], weight.shape[1], prod(weight.shape[2:])
+    rows, inputs, taps = shape[0], shape[1], prod(shape[2:])
     if groups == rows and inputs == 1:
         return _depthwise(rows, taps)
     each, columns = rows // groups, inputs * taps
@@ -132,5 +133,43 @@ def _depthwise(channels: int, taps: int) -> Cost:
     return Cost(floats, integers * (0.3 + 0.7 * nine))
 
 
+def _product(node: ir.Node, made: tuple[int, ...]) -> Cost:
+    size, values = prod(_weight(node)), prod(made)
+    multiplied = values / max(1, made[-1] if made else 1) * size
+    return Cost(
+        NODE + max(multiplied / FLOATS, size * WEIGHT.floats),
+        NODE + max(multiplied / BYTES, size * WEIGHT.integers) + values * ROW.integers,
+    )
+
+
+def _averaged(node: ir.Node, made: tuple[int, ...]) -> Cost:
+    return AVERAGED.times(prod(made) * _window(node))
+
+
+def _resized(node: ir.Node, made: tuple[int, ...]) -> Cost:
+    return RESIZED.get(node.attributes.get_string("mode", "nearest"), OTHERS).times(prod(made))
+
+
+def _weight(node: ir.Node) -> tuple[int, ...]:
+    """The shape of its constant weight; of none, that of nothing."""
+    value = input_at(node, 1)
+    array = None if value is None else value.const_value
+    return (0,) if array is None else tuple(d for d in array.shape if isinstance(d, int))
+
+
+def _window(node: ir.Node) -> int:
+    return prod(node.attributes.get_ints("kernel_shape", ()))
+
+
 def _rounded_up(number: int, to: int) -> int:
     return -(-number // to) * to
+
+
+_CONVOLUTIONS, _POOLS = {"Conv"}, {"MaxPool"}
+_OWN: dict[str, Callable[[ir.Node, tuple[int, ...]], Cost]] = {
+    "AveragePool": _averaged,
+    "Conv": _convolution,
+    "Gemm": _product,
+    "MatMul": _product,
+    "Resize": _resized,
+}

@@ -21,12 +21,16 @@ from converter.plan.costs import (
     QUANTIZE,
     REORDER,
     Cost,
+    convolves,
     cost,
     in_blocks,
+    pooled,
 )
 from converter.plan.plan import NodePlan, QuantPlan
 
 NO_FASTER = "integers make it no faster here"
+# A model that takes less, in nanoseconds, is never slow: a call of the runtime takes as long.
+NEGLIGIBLE = 200_000.0
 # What stands for a dimension that only data will tell: of a batch, and of space or time.
 BATCH, EXTENT = 1, 256
 # The two sides, and what feeds the model.
@@ -39,7 +43,8 @@ Sizes = Mapping[str, tuple[int, ...]]
 
 def unprofitable(model: ir.Model, plan: QuantPlan) -> dict[str, str]:
     """The planned units that had better stay float, with the reason."""
-    return _Choice(model.graph, plan, sizes_of(model)).float_units()
+    choice = _Choice(model.graph, plan, sizes_of(model))
+    return choice.float_units() if choice.in_floats() > NEGLIGIBLE else {}
 
 
 def sizes_of(model: ir.Model) -> dict[str, tuple[int, ...]]:
@@ -58,13 +63,15 @@ def sizes_of(model: ir.Model) -> dict[str, tuple[int, ...]]:
 
 def _known(value: ir.Value) -> tuple[int, ...] | None:
     """The shape of a value all of whose dimensions are known."""
-    sizes = [] if value.shape is None else [d for d in value.shape if isinstance(d, int)]
+    sizes = [d for d in value.shape or () if isinstance(d, int) and d >= 0]
     whole = value.shape is not None and len(sizes) == value.shape.rank()
     return tuple(sizes) if whole else None
 
 
 def _size(dimension: object, axis: int) -> int:
-    return dimension if isinstance(dimension, int) else EXTENT if axis else BATCH
+    if isinstance(dimension, int) and dimension >= 0:
+        return dimension
+    return EXTENT if axis else BATCH
 
 
 class _Choice:
@@ -91,6 +98,10 @@ class _Choice:
             if name not in integers and self.plan.nodes[name].quantized
         }
 
+    def in_floats(self) -> float:
+        """Nanoseconds of the float model."""
+        return sum(self.costs[INTEGER, name] for name in self.units)
+
     # --- the network
 
     def _add_node(self, name: str, node: ir.Node) -> None:
@@ -99,21 +110,20 @@ class _Choice:
         quantized = self.plan.nodes[name].quantized
         self._apart(INTEGER, name, own.floats + inside + self._reordered(node))
         self._apart(name, FLOAT, own.integers if quantized else NEVER)
-        if source and node.op_type == "MaxPool":
+        if source and (window := pooled(node)):
             # Only behind an integer convolution there is a fast kernel, and the runtime takes a
             # conversion behind a pool before it.
-            window = prod(node.attributes.get_ints("kernel_shape", ()))
-            pooled, codes = node.outputs[0], (name, node.outputs[0].name)
+            codes = name, node.outputs[0].name
             self._apart(name, codes, NEVER)
-            self._apart(codes, source, PLAIN_POOL * window * self._count(pooled))
+            self._apart(codes, source, PLAIN_POOL * window * self._count(node.outputs[0]))
 
     def _add_value(self, value: ir.Value, name: str, node: ir.Node) -> None:
         reorder = REORDER * self._count(value)
-        self._add_conversion(value, name, reorder if node.op_type == "Conv" else 0.0)
+        self._add_conversion(value, name, reorder if convolves(node) else 0.0)
         restored = NODE + DEQUANTIZE * self._count(value)
         for reader in self._readers(value, name):
-            convolves = self.units[reader].op_type == "Conv"
-            self._apart(name, reader, restored + (reorder if convolves else 0.0))
+            again = reorder if convolves(self.units[reader]) else 0.0
+            self._apart(name, reader, restored + again)
         if value.is_graph_output():
             self._apart(name, FLOAT, restored)
 
@@ -138,7 +148,7 @@ class _Choice:
 
     def _reordered(self, node: ir.Node) -> float:
         """What it costs a float convolution to take and give another layout than its own."""
-        if node.op_type != "Conv":
+        if not convolves(node):
             return 0.0
         source, made = not_none(node.inputs[0]).producer(), node.outputs[0]
         read = source is not None and not in_blocks(source, self._channels(node.inputs[0]))
