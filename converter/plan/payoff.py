@@ -91,7 +91,7 @@ class _Choice:
 
     def float_units(self) -> dict[str, str]:
         """Units on the float side, with the reason."""
-        integers = _least_cut(self.costs)
+        integers = least_cut(self.costs)
         return {
             name: NO_FASTER
             for name in self.units
@@ -188,7 +188,7 @@ class _Choice:
         return prod(self.sizes.get(value.name or "", (0,))) if value is not None else 0
 
 
-def _least_cut(costs: Mapping[tuple[Hashable, Hashable], float]) -> set[Hashable]:
+def least_cut(costs: Mapping[tuple[Hashable, Hashable], float]) -> set[Hashable]:
     """The integer side of the cheapest choice; whole picoseconds add up alike in any order."""
     # Imported where it is needed: that takes a fifth of a second.
     import networkx
