@@ -10,7 +10,7 @@ import pytest
 from graphs import normal, prepared, run
 from hypothesis import given
 from hypothesis import strategies as st
-from running import job
+from running import Ear, job
 
 from converter.errors import ConfigError
 from converter.job import Watch
@@ -19,6 +19,7 @@ from converter.plan.costs import NODE, Cost, cost
 from converter.plan.payoff import FLOAT, INTEGER, NO_FASTER, least_cut, sizes_of, unprofitable
 from converter.plan.placement import Wishes, build_plan
 from converter.plan.targets import CPU, TARGETS
+from converter.report.text import summary_lines
 
 IMAGE = "g (float[1,64,112,112] x) => (float[] y)"
 CONSTANTS = {
@@ -122,10 +123,14 @@ def test_the_table_is_of_one_kind_of_processor(name):
 SLOW = f"{IMAGE} {{ [deep] a = Conv <group = 64> (x, few, b)  [soft] y = Softmax (a) }}"
 
 
+def slow_job(tmp_path, **full_quant):
+    model = prepared(SLOW, **CONSTANTS)
+    return job(tmp_path, model, {"x": normal(3, 64, 112, 112)}, **full_quant)
+
+
 def conversion(tmp_path, **full_quant):
     """The plan, and the file."""
-    model = prepared(SLOW, **CONSTANTS)
-    task = job(tmp_path, model, {"x": normal(3, 64, 112, 112)}, **full_quant)
+    task = slow_job(tmp_path, **full_quant)
     return convert(task, Watch()).plan, task.output.read_bytes()
 
 
@@ -136,6 +141,17 @@ def test_weights_are_codes_where_integers_make_nothing_faster(tmp_path):
     assert "QuantizeLinear" not in {node.op_type for node in written.graph.node}
     codes = [i for i in written.graph.initializer if i.data_type == onnx.TensorProto.UINT8]
     assert [tuple(i.dims) for i in codes] == [(64, 1, 3, 3)]
+
+
+def test_a_model_that_integers_make_no_faster_is_said_to_be_float(tmp_path):
+    ear = Ear()
+    outcome = convert(slow_job(tmp_path), ear)
+    assert any(
+        text.startswith("Nothing of this model is faster in integers here") for text in ear.warned
+    )
+    first, left, *_ = summary_lines(outcome, tmp_path / "q.onnx")
+    assert first.startswith("Quantized 0 of 2 nodes")
+    assert left == f"Left float, {NO_FASTER}; its weights are stored in 8 bits: deep (Conv)."
 
 
 @pytest.mark.parametrize("optimize", [False, True])

@@ -40,7 +40,7 @@ from converter.measure.sensitivity import RANKED_ON, alone, output_drop, read_la
 from converter.measure.target_checks import check
 from converter.modes import weight_quant
 from converter.plan.ops import rule
-from converter.plan.payoff import NO_FASTER, unprofitable
+from converter.plan.payoff import NO_FASTER, stays_float, unprofitable
 from converter.plan.placement import Wishes, build_plan
 from converter.plan.plan import NodePlan, QuantPlan, TensorPlan
 from converter.plan.result import Quantized
@@ -71,6 +71,7 @@ def quantize(prepared: Prepared, job: Job, watch: Watch) -> Quantized:
     final = within_drop(setup, evidence, watch)
     check(final.model, final.plan, setup.target)
     _require_full_integer(final.plan, job.config)
+    _tell_of_floats(final.plan, watch)
     # What was trained is compared with what training saw, unless flags gave it other types.
     as_given = setup.trained and _edges(prepared.model) == _edges(setup.model)
     return Quantized(
@@ -418,6 +419,17 @@ def _mixed_concats(plan: QuantPlan) -> dict[str, str]:
                 f"the ranges of its inputs differ {max(scales) / min(scales):.0f} times"
             )
     return mixed
+
+
+def _tell_of_floats(plan: QuantPlan, watch: Watch) -> None:
+    """Warns of a model in which integers make nothing faster."""
+    computed = [unit for unit in plan.units() if not rule(unit.op_type).looks_up]
+    if computed and all(map(stays_float, computed)):
+        watch.warn(
+            "Nothing of this model is faster in integers here: it computes in floats, its weights "
+            "stored in 8 bits as WEIGHT_QUANT does; only_faster = false in [full_quant_param] "
+            "makes integers all the same."
+        )
 
 
 def _require_full_integer(plan: QuantPlan, config: Config) -> None:

@@ -29,6 +29,7 @@ from converter.measure.verify import tensor_errors, verify
 from converter.modes import MODES, full_quant
 from converter.pipeline.behind import Behind
 from converter.plan.ops import computes_on_integers, draws, may_have_weight
+from converter.plan.payoff import stays_float
 from converter.plan.placement import check_skips
 from converter.plan.plan import QuantPlan
 from converter.plan.result import Quantized
@@ -146,7 +147,7 @@ def _facts(job: Job, result: Quantized) -> dict[str, str]:
     return {
         "Float model": job.model.name,
         "Calibration": f"{len(result.data)} samples" if len(result.data) else "no data",
-        "Quantized": f"{sum(node.quantized for node in nodes)} of {len(nodes)} nodes",
+        "Quantized": f"{sum(not stays_float(node) for node in nodes)} of {len(nodes)} nodes",
     }
 
 

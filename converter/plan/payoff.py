@@ -47,6 +47,11 @@ def unprofitable(model: ir.Model, plan: QuantPlan) -> dict[str, str]:
     return choice.float_units() if choice.in_floats() > NEGLIGIBLE else {}
 
 
+def stays_float(node: NodePlan) -> bool:
+    """Whether FULL_QUANT computes a node in floats, its weights stored as codes or not."""
+    return not node.quantized or node.reason.startswith(NO_FASTER)
+
+
 def sizes_of(model: ir.Model) -> dict[str, tuple[int, ...]]:
     """The shapes of the main graph's values, as far as they can be known without data."""
     if any(_known(value) is None for value in model.graph.inputs):

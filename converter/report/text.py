@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 from converter.measure.errors import TensorError
 from converter.measure.results import Findings, Verification
+from converter.plan.payoff import stays_float
 from converter.plan.plan import NodePlan, QuantPlan
 from converter.report.advice import listed
 
@@ -35,9 +36,9 @@ def plan_lines(plan: QuantPlan) -> Iterator[str]:
 def summary_lines(outcome: Outcome, output: Path) -> Iterator[str]:
     """What was quantized, what was left and why, sizes, and where it hurts most."""
     counted = outcome.plan.outside
-    quantized = Counter(node.op_type for node in counted if node.quantized)
+    quantized = Counter(node.op_type for node in counted if not stays_float(node))
     yield f"Quantized {sum(quantized.values())} of {len(counted)} nodes: {_counts(quantized)}."
-    left = [node for node in counted if not node.quantized]
+    left = list(filter(stays_float, counted))
     for reason in dict.fromkeys(node.reason for node in left):
         names = [f"{node.name} ({node.op_type})" for node in left if node.reason == reason]
         yield f"Left float, {reason}: {listed(names, NAMED)}."
