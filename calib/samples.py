@@ -13,6 +13,7 @@ from collections.abc import Collection, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import chain
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 
@@ -37,7 +38,11 @@ class Dataset:
     """A fixed, numbered list of usable samples; immutable, so any number of threads may read it.
 
     `warnings` holds one sentence for each file left out and each way in which the data falls short.
+    Where samples are consecutive frames, `states` are outputs of a model by the inputs that they
+    are fed to at the next one.
     """
+
+    states: Mapping[str, str] = MappingProxyType({})
 
     def __init__(
         self,

@@ -101,6 +101,10 @@ MISTAKES = {
     ],
     (DATA, "calibrate_size"): [(bad, "integer from 1 to 65535") for bad in ("0", "65536")],
     (DATA, "input_type"): [("JPEG", "IMAGE, BIN or NPY")],
+    (DATA, "state_inputs"): [
+        (bad, "input_name:output_name pairs")
+        for bad in ("h", "h:", ":h_out", "h:h_out,", "h:a,h:b", "h:a,c:a")
+    ],
     (DATA, "label_file"): [('"labels.csv', "quote")],
     (DATA, "image_to_format"): [("RGBA", "RGB, GRAY or BGR")],
     (DATA, "normalize_mean"): [

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import fields
 
 import numpy as np
@@ -14,6 +14,8 @@ from calib.affine import Array
 from calib.images import ImageOptions
 from calib.samples import Dataset, InputSpec, open_dataset
 from calib.session import CPU_PROVIDERS
+from converter.calibrate.runs import opened
+from converter.calibrate.states import Recurrent, first_states, states_of, streamed
 from converter.config import DataPreprocessParam
 from converter.errors import ConfigError, DataError, ModelError
 from converter.graph.dimensions import contradicted, name_apart
@@ -25,6 +27,10 @@ from converter.plan.ops import rule_of
 # Dimensions of a batch of images, and how many times as many pixels as tokens random samples have;
 # the least dimensions of a cache.
 IMAGE_AXES, PIXELS, CACHE_AXES = 4, 4, 3
+
+
+# State inputs that are named where all are spoken of.
+NAMED = 4
 
 
 def open_data(
@@ -41,8 +47,11 @@ def open_data(
         **{option.name: getattr(wanted, option.name) for option in fields(ImageOptions)}
     )
     folders, threads = dict(wanted.calibrate_path), resources_of(job).threads
-    fixed = {name: x for name, x in default_inputs(model).items() if name not in folders}
-    fed = [value for value in model.graph.inputs if value.name not in fixed]
+    where = job.config.at("data_preprocess_param", "state_inputs")
+    states = states_of(model, wanted.state_inputs, folders, where)
+    own = default_inputs(model)
+    fixed = {name: x for name, x in own.items() if name not in (*folders, *states)}
+    fed = [value for value in model.graph.inputs if value.name not in (*fixed, *states)]
     specs = [spec_of(value, job.input_format) for value in fed]
     try:
         data = open_dataset(
@@ -54,6 +63,11 @@ def open_data(
             workers=threads,
             fixed=fixed,
         )
+        if states:
+            frames, memory = len(data), resources_of(job).memory
+            source = Recurrent(opened(model), states, memory)
+            data = streamed(data, source, first_states(model, states))
+            _tell_of_states(states, len(data), frames, watch)
     except CalibError as error:
         msg = f"{job.config.path}: [data_preprocess_param] {error}"
         raise DataError(msg) from error
@@ -66,6 +80,20 @@ def open_data(
             "each of them gets a name of its own."
         )
     return data
+
+
+def _tell_of_states(states: Mapping[str, str], kept: int, frames: int, watch: Watch) -> None:
+    pairs = [f"{output} to {name}" for name, output in states.items()]
+    more = f" and {len(pairs) - NAMED} more" if len(pairs) > NAMED else ""
+    watch.tell(
+        "Samples are consecutive frames, and states are fed on from each to the next: "
+        f"{', '.join(pairs[:NAMED])}{more}."
+    )
+    if kept < frames:
+        watch.warn(
+            f"The states of {kept} of {frames} frames fill calibration_memory: those behind are "
+            "left out."
+        )
 
 
 def resources_of(job: Job) -> Resources:

@@ -23,11 +23,14 @@ from converter.errors import UsageError
 def init_command(model: Path, output: Path | None, mode: str) -> None:
     """Write a commented configuration fitted to a model's inputs."""
     from converter.calibrate.data import spec_of  # imports what takes long
+    from converter.calibrate.states import states_of
     from converter.config.starter import starter_config
     from converter.graph.files import fed_inputs, load
 
     output = output or model.with_suffix(".cfg")
-    inputs = [spec_of(value) for value in fed_inputs(load(model))]
+    known = load(model)
+    states = states_of(known, (), {}, "")
+    inputs = [spec_of(value) for value in fed_inputs(known) if value.name not in states]
     text = starter_config(inputs, cast("QuantType", mode))
     try:
         with output.open("x", encoding="utf-8") as stream:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from converter.config import values as kinds
-from converter.config.values import InputFolders, Kind
+from converter.config.values import InputFolders, Kind, NamePairs
 
 QuantType = Literal["WEIGHT_QUANT", "FULL_QUANT", "DYNAMIC_QUANT"]
 ActivationQuantMethod = Literal[
@@ -72,6 +72,11 @@ _STORED = Scope(
     lambda config: config.weight_quant.on_the_fly,
 )
 _DYNAMIC = Scope(("DYNAMIC_QUANT",))
+_WITH_DATA = Scope(
+    _ALWAYS.modes,
+    " with calibrate_path",
+    lambda config: bool(config.preprocess.calibrate_path),
+)
 _IMAGES = Scope(
     QUANT_TYPES,
     " with input_type = IMAGE",
@@ -378,6 +383,14 @@ class DataPreprocessParam:
     )
     input_type: Literal["IMAGE", "BIN", "NPY"] | None = _choice(
         "Type of the files: pictures, raw buffers or NumPy arrays; beside calibrate_path."
+    )
+    state_inputs: NamePairs = _key(
+        kinds.name_pairs("h_in:h_out"),
+        "State inputs of a recurrent or streaming model, each with the output that is fed to it at "
+        "the next sample; unset: inputs without a folder whose names say so, as h_in and h_out. "
+        "Samples are consecutive frames then, in the order of the files, and states begin at zero.",
+        (),
+        _WITH_DATA,
     )
     label_file: Path | None = _key(
         kinds.path("labels.csv"),

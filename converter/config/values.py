@@ -16,6 +16,7 @@ from typing import Any
 from converter.config.grammar import mask, unquote
 
 InputFolders = tuple[tuple[str, Path], ...]
+NamePairs = tuple[tuple[str, str], ...]
 
 _INTEGER = re.compile(r"[+-]?\d+", re.ASCII)
 _NUMBER = re.compile(r"[+-]?(\d+(\.\d*)?|\.\d+)([eE][+-]?\d+)?", re.ASCII)
@@ -176,6 +177,28 @@ def input_folders() -> Kind:
 
     allowed = "input_name:folder pairs separated by commas, each input once"
     return Kind(allowed, "image:calib", parse, holds, _located)
+
+
+def name_pairs(example: str) -> Kind:
+    """A comma list of `name:name`, each name once; the last `:` outside quotes separates."""
+
+    def parse(text: str) -> NamePairs:
+        return tuple(_name_pair(item) for item in _items(unquote(text)))
+
+    def holds(pairs: NamePairs) -> bool:
+        return all(len(set(names)) == len(pairs) for names in zip(*pairs, strict=True))
+
+    allowed = "input_name:output_name pairs separated by commas, each name once"
+    return Kind(allowed, example, parse, holds)
+
+
+def _name_pair(item: str) -> tuple[str, str]:
+    item = unquote(item)
+    cut = mask(item).rfind(":")
+    left, right = unquote(item[: max(cut, 0)]), unquote(item[cut + 1 :])
+    if not left or not right:
+        raise ValueError
+    return left, right
 
 
 def _input_folder(item: str) -> tuple[str, Path]:

@@ -5,7 +5,7 @@ them.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -99,6 +99,7 @@ def verify(both: Both, label_file: Path | None) -> Verification:
         conversions=tuple(name for name, op_type in seen.nodes if op_type in CONVERSIONS),
         saturated=() if result.exact else tuple(saturating(result.model)),
         random=not len(result.data),
+        closed_loop=bool(data.states),
         here=_here(seen),
     )
     samples = seen.after[: len(plain)], plain
@@ -144,8 +145,23 @@ def _outputs(model: Opened, data: Dataset, most: int, both: Both) -> Outputs:
     first = step(0)
     held = sum(getattr(x, "nbytes", 0) for x in first)
     count = max(1, min(most, len(data), both.resources.memory // max(1, 3 * held)))
+    if data.states:
+        return list(_closed_loop(model, data, count))
     rest = over_samples(count - 1, lambda index: step(index + 1), both.resources.threads)
     return [first, *rest]
+
+
+def _closed_loop(model: Opened, data: Dataset, count: int) -> Iterator[list[Array]]:
+    """What a model gives for consecutive frames, fed its own states."""
+    held: dict[str, Array] = {}
+    for index in range(count):
+        sample = data.sample(index)
+        # Codes, where the model gives them, are no states.
+        kept = {name: x for name, x in held.items() if x.dtype == sample[name].dtype}
+        outputs = model.answer({**sample, **kept})
+        made = dict(zip(model.outputs, outputs, strict=True))
+        held = {name: made[output] for name, output in data.states.items()}
+        yield outputs
 
 
 def _tallies(before: Outputs, after: Outputs) -> list[list[Tally]]:
