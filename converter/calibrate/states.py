@@ -121,7 +121,7 @@ def states_of(
 
     Raises DataError, which begins with `where`, for a pair that does not fit.
     """
-    states = {name: _checked(model, name, output, given, where) for name, output in wanted}
+    states = {name: _checked(model, (name, output), given, where) for name, output in wanted}
     open_ones = [v for v in fed_inputs(model) if v.name not in states and v.name not in given]
     named = dict[str, str]()
     for value in open_ones:
@@ -133,8 +133,9 @@ def states_of(
 
 
 def _checked(
-    model: ir.Model, name: str, output: str, given: Mapping[str, object], where: str
+    model: ir.Model, pair: tuple[str, str], given: Mapping[str, object], where: str
 ) -> str:
+    name, output = pair
     inputs, outputs = ({v.name: v for v in vs} for vs in (model.graph.inputs, model.graph.outputs))
     for kind, wanted, known in (("input", name, inputs), ("output", output, outputs)):
         if wanted not in known:
