@@ -577,7 +577,7 @@ def scored(folder: Path, method: str) -> tuple[Outcome, list[Array], Ear]:
     """The conversion of a detector, the scores of both models on other scenes, and what was said."""
     data = np.concatenate([scene(seed) for seed in range(12)])
     model = build(DETECTOR, **detector())
-    task = job(folder, model, {"x": data}, activation_quant_method=method)
+    task = job(folder, model, {"x": data}, activation_quant_method=method, only_faster="false")
     outcome = convert(task, ear := Ear())
     scores = []
     for path in (task.model, task.output):

@@ -245,12 +245,13 @@ class Walk:
         so that none is missed, however rare what is loud there.
         """
         q = self._params(unit, plan)
-        zero = np.float32(q.zero_point if q else 0)
 
         def work(index: int) -> Array:
             x = self._input(index, unit, q)
+            if q is not None:
+                return view.means(np.square(x.astype(np.float32) - np.float32(q.zero_point)))
             with np.errstate(over="ignore", invalid="ignore"):
-                squares = np.square(x.astype(np.float32) - zero)
+                squares = np.square(x.astype(np.float32))
             return view.means(np.where(np.isfinite(squares), squares, np.float32(0)))
 
         return np.asarray(np.mean(list(over_samples(self.count, work, self.threads)), axis=0))

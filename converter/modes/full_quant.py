@@ -61,7 +61,8 @@ MIXED_RANGES = 16.0
 
 def make_plan(prepared: Prepared, job: Job) -> QuantPlan:
     """The plan without the numbers that data gives."""
-    return _planned(prepared.floats, prepared.trained, job.config, {})
+    model, trained = prepared.floats, prepared.trained
+    return _planned(model, trained, job.config, _slow(model, trained, job.config))
 
 
 def quantize(prepared: Prepared, job: Job, watch: Watch) -> Quantized:
@@ -123,7 +124,13 @@ class Setup:
 
     def planned(self, kept_float: Mapping[str, str]) -> QuantPlan:
         """The plan without numbers that leaves some nodes float."""
-        return _planned(self.model, self.trained, self.job.config, kept_float)
+        kept = {**self.slow, **kept_float}
+        return _planned(self.model, self.trained, self.job.config, kept)
+
+    @cached_property
+    def slow(self) -> Mapping[str, str]:
+        """What integers would make no faster, with the reason."""
+        return _slow(self.model, self.trained, self.job.config)
 
     def with_trained_weights(self, plan: QuantPlan) -> tuple[QuantPlan, Mapping[str, Kept]]:
         """The plan with what training knew of the weights, and what became of it."""
@@ -182,17 +189,22 @@ def _target(config: Config) -> Target:
     return target if config.full_quant.overflow_safe else replace(target, pair_limit=None)
 
 
+def _slow(model: ir.Model, trained: Trained, config: Config) -> Mapping[str, str]:
+    """The nodes that integers would make no faster, with the reason."""
+    common, full, target = config.common, config.full_quant, _target(config)
+    if trained or not target.counts_costs or not full.only_faster or full.require_full_integer:
+        return {}
+    wishes = Wishes(common.skip_quant_node, common.skip_quant_type, full.per_channel)
+    return unprofitable(model, build_plan(model.graph, target, wishes))
+
+
 def _planned(
     model: ir.Model, trained: Trained, config: Config, kept_float: Mapping[str, str]
 ) -> QuantPlan:
     """The plan with trained ranges; without data, the nodes whose ranges are open stay float."""
     common, full = config.common, config.full_quant
     wishes = Wishes(common.skip_quant_node, common.skip_quant_type, full.per_channel, kept_float)
-    target = _target(config)
-    plan = build_plan(model.graph, target, wishes)
-    if target.counts_costs and full.only_faster and not full.require_full_integer and not trained:
-        slow = unprofitable(model, plan)
-        plan = build_plan(model.graph, target, replace(wishes, kept_float={**slow, **kept_float}))
+    plan = build_plan(model.graph, _target(config), wishes)
     plan = with_trained_ranges(plan, trained.tensors, full.power_of_two_scale)
     if config.preprocess.calibrate_path:
         return plan
