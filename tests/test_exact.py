@@ -307,3 +307,13 @@ def test_conversions_are_the_same_where_kernels_saturate(tmp_path, monkeypatch, 
         verification = convert(task).verification
         found.append((task.output.read_bytes(), verification and verification.outputs))
     assert found[0] == found[1]
+
+
+@pytest.mark.parametrize(("code", "found"), [(64, []), (65, ["y"])])
+def test_codes_that_are_transposed_when_the_model_is_loaded_are_looked_at(code, found):
+    model = build(
+        "g (float[N,8] x) => (int32[N,16] z) { c, s, o = DynamicQuantizeLinear (x) "
+        "t = Transpose <perm = [1, 0]> (table)  [y] z = MatMulInteger (c, t, o) }",
+        table=np.full((16, 8), code, np.int8),
+    )
+    assert list(saturating(model)) == found

@@ -34,6 +34,7 @@ from converter.plan.ops import (
     Operand,
     Product,
     cast_to,
+    constant_behind_turn,
     integer_rule,
     rule,
     rule_of,
@@ -142,7 +143,7 @@ def _of_integers(node: ir.Node, product: Product) -> Iterator[Saturating]:
         if _kind_at(node, unsigned) != ir.DataType.UINT8:
             return
         limit = _limit(input_at(node, unsigned[0]))
-    codes = operand(node, signed[0])
+    codes = constant_behind_turn(input_at(node, signed[0]))
     if codes is None or _can_saturate(node, product.like, codes, limit):
         yield Saturating(node, node, signed[0], signed[2])
 

@@ -19,9 +19,11 @@ from calib.affine import INT8_NARROW, UINT8
 from calib.samples import Dataset
 from converter.calibrate.data import open_data, resources_of, token_data
 from converter.calibrate.observe import Wanted, observe
+from converter.calibrate.runs import is_big
 from converter.calibrate.walk import Walk
 from converter.emit.dynamic import emit_dynamic
 from converter.graph.edit import not_none, operand
+from converter.graph.mapped import release
 from converter.job import Job, Resources, Watch
 from converter.modes import weight_quant
 from converter.plan.matrices import ProductView
@@ -39,13 +41,15 @@ from converter.plan.result import Quantized
 from converter.plan.targets import PAIR_LIMIT
 from converter.plan.units import bias_place, planned
 from converter.prepare.fake_quant import Prepared
+from converter.weights.gptq import Grid
 from converter.weights.integer import Rounding, packed, rounded
 from converter.weights.layers import decide_weights, products, store_by_weights
+from converter.weights.long_rows import LEAST_COLUMNS, rounded_to_nearest
 from converter.weights.smoothing import smooth
 from converter.weights.stored import Storage
 
-# Random samples that show which channels stand out, and the tokens in each.
-RANDOM_SAMPLES, RANDOM_LENGTH = 32, 32
+# Random samples that show which channels stand out, those of a big model, and the tokens in each.
+RANDOM_SAMPLES, FEW_SAMPLES, RANDOM_LENGTH = 32, 4, 32
 # A table of up to this many numbers is restored when the model is loaded: looking integers up saves
 # memory, not time.
 SMALL_TABLE = 1 << 18
@@ -148,7 +152,8 @@ def _smooth(
     place.
     """
     hint = "" if len(data) else "; give calibrate_path"
-    data = data if len(data) else token_data(model, RANDOM_SAMPLES, RANDOM_LENGTH)
+    count = FEW_SAMPLES if is_big(model) else RANDOM_SAMPLES
+    data = data if len(data) else token_data(model, count, RANDOM_LENGTH)
     products = [unit for node in model.graph if _is_integer(unit := plan.nodes[node.name or ""])]
     try:
         smooth(model, products if len(data) else (), data, threads=resources.threads, watch=watch)
@@ -173,7 +178,12 @@ def _by_themselves(model: ir.Model, plan: QuantPlan, watch: Watch) -> QuantPlan:
 
 def _fitted(node: ir.Node, wanted: WeightPlan) -> QuantizedWeight:
     view = ProductView(rule_of(node).looks_up or is_transposed(node))
-    matrix = view.matrix(not_none(operand(node, wanted.index)).astype(np.float64))
+    matrix = view.matrix(not_none(operand(node, wanted.index)))
+    release([not_none(node.inputs[wanted.index])])
+    if wanted.axis is not None and matrix.shape[2] >= LEAST_COLUMNS:
+        codes, scale = rounded_to_nearest(matrix, Grid(wanted.format, wanted.pair_limit))
+        return packed(view.weight(codes), scale, wanted)
+    matrix = matrix.astype(np.float64)
     codes, scale = rounded(
         matrix, None, wanted, least=np.zeros(matrix.shape[:2]), rounding=Rounding()
     )

@@ -398,6 +398,16 @@ def cast_to(node: ir.Node) -> ir.DataType | None:
     return ir.DataType(node.attributes.get_int("to", 0))
 
 
+def constant_behind_turn(value: ir.Value | None) -> Array | None:
+    """The array of a constant, also of one that is transposed when the model is loaded."""
+    array, maker = constant(value), value.producer() if value is not None else None
+    if array is not None or maker is None or maker.domain or maker.op_type != "Transpose":
+        return array
+    turned = operand(maker, 0)
+    order = maker.attributes.get_ints("perm") if "perm" in maker.attributes else None
+    return None if turned is None else turned.transpose(order)
+
+
 def computes_on_integers(node: ir.Node) -> bool:
     """Whether `node` is part of a model that is quantized already."""
     return re.fullmatch(r"QLinear\w+|\w*[Qq]uantizeLinear|\w+Integer", node.op_type) is not None

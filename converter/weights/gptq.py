@@ -55,11 +55,11 @@ class Grid:
     pair_limit: int | None = None
 
 
-def row_parts(weight: Array) -> list[slice]:
+def row_parts(weight: Array, most: int = PART) -> list[slice]:
     """Parts of the rows of `weight` (groups, rows, columns), so that little of what is made of it
     is in memory.
     """
-    rows = PART * weight.shape[1] // max(1, weight.size)
+    rows = most * weight.shape[1] // max(1, weight.size)
     step = max(1, rows // trellis.GROUP) * trellis.GROUP
     return [slice(start, start + step) for start in range(0, weight.shape[1], step)]
 

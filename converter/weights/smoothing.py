@@ -12,6 +12,7 @@ from calib.samples import Dataset
 from calib.workers import over_samples
 from converter.calibrate.runs import opened
 from converter.graph.edit import not_none, operand
+from converter.graph.mapped import release
 from converter.job import Watch
 from converter.plan.ops import is_transposed
 from converter.plan.plan import NodePlan
@@ -66,10 +67,17 @@ def _alone(product: ir.Node) -> bool:
     return product.inputs[1] is not None and len(product.inputs[1].uses()) == 1
 
 
+def _factors(channels: Channels, nodes: Sequence[ir.Node]) -> Array | None:
+    """Those of a tensor that the products `nodes` read."""
+    weight = np.concatenate(list(map(_weight, nodes)), axis=1)
+    release(not_none(node.inputs[1]) for node in nodes)
+    return smoothing_factors(channels, weight, free=bool(linear_in(nodes)))
+
+
 def _weight(product: ir.Node) -> Array:
-    """float64 (channels, columns)."""
+    """(channels, columns)."""
     weight = not_none(operand(product, 1))
-    return (weight.T if is_transposed(product) else weight).astype(np.float64)
+    return weight.T if is_transposed(product) else weight
 
 
 def observe_channels(

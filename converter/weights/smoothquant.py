@@ -66,7 +66,8 @@ def smoothing_factors(channels: Channels, weight: Array, free: bool = False) -> 
     if not magnitude.any():
         return None
     tried = [np.maximum(1.0, magnitude / (limit * magnitude.max())) for limit in LIMITS]
-    errors = [expected_error(channels, weight, factors) for factors in tried]
+    columns = _Columns.of(weight)
+    errors = [columns.expected_error(channels, factors) for factors in tried]
     best = int(np.argmin(errors))
     least = LEAST_FREE_GAIN if free else LEAST_GAIN
     return tried[best] if errors[0] > least * errors[best] else None
@@ -78,10 +79,36 @@ def expected_error(channels: Channels, weight: Array, factors: Array) -> float:
     Rounding to steps of d is off by d^2 / 12 in the mean square. The steps of x / s are one for the
     whole tensor, those of s W one a column.
     """
-    span = max(0.0, (channels.hi / factors).max()) - min(0.0, (channels.lo / factors).min())
-    scaled = weight * factors[:, None]
-    x_steps = span / (UINT8.qmax - UINT8.qmin)
-    w_steps = np.abs(scaled).max(axis=0) / INT8_NARROW.qmax
-    of_x = x_steps**2 * np.square(scaled).sum()
-    of_w = np.square(w_steps).sum() * (channels.square / factors**2).sum()
-    return float(CORRELATION * of_x + of_w) / 12
+    return _Columns.of(weight).expected_error(channels, factors)
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """A weight (channels, columns), the energy of its channels and the largest magnitudes of its
+    columns.
+    """
+
+    weight: Array
+    energy: Array
+    largest: Array
+
+    @classmethod
+    def of(cls, weight: Array) -> _Columns:
+        """What all errors of a weight have in common."""
+        energy = np.einsum("kn,kn->k", weight, weight, dtype=np.float64)
+        return cls(weight, energy, np.maximum(weight.max(axis=0), -weight.min(axis=0)))
+
+    def expected_error(self, channels: Channels, factors: Array) -> float:
+        """See the function of that name."""
+        span = max(0.0, (channels.hi / factors).max()) - min(0.0, (channels.lo / factors).min())
+        x_steps = span / (UINT8.qmax - UINT8.qmin)
+        w_steps = self._largest(factors) / INT8_NARROW.qmax
+        of_x = x_steps**2 * (factors**2 * self.energy).sum()
+        of_w = np.square(w_steps).sum() * (channels.square / factors**2).sum()
+        return float(CORRELATION * of_x + of_w) / 12
+
+    def _largest(self, factors: Array) -> Array:
+        """Of the columns of s W: those that factors leave alone are known."""
+        moved = factors > 1
+        scaled = np.abs(self.weight[moved]) * factors[moved, None].astype(self.weight.dtype)
+        return np.asarray(np.maximum(self.largest, scaled.max(axis=0, initial=0)), np.float64)
