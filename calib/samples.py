@@ -39,10 +39,11 @@ class Dataset:
 
     `warnings` holds one sentence for each file left out and each way in which the data falls short.
     Where samples are consecutive frames, `states` are outputs of a model by the inputs that they
-    are fed to at the next one.
+    are fed to at the next one. `random` says that they are no data.
     """
 
     states: Mapping[str, str] = MappingProxyType({})
+    random = False
 
     def __init__(
         self,

@@ -14,6 +14,7 @@ from running import Ear, InMemory, job, resources
 from calib.affine import Array
 from calib.images import ImageOptions
 from calib.samples import Dataset, InputSpec, open_dataset
+from converter.calibrate.data import synthetic_data
 from converter.calibrate.exact import saturating
 from converter.config import load_config
 from converter.measure.both import Both, paired
@@ -84,9 +85,19 @@ def test_samples_behind_the_calibration_are_taken():
 def test_without_data_random_samples_are_taken():
     found = checked([0, 0, 0], Dataset((), (), ()), ear=(ear := Ear()))
     assert (found.agreement, found.random, found.held_back) == (1, True, False)
-    assert next(verification_lines(found)).startswith("Verified on 8 random samples: ")
+    verified, misled = list(verification_lines(found))[:2]
+    assert verified.startswith("Verified on 8 random samples: ")
+    assert misled.startswith("Random samples mislead")
     assert found.outputs[0].sqnr_db == np.inf
     assert ear.said == ["There is no data: the outputs are compared on random samples."]
+
+
+def test_random_samples_that_bits_were_chosen_on_are_called_so():
+    model = build(ROWS, k=np.zeros((1, 3), np.float32))
+    found = checked([0, 1, 0], synthetic_data(model), ear=(ear := Ear()))
+    assert found.where == "8 random samples"
+    assert found.random
+    assert ear.said == []
 
 
 def test_right_answers(tmp_path):

@@ -15,7 +15,7 @@ from calib.images import ImageOptions
 from calib.samples import Dataset, InputSpec, open_dataset
 from calib.session import CPU_PROVIDERS
 from converter.calibrate.runs import opened
-from converter.calibrate.states import Recurrent, first_states, states_of, streamed
+from converter.calibrate.states import Recurrent, first_states, growing_axes, states_of, streamed
 from converter.config import DataPreprocessParam
 from converter.errors import ConfigError, DataError, ModelError
 from converter.graph.dimensions import contradicted, name_apart
@@ -24,11 +24,8 @@ from converter.graph.files import default_inputs, fed_inputs
 from converter.job import Job, Resources, Watch, processors
 from converter.plan.ops import rule_of
 
-# Dimensions of a batch of images, and how many times as many pixels as tokens random samples have;
-# the least dimensions of a cache.
-IMAGE_AXES, PIXELS, CACHE_AXES = 4, 4, 3
-
-
+# Dimensions of a batch of images, and how many times as many pixels as tokens random samples have.
+IMAGE_AXES, PIXELS = 4, 4
 # State inputs that are named where all are spoken of.
 NAMED = 4
 
@@ -119,8 +116,14 @@ def token_data(model: ir.Model, count: int, length: int) -> Dataset:
     than integers and caches.
     """
     fed = fed_inputs(model)
-    integers = all(v.dtype is not None and v.dtype.is_integer() for v in fed if not _grows(v))
+    integers = all(v.dtype is not None and v.dtype.is_integer() for v in fed if not growing_axes(v))
     return synthetic_data(model, count, length) if fed and integers else Dataset((), (), ())
+
+
+class RandomSamples(Dataset):
+    """What stands in where there is no data."""
+
+    random = True
 
 
 def synthetic_data(model: ir.Model, count: int = 8, length: int = 1) -> Dataset:
@@ -136,11 +139,11 @@ def synthetic_data(model: ir.Model, count: int = 8, length: int = 1) -> Dataset:
     def sample() -> dict[str, Array]:
         found = dict(fixed)
         for spec, value in inputs:
-            shape = _shape(spec, _grows(value), length)
+            shape = _shape(spec, growing_axes(value), length)
             found[spec.name] = _random(spec, shape, _rows_indexed(value), rng).astype(spec.dtype)
         return found
 
-    return Dataset((), [(index, sample()) for index in range(count)], ())
+    return RandomSamples((), [(index, sample()) for index in range(count)], ())
 
 
 def _shape(spec: InputSpec, grows: Collection[int], length: int) -> list[int]:
@@ -160,25 +163,6 @@ def _random(
     if rows is None and "position" in spec.name:
         return np.broadcast_to(np.arange(shape[-1] if shape else 1), shape)
     return rng.integers(0, rows or 2, shape)
-
-
-def _grows(value: ir.Value) -> set[int]:
-    """The axes of an open size along which a cache is joined with what is new, or which its name
-    says is one.
-    """
-    shape = value.shape
-    if shape is None or shape.rank() < CACHE_AXES or value.dtype is None:
-        return set()
-    if value.dtype.is_integer():
-        return set()
-    readers = [use.node for use in value.uses()]
-    joined = {
-        node.attributes.get_int("axis", 0) % shape.rank()
-        for node in readers
-        if rule_of(node).joins and not node.domain
-    }
-    named = set(range(1, shape.rank())) if (value.name or "").startswith("past") else set()
-    return {axis for axis in joined | named if axis and not isinstance(shape[axis], int)}
 
 
 def _rows_indexed(value: ir.Value) -> int | None:

@@ -19,12 +19,15 @@ from calib.samples import Dataset, Sample
 from converter.calibrate.runs import Opened
 from converter.errors import DataError
 from converter.graph.files import default_inputs, fed_inputs
+from converter.plan.ops import rule_of
 
 # Words that tell an input from the output that follows it.
 MARKS = {"past", "present", "prev", "previous", "last", "next", "new", "updated", "n"} | {
     *("in", "ins", "input", "inputs", "out", "outs", "output", "outputs"),
     *("init", "initial", "cur", "current"),
 }
+# The least dimensions of a cache.
+CACHE_AXES = 3
 # What is left of them where they are written together, as in h0 and hn.
 _LAST = re.compile(r"(?<=[a-z])[0n]$")
 _WORDS = re.compile(r"[^A-Za-z0-9]+|(?<=[a-z0-9])(?=[A-Z])")
@@ -86,7 +89,7 @@ def streamed(frames: Dataset, source: Recurrent, first: Sample) -> Stream:
 def first_states(model: ir.Model, states: Mapping[str, str]) -> Sample:
     """What the states are before the first frame: the inputs' own values, else zeros.
 
-    A dimension that is open is 1, but 0 where the output calls it by another name, as it grows.
+    A dimension that is open is 1, but 0 where it grows, or the output calls it by another name.
     """
     own = default_inputs(model)
     inputs, outputs = ({v.name: v for v in vs} for vs in (model.graph.inputs, model.graph.outputs))
@@ -99,15 +102,36 @@ def first_states(model: ir.Model, states: Mapping[str, str]) -> Sample:
 def _zeros(value: ir.Value, follower: ir.Value) -> Array:
     assert value.shape is not None
     assert value.dtype is not None
-    after = list(follower.shape or value.shape)
-    pairs = zip(value.shape, after, strict=True)
-    sizes = [size if isinstance(size, int) else _open(size, then) for size, then in pairs]
+    after, grows = list(follower.shape or value.shape), growing_axes(value)
+    sizes = [
+        size if isinstance(size, int) else int(not (axis in grows or _renamed(size, then)))
+        for axis, (size, then) in enumerate(zip(value.shape, after, strict=True))
+    ]
     return np.zeros(sizes, value.dtype.numpy())
 
 
-def _open(size: ir.SymbolicDim, then: ir.SymbolicDim | int) -> int:
-    grows = isinstance(then, ir.SymbolicDim) and None not in (size.value, then.value)
-    return int(not (grows and then != size))
+def _renamed(size: ir.SymbolicDim, then: ir.SymbolicDim | int) -> bool:
+    known = isinstance(then, ir.SymbolicDim) and None not in (size.value, then.value)
+    return known and then != size
+
+
+def growing_axes(value: ir.Value) -> set[int]:
+    """The axes of an open size along which a cache is joined with what is new, or which its name
+    says is one.
+    """
+    shape = value.shape
+    if shape is None or shape.rank() < CACHE_AXES or value.dtype is None:
+        return set()
+    if value.dtype.is_integer():
+        return set()
+    readers = [use.node for use in value.uses()]
+    joined = {
+        node.attributes.get_int("axis", 0) % shape.rank()
+        for node in readers
+        if rule_of(node).joins and not node.domain
+    }
+    named = set(range(1, shape.rank())) if (value.name or "").startswith("past") else set()
+    return {axis for axis in joined | named if axis and not isinstance(shape[axis], int)}
 
 
 # --- which inputs are states

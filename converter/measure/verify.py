@@ -98,7 +98,7 @@ def verify(both: Both, label_file: Path | None) -> Verification:
         kernels=dict(Counter(op_type for _, op_type in seen.nodes)),
         conversions=tuple(name for name, op_type in seen.nodes if op_type in CONVERSIONS),
         saturated=() if result.exact else tuple(saturating(result.model)),
-        random=not len(result.data),
+        random=data.random,
         closed_loop=bool(data.states),
         here=_here(seen),
     )
@@ -114,7 +114,7 @@ def _samples(result: Quantized, watch: Watch) -> tuple[Dataset, bool]:
         watch.say("There is no data: the outputs are compared on random samples.")
         return synthetic_data(result.reference, length=RANDOM_LENGTH), False
     further = result.data.further(VERIFIED_SAMPLES)
-    if not len(further):
+    if not len(further) and not result.data.random:
         watch.say(
             "calibrate_size takes all samples: the outputs are compared on calibration samples."
         )

@@ -113,7 +113,7 @@ def _not_finite(model: ir.Model) -> Iterator[str]:
 def _measured(job: Job, result: Quantized, sizes: tuple[int, int], watch: Watch) -> Outcome:
     """What is found out about a conversion whose file is written."""
     kept = f"Interrupted; {job.output} is written, but what comes behind it is not done."
-    behind = Behind(watch, not len(result.data), kept)
+    behind = Behind(watch, result.data.random or not len(result.data), kept)
     folder = job.config.common.debug_info_save_path
     behind.attempt("It is not said what was changed", lambda: _tell(job, result, sizes, watch))
     inside = behind.attempt(UNREPORTED, lambda: paired(result, inside=bool(folder)))
@@ -143,10 +143,10 @@ def _measured(job: Job, result: Quantized, sizes: tuple[int, int], watch: Watch)
 
 def _facts(job: Job, result: Quantized) -> dict[str, str]:
     """What was done, in words."""
-    nodes = result.plan.outside
+    nodes, kind = result.plan.outside, "random samples" if result.data.random else "samples"
     return {
         "Float model": job.model.name,
-        "Calibration": f"{len(result.data)} samples" if len(result.data) else "no data",
+        "Calibration": f"{len(result.data)} {kind}" if len(result.data) else "no data",
         "Quantized": f"{sum(not stays_float(node) for node in nodes)} of {len(nodes)} nodes",
     }
 

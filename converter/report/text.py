@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from converter.measure.results import Outcome
 
 WORST = 5
+RANDOM = "Random samples mislead, often by 10 dB and more: give calibrate_path to see what is lost."
 # Longer names lose their middle where a person reads them; reports and --json have them whole.
 LONGEST = 72
 # Kinds of operators, and nodes left float for one reason, that the summary names.
@@ -62,6 +63,8 @@ def verification_lines(verification: Verification) -> Iterator[str]:
         else [f"right answers {verification.top1[0]:.1%} -> {verification.top1[1]:.1%}"]
     )
     yield f"Verified on {verification.where}: {', '.join(parts) or 'no output can be compared'}."
+    if verification.random:
+        yield RANDOM
     if left_out := "; ".join(verification.left_out):
         yield f"Not compared: {left_out}."
     if verification.here:
