@@ -8,7 +8,7 @@ import numpy as np
 import onnx
 import onnx_ir as ir
 import pytest
-from graphs import assert_same, build, changes, frozen, node, normal, positive, types
+from graphs import assert_same, build, changes, frozen, node, normal, positive, run, types
 
 from converter.errors import ModelError, UsageError
 from converter.graph.edit import constant
@@ -233,6 +233,39 @@ def test_old_resizes_find_the_same_samples(opset, text, scales):
     model = raise_opset(old)
     assert opset_of(model) == 13
     assert_same(before, model, feeds)
+
+
+def former(opset: int, text: str) -> ir.Model:
+    return build(f"g (float[1,2,5,7] x) => (float[1,2,5,7] y) {{ [old] y = {text} (x) }}", opset)
+
+
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        (
+            "ImageScaler <scale = 0.5, bias = [1.0, -2.0]>",
+            lambda x: x * 0.5 + np.reshape([1.0, -2.0], (2, 1, 1)),
+        ),
+        ("Affine <alpha = 2.0, beta = -0.5>", lambda x: 2 * x - 0.5),
+        ("Affine <alpha = 2.0>", lambda x: 2 * x),
+        ("Scale <scale = 3.0>", lambda x: 3 * x),
+        ("ScaledTanh <alpha = 1.5, beta = 0.5>", lambda x: 1.5 * np.tanh(0.5 * x)),
+        (
+            "ParametricSoftplus <alpha = 1.5, beta = 0.5>",
+            lambda x: 1.5 * np.log1p(np.exp(0.5 * x)),
+        ),
+    ],
+)
+def test_operators_that_there_are_no_more_become_arithmetic(text, wanted):
+    x = normal(1, 2, 5, 7)
+    for opset in (7, 9):
+        model = raise_opset(former(opset, text))
+        assert [n.name for n in model.graph][-1] == "old"
+        given = run(frozen(model), {"x": x})["y"]
+        np.testing.assert_allclose(given, wanted(x.astype(np.float64)), rtol=1e-5, atol=1e-6)
+    before = frozen(former(9, text))
+    if "Softplus" not in text and "Scale <" not in text:  # which the runtime lacks
+        assert_same(before, raise_opset(former(9, text)), {"x": x})
 
 
 def test_what_only_the_runtime_knows_is_passed_on():

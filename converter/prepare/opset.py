@@ -18,6 +18,7 @@ from converter.graph.edit import (
     input_at,
 )
 from converter.graph.files import MAKERS_OF_MAPS, first_line
+from converter.prepare.former_ops import write_out_former_operators
 
 # Per-channel QuantizeLinear/DequantizeLinear, the youngest operators that are written, came with
 # opset 13.
@@ -87,6 +88,7 @@ def _converted(model: ir.Model, least: int) -> ir.Model:
         node.domain = node.domain.removeprefix(HIDDEN)
     for domain in [name for name in raised.graph.opset_imports if name.startswith(HIDDEN)]:
         del raised.graph.opset_imports[domain]
+    write_out_former_operators(raised)
     raised.ir_version = max(raised.ir_version, model.ir_version)
     raised.graph.meta.update(model.graph.meta)
     return raised
