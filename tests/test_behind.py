@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -358,6 +359,9 @@ def test_other_numbers_that_are_not_finite_are_a_change(
     result = qconvert.convert(configured(data=False), Path("q.onnx"), raised("y = Floor (l)"))
     assert result.code == 1
     assert "Opset 11 converted to 13, which changes the outputs by" in result.err
+    assert re.search(
+        r"of their largest value, first at '\w*' \(Log\); export the model", result.err
+    )
 
 
 def test_without_any_finite_number_an_opset_is_unchecked(qconvert: Command) -> None:

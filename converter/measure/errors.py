@@ -244,6 +244,24 @@ def largest_difference(model: ir.Model, other: ir.Model) -> float:
     raise ModelError(msg)
 
 
+def first_change(model: ir.Model, other: ir.Model, tolerance: float) -> ir.Node | None:
+    """The first node of the main graph whose outputs differ by more than a share of their largest
+    value, on the sample of `largest_difference`; None where no tensor that both have does.
+
+    Raises CalibError where a model does not run.
+    """
+    known = {value.name for node in other.graph for value in node.outputs}
+    nodes = [n for n in model.graph if n.outputs[0].name in known]
+    names = [node.outputs[0].name or "" for node in nodes]
+    sample = synthetic_data(model, 1).sample(0)
+    x, y = (opened(each, names).fetch(names, sample) for each in (model, other))
+    for node, name in zip(nodes, names, strict=True):
+        largest, difference = extent(x[name], y[name])
+        if not difference <= tolerance * (largest or 1):
+            return node
+    return None
+
+
 def independent_names(model: ir.Model) -> set[str]:
     """The names that several dimensions of inputs share without need: the model runs on a random
     sample in which they differ.

@@ -23,7 +23,12 @@ from converter.graph.mapped import release
 from converter.graph.qdq import is_conversion
 from converter.job import Job, Watch
 from converter.measure.both import Both, paired
-from converter.measure.errors import TensorError, independent_names, largest_difference
+from converter.measure.errors import (
+    TensorError,
+    first_change,
+    independent_names,
+    largest_difference,
+)
 from converter.measure.results import Findings, Outcome
 from converter.measure.verify import tensor_errors, verify
 from converter.modes import MODES, full_quant
@@ -270,8 +275,17 @@ def _check_raised(model: ir.Model, raised: ir.Model, watch: Watch) -> None:
         return
     if not difference <= RAISED_TOLERANCE:
         msg = (
-            f"{change}, which changes the outputs by {difference:.2g} of their largest value; "
-            "export the model anew."
+            f"{change}, which changes the outputs by {difference:.2g} of their largest value"
+            f"{_first_at(model, raised)}; export the model anew."
         )
         raise ModelError(msg)
     watch.say(f"{change}; the outputs differ by {difference:.1e} of their largest value.")
+
+
+def _first_at(model: ir.Model, raised: ir.Model) -> str:
+    """Where a conversion changed something first, in words."""
+    try:
+        node = first_change(model, raised, RAISED_TOLERANCE)
+    except CalibError:  # not every tensor can be looked at
+        return ""
+    return f", first at '{node.name}' ({node.op_type})" if node else ""
