@@ -4,20 +4,25 @@ tensor, few answers in a sea of background.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from dataclasses import replace
 
 import numpy as np
 import pytest
-from graphs import build
-from running import Ear, InMemory, resources
+from graphs import build, frozen
+from running import Ear, InMemory, resources, write_config
 
 from calib.affine import Array
 from calib.samples import Dataset
+from converter.config import load_config
+from converter.config.rules import DATA_RULES
+from converter.job import Job
 from converter.measure.both import Both, paired
 from converter.measure.results import Verification, figures_of
 from converter.measure.slices import few_of, slices_of
 from converter.measure.verify import verify
+from converter.pipeline.compare import compare
 from converter.plan.plan import QuantPlan
 from converter.plan.result import Quantized
 from converter.report.text import verification_lines
@@ -256,3 +261,27 @@ def test_gates_see_slices():
     assert figures_of(2, 1, found).cosine == pytest.approx(cosine, rel=1e-5)
     whole = replace(found, slices=())
     assert figures_of(2, 1, whole).cosine == found.outputs[0].cosine > 0.999
+
+
+def test_reports_name_the_slice(tmp_path):
+    graph = "g (float[1,600,10] x) => (float[1,600,10] y) { y = Mul (x, k) }"
+    lost = np.repeat(np.float32([1.001, 0.3]), [4, 6])
+    for name, factors in (("float", np.ones(10, np.float32)), ("other", lost)):
+        (tmp_path / f"{name}.onnx").write_bytes(frozen(build(graph, k=factors)))
+    np.save(tmp_path / "x.npy", np.concatenate(HEADS))
+    config = write_config(
+        tmp_path / "c.cfg",
+        common_quant={"debug_info_save_path": tmp_path / "reports"},
+        data_preprocess={
+            "calibrate_path": f"x:{tmp_path / 'x.npy'}",
+            "calibrate_size": SAMPLES,
+            "input_type": "NPY",
+        },
+    )
+    settings = load_config(config, rules=DATA_RULES)
+    compare(Job(tmp_path / "float.onnx", tmp_path / "other.onnx", settings), Ear())
+    told = json.loads((tmp_path / "reports" / "summary.json").read_text())["verification"]
+    assert [part["where"] for part in told["slices"]] == cut(HEADS)
+    assert told["slices"][1]["few"]["sqnr_db"] == pytest.approx(-20 * np.log10(0.7), abs=0.01)
+    page = (tmp_path / "reports" / "report.html").read_text()
+    assert "Output y, slice 4:10 of axis 2" in page
