@@ -24,6 +24,8 @@ def usable_of(*drawn: Array) -> list[Array]:
     nothing is known of them then.
     """
     mask = np.logical_and.reduce([usable(x) for x in drawn])
+    if mask.all():
+        return list(drawn)
     if mask.any():
         return [x[:, mask] for x in drawn]
     return [np.ones((len(x), 1, x.shape[2]), np.float32) for x in drawn]
@@ -41,7 +43,10 @@ def second_moments(drawn: Array, threads: int) -> Array:
         x = parts[index].astype(np.float64)
         return np.asarray(np.matmul(x.transpose(0, 2, 1), x))
 
-    return np.asarray(np.sum(list(over_samples(PARTS, moments, threads)), axis=0) / drawn.shape[1])
+    total = np.zeros((len(drawn), drawn.shape[2], drawn.shape[2]))
+    for part in over_samples(PARTS, moments, threads):
+        total += part
+    return np.asarray(total / drawn.shape[1])
 
 
 def with_mean_squares(moments: Array, squares: Array) -> Array:

@@ -27,6 +27,8 @@ RIDGE = 1.0
 MOST_SHRINKAGE = 4.0
 # The most bits that a relative error is turned into.
 WIDEST = 16
+# Numbers whose moments are taken at a time.
+JOINED = 1 << 20
 # A trellis may pay for codes of these widths, where most weights differ.
 TRELLIS_BITS = range(2, 8)
 
@@ -122,14 +124,21 @@ def _varied(weight: Array) -> bool:
 
 
 def _joint(pair: Inputs, threads: int) -> tuple[Array, Array]:
-    """E[x x'] and E[reference x'] over drawn inputs x."""
-    both, size = np.concatenate([pair.own, pair.reference], axis=2), pair.own.shape[2]
+    """E[x x'] and E[reference x'] over drawn inputs x, a few groups at a time in memory."""
+    groups, drawn, size = pair.own.shape
+    step = max(1, JOINED // (drawn * size))
+    parts = [slice(start, start + step) for start in range(0, groups, step)]
+    sums = np.concatenate([_joint_part(pair, part, threads) for part in parts])
+    return sums[:, :size, :size], sums[:, size:, :size]
+
+
+def _joint_part(pair: Inputs, groups: slice, threads: int) -> Array:
+    both = np.concatenate([pair.own[groups], pair.reference[groups]], axis=2)
     if pair.centered:
         both -= both.mean(axis=1, keepdims=True)
     # One product of an array with itself: BLAS has a fast way for it, for many small groups above
     # all.
-    sums = second_moments(both, threads)
-    return sums[:, :size, :size], sums[:, size:, :size]
+    return second_moments(both, threads)
 
 
 def _shrinkage(moments: Array, drawn: int) -> Array:
