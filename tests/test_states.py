@@ -238,6 +238,15 @@ def test_pairs_that_do_not_fit_are_told(tmp_path, pairs, words):
     assert not (tmp_path / "q.onnx").exists()
 
 
+def test_a_sequence_is_no_state(tmp_path):
+    graph = """g (float[1,32] x, float[1,32] h_in) => (float[1,32] y, seq(float[1,32]) h_out) {
+        y = Add (x, h_in)  h_out = SequenceConstruct (y) }"""
+    with pytest.raises(DataError, match="no folder is given for the model's input 'h_in'"):
+        converted(written(tmp_path, graph))
+    with pytest.raises(DataError, match="does not fit input 'h_in'"):
+        converted(written(tmp_path, graph, state_inputs="h_in:h_out"))
+
+
 def test_a_pair_is_two_names(tmp_path):
     with pytest.raises(ConfigError, match=r"state_inputs .*input_name:output_name pairs"):
         written(tmp_path, state_inputs="h_in")

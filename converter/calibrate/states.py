@@ -193,7 +193,8 @@ def _stem(name: str) -> str:
 
 def _fits(output: ir.Value, value: ir.Value) -> bool:
     """Whether the one may be fed to the other, as far as types and shapes are known."""
-    if output.dtype != value.dtype or value.shape is None:
+    tensors = all(isinstance(each.type, ir.TensorType) for each in (output, value))
+    if not tensors or output.dtype != value.dtype or value.shape is None:
         return False
     if output.shape is None:
         return True
