@@ -184,6 +184,8 @@ def _rounded(
     drawn, unit_scale = walk.draw(layer.unit, view, _count(INTEGER_DRAWS, matrix.shape[2]), plan)
     (known,) = usable_of(drawn)
     squares = walk.mean_squares(layer.unit, view, plan)
+    # Where nothing is heard, nothing is known.
+    squares = np.where(squares.sum(axis=1, keepdims=True) > 0, squares, 1.0)
     even = UNSEEN if len(twins) > 1 else 0.0
     inputs = integer.Inputs(known, squares, unit_scale, walk.threads, even)
     codes, scale = integer.rounded(matrix, inputs, wanted, least=least, rounding=rounding)
