@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
+import numpy as np
 import onnx_ir as ir
 
 from calib.affine import INT8, UINT8, IntFormat, QParams
@@ -15,6 +16,7 @@ from calib.samples import Dataset
 from calib.search import fewest
 from converter.calibrate.cache import observe_with_cache
 from converter.calibrate.data import open_data, resources_of
+from converter.calibrate.noise import decibels_left, product_spreads
 from converter.calibrate.observe import (
     Evidence,
     Wanted,
@@ -32,14 +34,14 @@ from converter.config.keys import FullQuantParam
 from converter.emit.integer_types import TYPES, give_integers, take_integers
 from converter.emit.qdq import emit
 from converter.errors import ConfigError, UsageError
-from converter.graph.edit import constant, is_float, values_by_name
+from converter.graph.edit import constant, is_float, not_none, values_by_name
 from converter.graph.files import fed_inputs
 from converter.job import Job, Resources, Watch
 from converter.measure.pairing import pair
 from converter.measure.sensitivity import RANKED_ON, alone, output_drop, read_labels
 from converter.measure.target_checks import check
 from converter.modes import weight_quant
-from converter.plan.ops import rule
+from converter.plan.ops import OPS, rule
 from converter.plan.payoff import NO_FASTER, stays_float, unprofitable
 from converter.plan.placement import Wishes, build_plan
 from converter.plan.plan import NodePlan, QuantPlan, TensorPlan
@@ -57,6 +59,8 @@ from converter.weights.trained import Kept, tell_kept, with_trained_weights
 
 # A Concat whose inputs' ranges differ by more than this gives the small ones too few codes.
 MIXED_RANGES = 16.0
+# Decibels that the codes of its inputs must leave of a product: with less it is noise.
+LEAST_LEFT = 18.0
 
 
 def make_plan(prepared: Prepared, job: Job) -> QuantPlan:
@@ -126,6 +130,13 @@ class Setup:
         """The plan without numbers that leaves some nodes float."""
         kept = {**self.slow, **kept_float}
         return _planned(self.model, self.trained, self.job.config, kept)
+
+    @cached_property
+    def spreads(self) -> Mapping[str, float]:
+        """How much the products of the whole plan vary, by tensor."""
+        layers = weighted(self.model, self.planned({})) if len(self.data) else ()
+        axes = {not_none(x.node.outputs[0].name): OPS[x.node.op_type].output_axis for x in layers}
+        return product_spreads(self.model, axes, self.data, self.resources) if axes else {}
 
     @cached_property
     def slow(self) -> Mapping[str, str]:
@@ -305,6 +316,9 @@ def attempt(
     plan = _with_ranges(setup, evidence, setup.planned(kept_float))
     if mixed := _mixed_concats(plan):
         plan = _with_ranges(setup, evidence, setup.planned({**kept_float, **mixed}))
+    if drowned := _drowned(setup, plan):
+        kept_float = {**kept_float, **mixed, **drowned}
+        plan = _with_ranges(setup, evidence, setup.planned(kept_float))
     plan, _ = setup.with_trained_weights(plan)
     if any(unit.weight and unit.name not in plan.weights for unit in plan.units()):
         walk = Walk(setup.model, plan, setup.data, setup.resources, samples=evidence.first)
@@ -442,6 +456,36 @@ def _tell_of_floats(plan: QuantPlan, watch: Watch) -> None:
             "stored in 8 bits as WEIGHT_QUANT does; only_faster = false in [full_quant_param] "
             "makes integers all the same."
         )
+
+
+def _drowned(setup: Setup, plan: QuantPlan) -> dict[str, str]:
+    """Products that drown in the noise of their inputs' codes, with what makes these, and the
+    reason: quiet channels have large weights there, mostly in depthwise convolutions.
+    """
+    if setup.trained or setup.wanted.require_full_integer:
+        return {}
+    kept: dict[str, str] = {}
+    for layer in weighted(setup.model, plan):
+        product, source = not_none(layer.node.outputs[0].name), layer.unit.inputs[0]
+        if layer.view is None or source not in plan.tensors or product not in setup.spreads:
+            continue
+        matrix = layer.view.matrix(layer.weight.astype(np.float64))
+        left = decibels_left(setup.spreads[product], matrix, float(plan.params(source).scale))
+        if left < LEAST_LEFT:
+            why = f"would leave {left:.0f} dB of the products"
+            kept[layer.unit.name] = f"codes of its input {why}"
+            makers = dict.fromkeys(_makers(plan, source), f"its codes {why} of {layer.unit.name}")
+            kept = {**makers, **kept}
+    return kept
+
+
+def _makers(plan: QuantPlan, tensor: str) -> Iterator[str]:
+    """The units whose codes a tensor's values come from, back to the products among them."""
+    unit = next((unit for unit in plan.units() if tensor in unit.outputs), None)
+    if unit is not None:
+        yield unit.name
+        for source in unit.inputs if unit.weight is None else ():
+            yield from _makers(plan, source)
 
 
 def _require_full_integer(plan: QuantPlan, config: Config) -> None:
