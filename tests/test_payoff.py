@@ -34,7 +34,7 @@ CONSTANTS = {
 
 def slow_units(graph, **constants):
     model = prepared(graph, **CONSTANTS | constants)
-    return unprofitable(model, build_plan(model.graph, CPU, Wishes()))
+    return unprofitable(model, build_plan(model.graph, CPU, Wishes()), {})
 
 
 # --- the cheapest choice
@@ -102,8 +102,8 @@ def test_shapes_that_no_runtime_takes_are_no_reason_to_fail(broken):
 
 def test_open_dimensions_have_a_plausible_size():
     model = prepared("g (float[N,64,H,W] x) => (float[] y) { [c] y = Conv (x, w) }", **CONSTANTS)
-    sizes = sizes_of(model)
-    assert sizes["y"] == (1, 64, 254, 254)
+    assert sizes_of(model, {})["y"] == (1, 64, 254, 254)
+    assert sizes_of(model, {"x": (2, 64, 16, 20)})["y"] == (2, 64, 14, 18)
     assert [d for d in model.graph.inputs[0].shape if isinstance(d, int)] == [64]
 
 

@@ -66,7 +66,7 @@ LEAST_LEFT = 18.0
 def make_plan(prepared: Prepared, job: Job) -> QuantPlan:
     """The plan without the numbers that data gives."""
     model, trained = prepared.floats, prepared.trained
-    return _planned(model, trained, job.config, _slow(model, trained, job.config))
+    return _planned(model, trained, job.config, _slow(model, trained, job.config, {}))
 
 
 def quantize(prepared: Prepared, job: Job, watch: Watch) -> Quantized:
@@ -141,7 +141,9 @@ class Setup:
     @cached_property
     def slow(self) -> Mapping[str, str]:
         """What integers would make no faster, with the reason."""
-        return _slow(self.model, self.trained, self.job.config)
+        sample = self.data.sample(0) if len(self.data) else {}
+        fed = {name: x.shape for name, x in sample.items()}
+        return _slow(self.model, self.trained, self.job.config, fed)
 
     def with_trained_weights(self, plan: QuantPlan) -> tuple[QuantPlan, Mapping[str, Kept]]:
         """The plan with what training knew of the weights, and what became of it."""
@@ -200,13 +202,15 @@ def _target(config: Config) -> Target:
     return target if config.full_quant.overflow_safe else replace(target, pair_limit=None)
 
 
-def _slow(model: ir.Model, trained: Trained, config: Config) -> Mapping[str, str]:
+def _slow(
+    model: ir.Model, trained: Trained, config: Config, fed: Mapping[str, tuple[int, ...]]
+) -> Mapping[str, str]:
     """The nodes that integers would make no faster, with the reason."""
     common, full, target = config.common, config.full_quant, _target(config)
     if trained or not target.counts_costs or not full.only_faster or full.require_full_integer:
         return {}
     wishes = Wishes(common.skip_quant_node, common.skip_quant_type, full.per_channel)
-    return unprofitable(model, build_plan(model.graph, target, wishes))
+    return unprofitable(model, build_plan(model.graph, target, wishes), fed)
 
 
 def _planned(

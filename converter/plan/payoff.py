@@ -41,9 +41,11 @@ NEVER = 1e15
 Sizes = Mapping[str, tuple[int, ...]]
 
 
-def unprofitable(model: ir.Model, plan: QuantPlan) -> dict[str, str]:
-    """The planned units that had better stay float, with the reason."""
-    choice = _Choice(model.graph, plan, sizes_of(model))
+def unprofitable(model: ir.Model, plan: QuantPlan, fed: Sizes) -> dict[str, str]:
+    """The planned units that had better stay float, with the reason; `fed` are sizes of inputs, as
+    far as they are known.
+    """
+    choice = _Choice(model.graph, plan, sizes_of(model, fed))
     return choice.float_units() if choice.in_floats() > NEGLIGIBLE else {}
 
 
@@ -52,13 +54,14 @@ def stays_float(node: NodePlan) -> bool:
     return not node.quantized or node.reason.startswith(NO_FASTER)
 
 
-def sizes_of(model: ir.Model) -> dict[str, tuple[int, ...]]:
-    """The shapes of the main graph's values, as far as they can be known without data."""
+def sizes_of(model: ir.Model, fed: Sizes) -> dict[str, tuple[int, ...]]:
+    """The shapes of the main graph's values, as far as they follow from those of its inputs."""
     if any(_known(value) is None for value in model.graph.inputs):
         model = model.clone()
         for value in model.graph.inputs:
-            if value.shape is not None:
-                value.shape = ir.Shape([_size(d, k) for k, d in enumerate(value.shape)])
+            shape = fed.get(value.name or "") or value.shape
+            if shape is not None:
+                value.shape = ir.Shape([_size(d, k) for k, d in enumerate(shape)])
         for value in (v for node in model.graph for v in node.outputs):
             value.shape = None
         common.ShapeInferencePass()(model)
