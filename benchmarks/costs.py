@@ -3,8 +3,8 @@
 
     python benchmarks/costs.py MODEL.onnx ...
 
-Every model is quantized wholly (`only_faster = false`) on random samples, and both files run under
-ONNX Runtime's profiler on one processor; each node counts with its least time. Two tables: for
+Every model is quantized wholly (`only_where_it_pays = false`) on random samples, and both files run
+under ONNX Runtime's profiler on one processor; each node counts with its least time. Two tables: for
 convolutions and products, by kind, the time that was measured over the one that the table of costs
 says; for other operators nanoseconds a value, the median of nodes of more than 20,000 values.
 A processor without VNNI is what the table is of; on others integers are faster than it says.
@@ -68,7 +68,7 @@ def quantized(path: Path, folder: Path, names: list[str]) -> Path:
     config, out = folder / "c.cfg", folder / "q.onnx"
     config.write_text(
         "[common_quant_param]\nquant_type=FULL_QUANT\nthread_num=1\n"
-        "[full_quant_param]\nonly_faster=false\n[data_preprocess_param]\n"
+        "[full_quant_param]\nonly_where_it_pays=false\n[data_preprocess_param]\n"
         f"input_type=NPY\ncalibrate_size={SAMPLES}\ncalibrate_path={paths}\n"
     )
     qconvert(path, config, out)

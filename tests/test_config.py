@@ -77,7 +77,7 @@ MISTAKES = {
     (FULL, "equalize"): [("yes", "true or false")],
     (FULL, "overflow_safe"): [("maybe", "true or false")],
     (FULL, "power_of_two_scale"): [("2", "true or false")],
-    (FULL, "only_faster"): [("1", "true or false")],
+    (FULL, "only_where_it_pays"): [("1", "true or false")],
     (FULL, "require_full_integer"): [("1", "true or false")],
     (FULL, "max_drop"): [(bad, "above 0 and below 1") for bad in ("0", "1", "1%", "-0.01", "inf")],
     (FULL, "bias_correction"): [("on", "true or false")],

@@ -215,7 +215,12 @@ def test_equalized_weights_share_a_scale_better(tmp_path):
     noise = {}
     for equalize in ("true", "false"):
         _, outcome, _ = converted(
-            tmp_path, wide(**weights), WIDE_DATA, per_channel="false", equalize=equalize
+            tmp_path,
+            wide(**weights),
+            WIDE_DATA,
+            per_channel="false",
+            equalize=equalize,
+            only_where_it_pays="false",
         )
         noise[equalize] = next(error.sqnr_db for error in outcome.errors if error.name == "y")
     assert noise["true"] > noise["false"] + 10
@@ -332,9 +337,10 @@ def kept_for_the_drop(outcome):
 
 
 def test_the_worst_node_stays_float_for_max_drop(tmp_path):
-    free, _, _ = converted(tmp_path, chain(), UNEVEN_DATA)
+    all_of_it = {"only_where_it_pays": "false"}
+    free, _, _ = converted(tmp_path, chain(), UNEVEN_DATA, **all_of_it)
     bound = drop_of(free, UNEVEN_DATA) / 4
-    model, outcome, ear = converted(tmp_path, chain(), UNEVEN_DATA, max_drop=bound)
+    model, outcome, ear = converted(tmp_path, chain(), UNEVEN_DATA, max_drop=bound, **all_of_it)
     assert kept_for_the_drop(outcome) == ["one"]
     assert drop_of(model, UNEVEN_DATA) <= bound
     assert len([text for text in ear.said if text.startswith("With ")]) >= 2
@@ -365,7 +371,8 @@ def test_a_pool_that_two_nodes_read_is_not_kept_by_itself(tmp_path, bound):
         name: normal(3, 6, 1, 1, seed=i) / sizes.reshape(1, 6, 1, 1) / 10
         for i, name in enumerate("kv")
     }
-    _, outcome, _ = converted(tmp_path, build(graph, **weights), WIDE_DATA, max_drop=bound)
+    bounds = {"max_drop": bound, "only_where_it_pays": "false"}
+    _, outcome, _ = converted(tmp_path, build(graph, **weights), WIDE_DATA, **bounds)
     assert kept_for_the_drop(outcome)
     assert "pool" not in kept_for_the_drop(outcome)
 
@@ -577,7 +584,9 @@ def scored(folder: Path, method: str) -> tuple[Outcome, list[Array], Ear]:
     """The conversion of a detector, the scores of both models on other scenes, and what was said."""
     data = np.concatenate([scene(seed) for seed in range(12)])
     model = build(DETECTOR, **detector())
-    task = job(folder, model, {"x": data}, activation_quant_method=method, only_faster="false")
+    task = job(
+        folder, model, {"x": data}, activation_quant_method=method, only_where_it_pays="false"
+    )
     outcome = convert(task, ear := Ear())
     scores = []
     for path in (task.model, task.output):

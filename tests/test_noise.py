@@ -34,9 +34,7 @@ def constants(sizes=SIZES):
 def conversion(tmp_path, sizes=SIZES, **full_quant):
     """The plan, and decibels of the output on other samples."""
     model = prepared(GRAPH, **constants(sizes))
-    task = job(
-        tmp_path, model, {"x": normal(8, 8, 40, 40, seed=3)}, only_faster="false", **full_quant
-    )
+    task = job(tmp_path, model, {"x": normal(8, 8, 40, 40, seed=3)}, **full_quant)
     plan = convert(task, Ear()).plan
     feeds = {"x": normal(1, 8, 40, 40, seed=9)}
     wanted = run(model, feeds)["y"].astype(np.float64)
@@ -86,7 +84,8 @@ def test_even_channels_are_integers(tmp_path):
     assert decibels > 30
 
 
-def test_what_must_be_integer_is_whatever_drowns(tmp_path):
-    plan, decibels = conversion(tmp_path, require_full_integer="true")
+@pytest.mark.parametrize("key", [{"require_full_integer": "true"}, {"only_where_it_pays": "false"}])
+def test_integers_that_are_asked_for_may_drown(tmp_path, key):
+    plan, decibels = conversion(tmp_path, **key)
     assert all(node.quantized for node in plan.nodes.values())
     assert decibels < 20

@@ -167,7 +167,7 @@ def test_codes_of_8_bits_lose_next_to_nothing(tmp_path, optimize):
 
 
 def test_the_key_makes_integers_of_all(tmp_path):
-    plan, _ = conversion(tmp_path, only_faster="false")
+    plan, _ = conversion(tmp_path, only_where_it_pays="false")
     assert plan.nodes["deep"].reason == "integer kernel of target CPU"
 
 

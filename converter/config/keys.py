@@ -321,9 +321,10 @@ class FullQuantParam:
     power_of_two_scale: bool = _choice(
         "Make every scale a power of two, for hardware that shifts.", False
     )
-    only_faster: bool = _choice(
+    only_where_it_pays: bool = _choice(
         "Leave float what integers would make no faster, by a table of costs (targets CPU and "
-        "CPU_VNNI).",
+        "CPU_VNNI), and what would drown in the noise of 8-bit inputs; false: integers of all that "
+        "has a kernel.",
         True,
     )
     require_full_integer: bool = _choice(

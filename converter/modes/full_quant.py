@@ -202,12 +202,22 @@ def _target(config: Config) -> Target:
     return target if config.full_quant.overflow_safe else replace(target, pair_limit=None)
 
 
+def _may_stay_float(wanted: FullQuantParam) -> bool:
+    """Whether what has an integer kernel may be left float all the same."""
+    return wanted.only_where_it_pays and not wanted.require_full_integer
+
+
 def _slow(
     model: ir.Model, trained: Trained, config: Config, fed: Mapping[str, tuple[int, ...]]
 ) -> Mapping[str, str]:
     """The nodes that integers would make no faster, with the reason."""
     common, full, target = config.common, config.full_quant, _target(config)
-    if trained or not target.counts_costs or not full.only_faster or full.require_full_integer:
+    if (
+        trained
+        or not target.counts_costs
+        or not full.only_where_it_pays
+        or full.require_full_integer
+    ):
         return {}
     wishes = Wishes(common.skip_quant_node, common.skip_quant_type, full.per_channel)
     return unprofitable(model, build_plan(model.graph, target, wishes), fed)
@@ -457,8 +467,8 @@ def _tell_of_floats(plan: QuantPlan, watch: Watch) -> None:
     if computed and all(map(stays_float, computed)):
         watch.warn(
             "Nothing of this model is faster in integers here: it computes in floats, its weights "
-            "stored in 8 bits as WEIGHT_QUANT does; only_faster = false in [full_quant_param] "
-            "makes integers all the same."
+            "stored in 8 bits as WEIGHT_QUANT does; only_where_it_pays = false in "
+            "[full_quant_param] makes integers all the same."
         )
 
 
@@ -466,7 +476,7 @@ def _drowned(setup: Setup, plan: QuantPlan) -> dict[str, str]:
     """Products that drown in the noise of their inputs' codes, with what makes these, and the
     reason: quiet channels have large weights there, mostly in depthwise convolutions.
     """
-    if setup.trained or setup.wanted.require_full_integer:
+    if setup.trained or not _may_stay_float(setup.wanted):
         return {}
     kept: dict[str, str] = {}
     for layer in weighted(setup.model, plan):

@@ -111,13 +111,16 @@ def decide_weights(
     values = values_by_name(model.graph)
     nodes, shared = nodes_by_name(model.graph), _shared_weights(model, plan)
 
+    def layer_of(unit: NodePlan) -> Weighted:
+        bias = constant(values[unit.bias]) if unit.bias else None
+        return weighted_of(unit, nodes[unit.name], bias)
+
     def decide(unit: NodePlan, plan: QuantPlan) -> QuantPlan:
         if unit.name in plan.weights:
             return plan
-        bias = constant(values[unit.bias]) if unit.bias else None
-        layer = weighted_of(unit, nodes[unit.name], bias)
-        twins = shared[unit.name]
-        weight = plan.weights.get(twins[0].unit.name) or _rounded(twins, plan, walk, rounding)
+        layer, twins = layer_of(unit), shared[unit.name]
+        weight = plan.weights.get(twins[0].name)
+        weight = weight or _rounded([*map(layer_of, twins)], plan, walk, rounding)
         # Another unit may watch the same tensor for a bias that this one has no place for.
         mean = means.get(_source(unit, layer.node)) if _correctable(unit) else None
         own = layer.bias if mean is None else _corrected(layer, weight, mean, plan=plan, walk=walk)
@@ -147,7 +150,7 @@ def _source(unit: NodePlan, node: ir.Node) -> Mean:
     return node.outputs[0].name or "", OPS[unit.op_type].output_axis
 
 
-def _shared_weights(model: ir.Model, plan: QuantPlan) -> dict[str, list[Weighted]]:
+def _shared_weights(model: ir.Model, plan: QuantPlan) -> dict[str, list[NodePlan]]:
     """The units, by the name of each, that multiply with the same matrix, in the order of the
     nodes: one weight does for all of them.
     """
@@ -156,7 +159,7 @@ def _shared_weights(model: ir.Model, plan: QuantPlan) -> dict[str, list[Weighted
         value = layer.node.inputs[layer.wanted.index]
         readers.setdefault((value, layer.wanted), []).append(layer)
     return {
-        layer.unit.name: [each for each in group if _same_matrix(each, layer)]
+        layer.unit.name: [each.unit for each in group if _same_matrix(each, layer)]
         for group in readers.values()
         for layer in group
     }

@@ -24,7 +24,7 @@ def usable_of(*drawn: Array) -> list[Array]:
     nothing is known of them then.
     """
     mask = np.logical_and.reduce([usable(x) for x in drawn])
-    if mask.all():
+    if mask.size and mask.all():
         return list(drawn)
     if mask.any():
         return [x[:, mask] for x in drawn]
