@@ -4,9 +4,9 @@
     python benchmarks/costs.py MODEL.onnx ...
 
 Every model is quantized wholly (`only_where_it_pays = false`) on random samples, and both files run
-under ONNX Runtime's profiler on one processor; each node counts with its least time. Two tables: for
-convolutions and products, by kind, the time that was measured over the one that the table of costs
-says; for other operators nanoseconds a value, the median of nodes of more than 20,000 values.
+under ONNX Runtime's profiler on one processor; each node counts with its least time. Two tables:
+for convolutions and products, by kind, the time that was measured over the one that the table of
+costs says; for other operators nanoseconds a value, the median of nodes of more than 20,000 values.
 A processor without VNNI is what the table is of; on others integers are faster than it says.
 """
 
