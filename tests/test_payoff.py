@@ -166,6 +166,17 @@ def test_codes_of_8_bits_lose_next_to_nothing(tmp_path, optimize):
     np.testing.assert_allclose(run(file, feeds, optimize)["y"], wanted, atol=1.05 * most)
 
 
+def test_weights_of_a_float_model_are_fitted_to_its_outputs(tmp_path):
+    fitted, file = conversion(tmp_path)
+    (bias,) = fitted.biases.values()
+    assert np.abs(bias - CONSTANTS["b"]).max() > 1e-5
+    written = {i.name: i for i in onnx.load_from_string(file).graph.initializer}
+    conv = next(n for n in onnx.load_from_string(file).graph.node if n.op_type == "Conv")
+    np.testing.assert_array_equal(onnx.numpy_helper.to_array(written[conv.input[2]]), bias)
+    plain, _ = conversion(tmp_path, bias_correction="false")
+    assert not plain.biases
+
+
 def test_the_key_makes_integers_of_all(tmp_path):
     plan, _ = conversion(tmp_path, only_where_it_pays="false")
     assert plan.nodes["deep"].reason == "integer kernel of target CPU"

@@ -40,7 +40,8 @@ def emit(model: ir.Model, plan: QuantPlan) -> dict[str, str]:
         model,
         replace(plan, nodes={n: u for n, u in plan.nodes.items() if n not in kept}),
     ).run()
-    emit_stored(model, replace(plan, nodes=kept, biases={}), PlaneWriter(model))
+    biases = {name: bias for name, bias in plan.biases.items() if name in kept}
+    emit_stored(model, replace(plan, nodes=kept, biases=biases), PlaneWriter(model))
     return restored
 
 

@@ -52,13 +52,15 @@ from converter.prepare.equalize import equalize
 from converter.prepare.fake_quant import Prepared, Trained
 from converter.prepare.pixels import Pixels, fold_normalisation, trained_pixels
 from converter.weights.integer import Rounding
-from converter.weights.layers import decide_weights, products, store_by_weights
+from converter.weights.layers import Fitter, decide_weights, products
 from converter.weights.smoothing import smooth
 from converter.weights.stored import Storage
 from converter.weights.trained import Kept, tell_kept, with_trained_weights
 
 # A Concat whose inputs' ranges differ by more than this gives the small ones too few codes.
 MIXED_RANGES = 16.0
+# Samples that weights of 8 bits are fitted on where nothing is integer.
+FITTED_ON = 32
 # Decibels that the codes of its inputs must leave of a product: with less it is noise.
 LEAST_LEFT = 18.0
 
@@ -364,24 +366,31 @@ def _with_ranges(setup: Setup, evidence: Evidence, plan: QuantPlan) -> QuantPlan
 
 
 def _with_stored(setup: Setup, plan: QuantPlan, watch: Watch) -> QuantPlan:
-    """The plan with weights of 8 bits for float lookups and for what integers make no faster; in a
-    product's codes where it multiplies with the same ones.
+    """The plan with weights of 8 bits for float lookups and for what integers make no faster:
+    fitted to outputs where no product is integer, in a product's codes where it multiplies with
+    the same ones.
     """
     nodes = {
         unit.name: replace(unit, reason=f"{reason}; its weights are stored in 8 bits")
         for unit in weight_quant.storage_plan(setup.model, setup.job).units()
         if (reason := _stored_for(unit, plan))
     }
-    stored = store_by_weights(
-        setup.model, replace(plan, nodes=nodes), Storage(), watch=watch
-    ).stored
     weights = {unit.weight.name: plan.weights[unit.name] for unit in plan.units() if unit.weight}
+    storage = Storage(bool(len(setup.data) and not weights), setup.wanted.bias_correction)
+    fitter = Fitter(setup.model, setup.data, setup.resources, storage, watch, FITTED_ON)
+    others = plan.nodes if storage.by_outputs else {}
+    fitted = fitter.fitted(QuantPlan({**others, **nodes}, {}))
     tied = {
         (unit.name, unit.weight.index): weights[unit.weight.name]
         for unit in nodes.values()
         if unit.weight and unit.weight.name in weights
     }
-    return replace(plan, nodes={**plan.nodes, **nodes}, stored={**stored, **tied})
+    return replace(
+        plan,
+        nodes={**plan.nodes, **fitted.nodes},
+        stored={**fitted.stored, **tied},
+        biases={**plan.biases, **fitted.biases},
+    )
 
 
 def _stored_for(unit: NodePlan, plan: QuantPlan) -> str:

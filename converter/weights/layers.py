@@ -229,13 +229,14 @@ def _corrected(
 
 @dataclass(frozen=True)
 class Fitter:
-    """What every fit of one model's stored weights shares."""
+    """What every fit of one model's stored weights shares; at most `most` samples take part."""
 
     model: ir.Model
     data: Dataset
     resources: Resources
     storage: Storage
     watch: Watch
+    most: int = MOST_SAMPLES
 
     def fitted(self, plan: QuantPlan, alone: bool = False) -> QuantPlan:
         """The plan with all weights and, by outputs, biases; `alone` fits a layer as if all others
@@ -317,7 +318,7 @@ class _StoredLayers:
                 fitter.resources,
                 write=write,
                 store_bytes=STORE_BYTES,
-                most=MOST_SAMPLES,
+                most=fitter.most,
             )
 
         self.storage = fitter.storage
