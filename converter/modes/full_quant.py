@@ -376,9 +376,10 @@ def _with_stored(setup: Setup, plan: QuantPlan, watch: Watch) -> QuantPlan:
         if (reason := _stored_for(unit, plan))
     }
     weights = {unit.weight.name: plan.weights[unit.name] for unit in plan.units() if unit.weight}
-    storage = Storage(bool(len(setup.data) and not weights), setup.wanted.bias_correction)
+    by_outputs = bool(nodes and len(setup.data) and not weights)
+    storage = Storage(by_outputs, setup.wanted.bias_correction)
     fitter = Fitter(setup.model, setup.data, setup.resources, storage, watch, FITTED_ON)
-    others = plan.nodes if storage.by_outputs else {}
+    others = plan.nodes if by_outputs else {}
     fitted = fitter.fitted(QuantPlan({**others, **nodes}, {}))
     tied = {
         (unit.name, unit.weight.index): weights[unit.weight.name]
