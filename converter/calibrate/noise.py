@@ -10,7 +10,7 @@ import onnx_ir as ir
 
 from calib.affine import Array
 from calib.samples import Dataset
-from converter.calibrate.runs import groups_within, opened
+from converter.calibrate.runs import passes
 from converter.job import Resources
 
 # Samples that tell how large products are.
@@ -23,19 +23,15 @@ def product_spreads(
     """The variance of each float tensor around its channels' means, over some samples; `axes` are
     the channels' by tensor.
     """
-    names = list(axes)
-    tapped = opened(model, names, providers=resources.providers)
-    sizes = tapped.sizes(names, data.sample(0))
-    groups = list(groups_within(sizes, resources.memory))
-    totals = dict.fromkeys(names, 0.0)
-    count = min(PROBED, len(data))
-    for group in groups:
-        if len(groups) > 1:
-            tapped = opened(model, group, providers=resources.providers)
+    memory, count = resources.memory, min(PROBED, len(data))
+    totals = dict.fromkeys(axes, 0.0)
+    for group, tapped in passes(
+        model, list(axes), data.sample(0), budget=memory, providers=resources.providers
+    ):
         for index in range(count):
-            fetched = tapped.fetch(group, data.sample(index))
+            tensors = tapped.fetch(group, data.sample(index))
             for name in group:
-                totals[name] += _spread(fetched[name], axes[name]) / count
+                totals[name] += _spread(tensors[name], axes[name]) / count
     return totals
 
 

@@ -18,7 +18,7 @@ from calib.ranges import RangeMethod, RangeSpec, range_of
 from calib.samples import Dataset
 from calib.stats import TensorStats
 from calib.workers import over_samples
-from converter.calibrate.runs import Opened, groups_within, opened
+from converter.calibrate.runs import Opened, passes
 from converter.graph.edit import constant, not_none, values_by_name
 from converter.job import Resources, Watch
 from converter.plan.ops import rule_of
@@ -90,17 +90,19 @@ def observe(
     statistics = {} if wanted.part[0] else {**constants}
     names = dict.fromkeys([*wanted.tensors, *(name for name, _ in wanted.means)])
     computed = [name for name in names if name not in constants]
-    tapped = opened(model, computed, providers=resources.providers)
-    sizes = tapped.sizes(computed, data.sample(0))
-    groups = list(groups_within(sizes, resources.memory // resources.threads))
-    total = sum(sizes.values()) / 1e6
+    whole = passes(
+        model,
+        computed,
+        data.sample(0),
+        budget=resources.memory // resources.threads,
+        providers=resources.providers,
+    )
+    total = sum(whole.sizes.values()) / 1e6
     watch.say(
-        f"Calibrating {len(computed)} tensors of {total:.0f} MB a sample, {len(groups)} "
+        f"Calibrating {len(computed)} tensors of {total:.0f} MB a sample, {len(whole.groups)} "
         "pass(es) over the data."
     )
-    for group in groups:
-        if len(groups) > 1:  # what is tapped takes memory though nobody asks for it
-            tapped = opened(model, group, providers=resources.providers)
+    for group, tapped in whole:
         evidence = _observe_group(
             tapped, group, wanted, data=data, resources=resources, watch=watch
         )

@@ -103,6 +103,44 @@ def executed(model: ir.Model, look: bool) -> Executed:
     return Executed(here, here if other is model else opened(other, optimize=True), nodes)
 
 
+@dataclass(frozen=True)
+class Passes:
+    """Tensors of a model in groups, each of which is a pass over samples; `sizes` are their bytes
+    in one.
+    """
+
+    model: ir.Model
+    whole: Opened
+    sizes: Mapping[str, int]
+    groups: Sequence[list[str]]
+    providers: Sequence[str]
+
+    def __iter__(self) -> Iterator[tuple[list[str], Opened]]:
+        """Every group with the model it is tapped in: what else is tapped takes memory though
+        nobody asks for it.
+        """
+        for group in self.groups:
+            alone = len(self.groups) > 1
+            yield group, self._tapped(group) if alone else self.whole
+
+    def _tapped(self, group: list[str]) -> Opened:
+        return opened(self.model, group, providers=self.providers)
+
+
+def passes(
+    model: ir.Model,
+    names: Sequence[str],
+    sample: Sample,
+    *,
+    budget: int,
+    providers: Sequence[str],
+) -> Passes:
+    """The named tensors in groups whose arrays fit `budget` bytes together, as in `sample`."""
+    whole = opened(model, names, providers=providers)
+    sizes = whole.sizes(names, sample)
+    return Passes(model, whole, sizes, list(groups_within(sizes, budget)), providers)
+
+
 def groups_within(sizes: Mapping[str, int], budget: int) -> Iterator[list[str]]:
     """Consecutive tensors that fit the budget together; one that alone does not fit is a group of
     its own.
