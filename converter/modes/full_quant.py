@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import cached_property, partial
 
@@ -330,11 +330,10 @@ def attempt(
 ) -> Attempt:
     """The model quantized without the nodes `kept_float`."""
     plan = _with_ranges(setup, evidence, setup.planned(kept_float))
-    if mixed := _mixed_concats(plan):
-        plan = _with_ranges(setup, evidence, setup.planned({**kept_float, **mixed}))
-    if drowned := _drowned(setup, plan):
-        kept_float = {**kept_float, **mixed, **drowned}
-        plan = _with_ranges(setup, evidence, setup.planned(kept_float))
+    for unfit in (_mixed_concats, partial(_drowned, setup)):
+        if more := unfit(plan):
+            kept_float = {**kept_float, **more}
+            plan = _with_ranges(setup, evidence, setup.planned(kept_float))
     plan, _ = setup.with_trained_weights(plan)
     if any(unit.weight and unit.name not in plan.weights for unit in plan.units()):
         walk = Walk(setup.model, plan, setup.data, setup.resources, samples=evidence.first)
@@ -503,13 +502,16 @@ def _drowned(setup: Setup, plan: QuantPlan) -> dict[str, str]:
     return kept
 
 
-def _makers(plan: QuantPlan, tensor: str) -> Iterator[str]:
+def _makers(plan: QuantPlan, tensor: str) -> list[str]:
     """The units whose codes a tensor's values come from, back to the products among them."""
-    unit = next((unit for unit in plan.units() if tensor in unit.outputs), None)
-    if unit is not None:
-        yield unit.name
-        for source in unit.inputs if unit.weight is None else ():
-            yield from _makers(plan, source)
+    made_by = {name: unit for unit in plan.units() for name in unit.outputs}
+    makers, waiting = dict[str, None](), [tensor]
+    while waiting:
+        unit = made_by.get(waiting.pop())
+        if unit is not None and unit.name not in makers:
+            makers[unit.name] = None
+            waiting += unit.inputs if unit.weight is None else ()
+    return list(makers)
 
 
 def _require_full_integer(plan: QuantPlan, config: Config) -> None:
