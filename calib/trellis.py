@@ -19,7 +19,9 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
-GROUP, MEMORY, SUBSETS = 8, 2, 4
+GROUP = 8
+MEMORY = 2
+SUBSETS = 4
 # The outermost level, where 1 is half the width of a uniform grid of as many bits.
 REACH = 1.2
 # Numbers whose paths are tried at a time.
@@ -34,11 +36,12 @@ def levels(bits: int) -> Array:
     They are as dense as is best for normal numbers, as a normal of sqrt(3) times the deviation:
     Panter and Dite (1951).
     """
-    count, middle = 2 << bits, ((1 << bits) - 1) / 2
-    normal = np.array([NormalDist().inv_cdf((i + 0.5) / count) for i in range(count)])
-    result: Array = (
-        (middle * (1 + REACH * normal / normal.max())).astype(np.float16).astype(np.float64)
-    )
+    count = 2 << bits
+    middle = ((1 << bits) - 1) / 2
+    shares = [(i + 0.5) / count for i in range(count)]
+    normal = np.array([NormalDist().inv_cdf(share) for share in shares])
+    exact = middle * (1 + REACH * normal / normal.max())
+    result: Array = exact.astype(np.float16).astype(np.float64)
     return result
 
 
@@ -54,7 +57,8 @@ def table(bits: int) -> Array:
     code = window % (1 << bits)
     before = window >> bits & 1
     second = window >> (bits + 1)
-    result: Array = levels(bits)[SUBSETS * (code >> 1) + _subset(code & 1, before, second)]
+    subset = _subset(code & 1, before, second)
+    result: Array = levels(bits)[SUBSETS * (code >> 1) + subset]
     return result
 
 
@@ -62,10 +66,10 @@ def window_weights(bits: int) -> Array:
     """What the lowest bit of every number (rows) of a group adds to the window of every number
     (columns).
     """
-    added: Array = np.sum(
-        [2.0 ** (bits + i) * np.roll(np.eye(GROUP), i + 1, axis=1) for i in range(MEMORY)],
-        axis=0,
-    )
+    added = np.zeros((GROUP, GROUP))
+    for i in range(MEMORY):
+        follower = np.roll(np.eye(GROUP), i + 1, axis=1)
+        added += 2.0 ** (bits + i) * follower
     return added
 
 
@@ -80,7 +84,8 @@ def _cells(bits: int) -> tuple[Array, Array, Array]:
     middles = (parted[:, 1:] + parted[:, :-1]) / 2
     edges = np.sort(middles, axis=None)
     inside = np.concatenate([[-np.inf], edges])
-    best = np.stack([np.searchsorted(row, inside, side="right") for row in middles], axis=1)
+    by_subset = [np.searchsorted(row, inside, side="right") for row in middles]
+    best = np.stack(by_subset, axis=1)
     return edges, best, parted[np.arange(SUBSETS), best]
 
 
@@ -96,7 +101,8 @@ def _buckets(bits: int) -> tuple[float, float, Array, Array]:
     holder = ((edges - edges[0]) / width).astype(int)
     edge = np.full(holder[-1] + 1, np.inf)
     edge[holder] = edges
-    return edges[0], width, np.searchsorted(holder, np.arange(len(edge))), edge
+    before = np.searchsorted(holder, np.arange(len(edge)))
+    return edges[0], width, before, edge
 
 
 def _cell(aims: Array, bits: int) -> Array:
@@ -111,7 +117,9 @@ def _cell(aims: Array, bits: int) -> Array:
 def _paths() -> tuple[Array, Array]:
     """The lowest bits of every path through a group, and its subsets; both (paths, GROUP)."""
     low = np.arange(1 << GROUP)[:, None] >> np.arange(GROUP) & 1
-    return low, _subset(low, np.roll(low, 1, axis=1), np.roll(low, 2, axis=1))
+    before = np.roll(low, 1, axis=1)
+    second = np.roll(low, 2, axis=1)
+    return low, _subset(low, before, second)
 
 
 @cache
@@ -123,7 +131,9 @@ def _halves() -> tuple[Array, Array]:
     """
     path = np.arange(1 << GROUP)
     number = np.stack([path[path & 0b110000 == 0], path[path & 0b11 == 0]])
-    subset = np.stack([_paths()[1][number[0], : GROUP // 2], _paths()[1][number[1], GROUP // 2 :]])
+    _, subsets = _paths()
+    half = GROUP // 2
+    subset = np.stack([subsets[number[0], :half], subsets[number[1], half:]])
     met = subset[..., None] == np.arange(SUBSETS)
     return met.reshape(*number.shape, -1).astype(np.float32), number
 
@@ -132,11 +142,11 @@ def points(codes: Array, bits: int) -> Array:
     """The levels of `codes` (..., numbers); zeros make up the last group."""
     count = codes.shape[-1]
     grouped = _grouped(codes.astype(np.int64))
-    window = grouped + (
-        (grouped & 1).astype(np.float32) @ window_weights(bits).astype(np.float32)
-    ).astype(np.int64)
-    result: Array = table(bits)[window].reshape(*codes.shape[:-1], -1)[..., :count]
-    return result
+    lowest = (grouped & 1).astype(np.float32)
+    added = lowest @ window_weights(bits).astype(np.float32)
+    window = grouped + added.astype(np.int64)
+    result: Array = table(bits)[window].reshape(*codes.shape[:-1], -1)
+    return result[..., :count]
 
 
 def nearest(aims: Array, weights: Array, bits: int) -> Array:
@@ -144,9 +154,10 @@ def nearest(aims: Array, weights: Array, bits: int) -> Array:
     `weights` (numbers,).
     """
     rows = aims.reshape(-1, aims.shape[-1])
-    parts = np.array_split(rows, min(len(rows), -(-rows.size // CHUNK)) or 1)
+    count = min(len(rows), -(-rows.size // CHUNK)) or 1
     relative = (weights / weights.max()).astype(np.float32)
-    return np.concatenate([_nearest(part, relative, bits) for part in parts]).reshape(aims.shape)
+    parts = [_nearest(part, relative, bits) for part in np.array_split(rows, count)]
+    return np.concatenate(parts).reshape(aims.shape)
 
 
 def _nearest(aims: Array, weights: Array, bits: int) -> Array:
@@ -158,27 +169,32 @@ def _nearest(aims: Array, weights: Array, bits: int) -> Array:
     grouped = _grouped(aims)
     cell = _cell(grouped.reshape(-1), bits)
     errors = near.take(cell, axis=0) - grouped.reshape(-1, 1)
-    errors = np.square(errors, dtype=np.float32, casting="same_kind").reshape(
-        *grouped.shape, SUBSETS
-    )
+    errors = np.square(errors, dtype=np.float32, casting="same_kind")
+    errors = errors.reshape(*grouped.shape, SUBSETS)
     errors *= _grouped(weights)[..., None]
     met, halves = _halves()
-    costs = np.matmul(met, errors.reshape(-1, 2, met.shape[2]).transpose(1, 2, 0))
+    by_half = errors.reshape(-1, 2, met.shape[2])
+    costs = np.matmul(met, by_half.transpose(1, 2, 0))
     if spare := -aims.shape[1] % GROUP:
         last = costs.reshape(*halves.shape, *grouped.shape[:2])[..., -1]
         last[halves >> (GROUP - spare) > 0] = np.inf
     path = _best_path(costs)
     low, subset = _paths()
-    codes = 2 * which[cell, subset[path].reshape(-1)] + low[path].reshape(-1)
-    return codes.astype(np.uint8).reshape(len(aims), -1)[:, : aims.shape[1]]
+    level = which[cell, subset[path].reshape(-1)]
+    codes = 2 * level + low[path].reshape(-1)
+    codes = codes.astype(np.uint8).reshape(len(aims), -1)
+    return codes[:, : aims.shape[1]]
 
 
 def _best_path(costs: Array) -> Array:
     """The cheapest path of each group, for the costs (2, halves, groups) of its halves."""
     # Pairs of bits, the highest first: 67, 23, 01 of the one half and 67, 45, 23 of the other.
     first, second = costs.reshape(2, 4, 4, 4, -1)
-    joint = (first.min(axis=2) + second.min(axis=1)).reshape(16, -1).argmin(axis=0)
-    high, low, group = joint >> 2, joint & 3, np.arange(len(joint))
+    joined = first.min(axis=2) + second.min(axis=1)
+    joint = joined.reshape(16, -1).argmin(axis=0)
+    high = joint >> 2
+    low = joint & 3
+    group = np.arange(len(joint))
     lowest = first[high, low, :, group].argmin(axis=1)
     middle = second[high, :, low, group].argmin(axis=1)
     return np.asarray(lowest + (low << 2) + (middle << 4) + (high << 6))
@@ -186,6 +202,8 @@ def _best_path(costs: Array) -> Array:
 
 def _grouped(numbers: Array) -> Array:
     """`numbers` (..., n) as (..., groups, GROUP), filled up with zeros."""
+    leading = numbers.shape[:-1]
     spare = -numbers.shape[-1] % GROUP
-    padded = np.pad(numbers, [(0, 0)] * (numbers.ndim - 1) + [(0, spare)]) if spare else numbers
-    return padded.reshape(*numbers.shape[:-1], -1, GROUP)
+    if spare:
+        numbers = np.pad(numbers, [(0, 0)] * len(leading) + [(0, spare)])
+    return numbers.reshape(*leading, -1, GROUP)

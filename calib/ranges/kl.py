@@ -35,7 +35,8 @@ def _levels(stats: TensorStats, spec: RangeSpec) -> int:
     That is half of them (128 of 8 bits, as in S7310) for a symmetric range or data as large below
     zero as above, and all of them for an asymmetric range over data of one sign, such as a Relu's.
     """
-    lo, hi = min(stats.lo, 0.0), max(stats.hi, 0.0)
+    lo = min(stats.lo, 0.0)
+    hi = max(stats.hi, 0.0)
     share = 0.5 if spec.symmetric else max(-lo, hi) / (hi - lo)
     return min(round((1 << spec.format.bits) * share), BINS)
 
@@ -44,9 +45,12 @@ def _rebinned(magnitudes: Histogram, top: float) -> Array:
     """The non-zero values' counts in BINS equal bins over [0, top]; a finer bin across an edge is
     shared out evenly.
     """
-    cumulative = np.concatenate(([0], np.cumsum(magnitudes.nonzero_counts)))
+    counted = np.cumsum(magnitudes.nonzero_counts)
+    cumulative = np.concatenate(([0], counted))
     edges = np.minimum(magnitudes.edges, top)
-    return np.diff(np.rint(np.interp(np.linspace(0, top, BINS + 1), edges, cumulative)))
+    wanted = np.linspace(0, top, BINS + 1)
+    below = np.rint(np.interp(wanted, edges, cumulative))
+    return np.diff(below)
 
 
 def divergences(counts: Array, levels: int) -> Array:
@@ -61,16 +65,22 @@ def divergences(counts: Array, levels: int) -> Array:
     cuts = np.arange(levels, counts.size + 1)
     total = np.concatenate(([0], np.cumsum(counts)))
     filled = np.concatenate(([0], np.cumsum(counts > 0)))
-    starts = -(-np.arange(levels + 1) * cuts[:, None] // levels)
-    mass, bins = np.diff(total[starts]), np.diff(filled[starts])
-    last, beyond = counts[cuts - 1], total[-1] - total[cuts]
+    runs = np.arange(levels + 1)
+    starts = -(-runs * cuts[:, None] // levels)
+    mass = np.diff(total[starts])
+    bins = np.diff(filled[starts])
+    last = counts[cuts - 1]
+    beyond = total[-1] - total[cuts]
     bins[:, -1] += (last == 0) & (beyond > 0)
     lost = (beyond > 0) & (mass[:, -1] == 0)
-    p_log_p = np.concatenate(([0], np.cumsum(_x_log_x(counts))))[cuts - 1] + _x_log_x(last + beyond)
-    p_log_q = (_x_log_x(mass) - mass * _log(bins)).sum(axis=1) + beyond * (
-        _log(mass[:, -1]) - _log(bins[:, -1])
-    )
-    divergence = (p_log_p - p_log_q) / total[-1] + _log(total[cuts]) - _log(total[-1])
+    summed = np.cumsum(_x_log_x(counts))
+    before = np.concatenate(([0], summed))
+    p_log_p = before[cuts - 1] + _x_log_x(last + beyond)
+    in_runs = (_x_log_x(mass) - mass * _log(bins)).sum(axis=1)
+    in_last = _log(mass[:, -1]) - _log(bins[:, -1])
+    p_log_q = in_runs + beyond * in_last
+    whole = total[-1]
+    divergence = (p_log_p - p_log_q) / whole + _log(total[cuts]) - _log(whole)
     return np.where(lost, np.inf, divergence)
 
 

@@ -18,7 +18,7 @@ codes.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -30,11 +30,17 @@ from converter.plan.plan import PerBlock, QuantizedWeight, WeightPlan
 PART = 1 << 17
 # Widths tried, as shares of the one that covers a block: where all columns count alike, where few
 # count more, and with many bits.
-SHARES, WEIGHTED_SHARES = (1.05, 1.0, 0.95, 0.9, 0.85), (1.05, 0.95, 0.85, 0.74, 0.6)
-FEW_SHARES, MANY_BITS = (1.0,), 7
-# How far from a whole number a multiple may be, weights of a block that are looked at first, and
-# of how many blocks the share that tells of a weight which was quantized before.
-CLOSE, PROBED, LOOKED_AT, MOST = 1e-3, 4, 64, 0.75
+SHARES = (1.05, 1.0, 0.95, 0.9, 0.85)
+WEIGHTED_SHARES = (1.05, 0.95, 0.85, 0.74, 0.6)
+FEW_SHARES = (1.0,)
+MANY_BITS = 7
+# How far from a whole number a multiple may be, and weights of a block that are looked at first.
+CLOSE = 1e-3
+PROBED = 4
+# Blocks that are looked at, and the share of them that tells of a weight which was quantized
+# before.
+LOOKED_AT = 64
+MOST = 0.75
 # What every column counts at the least, as a share of their mean.
 DAMPING = 0.01
 
@@ -52,14 +58,9 @@ class _Grid:
     def better(self, other: _Grid) -> _Grid:
         """Of every block the one that explains more."""
         first = self.gain >= other.gain
-        scale, zero, gain = (
-            np.where(first, own, theirs)
-            for own, theirs in (
-                (self.scale, other.scale),
-                (self.zero, other.zero),
-                (self.gain, other.gain),
-            )
-        )
+        scale = np.where(first, self.scale, other.scale)
+        zero = np.where(first, self.zero, other.zero)
+        gain = np.where(first, self.gain, other.gain)
         return _Grid(scale, zero, gain)
 
 
@@ -67,19 +68,26 @@ def fitted(weight: Array, wanted: WeightPlan, importance: Array | None) -> Quant
     """Codes and grids of a float32 `weight` with an axis of channels; `importance` is (columns,),
     all that is summed in one output being a row of columns, or None.
     """
-    axis, fmt = wanted.axis or 0, wanted.format
+    axis = wanted.axis or 0
+    fmt = wanted.format
     matrix = np.moveaxis(weight, axis, -1).reshape(-1, weight.shape[axis])
-    size = wanted.granularity.size if isinstance(wanted.granularity, PerBlock) else len(matrix)
+    size = len(matrix)
+    if isinstance(wanted.granularity, PerBlock):
+        size = wanted.granularity.size
     blocks = matrix.reshape(-1, size, matrix.shape[1])
     counts = _importance(importance, blocks)
     divisors = _divisors(blocks, fmt)
     codes = np.empty(blocks.shape, fmt.dtype)
-    scale, zero = (np.empty(blocks.shape[::2], np.float32) for _ in range(2))
+    scale = np.empty(blocks.shape[::2], np.float32)
+    zero = np.empty_like(scale)
     for rows, columns in _parts(blocks.shape):
         part = np.ascontiguousarray(blocks[rows, :, columns])
-        grid = _best(part, None if counts is None else counts[rows], fmt, divisors)
-        codes[rows, :, columns] = _points(part, grid.scale, grid.zero, fmt) + grid.zero
-        scale[rows, columns], zero[rows, columns] = grid.scale[:, 0], grid.zero[:, 0]
+        counted = None if counts is None else counts[rows]
+        grid = _best(part, counted, fmt, divisors)
+        points = _points(part, grid.scale, grid.zero, fmt)
+        codes[rows, :, columns] = points + grid.zero
+        scale[rows, columns] = grid.scale[:, 0]
+        zero[rows, columns] = grid.zero[:, 0]
     return _packed(codes, (scale, zero), weight.shape, wanted)
 
 
@@ -101,7 +109,8 @@ def _importance(importance: Array | None, blocks: Array) -> Array | None:
     if not np.isfinite(mean) or mean <= 0:
         return None
     # A column that nothing came in by may still be read.
-    counted: Array = (importance / mean).astype(np.float32) + np.float32(DAMPING)
+    relative = (importance / mean).astype(np.float32)
+    counted: Array = relative + np.float32(DAMPING)
     return counted.reshape(*blocks.shape[:2], 1)
 
 
@@ -109,23 +118,27 @@ def _best(part: Array, counts: Array | None, fmt: IntFormat, divisors: Array) ->
     low = np.minimum(part.min(axis=1, keepdims=True), 0)
     high = np.maximum(part.max(axis=1, keepdims=True), 0)
     counted = part if counts is None else part * counts
-    width, middle = high - low, (high + low) / 2
+    width = high - low
+    middle = (high + low) / 2
 
     def tried(scale: Array, zero: Array) -> _Grid:
         scale = np.where(scale > SMALLEST_SCALE, scale, np.float32(1))
         zero = np.clip(zero, fmt.qmin, fmt.qmax)
         return _refitted(part, counted, counts, (scale, zero), fmt=fmt)
 
-    shares = SHARES if counts is None else WEIGHTED_SHARES
+    shares: Sequence[float] = SHARES if counts is None else WEIGHTED_SHARES
+    if fmt.bits >= MANY_BITS:
+        shares = FEW_SHARES
     best = None
-    for share in FEW_SHARES if fmt.bits >= MANY_BITS else shares:
+    for share in shares:
         scale = width * np.float32(share / fmt.qmax)
         safe = np.where(scale > SMALLEST_SCALE, scale, np.float32(1))
-        found = tried(scale, np.rint(np.float32(fmt.qmax / 2) - middle / safe))
+        zero = np.float32(fmt.qmax / 2) - middle / safe
+        found = tried(scale, np.rint(zero))
         best = found if best is None else best.better(found)
     assert best is not None
-    best = best.better(tried(best.scale, best.zero))
-    return _with_exact(part, best, fmt, divisors)
+    again = tried(best.scale, best.zero)
+    return _with_exact(part, best.better(again), fmt, divisors)
 
 
 def _refitted(
@@ -137,7 +150,8 @@ def _refitted(
     fmt: IntFormat,
 ) -> _Grid:
     """The grid with the best scale for its codes: of error |w|^2 - (w'q)^2 / q'q."""
-    points = _points(part, *grid, fmt)
+    scale, zero = grid
+    points = _points(part, scale, zero, fmt)
     along = np.einsum("bkc,bkc->bc", points, counted)[:, None]
     if counts is None:
         norm = np.einsum("bkc,bkc->bc", points, points)[:, None]
@@ -145,8 +159,9 @@ def _refitted(
         norm = np.einsum("bkc,bkc,bk->bc", points, points, counts[..., 0])[:, None]
     useful = (along > 0) & (norm > 0)
     ratio = along / np.where(useful, norm, np.float32(1))
-    scale = np.where(useful & (ratio > SMALLEST_SCALE), ratio, grid[0])
-    return _Grid(scale, grid[1], np.where(useful, along * ratio, np.float32(0)))
+    scale = np.where(useful & (ratio > SMALLEST_SCALE), ratio, scale)
+    gain = np.where(useful, along * ratio, np.float32(0))
+    return _Grid(scale, zero, gain)
 
 
 def _points(part: Array, scale: Array, zero: Array, fmt: IntFormat) -> Array:
@@ -166,15 +181,17 @@ def _divisors(blocks: Array, fmt: IntFormat) -> Array:
     """The multiples of a common number that the largest of a block may be, commonest first; none
     where few blocks have one.
     """
-    numbers = np.linspace(0, blocks.shape[0] * blocks.shape[2] - 1, LOOKED_AT).astype(int)
-    rows, columns = np.divmod(np.unique(numbers), blocks.shape[2])
+    count, _, channels = blocks.shape
+    numbers = np.linspace(0, count * channels - 1, LOOKED_AT).astype(int)
+    rows, columns = np.divmod(np.unique(numbers), channels)
     some = blocks[rows, :, columns]
     some = some[some.any(axis=1)]
     divisors = np.arange(1, fmt.qmax + 1)
     exact = np.array([_exact(some, int(divisor), fmt)[0] for divisor in divisors])
     if not len(some) or exact.any(axis=0).mean() < MOST:
         return np.zeros(0)
-    return np.asarray(divisors[np.argsort(-exact.sum(axis=1), kind="stable")])
+    order = np.argsort(-exact.sum(axis=1), kind="stable")
+    return np.asarray(divisors[order])
 
 
 def _exact(some: Array, divisor: int, fmt: IntFormat) -> tuple[Array, Array, Array]:
@@ -185,7 +202,9 @@ def _exact(some: Array, divisor: int, fmt: IntFormat) -> tuple[Array, Array, Arr
     unit = np.where(largest > 0, largest, 1) / np.float32(divisor)
     exact = _whole(some[:, :PROBED] / unit[:, None])
     codes = some[exact] / unit[exact, None]
-    low, high = (f(np.rint(codes), axis=1, initial=0) for f in (np.min, np.max))
+    whole = np.rint(codes)
+    low = whole.min(axis=1, initial=0)
+    high = whole.max(axis=1, initial=0)
     lowest = np.zeros(len(some), np.float32)
     lowest[exact] = low
     exact[exact] = _whole(codes) & (high - low <= fmt.qmax)
@@ -194,18 +213,22 @@ def _exact(some: Array, divisor: int, fmt: IntFormat) -> tuple[Array, Array, Arr
 
 def _whole(codes: Array) -> Array:
     """Whether all of a row are whole numbers."""
-    return np.asarray((np.abs(codes - np.rint(codes)) <= CLOSE).all(axis=1))
+    distance = np.abs(codes - np.rint(codes))
+    return np.asarray((distance <= CLOSE).all(axis=1))
 
 
 def _with_exact(part: Array, grid: _Grid, fmt: IntFormat, divisors: Array) -> _Grid:
     """The grid, but for blocks that are whole multiples of one number: on that number's."""
-    scale, zero = grid.scale[:, 0].copy(), grid.zero[:, 0].copy()
+    scale = grid.scale[:, 0].copy()
+    zero = grid.zero[:, 0].copy()
     block, channel = np.nonzero(np.ones(scale.shape, bool))
     for divisor in divisors:
         exact, unit, lowest = _exact(part[block, :, channel], int(divisor), fmt)
-        scale[block[exact], channel[exact]] = unit[exact]
-        zero[block[exact], channel[exact]] = fmt.qmin - lowest[exact]
-        block, channel = block[~exact], channel[~exact]
+        found = block[exact], channel[exact]
+        scale[found] = unit[exact]
+        zero[found] = fmt.qmin - lowest[exact]
+        block = block[~exact]
+        channel = channel[~exact]
         if not len(block):
             break
     return _Grid(scale[:, None], zero[:, None], grid.gain)
@@ -215,12 +238,16 @@ def _packed(
     codes: Array, grids: tuple[Array, Array], shape: tuple[int, ...], wanted: WeightPlan
 ) -> QuantizedWeight:
     """In the weight's shape; numbers of blocks with as many axes."""
-    axis, (scale, zero) = wanted.axis or 0, grids
+    axis = wanted.axis or 0
+    scale, zero = grids
     moved = [*(size for i, size in enumerate(shape) if i != axis), shape[axis]]
     stored = np.moveaxis(codes.reshape(moved), -1, axis)
     if isinstance(wanted.granularity, PerBlock):
-        scale, zero = (np.moveaxis(x, -1, axis) for x in (scale, zero))
+        scale = np.moveaxis(scale, -1, axis)
+        zero = np.moveaxis(zero, -1, axis)
     else:
-        scale, zero = scale[0], zero[0]
-    scale, zero = (np.ascontiguousarray(x) for x in (scale, zero))
-    return QuantizedWeight(np.ascontiguousarray(stored), QParams(scale, zero, wanted.format, axis))
+        scale = scale[0]
+        zero = zero[0]
+    scale, zero = map(np.ascontiguousarray, (scale, zero))
+    qparams = QParams(scale, zero, wanted.format, axis)
+    return QuantizedWeight(np.ascontiguousarray(stored), qparams)

@@ -35,12 +35,14 @@ PART = 1 << 22
 # Scales tried, as multiples of the one that covers the largest weight, in steps of 10 %; the first
 # wins a tie. With many codes, clipping more than a quarter of the range never pays.
 SHRINK = np.geomspace(1.0, 0.1, 25)
-MANY_BITS, LEAST_OF_MANY = 7, 0.74
+MANY_BITS = 7
+LEAST_OF_MANY = 0.74
 WIDEN = np.geomspace(1.1, 2.0, 7)
 # Then multiples of the best of them: short rows gain from a scale that happens to suit them, long
 # ones average out.
 REFINE = np.concatenate([[1.0], np.linspace(0.95, 1.05, 30)])
-LONG_ROW, REFINE_LONG = 128, np.concatenate([[1.0], np.linspace(0.95, 1.05, 6)])
+LONG_ROW = 128
+REFINE_LONG = np.concatenate([[1.0], np.linspace(0.95, 1.05, 6)])
 
 
 @dataclass(frozen=True)
@@ -59,9 +61,10 @@ def row_parts(weight: Array, most: int = PART) -> list[slice]:
     """Parts of the rows of `weight` (groups, rows, columns), so that little of what is made of it
     is in memory.
     """
-    rows = most * weight.shape[1] // max(1, weight.size)
+    count = weight.shape[1]
+    rows = most * count // max(1, weight.size)
     step = max(1, rows // trellis.GROUP) * trellis.GROUP
-    return [slice(start, start + step) for start in range(0, weight.shape[1], step)]
+    return [slice(start, start + step) for start in range(0, count, step)]
 
 
 def kept_weights(weight: Array) -> Array | None:
@@ -78,31 +81,39 @@ def search_scales(weight: Array, importance: Array, grid: Grid, per_channel: boo
     twice that. With `per_channel` false all rows get one scale. A row without weights gets scale 1.
     """
     if per_channel and len(parts := row_parts(weight)) > 1:
-        return np.concatenate(
-            [search_scales(weight[:, i], importance, grid, per_channel) for i in parts],
-            axis=1,
-        )
+        scales = [search_scales(weight[:, i], importance, grid, per_channel) for i in parts]
+        return np.concatenate(scales, axis=1)
     # Columns whose inputs are 0 everywhere do not decide the scale.
-    heard = (importance > 0) | (importance.max(axis=1, keepdims=True) == 0)
+    loudest = importance.max(axis=1, keepdims=True)
+    heard = (importance > 0) | (loudest == 0)
     magnitude = np.abs(weight) * heard[:, None]
-    largest = magnitude.max(axis=2) if per_channel else np.full(weight.shape[:2], magnitude.max())
+    largest = magnitude.max(axis=2)
+    if not per_channel:
+        largest = np.full(largest.shape, largest.max())
     widest = largest / grid.format.qmax
     widest = np.where(widest < SMALLEST_SCALE, 1.0, widest)
     unit = (weight / widest[..., None]).astype(np.float32)
     relative = (importance / (importance.max() or 1.0)).astype(np.float32)
     best = np.ones_like(widest)
-    shrink = SHRINK[SHRINK > LEAST_OF_MANY] if grid.format.bits >= MANY_BITS else SHRINK
-    refine = REFINE if weight.shape[2] < LONG_ROW else REFINE_LONG
-    for factors in (
-        shrink if grid.pair_limit is None else np.concatenate([shrink, WIDEN]),
-        refine,
-    ):
+    for factors in _factors(grid, weight.shape[2]):
         tried = factors[:, None, None] * best
         errors = _errors(unit, relative, tried, grid)
         if not per_channel:
-            errors = np.broadcast_to(errors.sum(axis=(1, 2), keepdims=True), errors.shape)
-        best = np.take_along_axis(tried, errors.argmin(axis=0)[None], axis=0)[0]
+            total = errors.sum(axis=(1, 2), keepdims=True)
+            errors = np.broadcast_to(total, errors.shape)
+        least = errors.argmin(axis=0)
+        best = np.take_along_axis(tried, least[None], axis=0)[0]
     return best * widest
+
+
+def _factors(grid: Grid, columns: int) -> tuple[Array, Array]:
+    """The multiples that are tried first, and those of the best of them."""
+    first = SHRINK
+    if grid.format.bits >= MANY_BITS:
+        first = SHRINK[SHRINK > LEAST_OF_MANY]
+    if grid.pair_limit is not None:
+        first = np.concatenate([first, WIDEN])
+    return first, REFINE if columns < LONG_ROW else REFINE_LONG
 
 
 def _errors(weight: Array, importance: Array, scales: Array, grid: Grid) -> Array:
@@ -114,11 +125,12 @@ def _errors(weight: Array, importance: Array, scales: Array, grid: Grid) -> Arra
     for start in range(0, weight.shape[1], step):
         rows = slice(start, start + step)
         for i, scale in enumerate(scales[:, :, rows]):
-            scaled = weight[:, rows] * (1 / scale).astype(weight.dtype)[..., None]
+            inverse = (1 / scale).astype(weight.dtype)
+            scaled = weight[:, rows] * inverse[..., None]
             scaled -= nearest(scaled, grid)
-            errors[i, :, rows] = (
-                scale**2 * np.matmul(np.square(scaled, out=scaled), importance[..., None])[..., 0]
-            )
+            np.square(scaled, out=scaled)
+            summed = np.matmul(scaled, importance[..., None])
+            errors[i, :, rows] = scale**2 * summed[..., 0]
     return errors
 
 
@@ -126,15 +138,17 @@ def nearest(scaled: Array, grid: Grid) -> Array:
     """Nearest codes of `scaled` (..., columns); where they break the bound, the nearest pair that
     keeps it.
     """
-    codes = np.clip(np.rint(scaled), grid.format.qmin, grid.format.qmax)
-    if grid.pair_limit is not None:
-        even, odd = codes[..., :-1:2], codes[..., 1::2]
-        broken = np.abs(even + odd) > grid.pair_limit
-        first, second = scaled[..., :-1:2][broken], scaled[..., 1::2][broken]
-        even[broken] = np.rint(
-            _with_room(first, second, 0.5, limit=grid.pair_limit, fmt=grid.format)
-        )
-        odd[broken] = np.copysign(grid.pair_limit, first + second) - even[broken]
+    fmt, limit = grid.format, grid.pair_limit
+    codes = np.clip(np.rint(scaled), fmt.qmin, fmt.qmax)
+    if limit is None:
+        return codes
+    even = codes[..., :-1:2]
+    odd = codes[..., 1::2]
+    broken = np.abs(even + odd) > limit
+    first = scaled[..., :-1:2][broken]
+    second = scaled[..., 1::2][broken]
+    even[broken] = np.rint(_with_room(first, second, 0.5, limit=limit, fmt=fmt))
+    odd[broken] = np.copysign(limit, first + second) - even[broken]
     return codes
 
 
@@ -146,15 +160,19 @@ def helps_everywhere(x: Array, weight: Array, rounded: Array, *, bias: Array, sh
     normalisation behind makes as large as the others.
     """
     groups, rows, _ = weight.shape
-    drawn, w = x.astype(np.float64), weight.swapaxes(1, 2)
+    drawn = x.astype(np.float64)
+    w = weight.swapaxes(1, 2)
     outputs = np.matmul(drawn, w) + bias.reshape(groups, 1, rows)
     errors = np.matmul(drawn, rounded.swapaxes(1, 2) - w)
-    energy = np.maximum(np.square(outputs).sum(axis=(0, 2)), SMALLEST_SCALE)
+    shifted = errors + shift.reshape(groups, 1, rows)
+    energy = np.square(outputs).sum(axis=(0, 2))
+    energy = np.maximum(energy, SMALLEST_SCALE)
 
     def badness(error: Array) -> float:
-        return float(np.minimum(np.square(error).sum(axis=(0, 2)) / energy, 1.0).mean())
+        noise = np.square(error).sum(axis=(0, 2))
+        return float(np.minimum(noise / energy, 1.0).mean())
 
-    return badness(errors + shift.reshape(groups, 1, rows)) <= badness(errors)
+    return badness(shifted) <= badness(errors)
 
 
 def _with_room(
@@ -166,11 +184,9 @@ def _with_room(
     total = np.clip(first, fmt.qmin, fmt.qmax) + np.clip(second, fmt.qmin, fmt.qmax)
     bound = np.copysign(limit, total)
     given = first - share * (first + second - bound)
-    within = np.clip(
-        given,
-        np.maximum(fmt.qmin, bound - fmt.qmax),
-        np.minimum(fmt.qmax, bound - fmt.qmin),
-    )
+    low = np.maximum(fmt.qmin, bound - fmt.qmax)
+    high = np.minimum(fmt.qmax, bound - fmt.qmin)
+    within = np.clip(given, low, high)
     return np.where(np.abs(total) > limit, within, first)
 
 
@@ -181,9 +197,8 @@ def chosen(aims: Array, weights: Array, fmt: IntFormat) -> Array:
     if not fmt.trellis:
         return np.clip(np.rint(aims), fmt.qmin, fmt.qmax)
     flat = aims.reshape(*aims.shape[:-2], -1)
-    return trellis.points(trellis.nearest(flat, weights.reshape(-1), fmt.bits), fmt.bits).reshape(
-        aims.shape
-    )
+    codes = trellis.nearest(flat, weights.reshape(-1), fmt.bits)
+    return trellis.points(codes, fmt.bits).reshape(aims.shape)
 
 
 def compensated(
@@ -199,18 +214,22 @@ def compensated(
     """
     damping = DAMPING * np.einsum("gkk->g", moments) / moments.shape[1]
     columns = weight.shape[2]
+    width = 1 if grid.pair_limit is None else 2
     codes = np.full(weight.shape, np.nan) if fixed is None else fixed.copy()
-    if grid.pair_limit is not None and columns % 2:
+    if columns % width:
         # A silent partner for the last column: from here on all are in pairs.
-        weight, codes = (np.pad(x, ((0, 0), (0, 0), (0, 1))) for x in (weight, codes))
+        partner = ((0, 0), (0, 0), (0, 1))
+        weight = np.pad(weight, partner)
+        codes = np.pad(codes, partner)
         moments = np.pad(moments, ((0, 0), (0, 1), (0, 1)))
-    order = _order(np.einsum("gkk->gk", moments), 1 if grid.pair_limit is None else 2)
-    group, column = np.arange(len(order)), order.T
+    order = _order(np.einsum("gkk->gk", moments), width)
+    group = np.arange(len(order))
+    column = order.T
     # Inside, columns stand first: (columns, groups, rows).
-    scaled, given = (x[group, :, column] for x in (weight / scale[..., None], codes))
-    codes[group, :, column] = _sequential(
-        scaled, given, scale=scale, root=_root(moments, order, damping), grid=grid
-    )
+    scaled = (weight / scale[..., None])[group, :, column]
+    given = codes[group, :, column]
+    root = _root(moments, order, damping)
+    codes[group, :, column] = _sequential(scaled, given, scale=scale, root=root, grid=grid)
     return codes[:, :, :columns]
 
 
@@ -218,7 +237,8 @@ def _order(diagonal: Array, width: int) -> Array:
     """The columns in the order they are rounded, by group; the `width` columns of a pair stay
     together.
     """
-    largest = diagonal.reshape(len(diagonal), -1, width).max(axis=2).repeat(width, axis=1)
+    pairs = diagonal.reshape(len(diagonal), -1, width)
+    largest = pairs.max(axis=2).repeat(width, axis=1)
     pair = np.broadcast_to(np.arange(diagonal.shape[1]) // width, diagonal.shape)
     return np.lexsort((-diagonal, pair, -largest), axis=1)
 
@@ -228,7 +248,8 @@ def _root(moments: Array, order: Array, damping: Array) -> Array:
     (groups,), or 1 where nothing comes in.
     """
     turned = order[:, ::-1]
-    damped = moments[np.arange(len(order))[:, None, None], turned[:, :, None], turned[:, None, :]]
+    group = np.arange(len(order))
+    damped = moments[group[:, None, None], turned[:, :, None], turned[:, None, :]]
     diagonal = np.einsum("gkk->gk", damped)
     diagonal += np.where(damping > 0, damping, 1.0)[:, None]
     return np.linalg.cholesky(damped)[:, ::-1, ::-1]
@@ -248,7 +269,8 @@ def _sequential(scaled: Array, codes: Array, *, scale: Array, root: Array, grid:
     errors = np.empty_like(scaled)
     for start in range(0, len(scaled), BLOCK):
         block = slice(start, start + BLOCK)
-        carried = np.matmul(ratio[:, :start, block].swapaxes(1, 2), errors[:start].swapaxes(0, 1))
+        before = errors[:start].swapaxes(0, 1)
+        carried = np.matmul(ratio[:, :start, block].swapaxes(1, 2), before)
         within = ratio[:, block, block].transpose(1, 2, 0)[..., None]
         weights = [np.square(scale * step[:, None]) for step in diagonal[:, block].T]
         _fill(
@@ -302,10 +324,9 @@ def _fill(
         elif limit is not None:
             low = np.maximum(low, -limit - codes[k - 1])
             high = np.minimum(high, limit - codes[k - 1])
-        point = (
-            np.clip(np.rint(target), low, high)
-            if limit is not None
-            else chosen(target, weights[k], fmt)
-        )
+        if limit is None:
+            point = chosen(target, weights[k], fmt)
+        else:
+            point = np.clip(np.rint(target), low, high)
         codes[k] = np.where(np.isnan(codes[k]), point, codes[k])
         aim[k + 1 :] += ratio[k, k + 1 :] * (scaled[k] - codes[k])

@@ -10,7 +10,7 @@ that of the outputs, with M the inputs' second moments; without M it is e' e.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -27,7 +27,8 @@ SHARES = (1.0, 0.93, 0.86, 0.79, 0.72, 0.65, 0.55)
 TRELLIS_SHARES = 0.8 ** np.arange(8)
 # Times that grid and codes are found in turn; with many bits or a long row there is little left to
 # find.
-ROUNDS, FEW_ROUNDS, LONG_ROW = 6, 2, 128
+ROUNDS, FEW_ROUNDS = 6, 2
+LONG_ROW = 128
 # Columns whose codes change before the others hear of it.
 BLOCK = 64
 
@@ -50,17 +51,21 @@ class Rows:
         if not self.format.trellis:
             return self.points
         flat = self.points.reshape(-1, self.points.shape[2]).T
-        return trellis.nearest(flat, np.ones(flat.shape[1]), self.format.bits).T.reshape(
-            self.points.shape
-        )
+        alike = np.ones(flat.shape[1])
+        codes = trellis.nearest(flat, alike, self.format.bits)
+        return codes.T.reshape(self.points.shape)
 
     def relative_error(self, weight: Array, moments: Array | None) -> float:
         """What of the outputs, or of the weights, is error: |W x - V x| / |W x| over all rows."""
-        norms = [
-            np.vdot(x, x if moments is None else np.matmul(x, moments))
-            for x in (self.values() - weight, weight)
-        ]
-        return float(np.sqrt(norms[0] / norms[1])) if norms[1] > 0 else 0.0
+        noise = _energy(self.values() - weight, moments)
+        power = _energy(weight, moments)
+        return float(np.sqrt(noise / power)) if power > 0 else 0.0
+
+
+def _energy(weight: Array, moments: Array | None) -> Array:
+    """|W x|^2 over all rows."""
+    weighted = weight if moments is None else np.matmul(weight, moments)
+    return np.asarray(np.vdot(weight, weighted))
 
 
 @dataclass(frozen=True)
@@ -81,28 +86,34 @@ def fit(weight: Array, moments: Array | None, grids: Grids, kept: Array | None =
     Where `kept` is false, weights become exact zeros; grids must have integer ones then. Where a
     trellis is wanted, rows may still be too short for it: then codes stand for themselves.
     """
-    ways = [
-        replace(grids, format=replace(grids.format, trellis=way))
-        for way in {grids.format.trellis, False}
-    ]
+    formats = [replace(grids.format, trellis=way) for way in {grids.format.trellis, False}]
+    ways = [replace(grids, format=fmt) for fmt in formats]
     firsts = [_first(weight, moments, way) for way in ways]
-    (_, scale, zero), grids = min(zip(firsts, ways, strict=True), key=lambda found: found[0][0])
+    best = min(range(len(ways)), key=lambda i: firsts[i][0])
+    grids = ways[best]
+    _, scale, zero = firsts[best]
     moments = None if moments is None else _damped(moments)
 
     def better(part: slice) -> Rows:
+        some = weight[:, part]
         free = None if kept is None else kept[:, part]
-        first = _zeroed(_on(weight[:, part], scale[:, part], zero[:, part], grids.format), free)
-        return _bettered(weight[:, part], moments, first, grids, kept=free)
+        first = _on(some, scale[:, part], zero[:, part], grids.format)
+        return _bettered(some, moments, _zeroed(first, free), grids, kept=free)
 
     alone = moments is None and grids.per_row
-    parts = [better(part) for part in (row_parts(weight) if alone else [slice(None)])]
-    points = np.concatenate(
-        [rows.points for rows in parts], axis=1, dtype=np.float32, casting="same_kind"
+    parts = row_parts(weight) if alone else [slice(None)]
+    return _joined([better(part) for part in parts])
+
+
+def _joined(parts: Sequence[Rows]) -> Rows:
+    """All rows; what is made of every row alone was made in parts."""
+    points = [rows.points for rows in parts]
+    return Rows(
+        np.concatenate(points, axis=1, dtype=np.float32, casting="same_kind"),
+        np.concatenate([rows.scale for rows in parts], axis=1),
+        np.concatenate([rows.zero for rows in parts], axis=1),
+        parts[0].format,
     )
-    scale, zero = (
-        np.concatenate(x, axis=1) for x in zip(*((r.scale, r.zero) for r in parts), strict=True)
-    )
-    return Rows(points, scale, zero, grids.format)
 
 
 def _bettered(
@@ -111,28 +122,21 @@ def _bettered(
     if moments is not None:
         shifted = weight + (rows.scale * rows.zero)[..., None]
         fixed = None if kept is None else np.where(kept, np.nan, rows.zero[..., None])
-        rows = replace(
-            rows,
-            points=compensated(shifted, rows.scale, moments, Grid(grids.format), fixed=fixed),
-        )
+        points = compensated(shifted, rows.scale, moments, Grid(grids.format), fixed=fixed)
+        rows = replace(rows, points=points)
     rounds = FEW_ROUNDS if weight.shape[2] >= LONG_ROW else ROUNDS
     for _ in range(rounds if grids.format.bits < HALF_BITS else 1):
-        rows = _descended(
-            weight,
-            moments,
-            _zeroed(_refitted(weight, moments, rows, grids), kept),
-            kept,
-        )
+        rows = _refitted(weight, moments, rows, grids)
+        rows = _descended(weight, moments, _zeroed(rows, kept), kept)
     return rows
 
 
 def _zeroed(rows: Rows, kept: Array | None) -> Rows:
     """The same with points that stand for 0 where weights are not `kept`."""
-    return (
-        rows
-        if kept is None
-        else replace(rows, points=np.where(kept, rows.points, rows.zero[..., None]))
-    )
+    if kept is None:
+        return rows
+    points = np.where(kept, rows.points, rows.zero[..., None])
+    return replace(rows, points=points)
 
 
 def with_variance(weight: Array, rows: Rows, grids: Grids) -> Rows:
@@ -141,12 +145,14 @@ def with_variance(weight: Array, rows: Rows, grids: Grids) -> Rows:
 
     A factor beyond 0.1 to 10 would follow from a row that is lost: it stays as it is.
     """
-    mean, wanted = (_by_row(f, weight) for f in (np.mean, np.std))
+    mean = _by_row(np.mean, weight)
+    wanted = _by_row(np.std, weight)
     deviation = rows.points.std(axis=2, dtype=np.float64) * rows.scale
     ratio = wanted / np.maximum(deviation, SMALLEST_SCALE)
     ratio = np.where((ratio > 0.1) & (ratio < 10), ratio, 1.0)
     scale = rows.scale * ratio
-    scale, zero = _storable(scale, rows.points.mean(axis=2, dtype=np.float64) - mean / scale, grids)
+    zero = rows.points.mean(axis=2, dtype=np.float64) - mean / scale
+    scale, zero = _storable(scale, zero, grids)
     return replace(rows, scale=scale, zero=zero)
 
 
@@ -159,9 +165,8 @@ def _by_row(f: Callable[..., Array], weight: Array) -> Array:
 def _damped(moments: Array) -> Array:
     diagonal = np.einsum("gkk->gk", moments)
     share = DAMPING * diagonal.mean(axis=1, keepdims=True)
-    damped: Array = moments + (share + (diagonal + share <= 0))[..., None] * np.eye(
-        moments.shape[1]
-    )
+    added = share + (diagonal + share <= 0)
+    damped: Array = moments + added[..., None] * np.eye(moments.shape[1])
     return damped
 
 
@@ -169,7 +174,8 @@ def _first(weight: Array, moments: Array | None, grids: Grids) -> tuple[float, A
     """The best of grids around the middle of each row's weights, for a trellis their mean: error,
     scale and zero.
     """
-    axis, coded = 2 if grids.per_row else None, grids.format.trellis
+    axis = 2 if grids.per_row else None
+    coded = grids.format.trellis
     low, high, mean = (
         np.broadcast_to(f(weight, axis=axis), weight.shape[:2])
         for f in (np.min, np.max, partial(np.mean, dtype=np.float64))
@@ -180,22 +186,25 @@ def _first(weight: Array, moments: Array | None, grids: Grids) -> tuple[float, A
 
     def error(scale: Array, zero: Array) -> Array:
         difference = _on(weight, scale, zero, grids.format).values() - weight
-        return np.asarray(np.matmul(difference**2, importance[..., None])[..., 0])
+        summed = np.matmul(difference**2, importance[..., None])
+        return np.asarray(summed[..., 0])
 
-    tried = [_grid(share * width, middle, grids) for share in (TRELLIS_SHARES if coded else SHARES)]
+    shares = TRELLIS_SHARES if coded else SHARES
+    tried = [_grid(share * width, middle, grids) for share in shares]
     errors = np.stack([error(*grid) for grid in tried])
     if not grids.per_row:
-        errors = np.broadcast_to(errors.sum(axis=(1, 2), keepdims=True), errors.shape)
-    scale, zero = (
-        np.choose(errors.argmin(axis=0), numbers) for numbers in zip(*tried, strict=True)
-    )
+        total = errors.sum(axis=(1, 2), keepdims=True)
+        errors = np.broadcast_to(total, errors.shape)
+    least = errors.argmin(axis=0)
+    scale, zero = (np.choose(least, numbers) for numbers in zip(*tried, strict=True))
     return float(error(scale, zero).sum()), scale, zero
 
 
 def _on(weight: Array, scale: Array, zero: Array, fmt: IntFormat) -> Rows:
     """The nearest points on the grids `scale`, `zero`."""
     aims = np.moveaxis(weight / scale[..., None] + zero[..., None], 2, 0)
-    return Rows(np.moveaxis(chosen(aims, scale**2, fmt), 0, 2), scale, zero, fmt)
+    points = chosen(aims, scale**2, fmt)
+    return Rows(np.moveaxis(points, 0, 2), scale, zero, fmt)
 
 
 def _grid(width: Array, middle: Array, grids: Grids) -> tuple[Array, Array]:
@@ -204,8 +213,10 @@ def _grid(width: Array, middle: Array, grids: Grids) -> tuple[Array, Array]:
     """
     qmax = grids.format.qmax
     wide = width > SMALLEST_SCALE * qmax
-    scale = np.where(wide, width / qmax, np.where(middle == 0, 1.0, np.abs(middle)))
-    return _storable(scale, np.where(wide, qmax / 2, qmax // 2) - middle / scale, grids)
+    of_one = np.where(middle == 0, 1.0, np.abs(middle))
+    scale = np.where(wide, width / qmax, of_one)
+    zero = np.where(wide, qmax / 2, qmax // 2) - middle / scale
+    return _storable(scale, zero, grids)
 
 
 def _storable(scale: Array, zero: Array, grids: Grids) -> tuple[Array, Array]:
@@ -213,7 +224,8 @@ def _storable(scale: Array, zero: Array, grids: Grids) -> tuple[Array, Array]:
     if grids.integer_zero:
         zero = np.clip(np.rint(zero), 0, grids.format.qmax)
     half = np.finfo(np.float16)
-    fits = half.smallest_normal <= scale.min() and max(scale.max(), np.abs(zero).max()) <= half.max
+    largest = max(scale.max(), np.abs(zero).max())
+    fits = half.smallest_normal <= scale.min() and largest <= half.max
     dtype = np.float16 if fits and grids.format.bits <= HALF_BITS else np.float32
     return scale.astype(dtype).astype(np.float64), zero.astype(dtype).astype(np.float64)
 
@@ -222,10 +234,19 @@ def _refitted(weight: Array, moments: Array | None, rows: Rows, grids: Grids) ->
     """The same points on the grids with the least error: weight = scale point + offset, by least
     squares.
     """
-    points, ones = rows.points, np.ones_like(rows.points)
-    m_points, m_ones = (x if moments is None else np.matmul(x, moments) for x in (points, ones))
-    sums = [(a * b).sum(axis=2) for a, b in ((points, m_points), (points, m_ones), (ones, m_ones))]
-    sums += [(weight * m).sum(axis=2) for m in (m_points, m_ones)]
+    points = m_points = rows.points
+    ones = m_ones = np.ones_like(points)
+    if moments is not None:
+        m_points = np.matmul(points, moments)
+        m_ones = np.matmul(ones, moments)
+    factors = (
+        (points, m_points),
+        (points, m_ones),
+        (ones, m_ones),
+        (weight, m_points),
+        (weight, m_ones),
+    )
+    sums = [(a * b).sum(axis=2) for a, b in factors]
     if not grids.per_row:
         sums = [np.full_like(x, x.sum()) for x in sums]
     qq, q1, one, qw, w1 = sums
@@ -236,11 +257,9 @@ def _refitted(weight: Array, moments: Array | None, rows: Rows, grids: Grids) ->
     offset = (qq * w1 - q1 * qw) / determinant
     safe &= scale > SMALLEST_SCALE
     scale = np.where(safe, scale, rows.scale)
-    return Rows(
-        points,
-        *_storable(scale, np.where(safe, -offset / scale, rows.zero), grids),
-        grids.format,
-    )
+    zero = np.where(safe, -offset / scale, rows.zero)
+    scale, zero = _storable(scale, zero, grids)
+    return Rows(points, scale, zero, grids.format)
 
 
 def _descended(weight: Array, moments: Array | None, rows: Rows, kept: Array | None) -> Rows:
@@ -248,22 +267,24 @@ def _descended(weight: Array, moments: Array | None, rows: Rows, kept: Array | N
     if moments is None:
         return _zeroed(_on(weight, rows.scale, rows.zero, rows.format), kept)
     # Columns first: (columns, groups, rows).
-    errors, points = (np.moveaxis(x, 2, 0).copy() for x in (weight - rows.values(), rows.points))
-    aim = np.moveaxis(weight / rows.scale[..., None] + rows.zero[..., None], 2, 0)
+    errors = np.moveaxis(weight - rows.values(), 2, 0).copy()
+    points = np.moveaxis(rows.points, 2, 0).copy()
     step = rows.scale
+    aim = np.moveaxis(weight / step[..., None] + rows.zero[..., None], 2, 0)
     by_column = np.ascontiguousarray(moments.transpose(1, 0, 2))
     for start in range(0, len(points), BLOCK):
         block = slice(start, min(start + BLOCK, len(points)))
-        gradient = (
-            np.matmul(errors.transpose(1, 2, 0), moments[:, :, block]).transpose(2, 0, 1).copy()
-        )
+        gradient = np.matmul(errors.transpose(1, 2, 0), moments[:, :, block])
+        gradient = gradient.transpose(2, 0, 1).copy()
         for k in range(block.start, block.stop):
             row = by_column[k][:, block].T[..., None]
             curvature = by_column[k][:, k, None]
             wanted = errors[k] - gradient[k - start] / curvature
             point = chosen(aim[k] - wanted / step, curvature * step**2, rows.format)
-            point = point if kept is None else np.where(kept[:, :, k], point, points[k])
+            if kept is not None:
+                point = np.where(kept[:, :, k], point, points[k])
             change = (points[k] - point) * step
-            points[k], errors[k] = point, errors[k] + change
+            points[k] = point
+            errors[k] += change
             gradient += row * change
     return replace(rows, points=np.moveaxis(points, 0, 2))

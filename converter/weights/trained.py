@@ -50,18 +50,20 @@ def with_trained_weights(
     """
     kept: dict[str, Kept] = {}
     for own in units if trained else ():
-        unit, bias, rows = own.unit, own.bias, _Rows.of(own, trained.weights)
+        unit = own.unit
+        bias = own.bias
+        rows = _Rows.of(own, trained.weights)
         if not (everything or rows.scale.any()):
             continue
         tensor = plan.tensors.get(unit.inputs[0])
-        data = (
-            plan.params(tensor.name)
-            if bias is not None and tensor and tensor.group in plan.qparams
-            else None
-        )
+        data = None
+        if bias is not None and tensor and tensor.group in plan.qparams:
+            data = plan.params(tensor.name)
         weight, how_much = rows.decided(own.wanted, bias, data)
-        kept.update({unit.name: how_much} if rows.scale.any() else {})
-        plan = plan.with_weights({unit.name: weight}, {} if bias is None else {unit.name: bias})
+        if rows.scale.any():
+            kept[unit.name] = how_much
+        biases = {} if bias is None else {unit.name: bias}
+        plan = plan.with_weights({unit.name: weight}, biases)
     return plan, kept
 
 
@@ -97,25 +99,20 @@ class _Rows:
 
     @classmethod
     def of(cls, own: Weighted, trained: Mapping[str, QuantizedWeight]) -> _Rows:
-        weight, view, axis = own.weight, own.view, own.wanted.axis
+        view, axis = own.view, own.wanted.axis
+        shape = own.weight.shape
         taught = trained.get(own.unit.name)
         rows = view.matrix if view else partial(plain_matrix, axis=axis)
-        weight_of = view.weight if view else partial(plain_weight, shape=weight.shape, axis=axis)
-        matrix = rows(weight.astype(np.float64))
-        scale, codes = np.zeros(matrix.shape[:2]), np.zeros(matrix.shape)
-        if taught is not None and taught.codes.shape == weight.shape:
-            q, shape = taught.qparams, weight.shape
-            scales = np.broadcast_to(along(q.scale.astype(np.float64), q.axis, shape), shape)
-            taught_codes = taught.codes.astype(np.float64) - along(q.zero_point, q.axis, shape)
-            scale, codes = _as_taught(matrix, rows(taught_codes), rows(scales))
+        weight_of = view.weight if view else partial(plain_weight, shape=shape, axis=axis)
+        matrix = rows(own.weight.astype(np.float64))
+        if taught is not None and taught.codes.shape == shape:
+            q = taught.qparams
+            scales = along(q.scale.astype(np.float64), q.axis, shape)
+            scales = np.broadcast_to(scales, shape)
+            codes = taught.codes.astype(np.float64) - along(q.zero_point, q.axis, shape)
+            scale, codes = _as_taught(matrix, rows(codes), rows(scales))
         else:
-            scale = np.array([[_recovered(row) for row in group] for group in matrix])
-            codes = np.rint(matrix / np.where(scale > 0, scale, 1.0)[..., None])
-            if not scale.all():
-                scale[:] = 0  # it is by chance that some rows lie on a grid
-            elif codes.any():
-                # A channel without weights may have any scale; that of its bias follows from it.
-                scale[~codes.any(axis=2)] = scale[codes.any(axis=2)].min()
+            scale, codes = _found_out(matrix)
         if axis is None and np.ptp(scale):
             scale[:] = 0  # one scale must serve them all
         return cls(weight_of, matrix, codes, scale)
@@ -129,15 +126,18 @@ class _Rows:
         An int32 bias counts products of two steps: these must neither be so small that it overflows
         nor, with few codes, so large that it is coarse.
         """
-        grid, whole = Grid(wanted.format, wanted.pair_limit), wanted.axis is None
+        grid = Grid(wanted.format, wanted.pair_limit)
+        whole = wanted.axis is None
         scale = self.scale.copy()
         codes = self.codes.copy()
         floor = np.zeros_like(self.scale)
         if bias is not None and data is not None:
             floor = least_scales(bias, data, scale.shape, not whole)
             factor = _refinement(codes, data.format.qmax - data.format.qmin, grid)
-            factor = np.full_like(scale, factor.min()) if whole else factor
-            scale, codes = scale / factor, codes * factor[..., None]
+            if whole:
+                factor = np.full_like(scale, factor.min())
+            scale = scale / factor
+            codes = codes * factor[..., None]
         anew = ~((scale > 0) & (scale >= floor) & _taken(codes, grid))
         if anew.any():
             if whole:
@@ -147,20 +147,39 @@ class _Rows:
             )
         error = np.square(self.matrix - codes * scale[..., None])[anew].sum()
         power = np.square(self.matrix)[anew].sum()
-        kept = Kept(anew.size, int(anew.sum()), float(np.sqrt(error / power)) if power else 0.0)
+        relative = float(np.sqrt(error / power)) if power else 0.0
+        kept = Kept(anew.size, int(anew.sum()), relative)
         return packed(self.weight_of(codes), scale, wanted), kept
+
+
+def _found_out(matrix: Array) -> tuple[Array, Array]:
+    """Scales and codes of a weight that is on grids of which training told nothing."""
+    scale = np.array([[_recovered(row) for row in group] for group in matrix])
+    divisor = np.where(scale > 0, scale, 1.0)
+    codes = np.rint(matrix / divisor[..., None])
+    used = codes.any(axis=2)
+    if not scale.all():
+        scale[:] = 0  # it is by chance that some rows lie on a grid
+    elif used.any():
+        # A channel without weights may have any scale; that of its bias follows from it.
+        scale[~used] = scale[used].min()
+    return scale, codes
 
 
 def _as_taught(matrix: Array, codes: Array, trained: Array) -> tuple[Array, Array]:
     """Scales and codes where `matrix` is the trained codes times one factor a row, which folding
     may have changed.
     """
-    power, scale = np.square(codes).sum(axis=2), trained[..., 0]
-    ratio = np.divide((matrix * codes).sum(axis=2), power, out=scale.copy(), where=power > 0)
-    right = np.abs(matrix - ratio[..., None] * codes).max(axis=2) <= CLOSE * np.abs(ratio)
-    size = np.where(np.abs(np.abs(ratio) - scale) <= SAME * scale, scale, np.abs(ratio))
-    size = np.where(right, size, 0.0).astype(np.float32).astype(np.float64)
-    return size, codes * np.sign(ratio)[..., None]
+    power = np.square(codes).sum(axis=2)
+    scale = trained[..., 0]
+    shared = (matrix * codes).sum(axis=2)
+    ratio = np.divide(shared, power, out=scale.copy(), where=power > 0)
+    size = np.abs(ratio)
+    error = np.abs(matrix - ratio[..., None] * codes).max(axis=2)
+    right = error <= CLOSE * size
+    size = np.where(np.abs(size - scale) <= SAME * scale, scale, size)
+    size = np.where(right, size, 0.0).astype(np.float32)
+    return size.astype(np.float64), codes * np.sign(ratio)[..., None]
 
 
 def _recovered(row: Array) -> float:
@@ -173,25 +192,24 @@ def _recovered(row: Array) -> float:
     for part in (row[:PROBED], row):
         codes = np.outer(peaks / largest, part)
         peaks = peaks[np.abs(codes - np.rint(codes)).max(axis=1) <= CLOSE]
-    return (
-        _stored(row, np.rint(row * (peaks[0] / largest)), largest / peaks[0]) if peaks.size else 0.0
-    )
+    if not peaks.size:
+        return 0.0
+    codes = np.rint(row * (peaks[0] / largest))
+    return _stored(row, codes, largest / peaks[0])
 
 
 def _stored(row: Array, codes: Array, scale: float) -> float:
     """The float32 next to `scale` that gives the weights bit for bit, if there is one."""
     near = np.float32(scale)
-    tried = (
-        near,
-        np.nextafter(near, np.float32(0)),
-        np.nextafter(near, np.float32(np.inf)),
-    )
-    exact = (
-        s
-        for s in tried
-        if np.array_equal((codes * np.float64(s)).astype(np.float32), row.astype(np.float32))
-    )
-    return float(next(exact, near))
+    below = np.nextafter(near, np.float32(0))
+    above = np.nextafter(near, np.float32(np.inf))
+    wanted = row.astype(np.float32)
+
+    def is_exact(tried: np.float32) -> bool:
+        restored = codes * np.float64(tried)
+        return np.array_equal(restored.astype(np.float32), wanted)
+
+    return float(next(filter(is_exact, (near, below, above)), near))
 
 
 def _taken(codes: Array, grid: Grid) -> Array:
@@ -208,7 +226,8 @@ def _refinement(codes: Array, levels: int, grid: Grid) -> Array:
     """
     peak = np.maximum(np.abs(codes).max(axis=2), 1)
     wanted = np.ceil(np.log2(BIAS_STEPS / (peak * levels)))
-    factor = np.exp2(np.clip(wanted, 0, np.floor(np.log2(grid.format.qmax / peak)).clip(0)))
+    possible = np.floor(np.log2(grid.format.qmax / peak)).clip(0)
+    factor = np.exp2(np.clip(wanted, 0, possible))
     return np.where(_taken(codes * factor[..., None], grid), factor, 1.0)
 
 
@@ -218,16 +237,15 @@ def _rounded(
     """Codes and scales of rows (n, columns): at the scale they have, or at the best there is if
     that errs less.
     """
-    best = search_scales(matrix[None], np.ones((1, matrix.shape[1])), grid, per_channel)[0]
+    alike = np.ones((1, matrix.shape[1]))
+    best = search_scales(matrix[None], alike, grid, per_channel)[0]
     starts = np.where(scale > 0, scale, best), best
     tried = [np.maximum(start, floor).astype(np.float32).astype(np.float64) for start in starts]
     codes = [nearest(matrix / s[:, None], grid) for s in tried]
-    errors = [
+    own, other = (
         np.square(matrix - c * s[:, None]).sum(axis=1) for c, s in zip(codes, tried, strict=True)
-    ]
-    first = (
-        errors[0] <= errors[1]
-        if per_channel
-        else np.broadcast_to(errors[0].sum() <= errors[1].sum(), scale.shape)
     )
-    return np.where(first[:, None], codes[0], codes[1]), np.where(first, tried[0], tried[1])
+    first = own <= other
+    if not per_channel:
+        first = np.full(scale.shape, own.sum() <= other.sum())
+    return np.where(first[:, None], *codes), np.where(first, *tried)
