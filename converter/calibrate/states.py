@@ -7,7 +7,7 @@ at the input's own value, and then are what the float model makes of the frames 
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -48,8 +48,11 @@ class Stream(Dataset):
     """Consecutive frames; `held` are the states before each, and behind the last."""
 
     def __init__(self, frames: Dataset, source: Recurrent, held: Sequence[Sample]) -> None:
-        self._frames, self._source, self._held = frames, source, held
-        self.states, self.warnings = source.states, frames.warnings
+        self._frames = frames
+        self._source = source
+        self._held = held
+        self.states = source.states
+        self.warnings = frames.warnings
 
     def __len__(self) -> int:
         return len(self._frames)
@@ -65,22 +68,27 @@ class Stream(Dataset):
     def part(self, start: int, end: int) -> Dataset:
         """Frames number `start` to `end`."""
         frames = self._frames.part(start, end)
-        return Stream(frames, self._source, self._held[start : start + len(frames) + 1])
+        held = self._held[start : start + len(frames) + 1]
+        return Stream(frames, self._source, held)
 
     def further(self, size: int) -> Dataset:
         """The frames behind these, which go on from the last states."""
-        return streamed(self._frames.further(size), self._source, self._held[-1])
+        frames = self._frames.further(size)
+        return streamed(frames, self._source, self._held[-1])
 
 
 def streamed(frames: Dataset, source: Recurrent, first: Sample) -> Stream:
     """The frames with the states that the model makes from each to the next, beginning with
     `first`; as many as fit the memory.
     """
-    held, room = [first], source.memory
+    held = [first]
+    room = source.memory
     for index in range(len(frames)):
-        made = source.model.fetch(source.states.values(), {**frames.sample(index), **held[-1]})
-        held.append({name: made[output] for name, output in source.states.items()})
-        room -= sum(x.nbytes for x in held[-1].values())
+        feeds = {**frames.sample(index), **held[-1]}
+        made = source.model.fetch(source.states.values(), feeds)
+        states = {name: made[output] for name, output in source.states.items()}
+        held.append(states)
+        room -= sum(x.nbytes for x in states.values())
         if room < 0:
             break
     return Stream(frames.part(0, len(held) - 1), source, held)
@@ -91,28 +99,37 @@ def first_states(model: ir.Model, states: Mapping[str, str]) -> Sample:
 
     A dimension that is open is 1, but 0 where it grows, or the output calls it by another name.
     """
+    inputs = _by_name(model.graph.inputs)
+    outputs = _by_name(model.graph.outputs)
     own = default_inputs(model)
-    inputs, outputs = ({v.name: v for v in vs} for vs in (model.graph.inputs, model.graph.outputs))
     return {
         name: own[name] if name in own else _zeros(inputs[name], outputs[output])
         for name, output in states.items()
     }
 
 
+def _by_name(values: Iterable[ir.Value]) -> dict[str | None, ir.Value]:
+    return {value.name: value for value in values}
+
+
 def _zeros(value: ir.Value, follower: ir.Value) -> Array:
     assert value.shape is not None
     assert value.dtype is not None
-    after, grows = list(follower.shape or value.shape), growing_axes(value)
-    sizes = [
-        size if isinstance(size, int) else int(not (axis in grows or _renamed(size, then)))
-        for axis, (size, then) in enumerate(zip(value.shape, after, strict=True))
-    ]
+    after = list(follower.shape or value.shape)
+    grows = growing_axes(value)
+    sizes = []
+    for axis, (size, then) in enumerate(zip(value.shape, after, strict=True)):
+        if isinstance(size, int):
+            sizes.append(size)
+        else:
+            sizes.append(0 if axis in grows or _renamed(size, then) else 1)
     return np.zeros(sizes, value.dtype.numpy())
 
 
 def _renamed(size: ir.SymbolicDim, then: ir.SymbolicDim | int) -> bool:
-    known = isinstance(then, ir.SymbolicDim) and None not in (size.value, then.value)
-    return known and then != size
+    if not isinstance(then, ir.SymbolicDim) or None in (size.value, then.value):
+        return False
+    return then != size
 
 
 def growing_axes(value: ir.Value) -> set[int]:
@@ -125,13 +142,11 @@ def growing_axes(value: ir.Value) -> set[int]:
     if value.dtype.is_integer():
         return set()
     readers = [use.node for use in value.uses()]
-    joined = {
-        node.attributes.get_int("axis", 0) % shape.rank()
-        for node in readers
-        if rule_of(node).joins and not node.domain
-    }
-    named = set(range(1, shape.rank())) if (value.name or "").startswith("past") else set()
-    return {axis for axis in joined | named if axis and not isinstance(shape[axis], int)}
+    joins = [node for node in readers if rule_of(node).joins and not node.domain]
+    axes = {node.attributes.get_int("axis", 0) % shape.rank() for node in joins}
+    if (value.name or "").startswith("past"):
+        axes.update(range(1, shape.rank()))
+    return {axis for axis in axes if axis and not isinstance(shape[axis], int)}
 
 
 # --- which inputs are states
@@ -150,17 +165,20 @@ def states_of(
     named = dict[str, str]()
     for value in open_ones:
         followers = [v.name or "" for v in model.graph.outputs if _follows(v, value)]
-        if len(followers) == 1 and followers[0] not in (*states.values(), *named.values()):
+        taken = {*states.values(), *named.values()}
+        if len(followers) == 1 and followers[0] not in taken:
             named[value.name or ""] = followers[0]
     # Something must be left that data is for.
-    return states | named if given or len(named) < len(open_ones) else states
+    rest = given or len(named) < len(open_ones)
+    return states | named if rest else states
 
 
 def _checked(
     model: ir.Model, pair: tuple[str, str], given: Mapping[str, object], where: str
 ) -> str:
     name, output = pair
-    inputs, outputs = ({v.name: v for v in vs} for vs in (model.graph.inputs, model.graph.outputs))
+    inputs = _by_name(model.graph.inputs)
+    outputs = _by_name(model.graph.outputs)
     for kind, wanted, known in (("input", name, inputs), ("output", output, outputs)):
         if wanted not in known:
             msg = f"{where}: the model has no {kind} '{wanted}'; write one of {_listed(known)}."
@@ -180,13 +198,15 @@ def _checked(
 def _follows(output: ir.Value, value: ir.Value) -> bool:
     """Whether an output is by its name what an input becomes."""
     stem = _stem(value.name or "")
-    return bool(stem) and stem == _stem(output.name or "") and _fits(output, value)
+    alike = stem == _stem(output.name or "")
+    return bool(stem) and alike and _fits(output, value)
 
 
 def _stem(name: str) -> str:
     """A name without what tells inputs from outputs; nothing where no letter is left."""
     words = _WORDS.split(name.replace("key_values", ""))
-    kept = [_LAST.sub("", word.lower()) for word in words if word and word.lower() not in MARKS]
+    lower = [word.lower() for word in words if word]
+    kept = [_LAST.sub("", word) for word in lower if word not in MARKS]
     stem = ".".join(kept)
     return stem if re.search("[a-z]", stem) else ""
 
@@ -200,12 +220,14 @@ def _fits(output: ir.Value, value: ir.Value) -> bool:
         return True
     sizes = zip(output.shape, value.shape, strict=False)
     fixed = [pair for pair in sizes if all(isinstance(size, int) for size in pair)]
-    return output.shape.rank() == value.shape.rank() and all(a == b for a, b in fixed)
+    alike = all(a == b for a, b in fixed)
+    return alike and output.shape.rank() == value.shape.rank()
 
 
 def _described(value: ir.Value) -> str:
-    sides = ", ".join("?" if not isinstance(d, int) else str(d) for d in value.shape or ())
-    return f"({value.dtype.numpy() if value.dtype else 'untyped'} [{sides}])"
+    sides = [str(size) if isinstance(size, int) else "?" for size in value.shape or ()]
+    dtype = value.dtype.numpy() if value.dtype else "untyped"
+    return f"({dtype} [{', '.join(sides)}])"
 
 
 def _listed(names: Mapping[str | None, object]) -> str:

@@ -21,11 +21,16 @@ from converter.measure.errors import Few, TensorError, error_of, tally
 FACTOR = 16.0
 # An axis is cut where an index has so many values in a sample, among so many indices, and into so
 # few slices: else it tells of places or samples, not of kinds.
-LEAST_VALUES, MOST_INDICES, MOST_SLICES = 8, 1024, 8
+LEAST_VALUES = 8
+MOST_INDICES = 1024
+MOST_SLICES = 8
 # The values that stand out most, but so many at least, of ten times as many.
-SHARE, LEAST_FEW, MANY = 1e-3, 16, 10
+SHARE = 1e-3
+LEAST_FEW = 16
+MANY = 10
 # Values of a sample that tell its median, spread by Knuth's multiplier over all positions.
-MOST_DRAWN, STRIDE = 16384, 2654435761
+MOST_DRAWN = 16384
+STRIDE = 2654435761
 # What stands out less, relative to what it stands out from, is nothing that eight bits would hold.
 QUIET = 0.01
 Pair = tuple[Array, Array]
@@ -41,7 +46,8 @@ class Slice:
 
     def of(self, x: Array) -> Array:
         """That part of an output."""
-        return x[(slice(None),) * self.axis + (slice(self.start, self.end),)]
+        before = (slice(None),) * self.axis
+        return x[(*before, slice(self.start, self.end))]
 
     def __str__(self) -> str:
         return f"slice {self.start}:{self.end} of axis {self.axis}"
@@ -66,8 +72,10 @@ class _Run:
 
     def with_next(self, other: _Run) -> _Run:
         """Both as one."""
-        mean, peak = np.vstack([self.mean, other.mean]), np.vstack([self.peak, other.peak])
-        return _Run(self.start, other.end, mean, peak, self.shares and other.shares)
+        mean = np.vstack([self.mean, other.mean])
+        peak = np.vstack([self.peak, other.peak])
+        shares = self.shares and other.shares
+        return _Run(self.start, other.end, mean, peak, shares)
 
 
 def judged_apart(name: str, pairs: Sequence[Pair]) -> Iterator[TensorError]:
@@ -76,7 +84,8 @@ def judged_apart(name: str, pairs: Sequence[Pair]) -> Iterator[TensorError]:
     """
     for part in slices_of([x for x, _ in pairs]):
         own = [(part.of(x), part.of(y)) for x, y in pairs]
-        error = error_of(name, np.sum([tally(*pair) for pair in own], axis=0))
+        tallies = [tally(*pair) for pair in own]
+        error = error_of(name, np.sum(tallies, axis=0))
         yield replace(error, where=str(part), few=few_of(own))
 
 
@@ -96,8 +105,13 @@ def slices_of(samples: Sequence[Array]) -> list[Slice]:
     """
     ranks = {x.ndim for x in samples}
     axes = range(ranks.pop()) if len(ranks) == 1 else range(0)
-    cuts = [[Slice(axis, r.start, r.end) for r in _runs(samples, axis)] for axis in axes]
-    return min((cut for cut in cuts if 1 < len(cut) <= MOST_SLICES), key=len, default=[])
+    cuts = [_cut(samples, axis) for axis in axes]
+    useful = [cut for cut in cuts if 1 < len(cut) <= MOST_SLICES]
+    return min(useful, key=len, default=[])
+
+
+def _cut(samples: Sequence[Array], axis: int) -> list[Slice]:
+    return [Slice(axis, run.start, run.end) for run in _runs(samples, axis)]
 
 
 def _runs(samples: Sequence[Array], axis: int) -> list[_Run]:
@@ -113,7 +127,8 @@ def _runs(samples: Sequence[Array], axis: int) -> list[_Run]:
             grown = runs.pop().with_next(grown)
         runs.append(grown)
         if len(runs) > 2 and _stands_alone(*runs[-3:]):
-            runs[-3:] = [runs[-3].with_next(runs[-2]).with_next(runs[-1])]
+            left, alone, right = runs[-3:]
+            runs[-3:] = [left.with_next(alone).with_next(right)]
     return runs
 
 
@@ -134,7 +149,8 @@ def _indices(samples: Sequence[Array], axis: int) -> Iterator[_Run]:
         means.append(size.mean(axis=others, dtype=np.float64))
         peaks.append(size.max(axis=others))
         lows.append(finite.min(axis=others))
-    mean, peak = np.transpose(means), np.transpose(peaks).astype(np.float64)
+    mean = np.transpose(means)
+    peak = np.transpose(peaks).astype(np.float64)
     shares = (np.min(lows, axis=0) >= 0) & (peak.max(axis=1) <= 1)
     for k in range(len(mean)):
         yield _Run(k, k + 1, mean[[k]], peak[[k]], bool(shares[k]))
@@ -149,20 +165,32 @@ def _apart(left: _Run, right: _Run) -> bool:
     if not _outdone(left.mean, right.mean):
         return False
     louder = _outdone(left.peak.max(axis=0), right.peak.max(axis=0))
+    differ = left.rare != right.rare
     if left.shares and right.shares:
-        return left.rare != right.rare and not louder
-    return left.rare != right.rare or louder
+        return differ and not louder
+    return differ or louder
 
 
 def _outdone(left: Array, right: Array) -> bool:
     """Whether every index of one is FACTOR times as large as all of the other, in every sample."""
-    least, most = (
-        [bound(x, axis=0, initial=start, where=x > 0) for x in map(np.atleast_2d, (left, right))]
-        for bound, start in ((np.min, np.inf), (np.max, 0.0))
-    )
-    heard = (most[0] > 0) & (most[1] > 0)
-    ways = least[0] >= FACTOR * most[1], least[1] >= FACTOR * most[0]
-    return bool(heard.any() and any(way[heard].all() for way in ways))
+    left_least, left_most = _bounds(left)
+    right_least, right_most = _bounds(right)
+    heard = (left_most > 0) & (right_most > 0)
+    left_louder = left_least >= FACTOR * right_most
+    right_louder = right_least >= FACTOR * left_most
+    alike = left_louder[heard].all() or right_louder[heard].all()
+    return bool(heard.any() and alike)
+
+
+def _bounds(sizes: Array) -> tuple[Array, Array]:
+    """The least and the greatest of `sizes` above 0 in every sample; infinity and 0 where none is
+    above.
+    """
+    rows = np.atleast_2d(sizes)
+    heard = rows > 0
+    least = rows.min(axis=0, initial=np.inf, where=heard)
+    most = rows.max(axis=0, initial=0.0, where=heard)
+    return least, most
 
 
 # --- values that stand out
@@ -172,12 +200,15 @@ def few_of(pairs: Sequence[Pair]) -> Few | None:
     """How alike the SHARE of values are that lie farthest from the float model's median in either
     model, measured from there; None where nothing stands out from it, or no value is one of many.
     """
-    medians, counts = zip(*(_typical(x) for x, _ in pairs), strict=True) if pairs else ((), ())
-    if sum(counts) < MANY * LEAST_FEW:
+    typical = [_typical(x) for x, _ in pairs]
+    count = sum(each for _, each in typical)
+    if count < MANY * LEAST_FEW:
         return None
-    middle = float(np.nanmedian(medians))
-    left, right, energy = _farthest(pairs, middle, max(LEAST_FEW, math.ceil(SHARE * sum(counts))))
-    error, held = error_of("", tally(left, right)), float(np.dot(left, left))
+    middle = float(np.nanmedian([median for median, _ in typical]))
+    most = max(LEAST_FEW, math.ceil(SHARE * count))
+    left, right, energy = _farthest(pairs, middle, most)
+    error = error_of("", tally(left, right))
+    held = float(np.dot(left, left))
     if not (QUIET * middle) ** 2 * left.size < held < math.inf:
         return None
     return Few(error.cosine, error.sqnr_db, min(held / energy, 1.0))
@@ -185,8 +216,10 @@ def few_of(pairs: Sequence[Pair]) -> Few | None:
 
 def _typical(x: Array) -> tuple[float, int]:
     """The median of a sample's finite values, of a large one by some of them, and their number."""
-    count, flat = int(np.count_nonzero(np.isfinite(x))), x.ravel()
-    drawn = flat[np.arange(MOST_DRAWN) * STRIDE % x.size] if x.size > MOST_DRAWN else flat
+    count = int(np.count_nonzero(np.isfinite(x)))
+    drawn = x.ravel()
+    if x.size > MOST_DRAWN:
+        drawn = drawn[np.arange(MOST_DRAWN) * STRIDE % x.size]
     drawn = drawn[np.isfinite(drawn)]
     return float(np.median(drawn)) if drawn.size else np.nan, count
 
@@ -195,17 +228,23 @@ def _farthest(pairs: Sequence[Pair], middle: float, most: int) -> tuple[Array, A
     """What both models have where either is farthest from `middle`, and the sum of all squares of
     the float model, measured from there.
     """
-    energy, left, right, height = 0.0, *(np.zeros(0, np.float32),) * 3
+    energy = 0.0
+    left = right = height = np.zeros(0, np.float32)
     for x, y in pairs:
         known = np.isfinite(x)
-        a, b = (np.subtract(each[known], middle, dtype=np.float32) for each in (x, y))
+        a = np.subtract(x[known], middle, dtype=np.float32)
+        b = np.subtract(y[known], middle, dtype=np.float32)
         energy += float(np.dot(a, a))
         far = np.maximum(np.abs(a), np.abs(b))
         # Only what is farther than the least of those known; what is no number is.
-        new = ~(far <= (height.min() if height.size == most else -1))
-        parts = (left, a[new]), (right, b[new]), (height, far[new])
-        left, right, height = (np.concatenate(part) for part in parts)
+        least = height.min() if height.size == most else -1
+        new = ~(far <= least)
+        left = np.concatenate([left, a[new]])
+        right = np.concatenate([right, b[new]])
+        height = np.concatenate([height, far[new]])
         if height.size > most:
             kept = np.argpartition(height, -most)[-most:]
-            left, right, height = left[kept], right[kept], height[kept]
+            left = left[kept]
+            right = right[kept]
+            height = height[kept]
     return left, right, energy

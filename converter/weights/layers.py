@@ -37,7 +37,8 @@ from converter.weights.stored import Storage, fitted_alone, fitted_to_outputs
 
 # Inputs drawn for the second moments of an integer layer, a column and at the least and the most
 # over all samples, and of a stored one.
-INTEGER_DRAWS, STORED_DRAWS = (8, 1024, 8192), (16, 2048, 8192)
+INTEGER_DRAWS = (8, 1024, 8192)
+STORED_DRAWS = (16, 2048, 8192)
 # How much of the shift that the errors of layers before cause is made up for: a shift of all
 # positions is little like what they did to a few, and activation functions let through more of it
 # than of the error. Of a PicoDet's boxes F1 is .24 with 1.0, .91 with 0.5, .79 with 0; of a
@@ -51,7 +52,8 @@ UNSEEN = 0.5
 JUDGES = 1024
 # Bytes of activations that each of the two walks of stored weights keeps, and samples: accuracy
 # grows with those that take part.
-STORE_BYTES, MOST_SAMPLES = 448 << 20, 128
+STORE_BYTES = 448 << 20
+MOST_SAMPLES = 128
 
 Decide = Callable[[NodePlan, QuantPlan], QuantPlan]
 
@@ -85,12 +87,13 @@ def _shift_worth(
         return shift
     drawn, scale = walk.draw(layer.unit, layer.view, JUDGES, plan)
     x = drawn[:, usable(drawn)] * np.float32(scale)
-    weights = layer.weight, dequantize(weight.codes, weight.qparams)
-    before, after = (layer.view.matrix(each.astype(np.float64)) for each in weights)
+    restored = dequantize(weight.codes, weight.qparams)
+    before = layer.view.matrix(layer.weight.astype(np.float64))
+    after = layer.view.matrix(restored.astype(np.float64))
     own = np.zeros(shift.shape) if layer.bias is None else layer.bias
-    return (
-        shift if not x.size or helps_everywhere(x, before, after, bias=own, shift=shift) else None
-    )
+    if x.size and not helps_everywhere(x, before, after, bias=own, shift=shift):
+        return None
+    return shift
 
 
 # --- weights that stay integers
@@ -109,7 +112,8 @@ def decide_weights(
     `products`.
     """
     values = values_by_name(model.graph)
-    nodes, shared = nodes_by_name(model.graph), _shared_weights(model, plan)
+    nodes = nodes_by_name(model.graph)
+    shared = _shared_weights(model, plan)
 
     def layer_of(unit: NodePlan) -> Weighted:
         bias = constant(values[unit.bias]) if unit.bias else None
@@ -118,13 +122,18 @@ def decide_weights(
     def decide(unit: NodePlan, plan: QuantPlan) -> QuantPlan:
         if unit.name in plan.weights:
             return plan
-        layer, twins = layer_of(unit), shared[unit.name]
+        layer = layer_of(unit)
+        twins = shared[unit.name]
         weight = plan.weights.get(twins[0].name)
-        weight = weight or _rounded([*map(layer_of, twins)], plan, walk, rounding)
+        if weight is None:
+            weight = _rounded([*map(layer_of, twins)], plan, walk, rounding)
         # Another unit may watch the same tensor for a bias that this one has no place for.
         mean = means.get(_source(unit, layer.node)) if _correctable(unit) else None
-        own = layer.bias if mean is None else _corrected(layer, weight, mean, plan=plan, walk=walk)
-        return plan.with_weights({unit.name: weight}, {} if own is None else {unit.name: own})
+        own = layer.bias
+        if mean is not None:
+            own = _corrected(layer, weight, mean, plan=plan, walk=walk)
+        biases = {} if own is None else {unit.name: own}
+        return plan.with_weights({unit.name: weight}, biases)
 
     return in_turn([walk], plan, decide, watch)
 
@@ -178,17 +187,21 @@ def _rounded(
     twins: Sequence[Weighted], plan: QuantPlan, walk: Walk, rounding: Rounding
 ) -> QuantizedWeight:
     """The weight of the first of units that share it, such that it serves all of them."""
-    layer, wanted, view = twins[0], twins[0].wanted, twins[0].view
-    matrix, weight = _matrix(layer).astype(np.float64), layer.weight
+    layer = twins[0]
+    wanted, view = layer.wanted, layer.view
+    matrix = _matrix(layer).astype(np.float64)
     least = np.max([_least(each, plan, matrix.shape[:2]) for each in twins], axis=0)
     if view is None:
         codes, scale = integer.rounded(matrix, None, wanted, least=least, rounding=rounding)
-        return integer.packed(plain_weight(codes, weight.shape, wanted.axis), scale, wanted)
-    drawn, unit_scale = walk.draw(layer.unit, view, _count(INTEGER_DRAWS, matrix.shape[2]), plan)
+        codes = plain_weight(codes, layer.weight.shape, wanted.axis)
+        return integer.packed(codes, scale, wanted)
+    count = _count(INTEGER_DRAWS, matrix.shape[2])
+    drawn, unit_scale = walk.draw(layer.unit, view, count, plan)
     (known,) = usable_of(drawn)
     squares = walk.mean_squares(layer.unit, view, plan)
     # Where nothing is heard, nothing is known.
-    squares = np.where(squares.sum(axis=1, keepdims=True) > 0, squares, 1.0)
+    heard = squares.sum(axis=1, keepdims=True) > 0
+    squares = np.where(heard, squares, 1.0)
     even = UNSEEN if len(twins) > 1 else 0.0
     inputs = integer.Inputs(known, squares, unit_scale, walk.threads, even)
     codes, scale = integer.rounded(matrix, inputs, wanted, least=least, rounding=rounding)
@@ -200,7 +213,8 @@ def _least(layer: Weighted, plan: QuantPlan, shape: tuple[int, ...]) -> Array:
     name = layer.unit.inputs[0]
     if layer.bias is None or name not in plan.tensors:
         return np.zeros(shape)
-    return least_scales(layer.bias, plan.params(name), shape, layer.wanted.axis is not None)
+    per_channel = layer.wanted.axis is not None
+    return least_scales(layer.bias, plan.params(name), shape, per_channel)
 
 
 def _corrected(
@@ -216,12 +230,16 @@ def _corrected(
     if layer.view and layer.view.input_axis is not None:
         target = product_of_mean(layer.view, layer.weight, mean)
     else:
-        target = mean - (own if OPS[layer.unit.op_type].bias is not None else 0.0)
+        has_own = OPS[layer.unit.op_type].bias is not None
+        target = mean - (own if has_own else 0.0)
     # Means are linear in the weight, so that both parts are one product's.
-    rest = dequantize(weight.codes, weight.qparams) - np.float32(1 - INHERITED) * layer.weight
+    restored = dequantize(weight.codes, weight.qparams)
+    rest = restored - np.float32(1 - INHERITED) * layer.weight
     missing = INHERITED * target - walk.mean_product(layer.unit, rest, plan)
     shift = _shift_worth(layer, weight, missing, plan=plan, walk=walk)
-    return np.asarray(own + (np.zeros_like(missing) if shift is None else shift))
+    if shift is None:
+        shift = np.zeros_like(missing)
+    return np.asarray(own + shift)
 
 
 # --- weights that are floats again before use
@@ -345,33 +363,36 @@ class _StoredLayers:
         if not self._corrects(unit):
             return plan
         weight = plan.stored[unit.name, layer.wanted.index]
-        reached = self.walk.mean_product(unit, dequantize(weight.codes, weight.qparams), plan)
-        shift = self.float_walk.mean_product(unit, layer.weight, plan) - reached
-        worth = _shift_worth(layer, weight, shift, plan=plan, walk=self.walk)
+        restored = dequantize(weight.codes, weight.qparams)
+        reached = self.walk.mean_product(unit, restored, plan)
+        target = self.float_walk.mean_product(unit, layer.weight, plan)
+        worth = _shift_worth(layer, weight, target - reached, plan=plan, walk=self.walk)
         if worth is None:
             return plan
-        return plan.with_weights(
-            {}, {unit.name: worth if layer.bias is None else layer.bias + worth}
-        )
+        bias = worth if layer.bias is None else layer.bias + worth
+        return plan.with_weights({}, {unit.name: bias})
 
     def _seen(self, unit: NodePlan) -> ir.Value | None:
         """The weight of a unit whose inputs tell how it is best rounded."""
-        node, wanted = self.nodes[unit.name], unit.weights[0]
+        node = self.nodes[unit.name]
+        wanted = unit.weights[0]
         value = not_none(node.inputs[wanted.index])
         shape = not_none(constant(value)).shape
-        view = view_of(node, shape, wanted.index) and not OPS[unit.op_type].obstacle(node)
-        in_blocks = isinstance(wanted.granularity, PerBlock)
-        return value if view and not in_blocks else None
+        view = view_of(node, shape, wanted.index)
+        if view is None or OPS[unit.op_type].obstacle(node):
+            return None
+        return None if isinstance(wanted.granularity, PerBlock) else value
 
     def _fitted(self, layer: Weighted, view: View, plan: QuantPlan) -> QuantizedWeight:
         matrix = view.matrix(layer.weight.astype(np.float64))
-        drawn = self._drawn(layer.unit, view, _count(STORED_DRAWS, matrix.shape[2]), plan)
+        count = _count(STORED_DRAWS, matrix.shape[2])
+        drawn = self._drawn(layer.unit, view, count, plan)
         x, reference = usable_of(*drawn)
         pair = stored.Inputs(x, reference, self._corrects(layer.unit))
-        rows = fitted_to_outputs(
-            matrix, pair, layer.wanted, self.storage, threads=self.walk.threads
-        )
-        return stored.packed(rows, view.weight(rows.codes()), layer.wanted)
+        threads = self.walk.threads
+        rows = fitted_to_outputs(matrix, pair, layer.wanted, self.storage, threads=threads)
+        codes = view.weight(rows.codes())
+        return stored.packed(rows, codes, layer.wanted)
 
     def _drawn(
         self, unit: NodePlan, view: View, count: int, plan: QuantPlan
@@ -381,10 +402,14 @@ class _StoredLayers:
         Where the number of rows depends on the data, samples take part in which it is the same; if
         there are none, the inputs stand for themselves.
         """
-        shapes = (walk.shapes(unit.inputs[0]) for walk in (self.walk, self.float_walk))
-        alike = [i for i, (own, other) in enumerate(zip(*shapes, strict=True)) if own == other]
+        name = unit.inputs[0]
+        shapes = zip(self.walk.shapes(name), self.float_walk.shapes(name), strict=True)
+        alike = [i for i, (own, other) in enumerate(shapes) if own == other]
         x, _ = self.walk.draw(unit, view, count, plan, samples=alike)
-        return x, self.float_walk.draw(unit, view, count, plan, samples=alike)[0] if alike else x
+        if not alike:
+            return x, x
+        reference, _ = self.float_walk.draw(unit, view, count, plan, samples=alike)
+        return x, reference
 
     def _corrects(self, unit: NodePlan) -> bool:
         has_place = OPS[unit.op_type].bias is not None or bool(unit.absorbed)
@@ -395,4 +420,5 @@ def _shared(value: ir.Value, weight: QuantizedWeight, plan: QuantPlan) -> QuantP
     """The plan with the weight of all units that read `value`."""
     names = {unit.name for unit in plan.units()}
     uses = [(use.node.name or "", use.idx) for use in value.uses()]
-    return replace(plan, stored={**plan.stored, **{(n, i): weight for n, i in uses if n in names}})
+    shared = {(name, index): weight for name, index in uses if name in names}
+    return replace(plan, stored={**plan.stored, **shared})
