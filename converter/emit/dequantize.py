@@ -48,25 +48,29 @@ def type_for(bits: int, blocks: bool, newest: int) -> tuple[ir.DataType, int] | 
     if there is no such type.
     """
     least = BLOCK_OPSET if blocks else 0
-    fitting = ((kind, max(opset, least)) for wide, kind, opset in TYPES if bits <= wide)
-    return next((pair for pair in fitting if pair[1] <= newest), None)
+    wide_enough = [(kind, max(opset, least)) for wide, kind, opset in TYPES if bits <= wide]
+    known = (pair for pair in wide_enough if pair[1] <= newest)
+    return next(known, None)
 
 
 def opset_for(weight: QuantizedWeight, newest: int = NEWEST_OPSET) -> int:
     """The opset that the codes of `weight` need, where there is one."""
-    return _type_of(weight, newest)[1]
+    _, opset = _type_of(weight, newest)
+    return opset
 
 
 def _type_of(weight: QuantizedWeight, newest: int) -> tuple[ir.DataType, int]:
     q = weight.qparams
-    return not_none(type_for(q.format.bits, q.scale.ndim > 1, newest))
+    blocks = q.scale.ndim > 1
+    return not_none(type_for(q.format.bits, blocks, newest))
 
 
 def emit_dequantized(model: ir.Model, plan: QuantPlan, newest: int = NEWEST_OPSET) -> None:
     """Lets the planned nodes of `model` read the codes of their weights, which have integer zero
     points.
     """
-    writer, left = DequantizeWriter(model, newest), dict(plan.nodes)
+    writer = DequantizeWriter(model, newest)
+    left = dict(plan.nodes)
     for node, unit in list(planned(model, plan)):
         if len(unit.weights) == 1:
             (wanted,) = unit.weights
@@ -74,7 +78,8 @@ def emit_dequantized(model: ir.Model, plan: QuantPlan, newest: int = NEWEST_OPSE
                 left[unit.name] = replace(unit, weight=None)
     emit_stored(model, replace(plan, nodes=left), writer)
     for node, unit in list(planned(model, plan)):
-        if rule_of(node).product and (bound := _bound(node, unit)):
+        bound = _bound(node, unit) if rule_of(node).product else None
+        if bound is not None:
             writer.set_apart(bound)
 
 
@@ -89,7 +94,8 @@ class DequantizeWriter:
     """Writes weights with integer zero points into the graphs of one model."""
 
     def __init__(self, model: ir.Model, newest: int = NEWEST_OPSET) -> None:
-        self.names, self.newest = Names(model), newest
+        self.names = Names(model)
+        self.newest = newest
         self._tables = {node.inputs[0] for node in nodes_of(model) if picks_rows(node)}
         self._turned = dict[ir.Value, ir.Value]()
 
@@ -97,16 +103,16 @@ class DequantizeWriter:
         """The value of the weight `name` as floats, restored from its codes by a node at the start
         of `graph`.
         """
-        q, (kind, _) = weight.qparams, _type_of(weight, self.newest)
-        arrays = (weight.codes, q.scale, q.zero_point.astype(weight.codes.dtype))
+        q = weight.qparams
+        kind, _ = _type_of(weight, self.newest)
+        operands = (
+            ("codes", weight.codes, kind),
+            ("scale", q.scale, None),
+            ("zero", _zero(weight), kind),
+        )
         inputs = [
-            add_constant(
-                graph,
-                self.names.fresh(f"{name}_{what}"),
-                array,
-                None if what == "scale" else kind,
-            )
-            for what, array in zip(("codes", "scale", "zero"), arrays, strict=True)
+            add_constant(graph, self.names.fresh(f"{name}_{what}"), array, stored_as)
+            for what, array, stored_as in operands
         ]
         node = self._node("DequantizeLinear", inputs, name, **_attributes(weight.codes, q))
         graph.insert_before(graph[0], node)
@@ -126,8 +132,11 @@ class DequantizeWriter:
         """Writes a Relu or Clip as Max and Min: ONNX Runtime would not make MatMulNBits of what is
         directly before.
         """
-        name, y, floor = not_none(bound.name), not_none(bound.inputs[0]), rule_of(bound).floor
-        low, high = (input_at(bound, index) for index in (1, 2))
+        name = not_none(bound.name)
+        y = not_none(bound.inputs[0])
+        low = input_at(bound, 1)
+        high = input_at(bound, 2)
+        floor = rule_of(bound).floor
         if low is None and floor is not None and (least := floor(bound)) is not None:
             low = self.names.constant("floor", np.float32(least))
         nodes = list[ir.Node]()
@@ -143,18 +152,20 @@ class DequantizeWriter:
 
     def _look_up(self, node: ir.Node, weight: QuantizedWeight) -> None:
         """Picks codes, scales and zero points, which become floats behind."""
-        name, table = not_none(node.name), self._table(not_none(node.inputs[0]), weight)
+        name = not_none(node.name)
+        table = self._table(not_none(node.inputs[0]), weight)
         picks = [self._node("Gather", [value, node.inputs[1]], name) for value in table]
         codes, scale, zero = (pick.outputs[0] for pick in picks)
-        if weight.qparams.scale.ndim == weight.codes.ndim:
-            size = weight.codes.shape[1] // weight.qparams.scale.shape[1]
-            behind = [
-                self._node("DequantizeLinear", [codes, scale, zero], name, axis=-1, block_size=size)
-            ]
+        scales = weight.qparams.scale
+        if scales.ndim == weight.codes.ndim:
+            size = weight.codes.shape[1] // scales.shape[1]
+            blocks = {"axis": -1, "block_size": size}
+            behind = [self._node("DequantizeLinear", [codes, scale, zero], name, **blocks)]
         else:
             casts = [self._node("Cast", [x], name, to=ir.DataType.FLOAT) for x in (codes, zero)]
             steps = self._node("Sub", [cast.outputs[0] for cast in casts], name)
-            behind = [*casts, steps, self._node("Mul", [steps.outputs[0], scale], name)]
+            floats = self._node("Mul", [steps.outputs[0], scale], name)
+            behind = [*casts, steps, floats]
         ir.convenience.replace_nodes_and_values(
             graph_of(node), node, [node], [*picks, *behind], node.outputs, behind[-1].outputs
         )
@@ -163,14 +174,14 @@ class DequantizeWriter:
         """Codes (rows, columns), scales and zero points (rows, blocks) that rows are picked of, in
         bytes: no runtime picks narrower integers.
         """
-        q, rows = weight.qparams, len(weight.codes)
-        scale, zero = (
-            x if x.ndim > 1 else np.broadcast_to(x.reshape(-1, 1), (rows, 1))
-            for x in (q.scale, q.zero_point.astype(weight.codes.dtype))
-        )
+        rows = len(weight.codes)
+        arrays = {
+            "codes": weight.codes,
+            "scales": _by_row(weight.qparams.scale, rows),
+            "zeros": _by_row(_zero(weight), rows),
+        }
         return [
-            self.names.constant(f"{table.name}_{what}", array)
-            for what, array in (("codes", weight.codes), ("scales", scale), ("zeros", zero))
+            self.names.constant(f"{table.name}_{what}", array) for what, array in arrays.items()
         ]
 
     def _multiply(self, node: ir.Node, weight: QuantizedWeight) -> None:
@@ -183,22 +194,24 @@ class DequantizeWriter:
         node.attributes.pop("transB", None)
 
     def _stored_turned(self, table: ir.Value, weight: QuantizedWeight) -> ir.Value:
-        return self(graph_of(table), not_none(table.name), _turned(weight))
+        name = not_none(table.name)
+        return self(graph_of(table), name, _turned(weight))
 
     def _transposed(self, table: ir.Value, weight: QuantizedWeight) -> ir.Value:
         """Of what rows are picked of as well; each of both has scales of its own, or the runtime
         sees them shared.
         """
-        graph, name, turned = graph_of(table), not_none(table.name), _turned(weight)
+        graph = graph_of(table)
+        name = not_none(table.name)
+        turned = _turned(weight)
         values = list(self._table(table, weight))
         if weight.qparams.scale.ndim < weight.codes.ndim:
-            arrays = turned.qparams.scale, turned.qparams.zero_point.astype(weight.codes.dtype)
+            arrays = turned.qparams.scale, _zero(turned)
             values[1:] = [self.names.constant(f"{name}_of_all", array) for array in arrays]
         turns = [self._node("Transpose", [x], name, perm=[1, 0]) for x in values if _is_matrix(x)]
         values[: len(turns)] = [node.outputs[0] for node in turns]
-        node = self._node(
-            "DequantizeLinear", values, name, **_attributes(turned.codes, turned.qparams)
-        )
+        attributes = _attributes(turned.codes, turned.qparams)
+        node = self._node("DequantizeLinear", values, name, **attributes)
         graph.insert_before(graph[0], [*turns, node])
         return node.outputs[0]
 
@@ -208,6 +221,18 @@ class DequantizeWriter:
         return self.names.node(op_type, inputs, wish, attributes=attributes)
 
 
+def _zero(weight: QuantizedWeight) -> Array:
+    """The zero points in the type of the codes."""
+    return weight.qparams.zero_point.astype(weight.codes.dtype)
+
+
+def _by_row(numbers: Array, rows: int) -> Array:
+    """(rows, blocks) of numbers a block, a row or of all."""
+    if numbers.ndim > 1:
+        return numbers
+    return np.broadcast_to(numbers.reshape(-1, 1), (rows, 1))
+
+
 def _is_matrix(value: ir.Value) -> bool:
     return value.shape is not None and value.shape.rank() > 1
 
@@ -215,7 +240,8 @@ def _is_matrix(value: ir.Value) -> bool:
 def _turned(weight: QuantizedWeight) -> QuantizedWeight:
     """The weight transposed."""
     q = weight.qparams
-    scale, zero = (np.ascontiguousarray(x.T) for x in (q.scale, q.zero_point))
+    scale = np.ascontiguousarray(q.scale.T)
+    zero = np.ascontiguousarray(q.zero_point.T)
     axis = None if q.axis is None else 1 - q.axis
     codes = np.ascontiguousarray(weight.codes.T)
     return QuantizedWeight(codes, replace(q, scale=scale, zero_point=zero, axis=axis))

@@ -36,7 +36,8 @@ def emit_dynamic(model: ir.Model, plan: QuantPlan, by_row: bool) -> None:
     emitter = _Emitter(model, plan, by_row)
     for node, unit in list(planned(model, plan)):
         if unit.name in plan.weights:
-            (emitter.lookup if rule_of(node).looks_up else emitter.product)(node, unit)
+            write = emitter.lookup if rule_of(node).looks_up else emitter.product
+            write(node, unit)
     emit_stored(model, plan, PlaneWriter(model))
 
 
@@ -50,7 +51,8 @@ class _Emitter:
         self.at: ir.Node  # new nodes stand before this one
 
     def product(self, node: ir.Node, unit: NodePlan) -> None:
-        self.at, weight = node, self.plan.weights[unit.name]
+        self.at = node
+        weight = self.plan.weights[unit.name]
         if unit.name in self.plan.biases:
             write_bias(node, unit, self.plan, self.names)
         codes = self._of_weight(1, "codes", weight.codes)
@@ -59,31 +61,39 @@ class _Emitter:
         # model.
         codes = self._node("Transpose", codes) if is_transposed(node) else codes
         x, x_scale, zero = self._activation(node)
-        products = self._node(
-            "Cast", self._node("MatMulInteger", x, codes, zero), to=ir.DataType.FLOAT
-        )
+        products = self._node("MatMulInteger", x, codes, zero)
+        products = self._node("Cast", products, to=ir.DataType.FLOAT)
         if self.by_row:
             # One by one: ONNX Runtime takes the scale in the product of scales for one of the
             # whole tensor.
-            y = self._node("Mul", self._node("Mul", products, x_scale), w_scale)
+            y = self._node("Mul", products, x_scale)
+            y = self._node("Mul", y, w_scale)
         else:
-            y = self._node("Mul", products, self._node("Mul", x_scale, w_scale))
+            scale = self._node("Mul", x_scale, w_scale)
+            y = self._node("Mul", products, scale)
         bias = own_bias(node)
         self._replace(y if bias is None else self._node("Add", y, bias))
 
     def lookup(self, node: ir.Node, unit: NodePlan) -> None:
-        self.at, weight, rows = node, self.plan.weights[unit.name], node.inputs[1]
-        scales = np.broadcast_to(weight.qparams.scale.reshape(-1, 1), (len(weight.codes), 1))
-        scale = self._node("Gather", self._of_weight(0, "scale_of_row", scales), rows)
-        codes = self._node("Gather", self._of_weight(0, "codes", weight.codes), rows)
-        self._replace(self._node("Mul", self._node("Cast", codes, to=ir.DataType.FLOAT), scale))
+        self.at = node
+        weight = self.plan.weights[unit.name]
+        rows = node.inputs[1]
+        scales = weight.qparams.scale.reshape(-1, 1)
+        scales = np.broadcast_to(scales, (len(weight.codes), 1))
+        table = self._of_weight(0, "scale_of_row", scales)
+        scale = self._node("Gather", table, rows)
+        table = self._of_weight(0, "codes", weight.codes)
+        codes = self._node("Gather", table, rows)
+        floats = self._node("Cast", codes, to=ir.DataType.FLOAT)
+        self._replace(self._node("Mul", floats, scale))
 
     def _activation(self, node: ir.Node) -> Sequence[ir.Value]:
         """Codes, scale and zero point of the product's input."""
-        x, graph = not_none(node.inputs[0]), graph_of(node)
-        if (graph, x) not in self.activations:
-            self.activations[graph, x] = self._rows(x) if self.by_row else self._tensor(x)
-        return self.activations[graph, x]
+        x = not_none(node.inputs[0])
+        key = graph_of(node), x
+        if key not in self.activations:
+            self.activations[key] = self._rows(x) if self.by_row else self._tensor(x)
+        return self.activations[key]
 
     def _tensor(self, x: ir.Value) -> Sequence[ir.Value]:
         node = self.names.node("DynamicQuantizeLinear", [x], not_none(self.at.name), count=3)
@@ -92,28 +102,27 @@ class _Emitter:
 
     def _rows(self, x: ir.Value) -> Sequence[ir.Value]:
         """x / scale + 128 in uint8, with scale = max |x| / 127 over a row."""
-        middle, magnitude = 1 << (UINT8.bits - 1), self._node("Abs", x)
+        middle = 1 << (UINT8.bits - 1)
+        magnitude = self._node("Abs", x)
         if self.model.graph.opset_imports[""] >= AXES_AS_INPUT:
-            largest = self._node(
-                "ReduceMax", magnitude, self.names.constant("last_axis", np.array([-1]))
-            )
+            last = self.names.constant("last_axis", np.array([-1]))
+            largest = self._node("ReduceMax", magnitude, last)
         else:
             largest = self._node("ReduceMax", magnitude, axes=[-1])
-        scale = self._node(
-            "Mul",
-            largest,
-            self.names.constant("per_code", np.float32(1 / INT8_NARROW.qmax)),
-        )
-        scale = self._node(
-            "Max", scale, self.names.constant("least_scale", np.float32(SMALLEST_SCALE))
-        )
-        steps = self._node("Round", self._node("Div", x, scale))
-        codes = self._node("Add", steps, self.names.constant("middle", np.float32(middle)))
+        per_code = self.names.constant("per_code", np.float32(1 / INT8_NARROW.qmax))
+        scale = self._node("Mul", largest, per_code)
+        least = self.names.constant("least_scale", np.float32(SMALLEST_SCALE))
+        scale = self._node("Max", scale, least)
+        steps = self._node("Div", x, scale)
+        steps = self._node("Round", steps)
+        shift = self.names.constant("middle", np.float32(middle))
+        codes = self._node("Add", steps, shift)
         codes = self._node("Cast", codes, to=ir.DataType.UINT8)
         return codes, scale, self.names.constant("zero_point", np.uint8(middle))
 
     def _of_weight(self, index: int, what: str, array: Array) -> ir.Value:
-        return self.names.constant(f"{not_none(self.at.inputs[index]).name}_{what}", array)
+        weight = not_none(self.at.inputs[index])
+        return self.names.constant(f"{weight.name}_{what}", array)
 
     def _node(self, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
         node = self.names.node(op_type, inputs, not_none(self.at.name), attributes=attributes)

@@ -36,15 +36,26 @@ from converter.plan.plan import QuantizedWeight
 # Widths that integer types of ONNX hold as they are.
 PLAIN_BITS = (8, 16)
 # Bytes the file grows by, about, for the nodes of a mask and for those of a table.
-MASK_OVERHEAD, TABLE_OVERHEAD = 2400, 300
+MASK_OVERHEAD = 2400
+TABLE_OVERHEAD = 300
 # Bytes of a mask that count their positions from one stored number.
 GROUP = 32
+# Types that codes of a byte are stored in.
+BYTES = (ir.DataType.INT8, ir.DataType.UINT8)
+
+# An operator and its constant operands.
+Step = tuple[Any, ...]
+# What tells two constants apart: type, shape and a digest of the numbers.
+Content = tuple[str, tuple[int, ...], bytes]
 
 
 def to_planes(codes: Array, bits: int) -> Array:
     """The planes of unsigned `codes`: uint8 of shape (ceil(codes / 8), bits, 1)."""
     flat = codes.reshape(-1)
-    planes = [np.packbits((flat >> p).astype(np.uint8) & 1, bitorder="little") for p in range(bits)]
+    planes = []
+    for p in range(bits):
+        bit = (flat >> p).astype(np.uint8) & 1
+        planes.append(np.packbits(bit, bitorder="little"))
     return np.stack(planes, axis=1)[..., None]
 
 
@@ -59,16 +70,18 @@ class PlaneWriter:
     """Writes weights into the graphs of one model."""
 
     def __init__(self, model: ir.Model) -> None:
-        self.model, self.names = model, Names(model)
-        self._nodes, self._numbers = list[ir.Node](), count()
+        self.model = model
+        self.names = Names(model)
+        self._nodes: list[ir.Node] = []
+        self._numbers = count()
+        self._stored: dict[Content, ir.Value] = {}
         # Codes that the model holds already serve here too: those of a table that a product
         # multiplies with.
-        held = [
-            v
-            for v in model.graph.initializers.values()
-            if v.dtype in {ir.DataType.INT8, ir.DataType.UINT8}
-        ]
-        self._stored = {_content(array): v for v in held if (array := constant(v)) is not None}
+        held = [value for value in model.graph.initializers.values() if value.dtype in BYTES]
+        for value in held:
+            array = constant(value)
+            if array is not None:
+                self._stored[_content(array)] = value
 
     def __call__(self, graph: ir.Graph, name: str, weight: QuantizedWeight) -> ir.Value:
         """The value of the weight `name` as floats, unpacked from its codes by nodes at the start
@@ -82,30 +95,41 @@ class PlaneWriter:
         return value
 
     def _restored(self, name: str, codes: Array, q: QParams) -> ir.Value:
-        mask = codes != along(q.zero_point, q.axis, codes.shape)
-        thin = _mask_pays(mask, q.format.bits)
-        value = self._floats(name, codes[mask] if thin else codes, q.format.bits)
-        bits, positions = self._mask(name, mask) if thin else (None, None)
-        value = value if positions is None else self._node("Gather", [value, positions])
-        value = self._scaled(name, value, q, axis=q.axis, shape=codes.shape)
-        return value if bits is None else self._node("Mul", [value, bits])
+        shape = codes.shape
+        mask = codes != along(q.zero_point, q.axis, shape)
+        if not _mask_pays(mask, q.format.bits):
+            value = self._floats(name, codes, q.format.bits)
+            return self._scaled(name, value, q, axis=q.axis, shape=shape)
+        value = self._floats(name, codes[mask], q.format.bits)
+        bits, positions = self._mask(name, mask)
+        value = self._node("Gather", [value, positions])
+        value = self._scaled(name, value, q, axis=q.axis, shape=shape)
+        return self._node("Mul", [value, bits])
 
     def _levels(self, name: str, codes: Array, q: QParams) -> ir.Value:
-        bits, axis, last = q.format.bits, q.axis or 0, codes.ndim - 1
+        bits = q.format.bits
+        axis = q.axis or 0
+        last = codes.ndim - 1
         codes = np.moveaxis(codes, axis, -1)
-        filled = np.pad(codes, [(0, 0)] * last + [(0, -codes.shape[-1] % trellis.GROUP)])
+        channels = codes.shape[-1]
+        missing = -channels % trellis.GROUP
+        filled = np.pad(codes, [(0, 0)] * last + [(0, missing)])
         value = self._cast(f"{name}_codes", to_planes(filled, bits))
         value = self._chain(value, _unpacking(bits, trellis.window_weights(bits)))
         value = self._node("Cast", [value], to=ir.DataType.INT32)
         table = self._cast(f"levels_{bits}", trellis.table(bits).astype(np.float16))
         value = self._node("Gather", [table, value])
         value = self._chain(value, [("Reshape", np.array(filled.shape))])
-        if filled.shape != codes.shape:
-            cut = ("Slice", np.array([0]), np.array(codes.shape[-1:]), np.array([last]))
-            value = self._chain(value, [cut])
+        if missing:
+            begin = np.array([0])
+            end = np.array([channels])
+            along_last = np.array([last])
+            value = self._chain(value, [("Slice", begin, end, along_last)])
         value = self._scaled(name, value, q, axis=last, shape=codes.shape)
+        if axis == last:
+            return value
         order = [*range(axis), last, *range(axis, last)]
-        return value if axis == last else self._node("Transpose", [value], perm=order)
+        return self._node("Transpose", [value], perm=order)
 
     def _scaled(
         self,
@@ -121,68 +145,81 @@ class PlaneWriter:
             ("Mul", "scale", q.scale),
         ):
             operand = half_if_exact(along(numbers, axis, shape))
-            value = self._node(op_type, [value, self._cast(f"{name}_{what}", operand)])
+            floats = self._cast(f"{name}_{what}", operand)
+            value = self._node(op_type, [value, floats])
         return value
 
     def _floats(self, name: str, codes: Array, bits: int) -> ir.Value:
         """The codes in their shape as float32."""
         levels, indices = np.unique(codes, return_inverse=True)
         narrow = max(1, int(len(levels) - 1).bit_length())
-        if codes.size * (bits - narrow) / 8 <= levels.nbytes + TABLE_OVERHEAD:
+        saved = codes.size * (bits - narrow) / 8
+        if saved <= levels.nbytes + TABLE_OVERHEAD:
             return self._unpacked(name, codes, bits)
-        indices = indices.reshape(codes.shape).astype(np.uint8 if narrow <= 8 else np.uint16)
+        dtype = np.uint8 if narrow <= 8 else np.uint16
+        indices = indices.reshape(codes.shape).astype(dtype)
         index = self._unpacked(name, indices, narrow)
         index = self._node("Cast", [index], to=ir.DataType.INT32)
-        return self._node("Gather", [self._cast(f"{name}_table", levels), index])
+        table = self._cast(f"{name}_table", levels)
+        return self._node("Gather", [table, index])
 
     def _unpacked(self, name: str, codes: Array, bits: int) -> ir.Value:
         if bits in PLAIN_BITS:
             return self._cast(f"{name}_codes", codes)
         value = self._cast(f"{name}_codes", to_planes(codes, bits))
-        return self._chain(value, (*_unpacking(bits), *_shaping(codes.size, 8, codes.shape)))
+        value = self._chain(value, _unpacking(bits))
+        return self._chain(value, _shaping(codes.size, 8, codes.shape))
 
     def _mask(self, name: str, mask: Array) -> tuple[ir.Value, ir.Value]:
         """The mask as ones and zeros, and for every one which of the kept codes is its, both in the
         weight's shape.
         """
-        padded = np.zeros(-(-mask.size // (8 * GROUP)) * 8 * GROUP, np.uint8)
+        group = 8 * GROUP
+        padded = np.zeros(-(-mask.size // group) * group, np.uint8)
         padded[: mask.size] = mask.reshape(-1)
-        counted = padded.reshape(-1, GROUP * 8).sum(axis=1, dtype=np.int32)
+        counted = padded.reshape(-1, group).sum(axis=1, dtype=np.int32)
         # Positions start at 0, so one less than the ones up to here; before the first one Gather
         # takes the last code.
-        start = (np.cumsum(counted) - counted - 1).astype(np.int32).reshape(-1, 1, 1)
+        start = np.cumsum(counted) - counted - 1
+        start = start.astype(np.int32).reshape(-1, 1, 1)
         bits = self._cast(f"{name}_mask", to_planes(padded, 1))
-        bits = self._chain(bits, (*_unpacking(1), ("Reshape", np.array([-1, GROUP, 8]))))
-        in_byte = self._chain(bits, [("MatMul", np.triu(np.ones((8, 8), np.float32)))])
-        before = [
-            ("MatMul", np.ones((8, 1), np.float32)),
-            ("Reshape", np.array([-1, GROUP])),
-        ]
-        earlier = self._chain(bits, before)
-        strict = np.triu(np.ones((GROUP, GROUP), np.float32), 1)
-        earlier = self._chain(earlier, [("MatMul", strict), ("Reshape", np.array([-1, GROUP, 1]))])
-        where = self._node("Add", [in_byte, earlier])
+        bits = self._chain(bits, _unpacking(1))
+        bits = self._chain(bits, [("Reshape", np.array([-1, GROUP, 8]))])
+        where = self._node("Add", [*self._ones_before(bits)])
         where = self._node("Cast", [where], to=ir.DataType.INT32)
-        shaping = tuple(_shaping(mask.size, 8 * GROUP, mask.shape))
-        positions = self._chain(where, (("Add", start), *shaping))
+        shaping = tuple(_shaping(mask.size, group, mask.shape))
+        positions = self._chain(where, [("Add", start), *shaping])
         return self._chain(bits, shaping), positions
 
-    def _chain(self, value: ir.Value, steps: Iterable[tuple[Any, ...]]) -> ir.Value:
+    def _ones_before(self, bits: ir.Value) -> tuple[ir.Value, ir.Value]:
+        """Of `bits` (groups, GROUP, 8): the ones of the byte up to each, and those of the bytes
+        before it in the group.
+        """
+        up_to = np.triu(np.ones((8, 8), np.float32))
+        in_byte = self._chain(bits, [("MatMul", up_to)])
+        each = np.ones((8, 1), np.float32)
+        before = np.triu(np.ones((GROUP, GROUP), np.float32), 1)
+        steps = [
+            ("MatMul", each),
+            ("Reshape", np.array([-1, GROUP])),
+            ("MatMul", before),
+            ("Reshape", np.array([-1, GROUP, 1])),
+        ]
+        return in_byte, self._chain(bits, steps)
+
+    def _chain(self, value: ir.Value, steps: Iterable[Step]) -> ir.Value:
         """Operators with their constant operands, one behind the other."""
         for op_type, *operands in steps:
-            value = self._node(
-                op_type, [value, *(self._store(f"{op_type}_by", x) for x in operands)]
-            )
+            constants = [self._store(f"{op_type}_by", x) for x in operands]
+            value = self._node(op_type, [value, *constants])
         return value
 
     def _cast(self, name: str, array: Array) -> ir.Value:
         """The constant `array` as float32, stored in its own type."""
         value = self._store(name, array)
-        return (
-            value
-            if array.dtype == np.float32
-            else self._node("Cast", [value], to=ir.DataType.FLOAT)
-        )
+        if array.dtype == np.float32:
+            return value
+        return self._node("Cast", [value], to=ir.DataType.FLOAT)
 
     def _store(self, name: str, array: Array) -> ir.Value:
         """A constant of the main graph; equal ones, as in the branches of an If, are stored
@@ -190,30 +227,33 @@ class PlaneWriter:
         """
         key = _content(array)
         if key not in self._stored:
-            self._stored[key] = add_constant(self.model.graph, self.names.fresh(name), array)
+            name = self.names.fresh(name)
+            self._stored[key] = add_constant(self.model.graph, name, array)
         return self._stored[key]
 
     def _node(self, op_type: str, inputs: list[ir.Value], **attributes: Any) -> ir.Value:
         # Short names: a file of few bits is small, and they stand in it three times.
         name = self.names.fresh(f"unpack{next(self._numbers)}")
-        self._nodes.append(
-            ir.node(op_type, inputs, attributes, name=name, outputs=[ir.Value(name=name)])
-        )
-        return self._nodes[-1].outputs[0]
+        output = ir.Value(name=name)
+        node = ir.node(op_type, inputs, attributes, name=name, outputs=[output])
+        self._nodes.append(node)
+        return output
 
 
 def _mask_pays(mask: Array, bits: int) -> bool:
     """Whether a mask and the codes under it take fewer bytes than all codes."""
     kept = int(mask.sum())
-    with_mask = mask.size * (1 + 4 / GROUP) / 8 + kept * bits / 8 + MASK_OVERHEAD
+    ones = mask.size * (1 + 4 / GROUP) / 8
+    with_mask = ones + kept * bits / 8 + MASK_OVERHEAD
     return kept > 0 and with_mask < mask.size * bits / 8
 
 
-def _content(array: Array) -> tuple[str, tuple[int, ...], bytes]:
-    return array.dtype.str, array.shape, hashlib.sha256(array.tobytes()).digest()
+def _content(array: Array) -> Content:
+    digest = hashlib.sha256(array.tobytes()).digest()
+    return array.dtype.str, array.shape, digest
 
 
-def _unpacking(bits: int, before: Array | float = 0.0) -> Iterator[tuple[Any, ...]]:
+def _unpacking(bits: int, before: Array | float = 0.0) -> Iterator[Step]:
     """Operators with their constant operands, from planes to codes, eight a row; plus `before`
     times lowest bits.
     """
@@ -226,7 +266,7 @@ def _unpacking(bits: int, before: Array | float = 0.0) -> Iterator[tuple[Any, ..
     yield "MatMul", weights.astype(np.float32)
 
 
-def _shaping(size: int, multiple: int, shape: tuple[int, ...]) -> Iterator[tuple[Any, ...]]:
+def _shaping(size: int, multiple: int, shape: tuple[int, ...]) -> Iterator[Step]:
     """Operators that bring `size` numbers, padded to a multiple, into `shape`."""
     if size % multiple:
         yield "Reshape", np.array([-1])
