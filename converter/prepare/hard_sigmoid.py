@@ -58,7 +58,8 @@ def _all(model: ir.Model, op_type: str) -> list[ir.Node]:
 
 def _spell_swish(node: ir.Node) -> None:
     """HardSwish, of which runtimes know no integer form, as the product it is."""
-    x, y = not_none(node.inputs[0]), node.outputs[0]
+    x = not_none(node.inputs[0])
+    y = node.outputs[0]
     gate = _hard_sigmoid(x, 1 / 6, 0.5, name=f"{node.name}_gate", like=y)
     product = ir.node("Mul", [x, gate.outputs[0]], name=node.name, outputs=[_like(y)])
     _replace(node, [node], [gate, product], product.outputs[0])
@@ -66,7 +67,8 @@ def _spell_swish(node: ir.Node) -> None:
 
 def _spell_behind_product(node: ir.Node, names: Names) -> None:
     """Writes a HardSigmoid as a Mul, an Add and a Clip where the first two will be folded."""
-    x, y = not_none(node.inputs[0]), node.outputs[0]
+    x = not_none(node.inputs[0])
+    y = node.outputs[0]
     maker = x.producer()
     while maker is not None and maker.op_type == "BatchNormalization":
         maker = not_none(maker.inputs[0]).producer()
@@ -85,18 +87,21 @@ def _spell_behind_product(node: ir.Node, names: Names) -> None:
 
 def _name(clip: ir.Node) -> None:
     """Makes a HardSigmoid of `clip` and what belongs to it, where it is one."""
-    low, high = operand(clip, 1), operand(clip, 2)
+    low = operand(clip, 1)
+    high = operand(clip, 2)
     if low is None or high is None or low.size != 1 or high.size != 1:
         return
-    line, top = _line(not_none(clip.inputs[0])), float(high.item())
+    line = _line(not_none(clip.inputs[0]))
+    top = float(high.item())
     if low.item() != 0 or not 0 < top < np.inf or not line.nodes:
         return
-    if (scaled := _scaled(clip, top)) is None:
+    scaled = _scaled(clip, top)
+    if scaled is None:
         return
     nodes, name, x = scaled
-    gate = _hard_sigmoid(
-        line.source, line.slope / top, line.offset / top, name=clip.name or "", like=clip.outputs[0]
-    )
+    slope = line.slope / top
+    offset = line.offset / top
+    gate = _hard_sigmoid(line.source, slope, offset, name=clip.name or "", like=clip.outputs[0])
     new = [gate]
     if x is not None:
         output = _like(nodes[0].outputs[0])
@@ -113,19 +118,24 @@ def _scaled(clip: ir.Node, top: float) -> _Scaled | None:
     """
     if abs(top - 1) <= TOLERANCE:
         return [clip], None, None
-    follower = only_consumer(clip.outputs[0])
+    clipped = clip.outputs[0]
+    follower = only_consumer(clipped)
     if follower is None or follower.domain:
         return None
-    if _cancels(follower, clip.outputs[0], top):
+    if _cancels(follower, clipped, top):
         return [follower, clip], None, None
     if follower.op_type != "Mul":
         return None
-    x = not_none(follower.inputs[1 if follower.inputs[0] is clip.outputs[0] else 0])
-    behind, before = only_consumer(follower.outputs[0]), x.producer()
+    index = 1 if follower.inputs[0] is clipped else 0
+    x = not_none(follower.inputs[index])
+    behind = only_consumer(follower.outputs[0])
+    before = x.producer()
     if behind is not None and _cancels(behind, follower.outputs[0], top):
         return [behind, follower, clip], follower.name, x
-    source = before.inputs[0] if before is not None and only_consumer(x) is follower else None
-    if before is None or source is None or not _cancels(before, source, top):
+    if before is None or only_consumer(x) is not follower:
+        return None
+    source = before.inputs[0]
+    if source is None or not _cancels(before, source, top):
         return None
     return [follower, before, clip], follower.name, source
 
@@ -133,7 +143,8 @@ def _scaled(clip: ir.Node, top: float) -> _Scaled | None:
 def _cancels(node: ir.Node, value: ir.Value, top: float) -> bool:
     """Whether `node` divides `value` by `top`, and does nothing else."""
     source, line = _step(node) or (None, Line())
-    return source is value and not line.shift and abs(line.factor * top - 1) <= TOLERANCE
+    undone = abs(line.factor * top - 1) <= TOLERANCE
+    return source is value and not line.shift and undone
 
 
 def _line(value: ir.Value) -> _Line:
@@ -144,8 +155,9 @@ def _line(value: ir.Value) -> _Line:
         return _Line(value, 1.0, 0.0)
     source, own = read
     inner = _line(source)
+    slope = inner.slope * own.factor
     offset = inner.offset * own.factor + own.shift
-    return _Line(inner.source, inner.slope * own.factor, offset, (node, *inner.nodes))
+    return _Line(inner.source, slope, offset, (node, *inner.nodes))
 
 
 def _step(node: ir.Node) -> tuple[ir.Value, Line] | None:
@@ -153,9 +165,11 @@ def _step(node: ir.Node) -> tuple[ir.Value, Line] | None:
     that keeps its shape.
     """
     read = step(node)
-    if read is None or read[1].factor == 0 or np.isfinite([read[1].low, read[1].high]).any():
+    if read is None:
         return None
-    source, _ = read
+    source, line = read
+    if line.factor == 0 or np.isfinite([line.low, line.high]).any():
+        return None
     rank = source.shape.rank() if source.shape is not None else 0
     others = [value for value in node.inputs if value is not None and value is not source]
     numbers = [not_none(constant(value)) for value in others]

@@ -25,11 +25,14 @@ def tie(model: ir.Model) -> None:
 
     Rewrites in place.
     """
-    names, nodes = Names(model), [node for node in model.graph if not node.domain]
+    names = Names(model)
+    nodes = [node for node in model.graph if not node.domain]
     tables = [node.inputs[0] for node in nodes if rule_of(node).looks_up]
-    arrays = {
-        v: a for v in tables if v is not None and (a := constant(v)) is not None and a.ndim == 2
-    }
+    arrays = {}
+    for value in tables:
+        array = constant(value)
+        if value is not None and array is not None and array.ndim == 2:
+            arrays[value] = array
     products = [node for node in nodes if node.op_type == "MatMul"]
     tied = [(node, table) for node in products if (table := _tied(node, arrays)) is not None]
     release(value for node in nodes for value in node.inputs if value is not None)
@@ -40,17 +43,16 @@ def tie(model: ir.Model) -> None:
 def _tied(product: ir.Node, tables: Mapping[ir.Value, Array]) -> ir.Value | None:
     """The table whose transposed is the product's right operand."""
     weight = product.inputs[1]
-    maker, array = weight.producer() if weight else None, constant(weight)
-    if (
-        maker
-        and maker.op_type == "Transpose"
-        and list(maker.attributes.get_ints("perm", (1, 0))) == [1, 0]
-    ):
-        return maker.inputs[0] if maker.inputs[0] in tables else None
-    return next(
-        (v for v, table in tables.items() if array is not None and _same(array.T, table)),
-        None,
-    )
+    maker = weight.producer() if weight else None
+    if maker and maker.op_type == "Transpose":
+        source = maker.inputs[0]
+        turned = list(maker.attributes.get_ints("perm", (1, 0))) == [1, 0]
+        return source if turned and source in tables else None
+    array = constant(weight)
+    if array is None:
+        return None
+    same = (value for value, table in tables.items() if _same(array.T, table))
+    return next(same, None)
 
 
 def _same(matrix: Array, table: Array) -> bool:
@@ -60,7 +62,9 @@ def _same(matrix: Array, table: Array) -> bool:
 
 def _read(table: ir.Value, sizes: tuple[int, ...], product: ir.Node, names: Names) -> None:
     """Writes x T' as a Gemm over the rows of x, whatever its rank."""
-    graph, x, tape = graph_of(product), product.inputs[0], ir.tape.Tape()
+    graph = graph_of(product)
+    x = product.inputs[0]
+    tape = ir.tape.Tape()
 
     def ints(what: str, *numbers: int) -> ir.Value:
         return names.constant(f"{product.name}_{what}", np.array(numbers))
@@ -68,10 +72,17 @@ def _read(table: ir.Value, sizes: tuple[int, ...], product: ir.Node, names: Name
     def floats(columns: int) -> ir.Value:
         return ir.Value(shape=ir.Shape([None, columns]), type=table.type)
 
-    rows = tape.op("Reshape", [x, ints("rows", -1, sizes[1])], output=floats(sizes[1]))
-    y = tape.op("Gemm", [rows, table], {"transB": 1}, name=product.name, output=floats(sizes[0]))
-    leading = tape.op("Slice", [tape.op("Shape", [x]), ints("first", 0), ints("last", -1)])
-    shape = tape.op("Concat", [leading, ints("columns", sizes[0])], {"axis": 0})
+    outputs, inputs = sizes
+    flat = ints("rows", -1, inputs)
+    rows = tape.op("Reshape", [x, flat], output=floats(inputs))
+    transposed = {"transB": 1}
+    y = tape.op("Gemm", [rows, table], transposed, name=product.name, output=floats(outputs))
+    shape = tape.op("Shape", [x])
+    first = ints("first", 0)
+    last = ints("last", -1)
+    leading = tape.op("Slice", [shape, first, last])
+    columns = ints("columns", outputs)
+    shape = tape.op("Concat", [leading, columns], {"axis": 0})
     y = tape.op("Reshape", [y, shape])
     ir.convenience.replace_nodes_and_values(
         graph, product, [product], tape.nodes, product.outputs, [y]
