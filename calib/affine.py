@@ -55,6 +55,7 @@ class IntFormat:
 
 
 UINT8 = IntFormat(8, signed=False)
+UINT16 = IntFormat(16, signed=False)
 INT8 = IntFormat(8, signed=True)
 INT8_NARROW = IntFormat(8, signed=True, narrow=True)
 INT32 = IntFormat(32, signed=True)

@@ -53,9 +53,9 @@ def decided(model, feeds, target=CPU, **wishes):
         seen = {**feeds, **run(path.read_bytes(), feeds)}
     qparams = {}
     for group, tensor in plan.groups().items():
-        array = constant(values[group])
+        array = constant(values[tensor.name])
         qparams[group] = by_range(
-            seen[group] if array is None else array, tensor.format, tensor.symmetric
+            seen[tensor.name] if array is None else array, tensor.format, tensor.symmetric
         )
     weights, biases = {}, {}
     for unit in plan.units():

@@ -12,7 +12,7 @@ import onnx_ir as ir
 import onnxruntime as ort
 
 from calib.affine import Array
-from converter.calibrate.exact import exact, saturates_here
+from converter.calibrate.exact import exact_here
 from converter.prepare import prepare
 
 ort.set_default_logger_severity(4)
@@ -66,13 +66,15 @@ def changes(work: Callable[[ir.Model], None], model: ir.Model) -> bool:
 
 def exactly(model: ir.Model | bytes | Path) -> bytes | Path:
     """The model, or what computes the same where this processor's kernels saturate."""
-    if not saturates_here():
-        return frozen(model) if isinstance(model, ir.Model) else model
+    given = model
     if isinstance(model, Path):
         model = ir.load(model)
     elif isinstance(model, bytes):
         model = ir.from_proto(onnx.ModelProto.FromString(model))
-    return frozen(exact(ir.external_data.load_to_model(model)))
+    other = exact_here(model)
+    if other is model:
+        return frozen(given) if isinstance(given, ir.Model) else given
+    return frozen(ir.external_data.load_to_model(other))
 
 
 def run(

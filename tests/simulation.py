@@ -100,10 +100,8 @@ class _Writer:
             and self.plan.qparams
             and self.kind == FAKE
         ):
-            scale = (
-                np.float32(self.plan.params(plan.inputs[0]).scale)
-                * self.plan.weights[unit].qparams.scale
-            )
+            data = self.plan.read_params(plan, plan.inputs[0])
+            scale = np.float32(data.scale) * self.plan.weights[unit].qparams.scale
             bias = np.rint(bias / scale.astype(np.float64)) * scale
         node.input.extend([""] * (3 - len(node.input)))
         old = self.arrays.get(node.input[2])
@@ -120,10 +118,30 @@ class _Writer:
             raw = f"{name}/raw"
             producer.output[list(producer.output).index(name)] = raw
             self._insert(self._on_grid(raw, name, q), producer)
+            self._convert(name, name)
             return
         grid = f"{name}/grid"
         self._insert(self._on_grid(name, grid, q), self._producer(name))
         self._redirect(name, grid)
+        self._convert(name, grid)
+
+    def _convert(self, name: str, grid: str) -> None:
+        """Lets those that read another format read what is on its grid."""
+        other = self.plan.converted.get(name)
+        if other is None:
+            return
+        again = f"{name}/again"
+        q = self.plan.qparams[other.group]
+        self._insert(self._on_grid(grid, again, q), self._producer(grid))
+        for unit in self.plan.units():
+            if (
+                unit.activation == other.format
+                and unit.activation != self.plan.tensors[name].format
+            ):
+                inputs = self.nodes[unit.name].input
+                for index, read in enumerate(inputs):
+                    if read == grid:
+                        inputs[index] = again
 
     def _dynamic(self, name: str) -> None:
         """Range and step found at run time, as DynamicQuantizeLinear defines them."""

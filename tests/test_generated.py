@@ -28,6 +28,10 @@ CASES: list[tuple[str, range, dict[str, Any]]] = [
     (FULL, range(36), {}),
     (FULL, range(100, 108), {"full_quant": {"target_device": "OPENVINO"}}),
     (FULL, range(110, 114), {"full_quant": {"target_device": "NVGPU"}}),
+    (FULL, range(140, 146), {"full_quant": {"target_device": "QNN"}}),
+    (FULL, range(150, 156), {"full_quant": {"target_device": "QNN", "activation_bits": 16}}),
+    (FULL, range(160, 168), {"full_quant": {"target_device": "QNN", "activation_bits": "MIXED"}}),
+    (FULL, range(170, 174), {"full_quant": {"activation_bits": "MIXED"}}),
     (FULL, range(120, 126), {"full_quant": {"per_channel": "false"}}),
     (
         FULL,

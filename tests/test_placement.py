@@ -433,6 +433,7 @@ def test_formats_and_biases_are_the_target_s():
         "CPU_VNNI",
         "ARM",
         "DSP",
+        "QNN",
     }
     assert {name for name, unit in units.items() if unit.weight.pair_limit} == {"CPU", "OPENVINO"}
 

@@ -52,5 +52,5 @@ def test_what_is_converted_does_not_depend_on_the_processor(tmp_path: Path) -> N
     )
     noise = np.sum((x.astype(np.float64) - y) ** 2)
     assert noise <= 10 ** (-LEAST_DB / 10) * np.sum(x.astype(np.float64) ** 2)
-    assert "On this processor, whose 8-bit kernels saturate, the file gives other answers" in said
+    assert "On this processor, whose kernels lose bits, the file gives other answers" in said
     assert "can overflow" not in said

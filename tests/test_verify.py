@@ -231,9 +231,7 @@ def test_what_this_processor_makes_of_the_file_is_a_line_of_its_own(monkeypatch)
     assert found.here.agreement == np.mean(x.argmax(1) == (x - [0, 2, 0]).argmax(1)) == 3 / 4
     first, second = list(verification_lines(found))[:2]
     assert first.startswith("Verified on 4 calibration samples: cosine 1.00000")
-    assert second.startswith(
-        "On this processor, whose 8-bit kernels saturate, the file gives other"
-    )
+    assert second.startswith("On this processor, whose kernels lose bits, the file gives other")
     assert second.endswith(f"{found.here.worst.sqnr_db:.1f} dB, same answer on 75.0%.")
 
 

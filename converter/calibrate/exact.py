@@ -1,4 +1,4 @@
-"""Products of bytes that some processors compute wrongly, and models that all compute alike.
+"""Products that some processors or runtimes compute wrongly, and models that all compute alike.
 
 x86 processors with AVX2 or AVX-512 but without VNNI multiply unsigned by signed bytes and add two
 products in 16 bits, which saturates. Two unsigned bytes they multiply exactly. So a model whose
@@ -17,6 +17,7 @@ import onnx_ir as ir
 
 from calib.affine import Array
 from calib.session import open_session, run
+from converter.emit.wide_products import is_rounded, keep_wide
 from converter.graph.edit import (
     Names,
     constant,
@@ -78,7 +79,17 @@ def exact(model: ir.Model) -> ir.Model:
 
 def exact_here(model: ir.Model) -> ir.Model:
     """What computes here what `model` does on exact kernels: itself, if this processor has such."""
+    model = unrounded(model)
     return exact(model) if saturates_here() else model
+
+
+def unrounded(model: ir.Model) -> ir.Model:
+    """`model` or, where the runtime would round 16-bit activations of products, a copy without."""
+    if not any(map(is_rounded, nodes_of(model))):
+        return model
+    copy = model.clone()
+    keep_wide(copy)
+    return copy
 
 
 @cache

@@ -23,6 +23,7 @@ from converter.graph.edit import constant, not_none, values_by_name
 from converter.job import Resources, Watch
 from converter.plan.ops import rule_of
 from converter.plan.plan import QuantPlan, TensorPlan
+from converter.plan.targets import Target
 
 Statistics = dict[str, TensorStats]
 # A tensor and its axis of channels: two operators may see channels along different axes of one
@@ -229,7 +230,7 @@ def activation_qparams(
     def of(index: int) -> QParams:
         group, tensor = groups[index]
         span = (spans or {}).get(group, (-math.inf, math.inf))
-        return _qparams(tensor, statistics[group], method, spec, span=span)
+        return _qparams(tensor, statistics[tensor.name], method, spec, span=span)
 
     qparams = over_samples(len(groups), of, threads)
     return {group: q for (group, _), q in zip(groups, qparams, strict=True)}
@@ -267,10 +268,10 @@ def probability_qparams(
     """
     values, qparams = values_by_name(graph), {}
     for name, group in plan.groups().items():
-        softmax = _behind(values[name], bounds=True).producer()
+        softmax = _behind(values[group.name], bounds=True).producer()
         source = softmax.inputs[0] if softmax and rule_of(softmax).probabilities else None
         if source and _behind(source).name in plan.tensors:
-            largest = statistics[name].hi if name in statistics else 1.0
+            largest = statistics[group.name].hi if group.name in statistics else 1.0
             span = Range(np.array(0.0), np.array(_probability_above(largest)))
             qparams[name] = _spec_of(group, spec).qparams(span)
     return qparams
@@ -288,11 +289,12 @@ def masked_qparams(
     groups, qparams = plan.groups(), dict[str, QParams]()
 
     def cut_off(name: str, depth: float) -> None:
-        group = plan.tensors[name].group if name in plan.tensors else ""
-        stats = statistics.get(group)
-        if stats is not None and stats.lo < MASKED:
-            span = Range(np.array(stats.hi - depth), np.array(stats.hi))
-            qparams[group] = _spec_of(groups[group], spec).qparams(span)
+        for members in (plan.tensors, plan.converted):
+            group = members[name].group if name in members else ""
+            stats = statistics.get(groups[group].name) if group else None
+            if stats is not None and stats.lo < MASKED:
+                span = Range(np.array(stats.hi - depth), np.array(stats.hi))
+                qparams[group] = _spec_of(groups[group], spec).qparams(span)
 
     for softmax in (node for node in graph if rule_of(node).probabilities):
         source = _behind(not_none(softmax.inputs[0]))
@@ -304,6 +306,19 @@ def masked_qparams(
         spans = [statistics[n].hi - statistics[n].lo for n in names if n in statistics]
         for name in names:
             cut_off(name, NOTHING_LEFT + min(spans, default=0.0))
+    return qparams
+
+
+def fixed_qparams(plan: QuantPlan, target: Target) -> dict[str, QParams]:
+    """Parameters of the groups whose target leaves them no choice."""
+    qparams = {}
+    for unit in plan.units():
+        fmt = unit.activation or target.activation
+        given = target.fixed.get((unit.op_type, fmt.bits))
+        for name in unit.outputs if given else ():
+            scale, zero = not_none(given)
+            q = QParams(np.array(scale, np.float32), np.array(zero, fmt.dtype), fmt)
+            qparams[plan.tensors[name].group] = q
     return qparams
 
 

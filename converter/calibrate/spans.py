@@ -23,7 +23,8 @@ def seen_spans(graph: ir.Graph, plan: QuantPlan) -> dict[str, Span]:
     """
     values = values_by_name(graph)
     sizes = Counter(t.group for t in plan.tensors.values())
-    spans = {name: _seen(values[name]) for name, size in sizes.items() if size == 1}
+    alone = (name for name, size in sizes.items() if size == 1 and name in values)
+    spans = {name: _seen(values[name]) for name in alone}
     return {name: span for name, span in spans.items() if span != EVERYTHING}
 
 

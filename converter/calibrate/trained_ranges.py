@@ -17,8 +17,8 @@ def with_trained_ranges(
 ) -> QuantPlan:
     """The plan with the parameters that training found for its tensors."""
     qparams: dict[str, QParams] = {}
-    for name, tensor in plan.tensors.items():
-        if name in trained:
+    for tensor in (*plan.tensors.values(), *plan.converted.values()):
+        if (name := tensor.name) in trained:
             qparams.setdefault(tensor.group, in_format(trained[name], tensor, power_of_two))
     plan = plan.with_qparams(qparams)
     return replace(plan, nodes={name: _with_room(unit, plan) for name, unit in plan.nodes.items()})

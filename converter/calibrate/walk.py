@@ -16,7 +16,7 @@ import numpy as np
 import onnx_ir as ir
 from onnxruntime import InferenceSession
 
-from calib.affine import Array, QParams, quantize
+from calib.affine import Array, QParams, dequantize, quantize
 from calib.samples import Dataset
 from calib.session import open_session, run
 from calib.workers import over_samples
@@ -171,9 +171,8 @@ class Walk:
         self.model, self.threads, self._write = model, resources.threads, write
         self._nodes = nodes_by_name(model.graph)
         self.steps = steps_of(model.graph, plan)
-        self._codes = {
-            name for unit in plan.units() for name in unit.outputs if name in plan.tensors
-        }
+        made = [name for unit in plan.units() for name in unit.outputs if name in plan.tensors]
+        self._codes = {name: plan.tensors[name].format.dtype.itemsize for name in made}
         self._last_reader = {name: i for i, step in enumerate(self.steps) for name in step.reads}
         self.count = samples or self._fitting(data, store_bytes, most)
         read = set(self._last_reader)
@@ -200,7 +199,9 @@ class Walk:
             *(name for step in self.steps for name in step.writes),
         ]
         size = opened(self.model, names).sizes(names, data.sample(0))
-        size.update((name, size[name] // 4) for name in self._codes.intersection(size))
+        floats = np.dtype(np.float32).itemsize
+        for name in self._codes.keys() & size.keys():
+            size[name] = size[name] // floats * self._codes[name]
         held: set[str] = set(data.sample(0))
         peak = sum(size[name] for name in held)
         for position, step in enumerate(self.steps):
@@ -231,7 +232,7 @@ class Walk:
         zero, scale = (int(q.zero_point), float(q.scale)) if q else (0, 1.0)
 
         def work(index: int) -> Array:
-            x = self._input(index, unit, q)
+            x = self._input(index, unit, plan)
             # Drawn by the sample's own generator: the same for any number of workers.
             drawn = view.columns(x, -(-count // len(chosen)), zero, np.random.default_rng(index))
             return drawn.astype(np.float32) - np.float32(zero)
@@ -247,7 +248,7 @@ class Walk:
         q = self._params(unit, plan)
 
         def work(index: int) -> Array:
-            x = self._input(index, unit, q)
+            x = self._input(index, unit, plan)
             if q is not None:
                 return view.means(np.square(x.astype(np.float32) - np.float32(q.zero_point)))
             with np.errstate(over="ignore", invalid="ignore"):
@@ -258,13 +259,18 @@ class Walk:
 
     def _params(self, unit: NodePlan, plan: QuantPlan) -> QParams | None:
         """Those of the unit's input; None where that is float."""
-        return plan.params(unit.inputs[0]) if unit.inputs[0] in plan.tensors else None
+        name = unit.inputs[0]
+        return plan.read_params(unit, name) if name in plan.tensors else None
 
-    def _input(self, index: int, unit: NodePlan, q: QParams | None) -> Array:
+    def _input(self, index: int, unit: NodePlan, plan: QuantPlan) -> Array:
         """The unit's input in a sample, as its product reads it."""
         name = unit.inputs[0]
         x = self._store[index][name]
-        return x if q is None or name in self._codes else quantize(x, q)
+        if name not in plan.tensors:
+            return x
+        made, read = plan.params(name), plan.read_params(unit, name)
+        codes = x if name in self._codes else quantize(x, made)
+        return codes if read is made else quantize(dequantize(codes, made), read)
 
     def mean_product(self, unit: NodePlan, weight: Array, plan: QuantPlan) -> Array:
         """Mean a channel (float64) of the unit's product with float `weight`, before bias and
@@ -274,8 +280,8 @@ class Walk:
         name, axis = unit.inputs[0], OPS[unit.op_type].output_axis
         view = view_of(self._nodes[unit.name], weight.shape, unit.weight.index)
         if view and view.input_axis is not None and name in self._codes:
-            q, along = plan.params(name), view.input_axis
-            mean = self._mean(lambda i: channel_mean(self._store[i][name], along))
+            q, along = plan.read_params(unit, name), view.input_axis
+            mean = self._mean(lambda i: channel_mean(self._input(i, unit, plan), along))
             return product_of_mean(view, weight, (mean - float(q.zero_point)) * float(q.scale))
         model = self._product(unit, weight, plan)
         output = model.graph.outputs[0].name or ""
@@ -337,9 +343,9 @@ class Walk:
     def _session(self, step: Step, plan: QuantPlan) -> InferenceSession:
         model = submodel(self.model, step.reads, step.writes)
         self._write(model, plan.part([plan.nodes[name] for name in step.nodes], step.reads))
-        for name in sorted(self._codes.intersection(step.reads)):
+        for name in sorted(self._codes.keys() & step.reads):
             feed_integers(model.graph, name)
-        for name in sorted(self._codes.intersection(step.writes)):
+        for name in sorted(self._codes.keys() & step.writes):
             hand_out_integers(model.graph, name)
         # Integers need the runtime's fused kernels; of floats those differ between processors.
         return open_session(serialized(exact_here(model)), optimize=bool(self._codes))

@@ -26,7 +26,7 @@ ActivationQuantMethod = Literal[
     "RANGE_ABS_MAX",
     "AUTO",
 ]
-TargetDevice = Literal["CPU", "CPU_VNNI", "ARM", "OPENVINO", "NVGPU", "DSP"]
+TargetDevice = Literal["CPU", "CPU_VNNI", "ARM", "OPENVINO", "NVGPU", "DSP", "QNN"]
 
 QUANT_TYPES: tuple[QuantType, ...] = get_args(QuantType)
 
@@ -337,9 +337,20 @@ class FullQuantParam:
         "right answers if label_file is given; the fewest nodes that achieve it stay float. "
         "Unset: no bound.",
     )
+    activation_bits: Literal["8", "16", "MIXED"] = _choice(
+        "Bits of an activation. 16 lose next to nothing and are for NPUs (targets QNN and DSP); on "
+        "the targets CPU, CPU_VNNI and ARM they cost speed. MIXED has 16 for the few nodes that "
+        "gain the most, or as many as max_drop takes.",
+        "8",
+    )
     target_device: TargetDevice | None = _choice(
         "Hardware that sets the integer types and operators; unset: CPU."
     )
+
+    @property
+    def bits(self) -> int:
+        """Bits of activations, those that are not chosen one by one."""
+        return 16 if self.activation_bits == "16" else 8
 
 
 @dataclass(frozen=True)

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from converter.config.keys import SECTIONS, Config
 
 _COMMON = "common_quant_param"
+_FULL = "full_quant_param"
 _TRANSFORM = "transform_quant_param"
 _DATA = "data_preprocess_param"
 
@@ -49,6 +50,12 @@ def _mode_is_clear(config: Config) -> Iterator[Complaint]:
 def _bits_fit_the_mode(config: Config) -> Iterator[Complaint]:
     if config.mode != "WEIGHT_QUANT" and config.common.bit_num != 8:
         yield Complaint(_COMMON, "bit_num", f"must be 8 for {config.mode}", "write bit_num = 8")
+
+
+def _bits_are_free(config: Config) -> Iterator[Complaint]:
+    if config.transform.export_precision_mode and config.full_quant.activation_bits != "8":
+        problem = "does not go with export_precision_mode, whose ranges were trained for 8 bits"
+        yield Complaint(_FULL, "activation_bits", problem, "remove one of the two")
 
 
 def _data_is_whole(config: Config) -> Iterator[Complaint]:
@@ -142,7 +149,12 @@ DATA_RULES: tuple[Rule, ...] = (
     _crop_fits,
 )
 # Without a mode a model is left as it is, but for what flags change.
-MODELESS_RULES: tuple[Rule, ...] = (_mode_is_clear, _pixels_are_whole, *DATA_RULES)
+MODELESS_RULES: tuple[Rule, ...] = (
+    _mode_is_clear,
+    _bits_are_free,
+    _pixels_are_whole,
+    *DATA_RULES,
+)
 RULES: tuple[Rule, ...] = (_mode_is_given, _bits_fit_the_mode, *MODELESS_RULES)
 
 

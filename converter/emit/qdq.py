@@ -9,7 +9,7 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 
-from calib.affine import INT32, UINT8, Array, QParams, quantize
+from calib.affine import INT32, UINT8, Array, IntFormat, QParams, quantize
 from converter.emit.planes import PlaneWriter
 from converter.emit.stored import emit_stored
 from converter.graph.edit import (
@@ -24,7 +24,7 @@ from converter.graph.edit import (
 )
 from converter.graph.qdq import is_dequantize, is_quantize
 from converter.plan.ops import rule_of
-from converter.plan.plan import NodePlan, QuantizedWeight, QuantPlan
+from converter.plan.plan import NodePlan, QuantizedWeight, QuantPlan, TensorPlan
 from converter.plan.units import bias_place
 
 
@@ -36,10 +36,8 @@ def emit(model: ir.Model, plan: QuantPlan) -> dict[str, str]:
     """
     stored = {name for name, _ in plan.stored}
     kept = {name: unit for name, unit in plan.nodes.items() if name in stored}
-    restored = _Emitter(
-        model,
-        replace(plan, nodes={n: u for n, u in plan.nodes.items() if n not in kept}),
-    ).run()
+    others = {n: u for n, u in plan.nodes.items() if n not in kept}
+    restored = _Emitter(model, replace(plan, nodes=others)).run()
     biases = {name: bias for name, bias in plan.biases.items() if name in kept}
     emit_stored(model, replace(plan, nodes=kept, biases=biases), PlaneWriter(model))
     return restored
@@ -66,11 +64,14 @@ class _Emitter:
                 self.plan.params(name),
                 None if name in computed else readers,
             )
+        for name, other in self.plan.converted.items():
+            readers = [self.nodes[unit.name] for unit in units if self._reads_as(unit, other)]
+            self._write_conversion(name, self.plan.qparams[other.group], readers)
         for unit in units:
             if unit.bare:
                 self._bare(self.nodes[unit.name])
-            elif line := rule_of(self.nodes[unit.name]).line:
-                self._as_sum(self.nodes[unit.name], *line(self.nodes[unit.name]))
+            elif rule_of(self.nodes[unit.name]).line:
+                self._as_sum(self.nodes[unit.name], unit.activation or UINT8)
         return {name: not_none(value.name) for name, value in self.restored.items()}
 
     # --- activations
@@ -93,6 +94,22 @@ class _Emitter:
             value.name = self.names.fresh(f"{name}_float")
             restored.name = name
             self.graph.outputs[list(self.graph.outputs).index(value)] = restored
+
+    def _reads_as(self, unit: NodePlan, tensor: TensorPlan) -> bool:
+        return tensor.name in unit.inputs and self.plan.as_read(unit, tensor.name) is tensor
+
+    def _write_conversion(self, name: str, q: QParams, readers: list[ir.Node]) -> None:
+        """Sends `readers` of a tensor that has become integers on to those of another format."""
+        restored = self.restored[name]
+        uses = [use for use in restored.uses() if use.node in readers]
+        array = constant(self.values[name])
+        again = (
+            self._pair(restored, q)
+            if array is None
+            else self._dequantized(name, quantize(array, q), q)
+        )
+        for use in uses:
+            use.node.replace_input_with(use.idx, again)
 
     def _drop_implied_bound(self, unit: NodePlan) -> None:
         """Takes the upper bound off a Clip that codes imply, though not the whole type's range:
@@ -150,12 +167,13 @@ class _Emitter:
         self.graph.remove(quantize_again, safe=True)
         self._drop_unread(restore)
 
-    def _as_sum(self, gate: ir.Node, slope: float, offset: float) -> None:
+    def _as_sum(self, gate: ir.Node, fmt: IntFormat) -> None:
         """Writes clip(slope x + offset, 0, 1) of integers as an Add, for which there are kernels:
         the integers it reads stand for slope * x when their scale does, and what it makes ends at
         the bounds.
         """
-        name = not_none(gate.name)
+        name, line_of = not_none(gate.name), not_none(rule_of(gate).line)
+        slope, offset = line_of(gate)
         restore = not_none(not_none(gate.inputs[0]).producer())
         codes, scale, zero_point = restore.inputs
         scaled = self.names.constant(f"{name}_scale", not_none(constant(scale)) * np.float32(slope))
@@ -165,8 +183,8 @@ class _Emitter:
             f"{name}_line",
             like=gate.outputs[0],
         )
-        zero = np.array(0 if offset > 0 else 255)
-        whole = QParams(np.array(abs(offset) / 255, np.float32), zero, UINT8)
+        zero = np.array(0 if offset > 0 else fmt.qmax)
+        whole = QParams(np.array(abs(offset) / fmt.qmax, np.float32), zero, fmt)
         code = quantize(np.array(offset, np.float32), whole)
         added = self._dequantized(f"{name}_offset", code, whole)
         total = ir.node("Add", [line.outputs[0], added], name=name, outputs=[ir.Value()])
@@ -207,11 +225,8 @@ class _Emitter:
         node, name = self.nodes[unit.name], unit.bias or f"{unit.name}.bias"
         owner, index = bias_place(node, unit)
         if unit.integer_bias and owner is node and unit.inputs[0] in self.plan.tensors:
-            q = bias_qparams(
-                self.plan.params(unit.inputs[0]),
-                self.plan.weights[unit.name],
-                bias.size,
-            )
+            data = self.plan.read_params(unit, unit.inputs[0])
+            q = bias_qparams(data, self.plan.weights[unit.name], bias.size)
             written = self._dequantized(name, quantize(bias, q), q)
         else:
             written = self.names.constant(f"{name}_corrected", bias.astype(np.float32))

@@ -63,9 +63,9 @@ def alone(
     if not units or any(node.op_type.startswith("QLinear") for node in pairing.model.graph):
         return {}
     local, fed, taps = _cut(pairing, units, computed)
-    moved, deltas = _injected(pairing.reference, taps)
+    moved, deltas = injected(pairing.reference, taps)
     watched = [name for name, _ in taps.values()]
-    cut, injected = opened(local, watched), opened(moved, optimize=True)
+    cut, runner = opened(local, watched), opened(moved, optimize=True)
 
     def step(index: int) -> Array:
         """Tallies (units, 1 + outputs, …): of the unit's own output, and of the graph's."""
@@ -77,10 +77,10 @@ def alone(
             for leaf, (name, q) in taps.items()
         }
         still = {**sample, **dict.fromkeys(deltas.values(), np.zeros((), np.float32))}
-        before, rows = injected.answer(still), []
+        before, rows = runner.answer(still), []
         for leaves in units.values():
             changes = {deltas[leaf]: _delta(x[leaf], there[leaf]) for leaf in leaves}
-            after = injected.answer({**still, **changes})
+            after = runner.answer({**still, **changes})
             own = np.sum([tally(x[leaf], there[leaf]) for leaf in leaves], axis=0)
             rows.append([own, *map(tally, before, after)])
         return np.array(rows)
@@ -195,7 +195,7 @@ def _source(value: ir.Value) -> ir.Value | None:
     return maker.inputs[0] if quantizes(maker) else None
 
 
-def _injected(model: ir.Model, leaves: Iterable[str]) -> tuple[ir.Model, Mapping[str, str]]:
+def injected(model: ir.Model, leaves: Iterable[str]) -> tuple[ir.Model, Mapping[str, str]]:
     """The float model with an input for each tensor that is added to it, and the inputs' names by
     tensor.
     """

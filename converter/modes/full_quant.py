@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cached_property, partial
 
 import numpy as np
@@ -21,6 +21,7 @@ from converter.calibrate.observe import (
     Evidence,
     Wanted,
     activation_qparams,
+    fixed_qparams,
     masked_qparams,
     of_constants,
     probability_qparams,
@@ -33,11 +34,13 @@ from converter.config import Config
 from converter.config.keys import FullQuantParam
 from converter.emit.integer_types import TYPES, give_integers, take_integers
 from converter.emit.qdq import emit
+from converter.emit.wide_products import keep_wide
 from converter.errors import ConfigError, UsageError
 from converter.graph.edit import constant, is_float, not_none, values_by_name
 from converter.graph.files import fed_inputs
 from converter.job import Job, Resources, Watch
 from converter.measure.pairing import pair
+from converter.measure.rounding import rounding_costs
 from converter.measure.sensitivity import RANKED_ON, alone, output_drop, read_labels
 from converter.measure.target_checks import check
 from converter.modes import weight_quant
@@ -48,6 +51,7 @@ from converter.plan.plan import NodePlan, QuantPlan, TensorPlan
 from converter.plan.result import Quantized
 from converter.plan.targets import TARGETS, Target
 from converter.plan.units import weighted
+from converter.plan.widths import MOST_WIDE, Widening, wide_share
 from converter.prepare.equalize import equalize
 from converter.prepare.fake_quant import Prepared, Trained
 from converter.prepare.pixels import Pixels, fold_normalisation, trained_pixels
@@ -68,7 +72,8 @@ LEAST_LEFT = 18.0
 def make_plan(prepared: Prepared, job: Job) -> QuantPlan:
     """The plan without the numbers that data gives."""
     model, trained = prepared.floats, prepared.trained
-    return _planned(model, trained, job.config, _slow(model, trained, job.config, {}))
+    slow = _slow(model, trained, job.config, {})
+    return _planned(model, trained, job.config, Choice(slow))
 
 
 def quantize(prepared: Prepared, job: Job, watch: Watch) -> Quantized:
@@ -79,6 +84,7 @@ def quantize(prepared: Prepared, job: Job, watch: Watch) -> Quantized:
     check(final.model, final.plan, setup.target)
     _require_full_integer(final.plan, job.config)
     _tell_of_floats(final.plan, watch)
+    _tell_of_wide(final.plan, setup.target, watch)
     # What was trained is compared with what training saw, unless flags gave it other types.
     as_given = setup.trained and _edges(prepared.model) == _edges(setup.model)
     return Quantized(
@@ -99,6 +105,21 @@ def calibrate(prepared: Prepared, job: Job, watch: Watch) -> None:
     cache.
     """
     observed(set_up(prepared, job, watch), watch)
+
+
+@dataclass(frozen=True)
+class Choice:
+    """What findings decide of nodes, by name: which stay `floats` and which are `wide`, each with
+    the reason, and which join what has one range.
+    """
+
+    floats: Mapping[str, str] = field(default_factory=dict)
+    wide: Mapping[str, str] = field(default_factory=dict)
+    joined: frozenset[str] = frozenset()
+
+    def __or__(self, other: Choice) -> Choice:
+        floats, wide = {**self.floats, **other.floats}, {**self.wide, **other.wide}
+        return Choice(floats, wide, self.joined | other.joined)
 
 
 @dataclass(frozen=True)
@@ -128,15 +149,14 @@ class Setup:
         """The model as ONNX Runtime executes it."""
         return opened(self.model, optimize=True)
 
-    def planned(self, kept_float: Mapping[str, str]) -> QuantPlan:
-        """The plan without numbers that leaves some nodes float."""
-        kept = {**self.slow, **kept_float}
-        return _planned(self.model, self.trained, self.job.config, kept)
+    def planned(self, choice: Choice) -> QuantPlan:
+        """The plan without numbers of what is decided."""
+        return _planned(self.model, self.trained, self.job.config, Choice(self.slow) | choice)
 
     @cached_property
     def spreads(self) -> Mapping[str, float]:
         """How much the products of the whole plan vary, by tensor."""
-        layers = weighted(self.model, self.planned({})) if len(self.data) else ()
+        layers = weighted(self.model, self.planned(Choice())) if len(self.data) else ()
         axes = {not_none(x.node.outputs[0].name): OPS[x.node.op_type].output_axis for x in layers}
         return product_spreads(self.model, axes, self.data, self.resources) if axes else {}
 
@@ -183,7 +203,7 @@ def set_up(prepared: Prepared, job: Job, watch: Watch) -> Setup:
     if len(data) and not trained:
         smooth(
             model,
-            _fed_by_floats(model, setup.planned({})),
+            _fed_by_floats(model, setup.planned(Choice())),
             data,
             threads=resources.threads,
             watch=watch,
@@ -213,33 +233,37 @@ def _slow(
     model: ir.Model, trained: Trained, config: Config, fed: Mapping[str, tuple[int, ...]]
 ) -> Mapping[str, str]:
     """The nodes that integers would make no faster, with the reason."""
-    common, full, target = config.common, config.full_quant, _target(config)
-    if (
-        trained
-        or not target.counts_costs
-        or not full.only_where_it_pays
-        or full.require_full_integer
-    ):
+    full, target = config.full_quant, _target(config)
+    # No table knows what 16 bits cost: who asks for them does not ask for speed.
+    if trained or not target.counts_costs or not _may_stay_float(full) or full.bits > 8:
         return {}
-    wishes = Wishes(common.skip_quant_node, common.skip_quant_type, full.per_channel)
-    return unprofitable(model, build_plan(model.graph, target, wishes), fed)
+    plan = build_plan(model.graph, target, _wishes(config, Choice()))
+    return unprofitable(model, plan, fed)
 
 
-def _planned(
-    model: ir.Model, trained: Trained, config: Config, kept_float: Mapping[str, str]
-) -> QuantPlan:
-    """The plan with trained ranges; without data, the nodes whose ranges are open stay float."""
+def _wishes(config: Config, choice: Choice) -> Wishes:
     common, full = config.common, config.full_quant
-    wishes = Wishes(common.skip_quant_node, common.skip_quant_type, full.per_channel, kept_float)
-    plan = build_plan(model.graph, _target(config), wishes)
-    plan = with_trained_ranges(plan, trained.tensors, full.power_of_two_scale)
+    return Wishes(
+        common.skip_quant_node,
+        common.skip_quant_type,
+        full.per_channel,
+        choice.floats,
+        full.bits,
+        choice.wide,
+        choice.joined,
+    )
+
+
+def _planned(model: ir.Model, trained: Trained, config: Config, choice: Choice) -> QuantPlan:
+    """The plan with trained ranges; without data, the nodes whose ranges are open stay float."""
+    plan = build_plan(model.graph, _target(config), _wishes(config, choice))
+    plan = with_trained_ranges(plan, trained.tensors, config.full_quant.power_of_two_scale)
     if config.preprocess.calibrate_path:
         return plan
     values = values_by_name(model.graph)
-    left = untrained(
-        plan, {group for group in plan.groups() if constant(values[group]) is not None}
-    )
-    return _planned(model, trained, config, {**kept_float, **left}) if left else plan
+    groups = plan.groups().items()
+    left = untrained(plan, {name for name, t in groups if constant(values[t.name]) is not None})
+    return _planned(model, trained, config, choice | Choice(left)) if left else plan
 
 
 # --- what the data says
@@ -247,7 +271,7 @@ def _planned(
 
 def observed(setup: Setup, watch: Watch) -> Evidence:
     """What data says about all that the plan, with what was trained, leaves open."""
-    plan, kept = setup.with_trained_weights(setup.planned({}))
+    plan, kept = setup.with_trained_weights(setup.planned(Choice()))
     tell_kept(kept, watch)
     open_nodes = {name: unit for name, unit in plan.nodes.items() if name not in plan.weights}
     wanted = _wanted(setup, plan, replace(plan, nodes=open_nodes))
@@ -274,7 +298,10 @@ def _wanted(setup: Setup, plan: QuantPlan, open_plan: QuantPlan) -> Wanted:
     # Without its trained bounds a model has other means.
     corrects = setup.wanted.bias_correction and not setup.trained
     means = products(graph, open_plan) if corrects else ()
-    open_groups = [group for group in plan.groups() if group not in plan.qparams]
+    mixed = _may_widen(setup)
+    # What is only moved may yet get a format of its own.
+    known = plan.tensors.values() if mixed else plan.groups().values()
+    open_groups = [tensor.name for tensor in known if tensor.group not in plan.qparams]
     outputs = [value.name or "" for value in _integer_outputs(setup.job, graph)]
     tensors = tuple(dict.fromkeys([*open_groups, *outputs]))
     part = setup.job.part or (0, 1)
@@ -287,10 +314,15 @@ def _wanted(setup: Setup, plan: QuantPlan, open_plan: QuantPlan) -> Wanted:
 def within_drop(setup: Setup, evidence: Evidence, watch: Watch) -> Attempt:
     """The attempt that keeps the fewest nodes float and loses no more than max_drop."""
     bound, path = setup.wanted.max_drop, setup.job.config.preprocess.label_file
-    first = attempt(setup, evidence, {}, watch)
+    mixed = _may_widen(setup)
+    if bound is None and mixed:
+        return attempt(setup, evidence, _widest(setup, evidence, watch), watch)
+    first = attempt(setup, evidence, Choice(), watch)
     if bound is None:
         return first
     labels = read_labels(path, setup.data) if path else None
+    if mixed:
+        return _wide_within_drop(setup, evidence, first, watch, labels=labels)
     if _drop(setup, first, labels, watch) <= bound:
         return first
     pairing = pair(setup.model, first.model, first.plan)
@@ -308,11 +340,58 @@ def within_drop(setup: Setup, evidence: Evidence, watch: Watch) -> Attempt:
             name: f"kept float for max_drop: alone it leaves {leaves[name]:.1f} dB"
             for name in worst[:count]
         }
-        result = attempt(setup, evidence, kept, watch)
+        result = attempt(setup, evidence, Choice(kept), watch)
         within = _drop(setup, result, labels, watch) <= bound
         return result if within or count == len(worst) else None
 
     return fewest(len(worst), without)
+
+
+def _ranked(setup: Setup, evidence: Evidence, watch: Watch) -> tuple[Choice, Widening]:
+    """The choice of 8 bits throughout, and in which order units had better have 16."""
+    choice, plan = _fitting(setup, evidence, Choice())
+    watch.say(f"Ranking {len(plan.groups())} activations by what their rounding costs.")
+    threads = setup.resources.threads
+    costs = rounding_costs(setup.model, plan, setup.data, count=RANKED_ON, threads=threads)
+    return choice, Widening(plan, costs, setup.target.wide)
+
+
+def _widest(setup: Setup, evidence: Evidence, watch: Watch) -> Choice:
+    """The choice that spends a bounded share of the tensors on 16 bits."""
+    choice, widening = _ranked(setup, evidence, watch)
+    return choice | _widened(widening.within(MOST_WIDE))
+
+
+def _widened(names: Collection[str]) -> Choice:
+    return Choice(wide=dict.fromkeys(names, "as its tensors lose most in 8"))
+
+
+def _wide_within_drop(
+    setup: Setup,
+    evidence: Evidence,
+    first: Attempt,
+    watch: Watch,
+    *,
+    labels: Mapping[str, int] | None,
+) -> Attempt:
+    """The attempt that gives the fewest units 16 bits and loses no more than max_drop."""
+    bound = not_none(setup.wanted.max_drop)
+    if _drop(setup, first, labels, watch) <= bound:
+        return first
+    choice, widening = _ranked(setup, evidence, watch)
+    steps = list(widening.order())
+
+    def with_wide(count: int) -> Attempt | None:
+        result = attempt(setup, evidence, choice | _widened(steps[count - 1]), watch)
+        drop = _drop(setup, result, labels, watch)
+        if drop > bound and count == len(steps):
+            watch.warn(
+                f"max_drop = {bound:g} is missed: with 16 bits in every activation the output "
+                f"still loses {drop:.5f}."
+            )
+        return result if drop <= bound or count == len(steps) else None
+
+    return fewest(len(steps), with_wide) if steps else first
 
 
 def _drop(setup: Setup, tried: Attempt, labels: Mapping[str, int] | None, watch: Watch) -> float:
@@ -325,15 +404,9 @@ def _drop(setup: Setup, tried: Attempt, labels: Mapping[str, int] | None, watch:
     return drop
 
 
-def attempt(
-    setup: Setup, evidence: Evidence, kept_float: Mapping[str, str], watch: Watch
-) -> Attempt:
-    """The model quantized without the nodes `kept_float`."""
-    plan = _with_ranges(setup, evidence, setup.planned(kept_float))
-    for unfit in (_mixed_concats, partial(_drowned, setup)):
-        if more := unfit(plan):
-            kept_float = {**kept_float, **more}
-            plan = _with_ranges(setup, evidence, setup.planned(kept_float))
+def attempt(setup: Setup, evidence: Evidence, choice: Choice, watch: Watch) -> Attempt:
+    """The model quantized as is chosen."""
+    _, plan = _fitting(setup, evidence, choice)
     plan, _ = setup.with_trained_weights(plan)
     if any(unit.weight and unit.name not in plan.weights for unit in plan.units()):
         walk = Walk(setup.model, plan, setup.data, setup.resources, samples=evidence.first)
@@ -344,7 +417,20 @@ def attempt(
             setup.model, plan, walk, means=evidence.means, rounding=rounding, watch=watch
         )
     quantized, plan = setup.model.clone(), _with_stored(setup, plan, watch)
-    return Attempt(quantized, plan, emit(quantized, plan))
+    restored = emit(quantized, plan)
+    if setup.target.wide_is_slow:
+        keep_wide(quantized)
+    return Attempt(quantized, plan, restored)
+
+
+def _fitting(setup: Setup, evidence: Evidence, choice: Choice) -> tuple[Choice, QuantPlan]:
+    """The choice with what its ranges do not suit, and the plan with ranges."""
+    plan = _with_ranges(setup, evidence, setup.planned(choice))
+    for unfit in (partial(_mixed_concats, setup), partial(_drowned, setup)):
+        if (more := unfit(plan)) != Choice():
+            choice = choice | more
+            plan = _with_ranges(setup, evidence, setup.planned(choice))
+    return choice, plan
 
 
 def _with_ranges(setup: Setup, evidence: Evidence, plan: QuantPlan) -> QuantPlan:
@@ -356,12 +442,13 @@ def _with_ranges(setup: Setup, evidence: Evidence, plan: QuantPlan) -> QuantPlan
     )
     plan = plan.with_qparams(probability_qparams(graph, plan, statistics, spec))
     plan = plan.with_qparams(masked_qparams(graph, plan, statistics, spec))
-    if setup.pixels is None or setup.target.activation != UINT8:
+    plan = plan.with_qparams(fixed_qparams(plan, setup.target))
+    if (pixels := setup.pixels) is None:
         return plan
     inputs = {value.name for value in graph.inputs}
-    return plan.with_qparams(
-        {group: setup.pixels.qparams for group in plan.groups() if group in inputs}
-    )
+    groups = plan.groups().items()
+    fed = [g for g, tensor in groups if tensor.name in inputs and tensor.format == UINT8]
+    return plan.with_qparams(dict.fromkeys(fed, pixels.qparams))
 
 
 def _with_stored(setup: Setup, plan: QuantPlan, watch: Watch) -> QuantPlan:
@@ -458,16 +545,42 @@ def _fed_by_floats(model: ir.Model, plan: QuantPlan) -> list[NodePlan]:
     return [unit for unit in products if unit.inputs[0] not in other]
 
 
-def _mixed_concats(plan: QuantPlan) -> dict[str, str]:
+def _mixed_concats(setup: Setup, plan: QuantPlan) -> Choice:
     """Concat nodes whose inputs are too different in range to share one, with the reason."""
-    mixed = {}
+    mixed, joined = dict[str, str](), set[str]()
     for unit in (unit for unit in plan.units() if rule(unit.op_type).joins):
-        scales = [float(plan.params(name).scale) for name in unit.inputs]
-        if max(scales) > MIXED_RANGES * min(scales):
+        spans = [_span(plan, unit, name) for name in unit.inputs]
+        finer = (unit.activation or UINT8).bits - UINT8.bits
+        if max(spans) > MIXED_RANGES * 2**finer * min(spans):
             mixed[unit.name] = (
-                f"the ranges of its inputs differ {max(scales) / min(scales):.0f} times"
+                f"the ranges of its inputs differ {max(spans) / min(spans):.0f} times"
             )
-    return mixed
+        elif setup.target.joins_alike:
+            joined.add(unit.name)
+    return Choice({} if _may_widen(setup) else mixed, joined=frozenset(joined))
+
+
+def _span(plan: QuantPlan, unit: NodePlan, name: str) -> float:
+    q = plan.read_params(unit, name)
+    return float(q.scale) * (q.format.qmax - q.format.qmin)
+
+
+def _may_widen(setup: Setup) -> bool:
+    """Whether what 8 bits do not suit gets 16: measuring tells, and nothing stays float for it."""
+    return setup.wanted.activation_bits == "MIXED"
+
+
+def _tell_of_wide(plan: QuantPlan, target: Target, watch: Watch) -> None:
+    """Says how many activations have 16 bits, and what that costs."""
+    share = wide_share(plan)
+    if not share:
+        return
+    watch.tell(f"Activations of 16 bits: {share:.0%} of {len(plan.tensors)}.")
+    if target.wide_is_slow:
+        watch.warn(
+            f"16-bit activations cost speed on target {target.name}: ONNX Runtime computes them in "
+            "floats between conversions; they are for NPUs, target_device = QNN."
+        )
 
 
 def _tell_of_floats(plan: QuantPlan, watch: Watch) -> None:
@@ -481,25 +594,26 @@ def _tell_of_floats(plan: QuantPlan, watch: Watch) -> None:
         )
 
 
-def _drowned(setup: Setup, plan: QuantPlan) -> dict[str, str]:
+def _drowned(setup: Setup, plan: QuantPlan) -> Choice:
     """Products that drown in the noise of their inputs' codes, with what makes these, and the
     reason: quiet channels have large weights there, mostly in depthwise convolutions.
     """
-    if setup.trained or not _may_stay_float(setup.wanted):
-        return {}
+    if setup.trained or _may_widen(setup) or not _may_stay_float(setup.wanted):
+        return Choice()
     kept: dict[str, str] = {}
     for layer in weighted(setup.model, plan):
         product, source = not_none(layer.node.outputs[0].name), layer.unit.inputs[0]
         if layer.view is None or source not in plan.tensors or product not in setup.spreads:
             continue
         matrix = layer.view.matrix(layer.weight.astype(np.float64))
-        left = decibels_left(setup.spreads[product], matrix, float(plan.params(source).scale))
+        scale = float(plan.read_params(layer.unit, source).scale)
+        left = decibels_left(setup.spreads[product], matrix, scale)
         if left < LEAST_LEFT:
             why = f"would leave {left:.0f} dB of the products"
             kept[layer.unit.name] = f"codes of its input {why}"
             makers = dict.fromkeys(_makers(plan, source), f"its codes {why} of {layer.unit.name}")
             kept = {**makers, **kept}
-    return kept
+    return Choice(kept)
 
 
 def _makers(plan: QuantPlan, tensor: str) -> list[str]:

@@ -37,11 +37,13 @@ from converter.plan.ops import computes_on_integers, draws, may_have_weight
 from converter.plan.payoff import stays_float
 from converter.plan.placement import check_skips
 from converter.plan.plan import QuantPlan
+from converter.plan.requests import check_target
 from converter.plan.result import Quantized
+from converter.plan.targets import WIDE_OPSET
 from converter.prepare import make_plain, prepare
 from converter.prepare.fake_quant import Prepared, without_training
 from converter.prepare.inputs import check_shapes, set_input_shapes
-from converter.prepare.opset import opset_of, raise_opset
+from converter.prepare.opset import LEAST_OPSET, opset_of, raise_opset
 from converter.report.advice import listed
 from converter.report.collect import check_folder, write_reports
 from converter.report.provenance import provenance
@@ -200,6 +202,12 @@ def calibrate(job: Job, watch: Watch) -> None:
         raise QConvertError(str(error)) from error
 
 
+def least_opset(job: Job) -> int:
+    """The oldest opset that has what the job asks for."""
+    wide = job.mode == "FULL_QUANT" and job.config.full_quant.activation_bits != "8"
+    return WIDE_OPSET if wide else LEAST_OPSET
+
+
 def make_plan(job: Job, watch: Watch) -> QuantPlan:
     """The decisions a conversion would make before it looks at any data; runs nothing."""
     return MODES[job.mode].make_plan(read(job, watch), job)
@@ -211,12 +219,13 @@ def read(job: Job, watch: Watch) -> Prepared:
         check_folder(folder, job.config.at("common_quant_param", "debug_info_save_path"))
     for warning in job.config.warnings:
         watch.warn(warning)
+    check_target(job.config)
     model = models.load(job.model, job.output)
     set_input_shapes(model, job.input_shapes)
     _tell_of_inputs(model, job, watch)
     nodes = _nodes(model)
     make_plain(model)  # first, as ONNX's converter forgets functions
-    raised = raise_opset(model)
+    raised = raise_opset(model, least_opset(job))
     if raised is not model:
         _check_raised(model, raised, watch)
     normal = prepare(raised)

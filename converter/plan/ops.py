@@ -132,6 +132,18 @@ def _weight_unusable(node: ir.Node) -> str | None:
     return reason and f"its weight {reason}"
 
 
+def _row_unusable(node: ir.Node) -> str | None:
+    array = operand(node, 1)
+    reason = (
+        "is not one constant a channel" if array is None or array.ndim != 1 else unusable(array)
+    )
+    return reason and f"its scale {reason}"
+
+
+def _more_outputs(node: ir.Node) -> str | None:
+    return "it hands out statistics too" if len(node.outputs) > 1 else None
+
+
 def _bias_unusable(node: ir.Node) -> str | None:
     if input_at(node, 2) is None:
         return None
@@ -282,15 +294,24 @@ OPS: dict[str, OpRule] = {
     "Add": OpRule(data=None, adds=True, merges=True),
     "Sub": OpRule(data=None, merges=True),
     "Concat": OpRule(data=None, joins=True, within=True, merges=True),
+    "LayerNormalization": OpRule(
+        weight=1,
+        bias=2,
+        channel_axis=lambda node: 0,
+        output_axis=-1,
+        view=no_view,
+        obstacle=_all_of(_row_unusable, _bias_unusable, _more_outputs),
+    ),
     **_rows("Max Min", OpRule(data=None, within=True, merges=True)),
     "Mul": OpRule(data=None, multiplies=True),
-    **_rows("Div PRelu", OpRule(data=None)),
+    **_rows("Div PRelu Pow", OpRule(data=None)),
     "Relu": OpRule(floor=lambda node: 0.0, within=True),
     "Clip": OpRule(floor=_clip_floor, within=True),
     "AveragePool": OpRule(within=True, obstacle=_dilations, obstacle_spreads=True),
     **_rows("GlobalAveragePool ReduceMax ReduceMean ReduceMin", _BOUNDED),
     "Softmax": OpRule(probabilities=True),
     **_rows("ReduceSum Tanh LeakyRelu Abs Ceil Exp Floor Neg Round Sqrt", OpRule()),
+    **_rows("Elu Gelu HardSwish Log", OpRule()),
     **_rows("BatchNormalization InstanceNormalization", OpRule()),
     **_rows("MaxPool Reshape Flatten Squeeze Unsqueeze Transpose Slice Split", _MOVED),
     **_rows("DepthToSpace SpaceToDepth Tile", _MOVED),

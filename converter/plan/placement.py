@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
 
+from calib.affine import IntFormat
 from calib.sources import as_item
 from converter.config import Config
 from converter.errors import ConfigError
@@ -37,21 +38,26 @@ from converter.plan.plan import (
     TensorPlan,
     WeightPlan,
 )
-from converter.plan.targets import Target
+from converter.plan.targets import WIDE, Target
 
 
 @dataclass(frozen=True)
 class Wishes:
     """What is asked of the placement: names (glob patterns) and types to leave float, granularity
-    of weights.
+    of weights, bits of activations.
 
-    `kept_float` holds nodes that later findings keep float, with the reason.
+    `kept_float` holds nodes that later findings keep float, with the reason, and `wide` those that
+    they give activations of 16 bits. `joined` are operators whose inputs share the parameters of
+    the whole.
     """
 
     skip_nodes: tuple[str, ...] = ()
     skip_types: tuple[str, ...] = ()
     per_channel: bool = True
     kept_float: Mapping[str, str] = field(default_factory=dict)
+    bits: int = 8
+    wide: Mapping[str, str] = field(default_factory=dict)
+    joined: Collection[str] = ()
 
 
 @dataclass(frozen=True)
@@ -61,6 +67,7 @@ class _Unit:
     node: ir.Node
     rule: OpRule
     absorbed: tuple[ir.Node, ...]
+    activation: IntFormat
 
     @property
     def anchor(self) -> bool:
@@ -102,7 +109,8 @@ def build_plan(graph: ir.Graph, target: Target, wishes: Wishes) -> QuantPlan:
             "an input of it is float: converting it costs more than it saves",
         )
         _drop(units, reasons, _tails(units), "no integer operator reads on from it")
-    tensors = _tensor_plans(units.values(), target)
+    tensors = _Tensors(list(units.values()), target)
+    tensors.join([unit for unit in units.values() if unit.node.name in wishes.joined])
     inside = {inner: unit.node.name for unit in units.values() for inner in unit.absorbed}
     nodes = {}
     for node in graph:
@@ -113,7 +121,7 @@ def build_plan(graph: ir.Graph, target: Target, wishes: Wishes) -> QuantPlan:
             nodes[name] = NodePlan(
                 name, node.op_type, False, reasons[node], inside=inside.get(node)
             )
-    return QuantPlan(nodes, tensors)
+    return QuantPlan(nodes, tensors.plans, converted=tensors.converted)
 
 
 # --- which nodes could be integer
@@ -130,8 +138,12 @@ def _candidates(
             continue
         if reason := _obstacle(node, target, wishes):
             reasons[node] = reason
+            if node.name in wishes.kept_float:
+                # Nothing is known of what was to be inside.
+                reasons.update((inner, reason) for inner in _absorbed(node, target, wishes))
             continue
-        units[node] = _Unit(node, rule_of(node), tuple(_absorbed(node, target, wishes)))
+        absorbed = tuple(_absorbed(node, target, wishes))
+        units[node] = _Unit(node, rule_of(node), absorbed, _activation(node, target, wishes))
         reasons.update((inner, f"computed inside {node.name}") for inner in units[node].absorbed)
     return units, reasons
 
@@ -255,11 +267,18 @@ def _obstacle(node: ir.Node, target: Target, wishes: Wishes) -> str | None:
     return rule.obstacle(node)
 
 
+def _activation(node: ir.Node, target: Target, wishes: Wishes) -> IntFormat:
+    """The format that a node's activations have."""
+    asked = wishes.bits == WIDE.bits or (node.name or "") in wishes.wide
+    return WIDE if asked and node.op_type in target.wide else target.activation
+
+
 def _absorbed(node: ir.Node, target: Target, wishes: Wishes) -> Iterator[ir.Node]:
     """The nodes behind `node` that the target computes inside it."""
     if rule_of(node).moves:
         return
-    add = bias_add(node)
+    wide = _activation(node, target, wishes) == WIDE
+    add = bias_add(node) if target.adds_bias and not wide else None
     if add and not skipped(add, wishes):
         yield add
         node = add
@@ -324,32 +343,75 @@ def _tails(units: dict[ir.Node, _Unit]) -> Iterator[_Unit]:
 # --- the plan
 
 
-def _tensor_plans(units: Iterable[_Unit], target: Target) -> dict[str, TensorPlan]:
-    units = list(units)
-    inner = {
-        value for unit in units if target.fuses_residual and (value := _fused_branch(unit, units))
-    }
-    read = {value for unit in units for value in unit.data} - inner
-    plans: dict[str, TensorPlan] = {}
+class _Tensors:
+    """The activations of units, and which of them are read in another format than they are made in.
 
-    def add(value: ir.Value, group: str, reason: str) -> None:
-        name = value.name or ""
-        plans.setdefault(name, TensorPlan(name, target.activation, target.symmetric, group, reason))
+    What units compute has their format; what becomes integers of floats has the widest of those
+    that read it.
+    """
 
-    for unit in units:
+    def __init__(self, units: Sequence[_Unit], target: Target) -> None:
+        self.target = target
+        self.plans: dict[str, TensorPlan] = {}
+        self.converted: dict[str, TensorPlan] = {}
+        branches = (_fused_branch(unit, units) for unit in units if target.fuses_residual)
+        self.inner = {value for value in branches if value}
+        self.read = {value for unit in units for value in unit.data} - self.inner
+        self.widest: dict[ir.Value, IntFormat] = {}
+        for unit in units:
+            for value in unit.data:
+                known = self.widest.get(value, unit.activation)
+                self.widest[value] = max(known, unit.activation, key=lambda fmt: fmt.bits)
+        for unit in units:
+            self._add_read(unit)
+            self._add_made(unit)
+
+    def _add_read(self, unit: _Unit) -> None:
         for value in unit.data:
-            if value in read:
-                add(value, value.name or "", f"read by {unit.node.name}")
-        source = plans[unit.data[0].name or ""].group if unit.rule.moves else None
+            if value in self.read:
+                why = f"read by {unit.node.name}"
+                self._add(value, self.widest[value], value.name or "", why)
+                self._convert(value, unit)
+
+    def _convert(self, value: ir.Value, unit: _Unit) -> None:
+        name, fmt = value.name or "", unit.activation
+        if self.plans[name].format != fmt and name not in self.converted:
+            group, why = f"{name} as {fmt}", f"read by {unit.node.name}"
+            plan = TensorPlan(name, fmt, self.target.symmetric, group, why)
+            self.converted[name] = plan
+
+    def _add_made(self, unit: _Unit) -> None:
+        op_type, why = unit.node.op_type, f"computed by {unit.node.name}"
+        source = self._group_of(unit.data[0].name or "", unit) if unit.rule.moves else ""
         for value in unit.outputs:
-            if value in read or (
-                unit.node.op_type not in target.float_output and value not in inner
-            ):
-                add(value, source or value.name or "", f"computed by {unit.node.name}")
-    return plans
+            kept = op_type not in self.target.float_output and value not in self.inner
+            if value in self.read or kept:
+                self._add(value, unit.activation, source or value.name or "", why)
+
+    def _group_of(self, name: str, unit: _Unit) -> str:
+        made = self.plans[name]
+        return (made if made.format == unit.activation else self.converted[name]).group
+
+    def join(self, units: Sequence[_Unit]) -> None:
+        """Lets the inputs of each unit have the parameters of its output, whose range holds theirs;
+        but for those that are part of another whole.
+        """
+        wholes = set[str]()
+        for unit in reversed(units):
+            whole = self.plans[unit.outputs[0].name or ""].group
+            wholes.add(whole)
+            parts = {self._group_of(value.name or "", unit) for value in unit.data} - wholes
+            for plans in (self.plans, self.converted):
+                members = {n: t for n, t in plans.items() if t.group in parts}
+                plans.update((n, replace(t, group=whole)) for n, t in members.items())
+
+    def _add(self, value: ir.Value, fmt: IntFormat, group: str, why: str) -> None:
+        name = value.name or ""
+        plan = TensorPlan(name, fmt, self.target.symmetric, group, why)
+        self.plans.setdefault(name, plan)
 
 
-def _fused_branch(unit: _Unit, units: list[_Unit]) -> ir.Value | None:
+def _fused_branch(unit: _Unit, units: Sequence[_Unit]) -> ir.Value | None:
     """The convolution output that the runtime adds to inside the convolution."""
     if not unit.rule.adds:
         return None
@@ -363,24 +425,33 @@ def _unit_plan(unit: _Unit, target: Target, wishes: Wishes) -> NodePlan:
         name=node.name or "",
         op_type=node.op_type,
         quantized=True,
-        reason=f"integer kernel of target {target.name}",
+        reason=_reason(unit, target, wishes),
         inputs=tuple(value.name or "" for value in unit.data),
         outputs=tuple(value.name or "" for value in unit.outputs),
         absorbed=tuple(inner.name or "" for inner in unit.absorbed),
         weight=_weight_plan(unit, target, wishes),
         bias=_bias_name(unit),
         integer_bias=target.integer_bias,
-        bare=node.op_type in target.bare,
+        bare=node.op_type in target.bare and unit.activation == target.activation,
+        activation=unit.activation,
     )
+
+
+def _reason(unit: _Unit, target: Target, wishes: Wishes) -> str:
+    reason = f"integer kernel of target {target.name}"
+    why = wishes.wide.get(unit.node.name or "")
+    return f"{reason}, 16-bit activations {why}" if why and unit.activation == WIDE else reason
 
 
 def _weight_plan(unit: _Unit, target: Target, wishes: Wishes) -> WeightPlan | None:
     if (index := unit.weight_index) is None:
         return None
-    axis = unit.rule.channel_axis(unit.node) if wishes.per_channel else None
+    may = wishes.per_channel and (target.channels is None or unit.node.op_type in target.channels)
+    axis = unit.rule.channel_axis(unit.node) if may else None
     weight = not_none(unit.node.inputs[index])
     pairs, shape = unit.rule.pairs, not_none(constant(weight)).shape
-    pair_limit = target.pair_limit if pairs and pairs(unit.node, shape) else None
+    added = pairs is not None and pairs(unit.node, shape)
+    pair_limit = target.pair_limit if added and unit.activation == target.activation else None
     granularity = PerTensor() if axis is None else PerAxis(axis)
     return WeightPlan(weight.name or "", index, target.weight, granularity, pair_limit)
 

@@ -93,7 +93,8 @@ class NodePlan:
     `absorbed` the names of the nodes computed inside it, `inside` the unit it is itself computed
     in, and `bias` the name of its constant bias, if any, which is stored as int32 where
     `integer_bias`. A `bare` node runs on the integers themselves, without a conversion on either
-    side. `further` are the weights of an operator that has more than one.
+    side. `further` are the weights of an operator that has more than one. `activation` is the
+    format of what it reads and makes, None where that is not fixed.
     """
 
     name: str
@@ -109,6 +110,7 @@ class NodePlan:
     integer_bias: bool = True
     bare: bool = False
     further: tuple[WeightPlan, ...] = ()
+    activation: IntFormat | None = None
 
     @property
     def weights(self) -> tuple[WeightPlan, ...]:
@@ -135,6 +137,7 @@ class QuantPlan:
     by the algorithms.
 
     `stored`, by node and input, are weights that are kept as codes but are floats again before use.
+    `converted`, by tensor, is the other format that some of its readers compute in.
     """
 
     nodes: Mapping[str, NodePlan]
@@ -143,6 +146,7 @@ class QuantPlan:
     weights: Mapping[str, QuantizedWeight] = field(default_factory=dict)
     biases: Mapping[str, Array] = field(default_factory=dict)
     stored: Mapping[tuple[str, int], QuantizedWeight] = field(default_factory=dict)
+    converted: Mapping[str, TensorPlan] = field(default_factory=dict)
 
     def units(self) -> list[NodePlan]:
         """The quantized nodes, in graph order."""
@@ -155,11 +159,23 @@ class QuantPlan:
 
     def groups(self) -> dict[str, TensorPlan]:
         """The tensor each group is named by."""
-        return {plan.group: self.tensors[plan.group] for plan in self.tensors.values()}
+        others = {plan.group: plan for plan in self.converted.values()}
+        named = {**self.tensors, **others}
+        members = (*self.tensors.values(), *others.values())
+        return {plan.group: named[plan.group] for plan in members}
 
     def params(self, tensor: str) -> QParams:
-        """Scale and zero point of an activation tensor."""
+        """Scale and zero point of an activation tensor, as it is made."""
         return self.qparams[self.tensors[tensor].group]
+
+    def as_read(self, unit: NodePlan, tensor: str) -> TensorPlan:
+        """A tensor in the format that `unit` reads it in."""
+        other = self.converted.get(tensor)
+        return other if other and other.format == unit.activation else self.tensors[tensor]
+
+    def read_params(self, unit: NodePlan, tensor: str) -> QParams:
+        """Scale and zero point of an activation tensor, as `unit` reads it."""
+        return self.qparams[self.as_read(unit, tensor).group]
 
     def part(self, nodes: Collection[NodePlan], tensors: Iterable[str] = ()) -> QuantPlan:
         """A copy about `nodes` alone: with the tensors they read and make where they are quantized,
@@ -171,7 +187,9 @@ class QuantPlan:
             *(name for unit in units for name in (*unit.inputs, *unit.outputs)),
         }
         kept = {name: tensor for name, tensor in self.tensors.items() if name in named}
-        return replace(self, nodes={node.name: node for node in nodes}, tensors=kept)
+        read = {name: tensor for name, tensor in self.converted.items() if name in named}
+        part = {node.name: node for node in nodes}
+        return replace(self, nodes=part, tensors=kept, converted=read)
 
     def with_qparams(self, qparams: Mapping[str, QParams]) -> QuantPlan:
         """A copy with more parameters."""

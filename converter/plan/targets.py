@@ -4,13 +4,16 @@ overflow.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 
-from calib.affine import INT8, INT8_NARROW, UINT8, IntFormat
+from calib.affine import INT8, INT8_NARROW, UINT8, UINT16, IntFormat
 
 # x86 without VNNI multiplies u8 by s8 and adds two products in 16 bits: 128 * 255 fits, 129 * 255
 # does not.
 PAIR_LIMIT = 128
+# The wide format of activations, and the opset that conversions to it came with.
+WIDE, WIDE_OPSET = UINT16, 21
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,14 @@ class Target:
     attention, are worth it. `fuses_residual`: whether an Add after a convolution runs inside it, so
     that only its other input is converted. `counts_costs`: whether the table of costs is of its
     kernels, and what makes nothing faster stays float.
+
+    `wide`: operators that may have activations of 16 bits, and `wide_is_slow`, whether these are
+    computed in floats between conversions.
+
+    `channels`: operators whose weights may have a scale a channel; None for all. `adds_bias`:
+    whether an Add of a constant behind a product of bytes is part of it. `fixed`: scale and zero
+    point that the outputs of an operator must have at some width. `joins_alike`: whether what is
+    joined had better have the parameters of the whole.
     """
 
     name: str
@@ -44,6 +55,12 @@ class Target:
     fuses_residual: bool = False
     computed_products: bool = True
     counts_costs: bool = False
+    wide: frozenset[str] = frozenset()
+    wide_is_slow: bool = False
+    channels: frozenset[str] | None = None
+    adds_bias: bool = True
+    fixed: Mapping[tuple[str, int], tuple[float, int]] = field(default_factory=dict)
+    joins_alike: bool = False
 
 
 def _set(text: str) -> frozenset[str]:
@@ -67,6 +84,8 @@ CPU = Target(
     pair_limit=PAIR_LIMIT,
     computed_products=False,
     counts_costs=True,
+    wide=_WEIGHTED | _COMPUTED | _MOVES | _set("HardSigmoid Pad"),
+    wide_is_slow=True,
 )
 OPENVINO = replace(
     CPU,
@@ -78,6 +97,7 @@ OPENVINO = replace(
     fuses_residual=True,
     computed_products=True,
     counts_costs=False,
+    wide=frozenset(),
 )
 NVGPU = Target(
     name="NVGPU",
@@ -104,6 +124,30 @@ DSP = Target(
     | _set("PRelu ReduceMax ReduceMean ReduceMin ReduceSum Relu Round Softmax Sqrt Sub Tanh Tile"),
     float_output=frozenset(),
     all_pays=True,
+    # The supplements of Qualcomm's operator definitions list 16 bits for what HTP and HTA compute.
+    wide=_WEIGHTED
+    | _COMPUTED
+    | _MOVES
+    | _set("ConvTranspose Div Max Min Neg Pad PRelu ReduceMax")
+    | _set("ReduceMean ReduceMin ReduceSum Relu Softmax Sqrt Sub Tanh Tile Clip Exp Gather"),
+)
+_NPU = DSP.integer - _set("BatchNormalization Ceil InstanceNormalization") | _set(
+    "Elu Gelu HardSigmoid HardSwish LayerNormalization Log Pow"
+)
+# Qualcomm's NPU, as ONNX Runtime's QNN provider hands it a graph: operators between pairs of one
+# width, scales a channel for convolutions alone, and what 16 bits between fixed bounds stand for.
+QNN = Target(
+    name="QNN",
+    activation=UINT8,
+    symmetric=False,
+    integer=_NPU,
+    float_output=frozenset(),
+    all_pays=True,
+    wide=_NPU,
+    channels=_set("Conv ConvTranspose"),
+    adds_bias=False,
+    fixed={("Sigmoid", 16): (2.0**-16, 0), ("Tanh", 16): (2.0**-15, 1 << 15)},
+    joins_alike=True,
 )
 
 TARGETS: dict[str, Target] = {
@@ -115,5 +159,6 @@ TARGETS: dict[str, Target] = {
         OPENVINO,
         NVGPU,
         DSP,
+        QNN,
     )
 }

@@ -69,7 +69,7 @@ def verification_lines(verification: Verification) -> Iterator[str]:
         yield f"Not compared: {left_out}."
     if verification.here:
         yield (
-            "On this processor, whose 8-bit kernels saturate, the file gives other answers: "
+            "On this processor, whose kernels lose bits, the file gives other answers: "
             f"{', '.join(_closeness(verification.here.worst, verification.here.agreement))}."
         )
     if verification.speedup is not None:

@@ -214,7 +214,8 @@ def _least(layer: Weighted, plan: QuantPlan, shape: tuple[int, ...]) -> Array:
     if layer.bias is None or name not in plan.tensors:
         return np.zeros(shape)
     per_channel = layer.wanted.axis is not None
-    return least_scales(layer.bias, plan.params(name), shape, per_channel)
+    data = plan.read_params(layer.unit, name)
+    return least_scales(layer.bias, data, shape, per_channel)
 
 
 def _corrected(

@@ -58,7 +58,7 @@ def with_trained_weights(
         tensor = plan.tensors.get(unit.inputs[0])
         data = None
         if bias is not None and tensor and tensor.group in plan.qparams:
-            data = plan.params(tensor.name)
+            data = plan.read_params(unit, tensor.name)
         weight, how_much = rows.decided(own.wanted, bias, data)
         if rows.scale.any():
             kept[unit.name] = how_much
