@@ -11,7 +11,7 @@ from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
 from converter.config import Config, load_config
-from converter.config.keys import SECTIONS
+from converter.config.keys import RECIPES, SECTIONS
 from converter.errors import ConfigError
 
 COMMON, MIXED = "common_quant_param", "mixed_bit_weight_quant_param"
@@ -57,6 +57,7 @@ MISTAKES = {
     (MIXED, "init_scale"): [
         (bad, "above 0 and below 1") for bad in ("0", "1", "nan", "inf", "-0.1", "1" * 400, "0,5")
     ],
+    (COMMON, "export_recipe"): [('"recipe.cfg', "quote")],
     (MIXED, "auto_tune"): [(bad, "true or false") for bad in ("yes", "1")],
     (MIXED, "min_cosine"): [(bad, "above 0 and below 1") for bad in ("1", "-1", "99%")],
     (MIXED, "search"): [("GREEDY", "ERROR or SENSITIVITY")],
@@ -623,7 +624,8 @@ def test_the_reference_has_one_row_a_key() -> None:
         for line in lines
         if line.startswith("| `")
     ]
-    assert rows == [key for _, key in TABLE]
+    about_nodes = [key for section in RECIPES.values() for key in section.keys]
+    assert rows == [key for _, key in TABLE] + about_nodes
     assert all(line.replace(r"\|", "").count("|") == 6 for line in lines if line.startswith("|"))
     assert (
         "| `init_scale` | 0.02 | a number above 0 and below 1 | WEIGHT_QUANT with bit_num = 0 |"

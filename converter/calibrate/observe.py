@@ -221,16 +221,19 @@ def activation_qparams(
     *,
     threads: int = 1,
     spans: Mapping[str, tuple[float, float]] | None = None,
+    methods: Mapping[str, RangeMethod] | None = None,
 ) -> dict[str, QParams]:
-    """Parameters of every group that the plan has none for; `spec` holds the methods' options, and
-    `spans` what of a group's range makes a difference, if not all.
+    """Parameters of every group that the plan has none for; `spec` holds the methods' options,
+    `spans` what of a group's range makes a difference, if not all, and `methods` are those of
+    tensors that have their own.
     """
     groups = [item for item in plan.groups().items() if item[0] not in plan.qparams]
 
     def of(index: int) -> QParams:
         group, tensor = groups[index]
         span = (spans or {}).get(group, (-math.inf, math.inf))
-        return _qparams(tensor, statistics[tensor.name], method, spec, span=span)
+        own = (methods or {}).get(tensor.name, method)
+        return _qparams(tensor, statistics[tensor.name], own, spec, span=span)
 
     qparams = over_samples(len(groups), of, threads)
     return {group: q for (group, _), q in zip(groups, qparams, strict=True)}
@@ -306,6 +309,19 @@ def masked_qparams(
         spans = [statistics[n].hi - statistics[n].lo for n in names if n in statistics]
         for name in names:
             cut_off(name, NOTHING_LEFT + min(spans, default=0.0))
+    return qparams
+
+
+def given_qparams(
+    plan: QuantPlan, ranges: Mapping[str, Range], spec: RangeSpec
+) -> dict[str, QParams]:
+    """Parameters of the groups of tensors whose ranges are given."""
+    groups, qparams = plan.groups(), {}
+    for name, span in ranges.items():
+        for members in (plan.tensors, plan.converted):
+            if name in members:
+                group = members[name].group
+                qparams[group] = _spec_of(groups[group], spec).qparams(span)
     return qparams
 
 

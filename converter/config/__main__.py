@@ -5,12 +5,12 @@ the key table.
 import sys
 from collections.abc import Iterator
 
-from converter.config.keys import SECTIONS
+from converter.config.keys import RECIPES, SECTIONS
 
 
 def reference() -> Iterator[str]:
     """One table a section: key, default, allowed, applies to, meaning."""
-    for section in SECTIONS.values():
+    for section in (*SECTIONS.values(), *RECIPES.values()):
         yield f"### `[{section.name}]`\n"
         yield _row("Key", "Default", "Allowed", "Applies to", "Meaning")
         yield _row(*["---"] * 5)

@@ -175,6 +175,13 @@ class CommonQuantParam:
         kinds.path("debug"),
         f"Folder for the debug reports; unset: no reports. {_SEEN}",
     )
+    export_recipe: Path | None = _key(
+        kinds.path("recipe.cfg"),
+        "File that what a search, max_drop or MIXED decided is written to, as sections [node:…] to "
+        "put into a configuration; beside it, as .json, the whole plan for programs. Unset: none. "
+        f"{_SEEN}",
+        scope=Scope(("WEIGHT_QUANT", "FULL_QUANT")),
+    )
     thread_num: int | None = _key(
         kinds.integer(1, 1024, 4), "Threads to compute with; unset: all cores."
     )
@@ -471,6 +478,60 @@ class JobParam:
     )
 
 
+@dataclass(frozen=True)
+class NodeRecipe:
+    """`[node:PATTERN]` and `[type:OPERATOR]`: how some nodes are quantized; unset is as for all."""
+
+    skip: bool | None = _choice("Leave the nodes float; false: do not, whatever says so before.")
+    bit_num: int | None = _key(
+        kinds.integer(1, 16, 8),
+        "Bits of the nodes' weights; no search changes them.",
+        scope=_WEIGHT,
+    )
+    activation_bits: Literal["8", "16"] | None = _choice(
+        "Bits of what the nodes read and make.", scope=_FULL
+    )
+    activation_quant_method: ActivationQuantMethod | None = _choice(
+        "How the ranges of what the nodes make follow from the data.", scope=_FULL
+    )
+    per_channel: bool | None = _choice(
+        "One scale for every output channel of a weight; false: one for a weight.",
+        scope=Scope((*_WEIGHT.modes, *_FULL.modes)),
+    )
+    block_size: int | None = _key(
+        kinds.power_of_two(16, 256, 32),
+        "Weights of a matrix product that share a scale.",
+        scope=_STORED,
+    )
+    quant_strategy: Literal["MAX_MIN", "GPTQ"] | None = _choice(
+        "What the nodes' weights are rounded for, as in [weight_quant_param].", scope=_WEIGHT
+    )
+
+
+@dataclass(frozen=True)
+class TensorRecipe:
+    """`[tensor:NAME]`: what is known of an activation."""
+
+    range: tuple[float, float] | None = _key(
+        kinds.interval(),
+        "The range that its integers cover, instead of one from data.",
+        scope=_FULL,
+    )
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """A section about some nodes or tensors: its name in the file with its line, what it is about
+    (node, type or tensor) and which, and its keys that have an effect.
+    """
+
+    section: str
+    line: int
+    kind: str
+    pattern: str
+    wishes: Mapping[str, Any]
+
+
 def _section(table: type[Any], name: str, scope: Scope) -> Any:
     """A field of `Config`: the section of that name, whose keys have this scope where they give
     none.
@@ -501,6 +562,7 @@ class Config:
         DataPreprocessParam, "data_preprocess_param", _ALWAYS
     )
     job: JobParam = _section(JobParam, "job", _ALWAYS)
+    recipes: tuple[Recipe, ...] = ()
     path: Path
     warnings: tuple[str, ...] = ()
     lines: Mapping[tuple[str, str], int] = field(default_factory=dict)
@@ -530,16 +592,35 @@ def _implied(hint: Any) -> Kind:
 
 
 def _as_section(row: Field[Any]) -> Section:
-    table, scope = row.metadata["table"], row.metadata["scope"]
+    keys = _keys_of(row.metadata["table"], row.metadata["scope"])
+    return Section(row.metadata["section"], row.metadata["table"], row.name, keys)
+
+
+def _keys_of(table: type[Any], scope: Scope) -> dict[str, Key]:
     hints, keys = get_type_hints(table), {}
     for key in fields(table):
         about = key.metadata
         kind = about["kind"] or _implied(hints[key.name])
         keys[key.name] = Key(kind, about["meaning"], key.default, about["scope"] or scope)
-    return Section(row.metadata["section"], table, row.name, keys)
+    return keys
 
 
 SECTIONS = {row.metadata["section"]: _as_section(row) for row in fields(Config) if row.metadata}
+
+
+_QUANTIZING = Scope(QUANT_TYPES)
+# Sections about some nodes or tensors, by what their names begin with.
+RECIPES = {
+    "node": Section("node:PATTERN", NodeRecipe, "", _keys_of(NodeRecipe, _QUANTIZING)),
+    "type": Section("type:OPERATOR", NodeRecipe, "", _keys_of(NodeRecipe, _QUANTIZING)),
+    "tensor": Section("tensor:NAME", TensorRecipe, "", _keys_of(TensorRecipe, _QUANTIZING)),
+}
+
+
+def section_named(name: str) -> Section | None:
+    """The row of a section as a file names it, None if there is none."""
+    kind, colon, which = name.partition(":")
+    return RECIPES.get(kind.strip()) if colon and which.strip() else SECTIONS.get(name)
 
 
 def default_config(mode: QuantType | None = None) -> Config:

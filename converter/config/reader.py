@@ -11,8 +11,16 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from converter.config.grammar import Document, Place, override, read_document
-from converter.config.keys import SECTIONS, Config, Key, Section
+from converter.config.grammar import Document, Place, override, read_document, unquote
+from converter.config.keys import (
+    RECIPES,
+    SECTIONS,
+    Config,
+    Key,
+    Recipe,
+    Section,
+    section_named,
+)
 from converter.config.rules import RULES, Rule
 
 
@@ -38,12 +46,38 @@ def load_config(
     keys = {name: _key_at(place) for name, place in document.places.items() if place.key}
     values = {name: _value(key, document.places[name]) for name, key in keys.items()}
     config = Config(path=path, **{row.attribute: _fill(row, values) for row in SECTIONS.values()})
+    config = replace(config, recipes=tuple(_recipes(config, keys, document, values)))
     for complaint in (complaint for rule in rules for complaint in rule(config)):
         document.place(complaint.section, complaint.key).reject(complaint.problem, complaint.advice)
     lines = {
         name: document.places[name].line for name in keys if document.places[name].file == path
     }
     return replace(config, warnings=tuple(_idle(config, keys, document)), lines=lines)
+
+
+def _row(section: str) -> Section:
+    row = section_named(section)
+    assert row is not None
+    return row
+
+
+def _recipes(
+    config: Config,
+    keys: Mapping[tuple[str, str], Key],
+    document: Document,
+    values: Mapping[tuple[str, str], Any],
+) -> Iterator[Recipe]:
+    """The sections about some nodes or tensors, in the file's order, with what has an effect."""
+    for (section, key), place in document.places.items():
+        kind, _, pattern = section.partition(":")
+        if key or section in SECTIONS:
+            continue
+        wishes = {
+            name: values[of, name]
+            for of, name in values
+            if of == section and keys[of, name].scope.holds(config)
+        }
+        yield Recipe(section, place.line, kind.strip(), unquote(pattern), wishes)
 
 
 def _nearest(name: str, known: Iterable[str]) -> str | None:
@@ -54,18 +88,19 @@ def _nearest(name: str, known: Iterable[str]) -> str | None:
 
 
 def _check_section(place: Place) -> None:
-    if place.section not in SECTIONS:
-        near = _nearest(place.section, SECTIONS)
+    if section_named(place.section) is None:
+        known = [*SECTIONS, *(row.name for row in RECIPES.values())]
+        near = _nearest(place.section, known)
         advice = (
             f"write [{near}]"
             if near
-            else f"write one of {', '.join(f'[{name}]' for name in SECTIONS)}"
+            else f"write one of {', '.join(f'[{name}]' for name in known)}"
         )
         place.reject("is not a section", advice)
 
 
 def _key_at(place: Place) -> Key:
-    keys = SECTIONS[place.section].keys
+    keys = _row(place.section).keys
     if place.key not in keys:
         place.reject(
             f"is not a key of [{place.section}]",
@@ -78,7 +113,7 @@ def _advice_for_unknown(name: str, section: str) -> str:
     """Look for the key of that very name in other sections, then for the nearest one in its own,
     then anywhere.
     """
-    own = SECTIONS[section].keys
+    own = _row(section).keys
     homes = {key: home for home, other in SECTIONS.items() for key in other.keys}
     near = name if name in homes else _nearest(name, own) or _nearest(name, homes)
     if near is None:

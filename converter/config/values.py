@@ -113,6 +113,23 @@ def _finite(text: str) -> float:
     return float(text)
 
 
+def interval() -> Kind:
+    """Two numbers, the lower one first: `[-1, 1]`."""
+    return Kind(
+        "two finite numbers in brackets, the lower one first",
+        "[-1, 1]",
+        lambda text: tuple(map(_finite, _bracketed(text))),
+        lambda value: len(value) == 2 and value[0] < value[1],
+    )
+
+
+def _bracketed(text: str) -> list[str]:
+    text = unquote(text)
+    if not (text.startswith("[") and text.endswith("]")):
+        raise ValueError
+    return text[1:-1].split(",")
+
+
 def channel_values(nonzero: bool = False) -> Kind:
     """One number a channel, 1 or 3 channels: `[127.5]`, `[104, 117, 123]`; the brackets may be left
     out.

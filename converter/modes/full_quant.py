@@ -22,6 +22,7 @@ from converter.calibrate.observe import (
     Wanted,
     activation_qparams,
     fixed_qparams,
+    given_qparams,
     masked_qparams,
     of_constants,
     probability_qparams,
@@ -48,10 +49,11 @@ from converter.plan.ops import OPS, rule
 from converter.plan.payoff import NO_FASTER, stays_float, unprofitable
 from converter.plan.placement import Wishes, build_plan
 from converter.plan.plan import NodePlan, QuantPlan, TensorPlan
+from converter.plan.recipes import EVERY, ranges_of, wishes_for
 from converter.plan.result import Quantized
-from converter.plan.targets import TARGETS, Target
+from converter.plan.targets import TARGETS, WIDE, Target
 from converter.plan.units import weighted
-from converter.plan.widths import MOST_WIDE, Widening, wide_share
+from converter.plan.widths import MOST_WIDE, NARROW, Widening, wide_share
 from converter.prepare.equalize import equalize
 from converter.prepare.fake_quant import Prepared, Trained
 from converter.prepare.pixels import Pixels, fold_normalisation, trained_pixels
@@ -85,6 +87,7 @@ def quantize(prepared: Prepared, job: Job, watch: Watch) -> Quantized:
     _require_full_integer(final.plan, job.config)
     _tell_of_floats(final.plan, watch)
     _tell_of_wide(final.plan, setup.target, watch)
+    _tell_of_ranges(final.plan, job.config, watch)
     # What was trained is compared with what training saw, unless flags gave it other types.
     as_given = setup.trained and _edges(prepared.model) == _edges(setup.model)
     return Quantized(
@@ -97,7 +100,24 @@ def quantize(prepared: Prepared, job: Job, watch: Watch) -> Quantized:
         compared=setup.model,
         trained=bool(setup.trained),
         exact=_named_target(job.config).pair_limit is None,
+        decided=_decided(setup, final),
     )
+
+
+def _decided(setup: Setup, final: Attempt) -> dict[str, dict[str, object]]:
+    """What findings decided, as keys of sections about nodes."""
+    narrow: dict[str, dict[str, object]] = {EVERY: {"activation_bits": NARROW}}
+    decided = narrow if _may_widen(setup) else {}
+    units = {unit.name: unit for unit in final.plan.units()}
+    wide = [name for name, unit in units.items() if unit.activation == WIDE]
+    decided.update((name, {"activation_bits": WIDE.bits}) for name in wide if _may_widen(setup))
+    # What was asked for by node stays in what is written: it may replace the sections it came from.
+    recipes, nodes = setup.job.config.recipes, final.plan.nodes.values()
+    wishes = {node.name: wishes_for(recipes, node.name, node.op_type) for node in nodes}
+    asked = {name for name, own in wishes.items() if "skip" in own and own["skip"].value}
+    floats = asked | final.choice.floats.keys()
+    decided.update((name, {"skip": "true"}) for name in wishes if name in floats)
+    return decided
 
 
 def calibrate(prepared: Prepared, job: Job, watch: Watch) -> None:
@@ -144,6 +164,15 @@ class Setup:
         """How ranges follow from statistics."""
         return RANGE_METHODS[self.wanted.activation_quant_method]
 
+    def methods(self, plan: QuantPlan) -> dict[str, RangeMethod]:
+        """By tensor, where a node that makes it has a method of its own."""
+        found = {}
+        for unit in plan.units():
+            own = wishes_for(self.job.config.recipes, unit.name, unit.op_type)
+            if (wish := own.get("activation_quant_method")) is not None:
+                found.update(dict.fromkeys(unit.outputs, RANGE_METHODS[wish.value]))
+        return found
+
     @cached_property
     def executed(self) -> Opened:
         """The model as ONNX Runtime executes it."""
@@ -176,11 +205,12 @@ class Setup:
 
 @dataclass(frozen=True)
 class Attempt:
-    """A quantized model with some nodes left float; `restored` are its floats by float tensor."""
+    """A quantized model as was chosen; `restored` are its floats by float tensor."""
 
     model: ir.Model
     plan: QuantPlan
     restored: Mapping[str, str]
+    choice: Choice
 
 
 # --- the float model in its last form
@@ -251,6 +281,7 @@ def _wishes(config: Config, choice: Choice) -> Wishes:
         full.bits,
         choice.wide,
         choice.joined,
+        config.recipes,
     )
 
 
@@ -305,7 +336,10 @@ def _wanted(setup: Setup, plan: QuantPlan, open_plan: QuantPlan) -> Wanted:
     outputs = [value.name or "" for value in _integer_outputs(setup.job, graph)]
     tensors = tuple(dict.fromkeys([*open_groups, *outputs]))
     part = setup.job.part or (0, 1)
-    return Wanted(tensors, means, method.needs_histogram, method.needs_samples, part=part)
+    methods = [method, *setup.methods(plan).values()]
+    histogram = any(each.needs_histogram for each in methods)
+    samples = any(each.needs_samples for each in methods)
+    return Wanted(tensors, means, histogram, samples, part=part)
 
 
 # --- one attempt, and the best of several
@@ -353,7 +387,10 @@ def _ranked(setup: Setup, evidence: Evidence, watch: Watch) -> tuple[Choice, Wid
     watch.say(f"Ranking {len(plan.groups())} activations by what their rounding costs.")
     threads = setup.resources.threads
     costs = rounding_costs(setup.model, plan, setup.data, count=RANKED_ON, threads=threads)
-    return choice, Widening(plan, costs, setup.target.wide)
+    recipes = setup.job.config.recipes
+    wishes = {unit.name: wishes_for(recipes, unit.name, unit.op_type) for unit in plan.units()}
+    kept = {name for name, own in wishes.items() if "activation_bits" in own}
+    return choice, Widening(plan, costs, setup.target.wide, kept)
 
 
 def _widest(setup: Setup, evidence: Evidence, watch: Watch) -> Choice:
@@ -406,7 +443,7 @@ def _drop(setup: Setup, tried: Attempt, labels: Mapping[str, int] | None, watch:
 
 def attempt(setup: Setup, evidence: Evidence, choice: Choice, watch: Watch) -> Attempt:
     """The model quantized as is chosen."""
-    _, plan = _fitting(setup, evidence, choice)
+    choice, plan = _fitting(setup, evidence, choice)
     plan, _ = setup.with_trained_weights(plan)
     if any(unit.weight and unit.name not in plan.weights for unit in plan.units()):
         walk = Walk(setup.model, plan, setup.data, setup.resources, samples=evidence.first)
@@ -420,7 +457,7 @@ def attempt(setup: Setup, evidence: Evidence, choice: Choice, watch: Watch) -> A
     restored = emit(quantized, plan)
     if setup.target.wide_is_slow:
         keep_wide(quantized)
-    return Attempt(quantized, plan, restored)
+    return Attempt(quantized, plan, restored, choice)
 
 
 def _fitting(setup: Setup, evidence: Evidence, choice: Choice) -> tuple[Choice, QuantPlan]:
@@ -437,11 +474,20 @@ def _with_ranges(setup: Setup, evidence: Evidence, plan: QuantPlan) -> QuantPlan
     wanted, graph, statistics = setup.wanted, setup.model.graph, evidence.statistics
     spec = RangeSpec(UINT8, False, wanted.power_of_two_scale, wanted.outlier_ratio)
     threads, spans = setup.resources.threads, seen_spans(graph, plan)
-    plan = plan.with_qparams(
-        activation_qparams(plan, statistics, setup.method, spec, threads=threads, spans=spans)
+    qparams = activation_qparams(
+        plan,
+        statistics,
+        setup.method,
+        spec,
+        threads=threads,
+        spans=spans,
+        methods=setup.methods(plan),
     )
+    plan = plan.with_qparams(qparams)
     plan = plan.with_qparams(probability_qparams(graph, plan, statistics, spec))
     plan = plan.with_qparams(masked_qparams(graph, plan, statistics, spec))
+    ranges = ranges_of(setup.job.config.recipes, plan.tensors)
+    plan = plan.with_qparams(given_qparams(plan, ranges, spec))
     plan = plan.with_qparams(fixed_qparams(plan, setup.target))
     if (pixels := setup.pixels) is None:
         return plan
@@ -580,6 +626,16 @@ def _tell_of_wide(plan: QuantPlan, target: Target, watch: Watch) -> None:
         watch.warn(
             f"16-bit activations cost speed on target {target.name}: ONNX Runtime computes them in "
             "floats between conversions; they are for NPUs, target_device = QNN."
+        )
+
+
+def _tell_of_ranges(plan: QuantPlan, config: Config, watch: Watch) -> None:
+    """Warns of ranges given for what stays float."""
+    given = [recipe for recipe in config.recipes if "range" in recipe.wishes]
+    for recipe in (recipe for recipe in given if recipe.pattern not in plan.tensors):
+        watch.warn(
+            f"{config.path}:{recipe.line}: [{recipe.section}] range has no effect, as the tensor "
+            "stays float; remove the section."
         )
 
 

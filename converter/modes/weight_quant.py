@@ -5,8 +5,9 @@ runs.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
+from typing import Any
 
 import onnx_ir as ir
 
@@ -49,6 +50,7 @@ from converter.plan.plan import (
     WeightPlan,
     stored_bytes,
 )
+from converter.plan.recipes import Wish, told, wishes_for
 from converter.plan.result import Quantized, Tradeoff
 from converter.prepare.fake_quant import Prepared
 from converter.prepare.opset import opset_of, raise_opset
@@ -57,6 +59,8 @@ from converter.weights.journal import Journal
 from converter.weights.layers import Fitter
 from converter.weights.stored import WIDEST, Storage
 
+# Keys of a node's own that say how its weights are stored.
+WISHES = ("bit_num", "per_channel", "block_size", "quant_strategy")
 # The width in a plan whose widths are not found yet.
 UNKNOWN_BITS = 8
 
@@ -100,14 +104,12 @@ def quantize(prepared: Prepared, job: Job, watch: Watch) -> Quantized:
     data = _data(model, job, watch)
     resources = resources_of(job)
     given = bool(job.config.preprocess.calibrate_path)
-    storage = Storage(
-        given and wanted.quant_strategy != "MAX_MIN",
-        wanted.bias_correction,
-        wanted.on_the_fly,
-    )
+    plan, pareto = make_plan(prepared, job), tuple[Tradeoff, ...]()
+    seeing = any(not weight.blind for unit in plan.units() for weight in unit.weights)
+    by_outputs = given and seeing
+    storage = Storage(by_outputs, wanted.bias_correction, wanted.on_the_fly)
     newest = _newest_opset(model, job, watch) if wanted.on_the_fly else None
     fitter = Fitter(model, data, resources, storage, watch)
-    plan, pareto = make_plan(prepared, job), tuple[Tradeoff, ...]()
     if job.config.common.bit_num:
         plan = fitter.fitted(plan)
     else:
@@ -122,7 +124,15 @@ def quantize(prepared: Prepared, job: Job, watch: Watch) -> Quantized:
         size = f"{found.ratio:.2f} times smaller weights, {found.bits:.2f} bits each"
         watch.tell(f"Could be had: {size}: loss of {found.expected:.2g} expected{measured}.")
     quantized = _emitted(model, plan, newest)
-    return Quantized(model, quantized, plan, data if given else Dataset((), (), ()), pareto=pareto)
+    used = data if given else Dataset((), (), ())
+    decided = {} if job.config.common.bit_num else _widths(plan)
+    return Quantized(model, quantized, plan, used, pareto=pareto, decided=decided)
+
+
+def _widths(plan: QuantPlan) -> dict[str, dict[str, object]]:
+    """The bits of each node's weights, as keys of sections about nodes."""
+    stored = plan.stored.items()
+    return {name: {"bit_num": weight.qparams.format.bits} for (name, _), weight in stored}
 
 
 def _newest_opset(model: ir.Model, job: Job, watch: Watch) -> int:
@@ -132,8 +142,11 @@ def _newest_opset(model: ir.Model, job: Job, watch: Watch) -> int:
     Raises ModelError where there is no type for the integers then.
     """
     bits = job.config.common.bit_num
-    blocks = job.config.weight_quant.block_size is not None
-    narrow, wide = bits or 1, bits or WIDEST
+    wishes = [recipe.wishes for recipe in job.config.recipes]
+    sized = [job.config.weight_quant.block_size, *(own.get("block_size") for own in wishes)]
+    blocks = any(size is not None for size in sized)
+    widths = [bits or 1, bits or WIDEST, *(own["bit_num"] for own in wishes if "bit_num" in own)]
+    narrow, wide = min(widths), max(widths)
     wanted = not_none(type_for(narrow, blocks, NEWEST_OPSET))[1]
     newest, reason = _loadable(model, wanted)
     if newest == wanted:
@@ -221,12 +234,14 @@ def _data(model: ir.Model, job: Job, watch: Watch) -> Dataset:
 
 def _node_plan(node: ir.Node, words: Collection[ir.Value], job: Job) -> NodePlan:
     common, name, axes = job.config.common, node.name or "", weights_of(node)
+    own = wishes_for(job.config.recipes, name, node.op_type)
     weights = [
-        _weight_plan(node, index, axis, bits=_bits(node.inputs[index] in words, job), job=job)
+        _weight_plan(node, index, axis, words=words, job=job, own=own)
         for index, axis in axes.items()
     ]
     reasons = (_obstacle(node, weight, job) for weight in weights)
-    wishes = Wishes(common.skip_quant_node, common.skip_quant_type)
+    recipes = job.config.recipes
+    wishes = Wishes(common.skip_quant_node, common.skip_quant_type, recipes=recipes)
     reason = skipped(node, wishes) or next(
         filter(None, reasons), None if weights else _without_weight(node)
     )
@@ -238,7 +253,7 @@ def _node_plan(node: ir.Node, words: Collection[ir.Value], job: Job) -> NodePlan
         name,
         node.op_type,
         quantized=True,
-        reason=_reason(weights[0].format.bits, common.bit_num),
+        reason=_reason(weights[0], common.bit_num) + told(own, WISHES),
         inputs=(data.name or "",),
         absorbed=(add.name or "",) if add else (),
         weight=weights[0],
@@ -246,10 +261,15 @@ def _node_plan(node: ir.Node, words: Collection[ir.Value], job: Job) -> NodePlan
     )
 
 
-def _reason(bits: int, wanted: int) -> str:
-    if not wanted:
+def _reason(weight: WeightPlan, wanted: int) -> str:
+    bits = weight.format.bits
+    if not (wanted or weight.fixed):
         return "weights stored in as few bits as they need"
-    why = "" if bits == wanted else ", as table_bit_num asks for: a table of words or their scores"
+    why = (
+        ""
+        if bits == wanted or weight.fixed
+        else ", as table_bit_num asks for: a table of words or their scores"
+    )
     return f"weights stored in {bits} bits{why}"
 
 
@@ -269,8 +289,18 @@ def _without_weight(node: ir.Node) -> str:
     return "no constant weight"
 
 
-def _weight_plan(node: ir.Node, index: int, axis: int | None, *, bits: int, job: Job) -> WeightPlan:
-    wanted = job.config.weight_quant
+def _weight_plan(
+    node: ir.Node,
+    index: int,
+    axis: int | None,
+    *,
+    words: Collection[ir.Value],
+    job: Job,
+    own: Mapping[str, Wish],
+) -> WeightPlan:
+    wanted = replace(job.config.weight_quant, **_values(own, "per_channel", "block_size"))
+    fixed, strategy = own.get("bit_num"), own.get("quant_strategy")
+    bits = fixed.value if fixed else _bits(node.inputs[index] in words, job) or UNKNOWN_BITS
     value = node.inputs[index]
     array = constant(node.inputs[index])
     assert value is not None
@@ -278,8 +308,14 @@ def _weight_plan(node: ir.Node, index: int, axis: int | None, *, bits: int, job:
     granularity: Granularity = PerTensor()
     if axis is not None and wanted.per_channel:
         granularity = _along(node, array.shape, axis % array.ndim, wanted.block_size)
-    fmt = IntFormat(bits or UNKNOWN_BITS, signed=False)
-    return WeightPlan(value.name or "", index, fmt, granularity)
+    fmt = IntFormat(bits, signed=False)
+    blind = (strategy.value if strategy else wanted.quant_strategy) == "MAX_MIN"
+    name, is_fixed = value.name or "", fixed is not None
+    return WeightPlan(name, index, fmt, granularity, fixed=is_fixed, blind=blind)
+
+
+def _values(own: Mapping[str, Wish], *keys: str) -> dict[str, Any]:
+    return {key: own[key].value for key in keys if key in own}
 
 
 def _along(node: ir.Node, shape: tuple[int, ...], axis: int, size: int | None) -> Granularity:

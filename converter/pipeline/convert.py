@@ -17,7 +17,7 @@ from converter.emit.inferred import forget_inferred
 from converter.errors import ModelError, QConvertError
 from converter.graph import files as models
 from converter.graph.dimensions import name_apart
-from converter.graph.edit import constant, initializers_of, nodes_of
+from converter.graph.edit import constant, initializers_of, nodes_of, values_by_name
 from converter.graph.files import accepting
 from converter.graph.mapped import release
 from converter.graph.qdq import is_conversion
@@ -37,7 +37,8 @@ from converter.plan.ops import computes_on_integers, draws, may_have_weight
 from converter.plan.payoff import stays_float
 from converter.plan.placement import check_skips
 from converter.plan.plan import QuantPlan
-from converter.plan.requests import check_target
+from converter.plan.recipes import check_recipes
+from converter.plan.requests import check_target, wants_wide
 from converter.plan.result import Quantized
 from converter.plan.targets import WIDE_OPSET
 from converter.prepare import make_plain, prepare
@@ -47,6 +48,7 @@ from converter.prepare.opset import LEAST_OPSET, opset_of, raise_opset
 from converter.report.advice import listed
 from converter.report.collect import check_folder, write_reports
 from converter.report.provenance import provenance
+from converter.report.recipe import write_recipe
 
 INTEGER_ACTIVATIONS = {"FULL_QUANT", "DYNAMIC_QUANT"}
 UNREPORTED = "There are no reports"
@@ -123,6 +125,8 @@ def _measured(job: Job, result: Quantized, sizes: tuple[int, int], watch: Watch)
     behind = Behind(watch, result.data.random or not len(result.data), kept)
     folder = job.config.common.debug_info_save_path
     behind.attempt("It is not said what was changed", lambda: _tell(job, result, sizes, watch))
+    if recipe := job.config.common.export_recipe:
+        behind.attempt("The recipe is not written", lambda: write_recipe(recipe, result))
     inside = behind.attempt(UNREPORTED, lambda: paired(result, inside=bool(folder)))
     both = Both(result, inside or paired(result, inside=False), resources_of(job), watch)
     labels, verification = job.config.preprocess.label_file, None
@@ -204,8 +208,7 @@ def calibrate(job: Job, watch: Watch) -> None:
 
 def least_opset(job: Job) -> int:
     """The oldest opset that has what the job asks for."""
-    wide = job.mode == "FULL_QUANT" and job.config.full_quant.activation_bits != "8"
-    return WIDE_OPSET if wide else LEAST_OPSET
+    return WIDE_OPSET if wants_wide(job.config) else LEAST_OPSET
 
 
 def make_plan(job: Job, watch: Watch) -> QuantPlan:
@@ -231,7 +234,9 @@ def read(job: Job, watch: Watch) -> Prepared:
     normal = prepare(raised)
     release(initializers_of(normal))
     check_shapes(normal)
-    check_skips(job.config, nodes | _nodes(normal))
+    nodes |= _nodes(normal)
+    check_skips(job.config, nodes)
+    check_recipes(job.config, nodes, values_by_name(normal.graph).keys())
     if job.mode in INTEGER_ACTIVATIONS:
         _name_apart(normal, watch)
     prepared = without_training(normal, job)

@@ -8,16 +8,14 @@ Concat tail) stays float: integers there cost accuracy and save nothing.
 
 from __future__ import annotations
 
-import difflib
-import fnmatch
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 
 import onnx_ir as ir
 
 from calib.affine import IntFormat
-from calib.sources import as_item
 from converter.config import Config
+from converter.config.keys import Recipe
 from converter.errors import ConfigError
 from converter.graph.edit import (
     constant,
@@ -38,6 +36,7 @@ from converter.plan.plan import (
     TensorPlan,
     WeightPlan,
 )
+from converter.plan.recipes import is_named, nearest_error, told, wishes_for
 from converter.plan.targets import WIDE, Target
 
 
@@ -48,7 +47,7 @@ class Wishes:
 
     `kept_float` holds nodes that later findings keep float, with the reason, and `wide` those that
     they give activations of 16 bits. `joined` are operators whose inputs share the parameters of
-    the whole.
+    the whole. `recipes` say what is wanted of single nodes.
     """
 
     skip_nodes: tuple[str, ...] = ()
@@ -58,6 +57,7 @@ class Wishes:
     bits: int = 8
     wide: Mapping[str, str] = field(default_factory=dict)
     joined: Collection[str] = ()
+    recipes: tuple[Recipe, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -200,13 +200,11 @@ def _reading_defaults(graph: ir.Graph) -> dict[str, str]:
     return kept
 
 
-def is_named(name: str, pattern: str) -> bool:
-    """Whether a name is what the user wrote, literally (brackets and all) or as a glob pattern."""
-    return name == pattern or fnmatch.fnmatchcase(name, pattern)
-
-
 def skipped(node: ir.Node, wishes: Wishes) -> str | None:
     """Why the user wants `node` left float; None if that was not asked."""
+    own = wishes_for(wishes.recipes, node.name or "", node.op_type).get("skip")
+    if own is not None:
+        return f"skip in [{own.section}]" if own.value else wishes.kept_float.get(node.name or "")
     if any(is_named(node.name or "", pattern) for pattern in wishes.skip_nodes):
         return "named in skip_quant_node"
     if node.op_type in wishes.skip_types:
@@ -241,12 +239,7 @@ def check_skips(config: Config, nodes: Collection[tuple[str, str]]) -> None:
 
 
 def _unknown(config: Config, key: str, what: str, *, wish: str, there: list[str]) -> ConfigError:
-    nearest = difflib.get_close_matches(wish, there, 1, cutoff=0.0)[0]
-    # What no list can hold is written as a pattern.
-    item = as_item(nearest) or as_item("".join(c if c.isalnum() else "?" for c in nearest))
-    written = "" if item == nearest else f", written {item}"
-    where = config.at("common_quant_param", key)
-    return ConfigError(f"{where}: {what} in this model; the nearest is '{nearest}'{written}.")
+    return nearest_error(config.at("common_quant_param", key), what, wish, there)
 
 
 def _obstacle(node: ir.Node, target: Target, wishes: Wishes) -> str | None:
@@ -269,7 +262,10 @@ def _obstacle(node: ir.Node, target: Target, wishes: Wishes) -> str | None:
 
 def _activation(node: ir.Node, target: Target, wishes: Wishes) -> IntFormat:
     """The format that a node's activations have."""
+    own = wishes_for(wishes.recipes, node.name or "", node.op_type).get("activation_bits")
     asked = wishes.bits == WIDE.bits or (node.name or "") in wishes.wide
+    if own is not None:
+        asked = int(own.value) == WIDE.bits
     return WIDE if asked and node.op_type in target.wide else target.activation
 
 
@@ -438,15 +434,21 @@ def _unit_plan(unit: _Unit, target: Target, wishes: Wishes) -> NodePlan:
 
 
 def _reason(unit: _Unit, target: Target, wishes: Wishes) -> str:
-    reason = f"integer kernel of target {target.name}"
-    why = wishes.wide.get(unit.node.name or "")
-    return f"{reason}, 16-bit activations {why}" if why and unit.activation == WIDE else reason
+    name, op_type = unit.node.name or "", unit.node.op_type
+    reason, why = f"integer kernel of target {target.name}", wishes.wide.get(name)
+    own = wishes_for(wishes.recipes, name, op_type)
+    if why and unit.activation == WIDE and "activation_bits" not in own:
+        reason += f", 16-bit activations {why}"
+    return reason + told(own, {"activation_bits", "activation_quant_method", "per_channel"})
 
 
 def _weight_plan(unit: _Unit, target: Target, wishes: Wishes) -> WeightPlan | None:
     if (index := unit.weight_index) is None:
         return None
-    may = wishes.per_channel and (target.channels is None or unit.node.op_type in target.channels)
+    name, op_type = unit.node.name or "", unit.node.op_type
+    own = wishes_for(wishes.recipes, name, op_type).get("per_channel")
+    asked = own.value if own is not None else wishes.per_channel
+    may = asked and (target.channels is None or op_type in target.channels)
     axis = unit.rule.channel_axis(unit.node) if may else None
     weight = not_none(unit.node.inputs[index])
     pairs, shape = unit.rule.pairs, not_none(constant(weight)).shape

@@ -70,7 +70,8 @@ class WeightPlan:
     """A constant operand that becomes integers.
 
     `pair_limit` bounds the sum of two codes that a kernel multiplies and adds in 16 bits; None if
-    it does not.
+    it does not. No search changes the width of a `fixed` one, and one that is `blind` is rounded
+    for itself, though data may tell what it multiplies.
     """
 
     name: str
@@ -78,6 +79,8 @@ class WeightPlan:
     format: IntFormat
     granularity: Granularity
     pair_limit: int | None = None
+    fixed: bool = False
+    blind: bool = False
 
     @property
     def axis(self) -> int | None:
@@ -118,8 +121,10 @@ class NodePlan:
         return (self.weight, *self.further) if self.weight else ()
 
     def in_bits(self, bits: int) -> NodePlan:
-        """A copy whose weights are `bits` wide."""
-        first, *further = (replace(w, format=replace(w.format, bits=bits)) for w in self.weights)
+        """A copy whose weights are `bits` wide, but for those of a fixed width."""
+        first, *further = (
+            w if w.fixed else replace(w, format=replace(w.format, bits=bits)) for w in self.weights
+        )
         return replace(self, weight=first, further=tuple(further))
 
 

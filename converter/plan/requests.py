@@ -22,9 +22,15 @@ def check_target(config: Config) -> None:
             raise ConfigError(msg)
 
 
+def wants_wide(config: Config) -> bool:
+    """Whether any activations are to have 16 bits."""
+    bits = {recipe.wishes.get("activation_bits") for recipe in config.recipes}
+    wide = config.full_quant.activation_bits != "8" or "16" in bits
+    return config.mode == "FULL_QUANT" and wide
+
+
 def _has_the_width(config: Config, target: Target) -> Iterator[_Complaint]:
-    asked = config.full_quant.activation_bits
-    if config.mode == "FULL_QUANT" and asked != "8" and not target.wide:
+    if wants_wide(config) and not target.wide:
         able = ", ".join(name for name, other in TARGETS.items() if other.wide)
         problem = f"target {target.name} has no activations of 16 bits"
         yield problem, f"write activation_bits = 8, or one of the targets {able}"

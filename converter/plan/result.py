@@ -40,7 +40,8 @@ class Quantized:
     them and that is not `reference` itself. `trained` says that `reference` has quantization from
     training, which was taken over or taken away. `pareto` is what a search of bits found, smallest
     last. `exact` says that all processors which the model is for have kernels that do not saturate.
-    `settings` are those it was made with, without a mode where they are not known.
+    `settings` are those it was made with, without a mode where they are not known. `decided` is
+    what searches found, keys of a configuration by node.
     """
 
     reference: ir.Model
@@ -54,3 +55,4 @@ class Quantized:
     pareto: tuple[Tradeoff, ...] = ()
     exact: bool = False
     settings: Config = field(default_factory=default_config)
+    decided: Mapping[str, Mapping[str, object]] = field(default_factory=dict)

@@ -14,6 +14,7 @@ from converter.plan.plan import NodePlan, QuantPlan
 
 # The most tensors, as a share of all, that have 16 bits where nothing else bounds them.
 MOST_WIDE = 0.15
+NARROW = 8
 
 
 def wide_share(plan: QuantPlan) -> float:
@@ -21,7 +22,7 @@ def wide_share(plan: QuantPlan) -> float:
     wide = {
         tensor.name
         for tensor in (*plan.tensors.values(), *plan.converted.values())
-        if tensor.format.bits > 8
+        if tensor.format.bits > NARROW
     }
     return len(wide) / max(len(plan.tensors), 1)
 
@@ -29,16 +30,18 @@ def wide_share(plan: QuantPlan) -> float:
 @dataclass(frozen=True)
 class Widening:
     """An order in which to widen the units of a plan of 8 bits; `costs` is what rounding costs by
-    group of tensors, and `able` the operators that there are wide kernels for.
+    group of tensors, `able` the operators that there are wide kernels for, and `kept` the units
+    that are to stay as they are.
     """
 
     plan: QuantPlan
     costs: Mapping[str, float]
     able: Collection[str]
+    kept: Collection[str] = ()
 
     def order(self) -> Iterator[frozenset[str]]:
         """The names of the wide units, more at every step."""
-        wide = frozenset[str]()
+        wide = self._start
         left = {group for group, cost in self.costs.items() if cost > 0 and self._possible(group)}
         while left := {group for group in left if not self._around[group] <= wide}:
             wide |= self._around[max(sorted(left), key=lambda group: self._worth(group, wide))]
@@ -46,7 +49,7 @@ class Widening:
 
     def within(self, share: float) -> frozenset[str]:
         """As many wide units as leave at most a `share` of the tensors wide."""
-        most, wide = int(share * len(self.plan.tensors)), frozenset[str]()
+        most, wide = int(share * len(self.plan.tensors)), self._start
         left = {group for group, cost in self.costs.items() if cost > 0 and self._possible(group)}
         while True:
             more = [group for group in sorted(left) if not self._around[group] <= wide]
@@ -58,6 +61,12 @@ class Widening:
     @cached_property
     def _units(self) -> dict[str, NodePlan]:
         return {unit.name: unit for unit in self.plan.units()}
+
+    @cached_property
+    def _start(self) -> frozenset[str]:
+        """The units that are wide already."""
+        bits = {name: unit.activation.bits for name, unit in self._units.items() if unit.activation}
+        return frozenset(name for name, width in bits.items() if width > NARROW)
 
     @cached_property
     def _around(self) -> dict[str, frozenset[str]]:
@@ -73,7 +82,9 @@ class Widening:
         return {tensors[name].group for name in (*unit.inputs, *unit.outputs) if name in tensors}
 
     def _possible(self, group: str) -> bool:
-        return all(self._units[name].op_type in self.able for name in self._around[group])
+        movable = self._around[group] - self._start
+        units = [self._units[name] for name in movable]
+        return all(unit.op_type in self.able and unit.name not in self.kept for unit in units)
 
     def _tensors(self, wide: Collection[str]) -> set[str]:
         """The tensors that have 16 bits somewhere."""

@@ -21,6 +21,7 @@ NEUTRAL = {
         "calibration_memory",
         "calibration_cache",
         "debug_info_save_path",
+        "export_recipe",
     ),
     *("calibrate_path", "label_file", "model", "output"),
 }
@@ -31,9 +32,9 @@ def provenance(job: Job, data: Dataset) -> dict[str, str]:
     calibrated with.
 
     Settings are lines `section.key=value` of the keys that are not as by default and decide what
-    the model computes, in the README's order; data are a line for each file in the order of use,
-    its own SHA-256 in hexadecimal. Neither dates nor paths take part: equal inputs give equal
-    bytes.
+    the model computes, in the README's order, those about single nodes in the file's; data are a
+    line for each file in the order of use, its own SHA-256 in hexadecimal. Neither dates nor paths
+    take part: equal inputs give equal bytes.
     """
     properties = {
         "qconvert.version": __version__,
@@ -53,6 +54,9 @@ def _settings(config: Config) -> Iterator[str]:
             value = getattr(getattr(config, section.attribute), name)
             if value != key.default and name not in NEUTRAL:
                 yield f"{section.name}.{name}={value}"
+    for recipe in config.recipes:
+        for name, value in recipe.wishes.items():
+            yield f"{recipe.section}.{name}={value}"
 
 
 def _sha256_of_lines(lines: Iterable[str]) -> str:

@@ -137,6 +137,8 @@ def _tensor_rows(plan: QuantPlan) -> Iterator[tuple[str, str, str]]:
     for tensor in plan.tensors.values():
         shared = "" if tensor.group == tensor.name else f", shares the range of {tensor.group}"
         yield tensor.name, str(tensor.format), tensor.reason + shared
+    for tensor in plan.converted.values():
+        yield tensor.name, str(tensor.format), f"converted, as {tensor.reason}"
     for unit in plan.units():
         for weight in unit.weights:
             granularity = (

@@ -82,6 +82,8 @@ class Search:
         """The plan with the widths found, and what else could be had."""
         if not self.plan.units():
             return self.plan, ()
+        if all(weight.fixed for unit in self.plan.units() for weight in unit.weights):
+            return self.fitter.fitted(self.plan), ()
         if self.wanted.search == "SENSITIVITY":
             return self._by_sensitivity()
         if self.wanted.auto_tune:
@@ -149,6 +151,10 @@ class Search:
             stored_bytes(0, len(x), WIDTHS[0]) for weights in arrays.values() for x in weights
         )
         sizes = {name: sum(x.size for x in weights) for name, weights in arrays.items()}
+        for unit in self.plan.units():
+            if unit.weights[0].fixed:
+                size = sizes.pop(unit.name)
+                overhead += stored_bytes(size, 0, unit.weights[0].format.bits) - 4 * size
         effects = self.journal.once("effects", self._effects)
         worth = {name: max(effects[name], SMALLEST_SCALE) * 4.0**MEASURED_BITS for name in sizes}
         return Budget(worth, sizes, weight_bytes(model), overhead)

@@ -382,7 +382,7 @@ class _StoredLayers:
         view = view_of(node, shape, wanted.index)
         if view is None or OPS[unit.op_type].obstacle(node):
             return None
-        return None if isinstance(wanted.granularity, PerBlock) else value
+        return None if wanted.blind or isinstance(wanted.granularity, PerBlock) else value
 
     def _fitted(self, layer: Weighted, view: View, plan: QuantPlan) -> QuantizedWeight:
         matrix = view.matrix(layer.weight.astype(np.float64))

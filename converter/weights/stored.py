@@ -48,10 +48,15 @@ class Storage:
     max_error: float | None = None
 
 
+def _for(wanted: WeightPlan, storage: Storage) -> Storage:
+    return replace(storage, max_error=None) if wanted.fixed else storage
+
+
 def fitted_alone(
     weight: Array, wanted: WeightPlan, storage: Storage, importance: Array | None = None
 ) -> QuantizedWeight:
     """The weight fitted to itself; `importance` tells how much each of its columns counts."""
+    storage = _for(wanted, storage)
     if storage.integer_zero and storage.max_error is None and wanted.axis is not None:
         return block_grids.fitted(weight, wanted, importance)
     matrix = plain_matrix(weight, wanted.axis)
@@ -101,7 +106,7 @@ def _fewest_bits(
     """The fit of a matrix in the planned bits or in the fewest that keep an error, which `judged`
     moments measure.
     """
-    bound, integer_zero = storage.max_error, storage.integer_zero or kept is not None
+    bound, integer_zero = _for(wanted, storage).max_error, storage.integer_zero or kept is not None
     grids = Grids(wanted.format, wanted.axis is not None, integer_zero)
     varied = grids.per_row and not integer_zero and _varied(weight)
 
