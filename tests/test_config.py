@@ -57,6 +57,7 @@ MISTAKES = {
     (MIXED, "init_scale"): [
         (bad, "above 0 and below 1") for bad in ("0", "1", "nan", "inf", "-0.1", "1" * 400, "0,5")
     ],
+    (COMMON, "opset"): [(bad, "an integer from 13 to 99") for bad in ("12", "x")],
     (COMMON, "export_recipe"): [('"recipe.cfg', "quote")],
     (MIXED, "auto_tune"): [(bad, "true or false") for bad in ("yes", "1")],
     (MIXED, "min_cosine"): [(bad, "above 0 and below 1") for bad in ("1", "-1", "99%")],

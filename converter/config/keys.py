@@ -65,6 +65,11 @@ _SENSITIVITY = Scope(
     lambda config: config.mixed_bit.search == "SENSITIVITY",
 )
 _FULL = Scope(("FULL_QUANT",))
+_ON_TARGET = Scope(
+    QUANT_TYPES,
+    ", but for FULL_QUANT with NVGPU alone",
+    lambda config: config.mode == "FULL_QUANT" or config.full_quant.target_device == "NVGPU",
+)
 _TRAINED = Scope(("FULL_QUANT", "FLOAT32"))
 _STORED = Scope(
     _WEIGHT.modes,
@@ -174,6 +179,11 @@ class CommonQuantParam:
     debug_info_save_path: Path | None = _key(
         kinds.path("debug"),
         f"Folder for the debug reports; unset: no reports. {_SEEN}",
+    )
+    opset: int | None = _key(
+        kinds.integer(13, 99, 21),
+        "Opset of the result, for runtimes or tools that want a newer one than the float model's; "
+        "unset: the model's own, or what the integers need.",
     )
     export_recipe: Path | None = _key(
         kinds.path("recipe.cfg"),
@@ -351,7 +361,9 @@ class FullQuantParam:
         "8",
     )
     target_device: TargetDevice | None = _choice(
-        "Hardware that sets the integer types and operators; unset: CPU."
+        "Hardware that sets the integer types and operators; unset: CPU. NVGPU holds in every "
+        "mode.",
+        scope=_ON_TARGET,
     )
 
     @property

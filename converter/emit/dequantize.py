@@ -38,31 +38,39 @@ TYPES = (
     (8, ir.DataType.UINT8, 13),
     (16, ir.DataType.UINT16, 21),
 )
+# The same for codes with the zero in their middle, which stand as signed ones with the zero 0.
+SIGNED_TYPES = (
+    (4, ir.DataType.INT4, 21),
+    (8, ir.DataType.INT8, 13),
+)
 # Parameters a block came with the same opset as the 4-bit types.
 BLOCK_OPSET = 21
 NEWEST_OPSET = max(opset for _, _, opset in TYPES)
 
 
-def type_for(bits: int, blocks: bool, newest: int) -> tuple[ir.DataType, int] | None:
+def type_for(
+    bits: int, blocks: bool, newest: int, signed: bool = False
+) -> tuple[ir.DataType, int] | None:
     """The narrowest type for codes of so many bits, and the opset it needs, `newest` at most; None
     if there is no such type.
     """
     least = BLOCK_OPSET if blocks else 0
-    wide_enough = [(kind, max(opset, least)) for wide, kind, opset in TYPES if bits <= wide]
+    types = SIGNED_TYPES if signed else TYPES
+    wide_enough = [(kind, max(opset, least)) for wide, kind, opset in types if bits <= wide]
     known = (pair for pair in wide_enough if pair[1] <= newest)
     return next(known, None)
 
 
-def opset_for(weight: QuantizedWeight, newest: int = NEWEST_OPSET) -> int:
+def opset_for(weight: QuantizedWeight, newest: int = NEWEST_OPSET, signed: bool = False) -> int:
     """The opset that the codes of `weight` need, where there is one."""
-    _, opset = _type_of(weight, newest)
+    _, opset = _type_of(weight, newest, signed)
     return opset
 
 
-def _type_of(weight: QuantizedWeight, newest: int) -> tuple[ir.DataType, int]:
+def _type_of(weight: QuantizedWeight, newest: int, signed: bool = False) -> tuple[ir.DataType, int]:
     q = weight.qparams
     blocks = q.scale.ndim > 1
-    return not_none(type_for(q.format.bits, blocks, newest))
+    return not_none(type_for(q.format.bits, blocks, newest, signed))
 
 
 def emit_dequantized(model: ir.Model, plan: QuantPlan, newest: int = NEWEST_OPSET) -> None:
@@ -90,12 +98,20 @@ def _bound(product: ir.Node, unit: NodePlan) -> ir.Node | None:
     return reader if reader is not None and rule_of(reader).bounds else None
 
 
+def emit_signed(model: ir.Model, plan: QuantPlan, newest: int = NEWEST_OPSET) -> None:
+    """Lets the planned nodes of `model` read the codes of their weights, whose zeros are in their
+    middle, as signed ones with the zero 0.
+    """
+    emit_stored(model, plan, DequantizeWriter(model, newest, signed=True))
+
+
 class DequantizeWriter:
     """Writes weights with integer zero points into the graphs of one model."""
 
-    def __init__(self, model: ir.Model, newest: int = NEWEST_OPSET) -> None:
+    def __init__(self, model: ir.Model, newest: int = NEWEST_OPSET, signed: bool = False) -> None:
         self.names = Names(model)
         self.newest = newest
+        self.signed = signed
         self._tables = {node.inputs[0] for node in nodes_of(model) if picks_rows(node)}
         self._turned = dict[ir.Value, ir.Value]()
 
@@ -103,8 +119,9 @@ class DequantizeWriter:
         """The value of the weight `name` as floats, restored from its codes by a node at the start
         of `graph`.
         """
+        kind, _ = _type_of(weight, self.newest, self.signed)
+        weight = _as_signed(weight) if self.signed else weight
         q = weight.qparams
-        kind, _ = _type_of(weight, self.newest)
         operands = (
             ("codes", weight.codes, kind),
             ("scale", q.scale, None),
@@ -224,6 +241,13 @@ class DequantizeWriter:
 def _zero(weight: QuantizedWeight) -> Array:
     """The zero points in the type of the codes."""
     return weight.qparams.zero_point.astype(weight.codes.dtype)
+
+
+def _as_signed(weight: QuantizedWeight) -> QuantizedWeight:
+    q, fmt = weight.qparams, replace(weight.qparams.format, signed=True)
+    middle = (q.format.qmax + 1) // 2
+    codes = (weight.codes.astype(np.int16) - middle).astype(np.int8)
+    return QuantizedWeight(codes, replace(q, zero_point=np.zeros_like(q.zero_point), format=fmt))
 
 
 def _by_row(numbers: Array, rows: int) -> Array:

@@ -20,12 +20,13 @@ from converter.emit.dequantize import (
     NEWEST_OPSET,
     TYPES,
     emit_dequantized,
+    emit_signed,
     opset_for,
     type_for,
 )
 from converter.emit.planes import PlaneWriter
 from converter.emit.stored import emit_stored
-from converter.errors import ModelError
+from converter.errors import ConfigError, ModelError
 from converter.graph.edit import constant, nodes_of, not_none
 from converter.graph.files import accepting, refusal, save, saved
 from converter.graph.mapped import release
@@ -51,6 +52,7 @@ from converter.plan.plan import (
     stored_bytes,
 )
 from converter.plan.recipes import Wish, told, wishes_for
+from converter.plan.requests import stores_signed
 from converter.plan.result import Quantized, Tradeoff
 from converter.prepare.fake_quant import Prepared
 from converter.prepare.opset import opset_of, raise_opset
@@ -107,7 +109,8 @@ def quantize(prepared: Prepared, job: Job, watch: Watch) -> Quantized:
     plan, pareto = make_plan(prepared, job), tuple[Tradeoff, ...]()
     seeing = any(not weight.blind for unit in plan.units() for weight in unit.weights)
     by_outputs = given and seeing
-    storage = Storage(by_outputs, wanted.bias_correction, wanted.on_the_fly)
+    signed = stores_signed(job.config)
+    storage = Storage(by_outputs, wanted.bias_correction, wanted.on_the_fly, symmetric=signed)
     newest = _newest_opset(model, job, watch) if wanted.on_the_fly else None
     fitter = Fitter(model, data, resources, storage, watch)
     if job.config.common.bit_num:
@@ -123,7 +126,7 @@ def quantize(prepared: Prepared, job: Job, watch: Watch) -> Quantized:
         measured = "" if found.measured is None else f", {found.measured:.2g} measured"
         size = f"{found.ratio:.2f} times smaller weights, {found.bits:.2f} bits each"
         watch.tell(f"Could be had: {size}: loss of {found.expected:.2g} expected{measured}.")
-    quantized = _emitted(model, plan, newest)
+    quantized = _emitted(model, plan, newest, signed)
     used = data if given else Dataset((), (), ())
     decided = {} if job.config.common.bit_num else _widths(plan)
     return Quantized(model, quantized, plan, used, pareto=pareto, decided=decided)
@@ -147,13 +150,28 @@ def _newest_opset(model: ir.Model, job: Job, watch: Watch) -> int:
     blocks = any(size is not None for size in sized)
     widths = [bits or 1, bits or WIDEST, *(own["bit_num"] for own in wishes if "bit_num" in own)]
     narrow, wide = min(widths), max(widths)
-    wanted = not_none(type_for(narrow, blocks, NEWEST_OPSET))[1]
+    signed = stores_signed(job.config)
+    wanted = not_none(type_for(narrow, blocks, NEWEST_OPSET, signed))[1]
+    if (limit := job.config.common.opset or wanted) < wanted:
+        found = type_for(narrow, blocks, limit, signed)
+        if found is None or type_for(wide, blocks, limit, signed) is None:
+            where = f"{job.config.at('common_quant_param', 'opset')} = {limit}"
+            msg = (
+                f"{where}: these integers need a type of opset {wanted}; write opset = {wanted} or "
+                "more, or dequant_strategy = ON_LOAD."
+            )
+            raise ConfigError(msg)
+        watch.warn(
+            f"Weights of fewer than {found[0].bitwidth} bits are stored in as many, as opset = "
+            f"{limit} has no narrower type."
+        )
+        wanted = limit
     newest, reason = _loadable(model, wanted)
     if newest == wanted:
         return newest
     said = f"At opset {wanted} the model does not load: {reason}"
-    found = type_for(narrow, blocks, newest)
-    if found is None or type_for(wide, blocks, newest) is None:
+    found = type_for(narrow, blocks, newest, signed)
+    if found is None or type_for(wide, blocks, newest, signed) is None:
         where = job.config.at("weight_quant_param", "dequant_strategy")
         msg = f"{where}: these integers need a type of a newer opset; write ON_LOAD. {said}"
         raise ModelError(msg)
@@ -182,17 +200,22 @@ def _refusal_at(model: ir.Model, opset: int) -> str | None:
         return str(error)
 
 
-def _emitted(model: ir.Model, plan: QuantPlan, newest: int | None) -> ir.Model:
+def _emitted(
+    model: ir.Model, plan: QuantPlan, newest: int | None, signed: bool = False
+) -> ir.Model:
     """`newest` is the newest opset that integers in memory may ask for, None for weights that are
-    unpacked when the model is loaded.
+    unpacked when the model is loaded; these are `signed` where the target wants them so.
     """
     quantized = model.clone()
     if newest is None:
         emit_stored(quantized, plan, PlaneWriter(quantized))
         return quantized
-    opsets = [opset_for(weight, newest) for weight in plan.stored.values()]
+    opsets = [opset_for(weight, newest, signed) for weight in plan.stored.values()]
     quantized = raise_opset(quantized, max(opsets, default=0))
-    emit_dequantized(quantized, plan, newest)
+    if signed:
+        emit_signed(quantized, plan, newest)
+    else:
+        emit_dequantized(quantized, plan, newest)
     return quantized
 
 

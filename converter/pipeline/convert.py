@@ -14,7 +14,7 @@ from converter.calibrate.data import resources_of
 from converter.config.keys import QUANT_TYPES
 from converter.emit.half import store_constants_as_half
 from converter.emit.inferred import forget_inferred
-from converter.errors import ModelError, QConvertError
+from converter.errors import ConfigError, ModelError, QConvertError
 from converter.graph import files as models
 from converter.graph.dimensions import name_apart
 from converter.graph.edit import constant, initializers_of, nodes_of, values_by_name
@@ -44,7 +44,7 @@ from converter.plan.targets import WIDE_OPSET
 from converter.prepare import make_plain, prepare
 from converter.prepare.fake_quant import Prepared, without_training
 from converter.prepare.inputs import check_shapes, set_input_shapes
-from converter.prepare.opset import LEAST_OPSET, opset_of, raise_opset
+from converter.prepare.opset import LEAST_OPSET, newest_opset, opset_of, raise_opset
 from converter.report.advice import listed
 from converter.report.collect import check_folder, write_reports
 from converter.report.provenance import provenance
@@ -206,9 +206,25 @@ def calibrate(job: Job, watch: Watch) -> None:
         raise QConvertError(str(error)) from error
 
 
-def least_opset(job: Job) -> int:
-    """The oldest opset that has what the job asks for."""
-    return WIDE_OPSET if wants_wide(job.config) else LEAST_OPSET
+def _opset(job: Job, model: ir.Model) -> int:
+    """The opset that the job asks for, or the oldest that has what it does; raises ConfigError
+    where that goes beyond the one asked for.
+    """
+    least = WIDE_OPSET if wants_wide(job.config) else LEAST_OPSET
+    asked, newest = job.config.common.opset, newest_opset()
+    if asked is None:
+        return least
+    where = f"{job.config.at('common_quant_param', 'opset')} = {asked}"
+    if asked < least:
+        msg = f"{where}: activations of 16 bits need opset {least}; write opset = {least} or more."
+        raise ConfigError(msg)
+    if asked < (own := opset_of(model)):
+        msg = f"{where}: the model itself has opset {own}; write opset = {own} or more, or none."
+        raise ConfigError(msg)
+    if asked > newest:
+        msg = f"{where}: the newest opset known here is {newest}; write opset = {newest} or less."
+        raise ConfigError(msg)
+    return asked
 
 
 def make_plan(job: Job, watch: Watch) -> QuantPlan:
@@ -228,7 +244,7 @@ def read(job: Job, watch: Watch) -> Prepared:
     _tell_of_inputs(model, job, watch)
     nodes = _nodes(model)
     make_plain(model)  # first, as ONNX's converter forgets functions
-    raised = raise_opset(model, least_opset(job))
+    raised = raise_opset(model, _opset(job, model))
     if raised is not model:
         _check_raised(model, raised, watch)
     normal = prepare(raised)

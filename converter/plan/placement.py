@@ -257,7 +257,21 @@ def _obstacle(node: ir.Node, target: Target, wishes: Wishes) -> str | None:
     constants = any(constant(value) is not None for value in node.inputs)
     if rule.of_activations and not constants and not target.computed_products:
         return f"a product of two activations is no faster in integers on target {target.name}"
-    return rule.obstacle(node)
+    return rule.obstacle(node) or _too_small(node, target)
+
+
+def _too_small(node: ir.Node, target: Target) -> str | None:
+    """Why a matrix product is too small for the target's integer kernels, as far as its sizes are
+    known.
+    """
+    if not rule_of(node).product or not target.least_product:
+        return None
+    shape = not_none(node.inputs[1]).shape
+    sides = [side for side in list(shape or ())[-2:] if isinstance(side, int)]
+    least = min(sides, default=target.least_product)
+    if least >= target.least_product:
+        return None
+    return f"a product with {least} rows or columns is faster in floats on target {target.name}"
 
 
 def _activation(node: ir.Node, target: Target, wishes: Wishes) -> IntFormat:

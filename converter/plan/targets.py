@@ -38,7 +38,9 @@ class Target:
     `channels`: operators whose weights may have a scale a channel; None for all. `adds_bias`:
     whether an Add of a constant behind a product of bytes is part of it. `fixed`: scale and zero
     point that the outputs of an operator must have at some width. `joins_alike`: whether what is
-    joined had better have the parameters of the whole.
+    joined had better have the parameters of the whole. `signed_alone`: whether no integers but
+    signed ones with the zero 0 are taken, in every mode. `least_product`: products of fewer rows or
+    columns are faster in floats.
     """
 
     name: str
@@ -61,6 +63,8 @@ class Target:
     adds_bias: bool = True
     fixed: Mapping[tuple[str, int], tuple[float, int]] = field(default_factory=dict)
     joins_alike: bool = False
+    signed_alone: bool = False
+    least_product: int = 0
 
 
 def _set(text: str) -> frozenset[str]:
@@ -109,6 +113,8 @@ NVGPU = Target(
     float_output=_WEIGHTED | _set("ConvTranspose Add Concat AveragePool GlobalAveragePool"),
     integer_bias=False,
     fuses_residual=True,
+    signed_alone=True,
+    least_product=16,
 )
 DSP = Target(
     name="DSP",

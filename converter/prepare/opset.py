@@ -24,7 +24,7 @@ from converter.prepare.former_ops import write_out_former_operators
 # opset 13.
 LEAST_OPSET = 13
 # The file formats that go with opsets; from version 4 on, initializers need not be inputs.
-IR_VERSIONS = {LEAST_OPSET: 7, 21: 10, 25: 13}
+IR_VERSIONS = {LEAST_OPSET: 7, 21: 10, 23: 11, 24: 12, 25: 13, 28: 14}
 
 # The domain of nodes that the converter shall pass on as they are.
 HIDDEN = "kept.as.it.is"
@@ -39,6 +39,11 @@ def opset_of(model: ir.Model) -> int:
     return model.graph.opset_imports.get("") or LEAST_OPSET
 
 
+def newest_opset() -> int:
+    """The newest version of the standard operators that is known here."""
+    return int(onnx.defs.onnx_opset_version())
+
+
 def raise_opset(model: ir.Model, least: int = LEAST_OPSET) -> ir.Model:
     """The model, converted where its opset is below `least`; raises ModelError where that is
     impossible.
@@ -49,7 +54,7 @@ def raise_opset(model: ir.Model, least: int = LEAST_OPSET) -> ir.Model:
             *(version for opset, version in IR_VERSIONS.items() if opset <= least),
         ]
     )
-    if opset_of(model) > (newest := onnx.defs.onnx_opset_version()):
+    if opset_of(model) > (newest := newest_opset()):
         msg = (
             f"The model's opset {opset_of(model)} is newer than any known; export it again with "
             f"opset {newest}."

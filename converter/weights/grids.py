@@ -71,12 +71,18 @@ def _energy(weight: Array, moments: Array | None) -> Array:
 @dataclass(frozen=True)
 class Grids:
     """Which grids may be used: unsigned `format`, one for every row or one for all, integer zeros
-    only or any.
+    only or any; `symmetric` ones have the zero in the middle of the codes.
     """
 
     format: IntFormat
     per_row: bool = True
     integer_zero: bool = False
+    symmetric: bool = False
+
+    @property
+    def center(self) -> int:
+        """The middle of the codes."""
+        return (self.format.qmax + 1) // 2
 
 
 def fit(weight: Array, moments: Array | None, grids: Grids, kept: Array | None = None) -> Rows:
@@ -180,7 +186,7 @@ def _first(weight: Array, moments: Array | None, grids: Grids) -> tuple[float, A
         np.broadcast_to(f(weight, axis=axis), weight.shape[:2])
         for f in (np.min, np.max, partial(np.mean, dtype=np.float64))
     )
-    middle = mean if coded else (high + low) / 2
+    middle = np.zeros_like(low) if grids.symmetric else mean if coded else (high + low) / 2
     width = 2 * np.maximum(high - middle, middle - low)
     importance = np.ones(weight.shape[::2]) if moments is None else np.einsum("gkk->gk", moments)
 
@@ -221,7 +227,9 @@ def _grid(width: Array, middle: Array, grids: Grids) -> tuple[Array, Array]:
 
 def _storable(scale: Array, zero: Array, grids: Grids) -> tuple[Array, Array]:
     """The nearest grid that the file holds: float16 where its range allows."""
-    if grids.integer_zero:
+    if grids.symmetric:
+        zero = np.full_like(zero, grids.center)
+    elif grids.integer_zero:
         zero = np.clip(np.rint(zero), 0, grids.format.qmax)
     half = np.finfo(np.float16)
     largest = max(scale.max(), np.abs(zero).max())
@@ -250,6 +258,10 @@ def _refitted(weight: Array, moments: Array | None, rows: Rows, grids: Grids) ->
     if not grids.per_row:
         sums = [np.full_like(x, x.sum()) for x in sums]
     qq, q1, one, qw, w1 = sums
+    if grids.symmetric:
+        return _rescaled(
+            rows, qw - grids.center * w1, qq - grids.center * (2 * q1 - grids.center * one), grids
+        )
     determinant = qq * one - q1**2
     safe = determinant > 1e-9 * qq * one
     determinant = np.where(safe, determinant, 1.0)
@@ -260,6 +272,14 @@ def _refitted(weight: Array, moments: Array | None, rows: Rows, grids: Grids) ->
     zero = np.where(safe, -offset / scale, rows.zero)
     scale, zero = _storable(scale, zero, grids)
     return Rows(points, scale, zero, grids.format)
+
+
+def _rescaled(rows: Rows, cross: Array, power: Array, grids: Grids) -> Rows:
+    """The same points with the scale of least error, `cross` over `power`, the zero staying."""
+    safe = (power > SMALLEST_SCALE) & (cross > SMALLEST_SCALE * power)
+    scale = np.where(safe, cross / np.where(safe, power, 1.0), rows.scale)
+    scale, zero = _storable(scale, rows.zero, grids)
+    return Rows(rows.points, scale, zero, grids.format)
 
 
 def _descended(weight: Array, moments: Array | None, rows: Rows, kept: Array | None) -> Rows:

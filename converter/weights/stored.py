@@ -38,14 +38,15 @@ class Storage:
     """How weights are fitted.
 
     `by_outputs` needs data; `correct` keeps means and, by weights, variances; `integer_zero` is for
-    DequantizeLinear; `max_error` chooses the fewest bits with no more relative error a weight, None
-    keeps the plan's.
+    DequantizeLinear, and `symmetric` for one whose zero is 0; `max_error` chooses the fewest bits
+    with no more relative error a weight, None keeps the plan's.
     """
 
     by_outputs: bool = False
     correct: bool = True
     integer_zero: bool = False
     max_error: float | None = None
+    symmetric: bool = False
 
 
 def _for(wanted: WeightPlan, storage: Storage) -> Storage:
@@ -57,7 +58,8 @@ def fitted_alone(
 ) -> QuantizedWeight:
     """The weight fitted to itself; `importance` tells how much each of its columns counts."""
     storage = _for(wanted, storage)
-    if storage.integer_zero and storage.max_error is None and wanted.axis is not None:
+    blockwise = storage.integer_zero and storage.max_error is None and not storage.symmetric
+    if blockwise and wanted.axis is not None:
         return block_grids.fitted(weight, wanted, importance)
     matrix = plain_matrix(weight, wanted.axis)
     if isinstance(wanted.granularity, PerBlock):
@@ -107,7 +109,7 @@ def _fewest_bits(
     moments measure.
     """
     bound, integer_zero = _for(wanted, storage).max_error, storage.integer_zero or kept is not None
-    grids = Grids(wanted.format, wanted.axis is not None, integer_zero)
+    grids = Grids(wanted.format, wanted.axis is not None, integer_zero, storage.symmetric)
     varied = grids.per_row and not integer_zero and _varied(weight)
 
     def fitted(bits: int) -> Rows:
