@@ -86,7 +86,7 @@ def data_of(name: str) -> str:
     return (
         f"[data_preprocess_param]\ncalibrate_path=input:'{DATA / 'images' / 'faces'}'\n"
         "calibrate_size=10\ninput_type=IMAGE\nresize_width=320\nresize_height=240\n"
-        "normalize_mean=[127]\nnormalize_std=[128]\n"
+        "normalize_mean=[127,127,127]\nnormalize_std=[128,128,128]\n"
     )
 
 
