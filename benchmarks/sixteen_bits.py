@@ -5,10 +5,10 @@
 
 Models are the classifiers of `common.py`, minilm_l6, and a detector of `zoo.py`, by default
 nanodet_m. Everything becomes integers (only_where_it_pays = false). Columns: share of the
-activation tensors with 16 bits; the task's own measure (top-1, Spearman's rank correlation with human scores,
-F1 of boxes against the float model's); agreement with the float model (the same answers, the mean
-cosine of embeddings, F1); decibels of the outputs over their error; and what of the error of 8 bits
-that 16 take away MIXED takes away as well, in agreement and in noise.
+activation tensors with 16 bits; the task's own measure (top-1, Spearman's rank correlation with
+human scores, F1 of boxes against the float model's); agreement with the float model (the same
+answers, the mean cosine of embeddings, F1); decibels of the outputs over their error; and what of
+the error of 8 bits that 16 take away MIXED takes away as well, in agreement and in noise.
 """
 
 from __future__ import annotations

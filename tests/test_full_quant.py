@@ -94,7 +94,8 @@ def test_every_target_keeps_the_examples_answers(examples, target):
     after = run(model, {"image": images})["probs"]
     assert np.mean(after.argmax(1) == before.argmax(1)) >= 0.97
     assert np.mean(after.argmax(1) == labels) >= np.mean(before.argmax(1) == labels) - 0.03
-    assert len(stored(model, np.int8)) == 8
+    # Ten classes are too few for a product on a GPU.
+    assert len(stored(model, np.int8)) == (7 if target == "NVGPU" else 8)
     assert [error.sqnr_db for error in outcome.errors] == sorted(
         error.sqnr_db for error in outcome.errors
     )

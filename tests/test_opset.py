@@ -14,7 +14,7 @@ from converter.config import load_config
 from converter.errors import ConfigError
 from converter.job import Job
 from converter.pipeline.convert import convert
-from converter.prepare.opset import newest_opset
+from converter.prepare.opset import newest_opset, runtime_knows
 
 GRAPH = """g (float[1,8,8,8] x) => (float[1,4] y) {
     a = Conv (x, w)  r = Relu (a)  p = GlobalAveragePool (r)  f = Flatten (p)  y = Gemm (f, k)
@@ -103,6 +103,14 @@ def test_a_type_that_an_opset_lacks_is_replaced_by_a_wider_one_and_said(tmp_path
     model, ear = converted(tmp_path, "WEIGHT_QUANT", 21, f"bit_num = 4\n{ON_THE_FLY}")
     assert opset_of(model) == 21
     assert not any("narrower type" in line for line in ear.warned)
+
+
+def test_an_opset_that_the_runtime_lacks_is_an_error(tmp_path, monkeypatch):
+    assert runtime_knows(21)
+    assert not runtime_knows(newest_opset() + 50)
+    monkeypatch.setattr("converter.pipeline.convert.runtime_knows", lambda opset: opset < 23)
+    with pytest.raises(ConfigError, match="has no integers of opset 23; write a lower one"):
+        converted(tmp_path, "FULL_QUANT", 23)
 
 
 def test_the_newest_opset_is_onnx_s_own():

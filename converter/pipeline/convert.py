@@ -44,7 +44,13 @@ from converter.plan.targets import WIDE_OPSET
 from converter.prepare import make_plain, prepare
 from converter.prepare.fake_quant import Prepared, without_training
 from converter.prepare.inputs import check_shapes, set_input_shapes
-from converter.prepare.opset import LEAST_OPSET, newest_opset, opset_of, raise_opset
+from converter.prepare.opset import (
+    LEAST_OPSET,
+    newest_opset,
+    opset_of,
+    raise_opset,
+    runtime_knows,
+)
 from converter.report.advice import listed
 from converter.report.collect import check_folder, write_reports
 from converter.report.provenance import provenance
@@ -223,6 +229,10 @@ def _opset(job: Job, model: ir.Model) -> int:
         raise ConfigError(msg)
     if asked > newest:
         msg = f"{where}: the newest opset known here is {newest}; write opset = {newest} or less."
+        raise ConfigError(msg)
+    if not runtime_knows(asked):
+        what = f"the installed ONNX Runtime has no integers of opset {asked}"
+        msg = f"{where}: {what}; write a lower one."
         raise ConfigError(msg)
     return asked
 

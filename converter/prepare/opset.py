@@ -17,7 +17,7 @@ from converter.graph.edit import (
     initializers_of,
     input_at,
 )
-from converter.graph.files import MAKERS_OF_MAPS, first_line
+from converter.graph.files import MAKERS_OF_MAPS, first_line, refusal, saved
 from converter.prepare.former_ops import write_out_former_operators
 
 # Per-channel QuantizeLinear/DequantizeLinear, the youngest operators that are written, came with
@@ -42,6 +42,22 @@ def opset_of(model: ir.Model) -> int:
 def newest_opset() -> int:
     """The newest version of the standard operators that is known here."""
     return int(onnx.defs.onnx_opset_version())
+
+
+def runtime_knows(opset: int) -> bool:
+    """Whether ONNX Runtime here converts to integers at an opset."""
+    x, scale = (
+        ir.Value(name=name, shape=ir.Shape(()), type=ir.TensorType(ir.DataType.FLOAT))
+        for name in ("x", "scale")
+    )
+    node = ir.node("QuantizeLinear", [x, scale])
+    node.outputs[0].name, node.outputs[0].type = "y", ir.TensorType(ir.DataType.UINT8)
+    graph = ir.Graph(
+        [x, scale], node.outputs, nodes=[node], opset_imports={"": opset}, name="probe"
+    )
+    model = ir.Model(graph, ir_version=max(v for o, v in IR_VERSIONS.items() if o <= opset))
+    with saved(model) as path:
+        return refusal(path, optimize=False) is None
 
 
 def raise_opset(model: ir.Model, least: int = LEAST_OPSET) -> ir.Model:
