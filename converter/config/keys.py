@@ -67,7 +67,7 @@ _SENSITIVITY = Scope(
 _FULL = Scope(("FULL_QUANT",))
 _ON_TARGET = Scope(
     QUANT_TYPES,
-    ", but for FULL_QUANT with NVGPU alone",
+    " (the first and the last with NVGPU alone)",
     lambda config: config.mode == "FULL_QUANT" or config.full_quant.target_device == "NVGPU",
 )
 _TRAINED = Scope(("FULL_QUANT", "FLOAT32"))
