@@ -343,6 +343,24 @@ def test_what_is_joined_shares_the_parameters_of_the_whole():
     }
 
 
+@pytest.mark.parametrize("op", ["Sigmoid", "Softmax <axis=1>"])
+def test_what_is_joined_keeps_parameters_that_are_fixed(tmp_path, op):
+    graph = f"""g (float[1,4,8,8] x) => (float[] y) {{
+        [one] a = Conv (x, w)  s = {op} (a)  [join] c = Concat <axis=1> (s, s)  [two] y = Conv (c, v)
+    }}"""
+    model = build(graph, w=normal(4, 4, 3, 3), v=normal(4, 8, 1, 1))
+    data = {"x": normal(8, 4, 8, 8)}
+    task = job(tmp_path, model, data, target_device="QNN", activation_bits=16)
+    plan = convert(task, Ear()).plan
+    assert plan.tensors["s"].group == "s"
+    same = graph.replace(op, "Relu")
+    task = job(
+        tmp_path, build(same, w=normal(4, 4, 3, 3), v=normal(4, 8, 1, 1)), data, target_device="QNN"
+    )
+    plan = convert(task, Ear()).plan
+    assert plan.tensors["s"].group == "c"
+
+
 def test_a_layer_normalization_has_a_byte_a_weight_and_an_exact_bias():
     graph = f"{ROWS} {{ [one] a = MatMul (x, k)  [norm] y = LayerNormalization (a, scale, b) }}"
     model = normal_form(graph, scale=normal(4) + 2)

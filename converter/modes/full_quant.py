@@ -601,9 +601,19 @@ def _mixed_concats(setup: Setup, plan: QuantPlan) -> Choice:
             mixed[unit.name] = (
                 f"the ranges of its inputs differ {max(spans) / min(spans):.0f} times"
             )
-        elif setup.target.joins_alike:
+        elif setup.target.joins_alike and not any(_bound(setup, plan, n) for n in unit.inputs):
             joined.add(unit.name)
     return Choice({} if _may_widen(setup) else mixed, joined=frozenset(joined))
+
+
+def _bound(setup: Setup, plan: QuantPlan, tensor: str) -> bool:
+    """Whether what makes a tensor decides its parameters, data aside."""
+    made_by = {name: unit for unit in plan.units() for name in unit.outputs}
+    maker = made_by.get(plan.tensors[tensor].group)
+    if maker is None:
+        return False
+    bits = (maker.activation or UINT8).bits
+    return rule(maker.op_type).probabilities or (maker.op_type, bits) in setup.target.fixed
 
 
 def _span(plan: QuantPlan, unit: NodePlan, name: str) -> float:
