@@ -72,6 +72,12 @@ _STORED = Scope(
     lambda config: config.weight_quant.on_the_fly,
 )
 _DYNAMIC = Scope(("DYNAMIC_QUANT",))
+_LEARNING = ("WEIGHT_QUANT", "FULL_QUANT")
+_TUNED = Scope(
+    _LEARNING,
+    " with fine_tune",
+    lambda config: config.fine_tune.fine_tune != "OFF",
+)
 _WITH_DATA = Scope(
     _ALWAYS.modes,
     " with calibrate_path",
@@ -343,6 +349,48 @@ class FullQuantParam:
 
 
 @dataclass(frozen=True)
+class FineTuneParam:
+    """`[fine_tune_param]`: what is learned of the float model after rounding, without labels."""
+
+    fine_tune: Literal["OFF", "BLOCK", "END_TO_END", "AUTO"] = _choice(
+        "Learn scales, biases and, where codes are stored, rounding from the float model on the "
+        "calibration data: END_TO_END from its outputs, BLOCK from what blocks of layers hand on, "
+        "AUTO both in turn. A fifth of the samples is held back and judges: what is no better "
+        "there is not kept.",
+        "OFF",
+    )
+    time_limit: float = _key(
+        kinds.number_between(0, 10080, 15),
+        "Minutes after which the best so far is taken; where not all epochs fit, fewer are made.",
+        15.0,
+        _TUNED,
+    )
+    epochs: int = _key(
+        kinds.integer(1, 65535, 100), "How often every sample is learned from.", 100, _TUNED
+    )
+    batch_size: int = _key(
+        kinds.integer(1, 4096, 32), "Samples that one step of learning looks at.", 32, _TUNED
+    )
+    learning_rate: float = _key(
+        kinds.number_between(0, 1, 0.0003),
+        "The first step, as a share of what it changes; steps get smaller to the end.",
+        0.0003,
+        _TUNED,
+    )
+    seed: int = _key(
+        kinds.integer(0, 2**31 - 1),
+        "Of the order of samples and their views: the same seed gives the same file.",
+        0,
+        _TUNED,
+    )
+    augment: bool | None = _choice(
+        "Learn from other views of the samples as well: mirrored, cut out and mixed with one "
+        "another; unset: of pictures, input_type = IMAGE.",
+        scope=_TUNED,
+    )
+
+
+@dataclass(frozen=True)
 class TransformQuantParam:
     """`[transform_quant_param]`: what becomes of a model that was trained with fake
     quantization.
@@ -483,6 +531,7 @@ class Config:
     weight_quant: WeightQuantParam = _section(WeightQuantParam, "weight_quant_param", _WEIGHT)
     full_quant: FullQuantParam = _section(FullQuantParam, "full_quant_param", _FULL)
     dynamic_quant: DynamicQuantParam = _section(DynamicQuantParam, "dynamic_quant_param", _DYNAMIC)
+    fine_tune: FineTuneParam = _section(FineTuneParam, "fine_tune_param", Scope(_LEARNING))
     transform: TransformQuantParam = _section(
         TransformQuantParam, "transform_quant_param", _TRAINED
     )

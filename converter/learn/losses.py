@@ -9,11 +9,42 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import numpy as np
+import onnx_ir as ir
 
 from converter.learn.terms import Scribe, Term
 
 Loss = Callable[[Scribe], Term]
 _DISTRIBUTIONS = {"Softmax", "LogSoftmax"}
+# What may stand between a product that scores classes and the output.
+_PASSING = {"Add", "Flatten", "Reshape", "Squeeze", "Identity"}
+_PRODUCTS = {"Gemm", "MatMul", "Conv", "GlobalAveragePool"}
+
+
+def is_distribution(value: ir.Value) -> bool:
+    """Whether Softmax or LogSoftmax made an output."""
+    node = _maker(value)
+    return node is not None and node.op_type in _DISTRIBUTIONS
+
+
+def tells_classes(value: ir.Value) -> bool:
+    """Whether an output is a distribution over classes, or scores Softmax would make one of."""
+    node = _maker(value)
+    sides = [d for d in (value.shape or ())[1:] if d != 1]
+    scores = node is not None and node.op_type in _PRODUCTS and len(sides) == 1
+    return scores or is_distribution(value)
+
+
+def _maker(value: ir.Value) -> ir.Node | None:
+    """What computes a value, but for what passes numbers on."""
+    node = value.producer()
+    while node is not None and node.op_type in _PASSING:
+        node = next((v.producer() for v in node.inputs if v is not None and v.producer()), None)
+    return None if node is None or node.domain else node
+
+
+def total(losses: Sequence[Loss]) -> Loss:
+    """The sum of losses."""
+    return lambda scribe: _total([loss(scribe) for loss in losses])
 
 
 def squares(tensor: str) -> Loss:

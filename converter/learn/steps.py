@@ -1,9 +1,8 @@
-"""Small steps down a gradient: Adam with a cosine schedule, in NumPy."""
+"""Small steps down a gradient: Adam, in NumPy."""
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -17,26 +16,39 @@ KEPT, KEPT_SQUARES, TINY = 0.9, 0.999, 1e-12
 
 @dataclass
 class Adam:
-    """Moves arrays, which are float64 and changed in place; `steps` in all."""
+    """Moves arrays in place, each in its own precision.
 
-    rate: float
-    steps: int
-    _done: int = 0
-    _means: dict[str, Array] = field(default_factory=dict)
-    _squares: dict[str, Array] = field(default_factory=dict)
+    Those of `alike` share one mean square, so that of many numbers the few that matter most go
+    farthest.
+    """
 
-    def step(self, learned: Mapping[str, Array], gradients: Mapping[str, Array]) -> None:
-        """One step for every array that has a gradient."""
-        self._done += 1
-        rate = self.rate * (1 + math.cos(math.pi * self._done / self.steps)) / 2
+    alike: Collection[str] = ()
+    done: int = 0
+    means: dict[str, Array] = field(default_factory=dict)
+    squares: dict[str, Array] = field(default_factory=dict)
+
+    def step(
+        self,
+        learned: Mapping[str, Array],
+        gradients: Mapping[str, Array],
+        rates: Mapping[str, float],
+    ) -> None:
+        """One step for every array that has a gradient, at its own rate."""
+        self.done += 1
         for name, gradient in gradients.items():
-            mean = _moved(self._means, name, gradient, KEPT)
-            square = _moved(self._squares, name, gradient**2, KEPT_SQUARES)
-            mean = mean / (1 - KEPT**self._done)
-            square = square / (1 - KEPT_SQUARES**self._done)
-            learned[name][...] -= rate * mean / (np.sqrt(square) + TINY)
+            now = learned[name]
+            mean = _moved(self.means, name, gradient.astype(now.dtype), KEPT)
+            energy = np.square(gradient, dtype=now.dtype)
+            if name in self.alike:
+                energy = energy.mean(keepdims=True)
+            square = _moved(self.squares, name, energy, KEPT_SQUARES)
+            rate = rates[name] / (1 - KEPT**self.done)
+            root = np.sqrt(square / (1 - KEPT_SQUARES**self.done))
+            now -= rate * mean / (root + TINY)
 
 
 def _moved(means: dict[str, Array], name: str, new: Array, kept: float) -> Array:
-    means[name] = kept * means.get(name, np.zeros_like(new)) + (1 - kept) * new
-    return means[name]
+    mean = means.setdefault(name, np.zeros_like(new))
+    mean *= kept
+    mean += (1 - kept) * new
+    return mean

@@ -46,7 +46,7 @@ class Scribe:
     def __init__(self, model: ir.Model) -> None:
         self.model = model
         self._names, self._written = Names(model), dict[tuple[Any, ...], Term]()
-        self._values = values_by_name(model.graph)
+        self._values, self._fed = values_by_name(model.graph), dict[str, Term]()
 
     def read(self, value: ir.Value) -> Term:
         """The term of a value of the graph; raises NoGradientError where its shape is not known."""
@@ -93,11 +93,13 @@ class Scribe:
         return out
 
     def fed(self, wish: str, shape: Shape, dtype: ir.DataType) -> Term:
-        """A new input of the graph."""
-        kind = ir.TensorType(dtype)
-        value = ir.Value(name=self._names.fresh(wish), shape=ir.Shape(shape), type=kind)
-        self.model.graph.inputs.append(value)
-        return Term(value, self, shape)
+        """An input of the graph; one of each wish."""
+        if wish not in self._fed:
+            kind = ir.TensorType(dtype)
+            value = ir.Value(name=self._names.fresh(wish), shape=ir.Shape(shape), type=kind)
+            self.model.graph.inputs.append(value)
+            self._fed[wish] = Term(value, self, shape)
+        return self._fed[wish]
 
     def concat(self, terms: Sequence[Term], axis: int) -> Term:
         """Terms one behind the other."""

@@ -37,6 +37,8 @@ from converter.errors import ConfigError, UsageError
 from converter.graph.edit import constant, is_float, not_none, values_by_name
 from converter.graph.files import fed_inputs
 from converter.job import Job, Resources, Watch
+from converter.learn.restored import as_stored, with_integers
+from converter.learn.tuning import Tuning
 from converter.measure.pairing import pair
 from converter.measure.sensitivity import RANKED_ON, alone, output_drop, read_labels
 from converter.measure.target_checks import check
@@ -75,7 +77,7 @@ def quantize(prepared: Prepared, job: Job, watch: Watch) -> Quantized:
     """The quantized copy of a prepared float model."""
     setup = set_up(prepared, job, watch)
     evidence = observed(setup, watch)
-    final = within_drop(setup, evidence, watch)
+    final = fine_tuned(setup, within_drop(setup, evidence, watch), watch)
     check(final.model, final.plan, setup.target)
     _require_full_integer(final.plan, job.config)
     _tell_of_floats(final.plan, watch)
@@ -103,13 +105,16 @@ def calibrate(prepared: Prepared, job: Job, watch: Watch) -> None:
 
 @dataclass(frozen=True)
 class Setup:
-    """The float model in its last form, its data, and what was asked."""
+    """The float model in its last form, its data, and what was asked; samples `held` judge what is
+    learned.
+    """
 
     model: ir.Model
     job: Job
     target: Target
     trained: Trained
     data: Dataset
+    held: Dataset
     pixels: Pixels | None
     resources: Resources
 
@@ -178,8 +183,8 @@ def set_up(prepared: Prepared, job: Job, watch: Watch) -> Setup:
     if pixels is None and job.input_type in TYPES and samples.input_type == "IMAGE":
         pixels = fold_normalisation(model, samples)
         samples = pixels.preprocess(samples)
-    data = open_data(model, job, watch, samples)
-    setup = Setup(model, job, _target(job.config), trained, data, pixels, resources)
+    data, held = Tuning(job, watch).parted(open_data(model, job, watch, samples))
+    setup = Setup(model, job, _target(job.config), trained, data, held, pixels, resources)
     if len(data) and not trained:
         smooth(
             model,
@@ -344,6 +349,19 @@ def attempt(
             setup.model, plan, walk, means=evidence.means, rounding=rounding, watch=watch
         )
     quantized, plan = setup.model.clone(), _with_stored(setup, plan, watch)
+    return Attempt(quantized, plan, emit(quantized, plan))
+
+
+def fine_tuned(setup: Setup, found: Attempt, watch: Watch) -> Attempt:
+    """The attempt with scales of weights and biases learned, as the config wants; codes, which
+    kernels may bound, and ranges stay.
+    """
+    tuning = Tuning(setup.job, watch, fixed=True)
+    if not tuning.wanted:
+        return found
+    parts = setup.data, setup.held
+    learned = tuning.tuned(setup.model, as_stored(found.plan), parts, lambda plan: None)
+    quantized, plan = setup.model.clone(), with_integers(found.plan, learned)
     return Attempt(quantized, plan, emit(quantized, plan))
 
 
