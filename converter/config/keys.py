@@ -72,6 +72,11 @@ _STORED = Scope(
     lambda config: config.weight_quant.on_the_fly,
 )
 _DYNAMIC = Scope(("DYNAMIC_QUANT",))
+_TRAINING = Scope(
+    _FULL.modes,
+    " with fine_tune",
+    lambda config: config.fine_tune.fine_tune != "OFF",
+)
 _LEARNING = ("WEIGHT_QUANT", "FULL_QUANT")
 _TUNED = Scope(
     _LEARNING,
@@ -383,11 +388,29 @@ class FineTuneParam:
         0,
         _TUNED,
     )
+    weight_bits: int = _key(
+        kinds.integer(2, 8, 4),
+        "Bits of weights that compute in integers: fewer than 8 are trained, with their scales.",
+        8,
+        _TRAINING,
+    )
+    activation_bits: int = _key(
+        kinds.integer(1, 8, 4),
+        "Bits of activations likewise, whose ranges are learned; fewer than 8 stand in a byte "
+        "each.",
+        8,
+        _TRAINING,
+    )
     augment: bool | None = _choice(
         "Learn from other views of the samples as well: mirrored, cut out and mixed with one "
         "another; unset: of pictures, input_type = IMAGE.",
         scope=_TUNED,
     )
+
+    @property
+    def in_few_bits(self) -> bool:
+        """Whether integers are trained for fewer than 8 bits."""
+        return self.fine_tune != "OFF" and min(self.weight_bits, self.activation_bits) < 8
 
 
 @dataclass(frozen=True)

@@ -27,10 +27,18 @@ from converter.learn.blocked import block_convolutions
 from converter.learn.blocks import blocks_of
 from converter.learn.checkpoint import Checkpoint, State
 from converter.learn.gradients import Gap, Gradients, gradient_model, loss_model
-from converter.learn.losses import Loss, divergence, error, is_distribution, tells_classes, total
+from converter.learn.losses import (
+    Loss,
+    divergence,
+    error,
+    is_distribution,
+    scaled,
+    tells_classes,
+    total,
+)
 from converter.learn.restored import restored
 from converter.learn.steps import Adam
-from converter.learn.student import POINT, Arrays, Student
+from converter.learn.student import POINT, STORED, Arrays, Learnable, Student
 from converter.plan.plan import QuantPlan
 
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
@@ -47,6 +55,8 @@ POINT_RATE = 30.0
 DROPPED = 0.25
 # Steps after which it is known how many fit the time, and the share of it that is kept for looks.
 TIMED, SPARE = 4, 0.1
+# How much the error of scores counts beside their divergence, which does not see what all share.
+BESIDE = 0.1
 # What a loss is called as an output.
 LOSS = "loss"
 
@@ -55,9 +65,9 @@ LOSS = "loss"
 class Options:
     """How long and how fast is learned.
 
-    `rate` is the first step, relative to what it changes; `seconds` the time after which the best so far is taken. Learning goes by
-    `blocks`, then over the `whole`, half of the time each. With `fixed` codes only grids and biases
-    are learned. `vary` makes another view of samples.
+    `rate` is the first step, relative to what it changes; `seconds` the time after which the best
+    so far is taken. Learning goes by `blocks`, then over the `whole`, half of the time each. `may`
+    says what of a plan is learned. `vary` makes another view of samples.
     """
 
     epochs: int = 100
@@ -68,7 +78,7 @@ class Options:
     threads: int = 1
     blocks: bool = True
     whole: bool = True
-    fixed: bool = False
+    may: Learnable = STORED
     vary: Vary | None = None
 
 
@@ -110,7 +120,8 @@ def outputs_alike(model: ir.Model) -> Aim:
     names = tuple(value.name or "" for value in floats)
     losses = [divergence(value.name or "") for value in floats if tells_classes(value)]
     plain = [value.name or "" for value in floats if not is_distribution(value)]
-    return Aim(total([*losses, error(plain)] if plain else losses), names)
+    share = BESIDE if losses else 1.0
+    return Aim(total([*losses, *([scaled(error(plain), share)] if plain else [])]), names)
 
 
 class Supply(Protocol):
@@ -441,7 +452,7 @@ def fine_tuned(model: ir.Model, plan: QuantPlan, samples: Samples, training: Tra
     supply = WholeSupply(model, samples, aim.taught, options)
 
     def lesson(plan: QuantPlan) -> Lesson:
-        return Lesson(Student(model, plan, options.fixed), aim.loss, options.threads)
+        return Lesson(Student(model, plan, options.may), aim.loss, options.threads)
 
     before = least = lesson(plan).judged(plan, supply.held)
     steps = wanted = 0
@@ -475,7 +486,7 @@ def by_blocks(model: ir.Model, plan: QuantPlan, samples: Samples, training: Trai
         taught = _run_all(block.model, block.ends, _with(reference, beside), threads)
         named = [{f"{name}_teacher": x for name, x in some.items()} for some in taught]
         inside = [_Inside(*four) for four in zip(own, reference, named, beside, strict=True)]
-        lesson = Lesson(Student(block.model, plan, options.fixed), error(block.ends), threads)
+        lesson = Lesson(Student(block.model, plan, options.may), error(block.ends), threads)
         supply = InsideSupply(inside, held, width, options)
         seconds = (end - training.clock()) / (len(blocks) - number + 1)
         plan = training.learned(lesson, supply, f"block {number} of {len(blocks)}", seconds).plan

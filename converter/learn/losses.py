@@ -42,6 +42,11 @@ def _maker(value: ir.Value) -> ir.Node | None:
     return None if node is None or node.domain else node
 
 
+def scaled(loss: Loss, factor: float) -> Loss:
+    """A loss that counts less or more."""
+    return lambda scribe: loss(scribe) * factor
+
+
 def total(losses: Sequence[Loss]) -> Loss:
     """The sum of losses."""
     return lambda scribe: _total([loss(scribe) for loss in losses])

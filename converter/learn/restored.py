@@ -7,7 +7,6 @@ from dataclasses import replace
 import numpy as np
 import onnx_ir as ir
 
-from calib.affine import QParams
 from converter.emit.stored import as_floats, emit_stored
 from converter.graph.edit import Names, constant, is_float, values_by_name
 from converter.learn.fake_quant import fake_quantize
@@ -23,33 +22,38 @@ def restored(model: ir.Model, plan: QuantPlan) -> ir.Model:
     emit_stored(copy, plan, as_floats)
     units = list(planned(copy, plan))
     computed = {name for _, unit in units for name in unit.outputs}
-    values = values_by_name(copy.graph)
-    for name in plan.tensors:
+    values, names = values_by_name(copy.graph), Names(copy)
+    for name, tensor in plan.tensors.items():
         value = values.get(name)
         if value is None or constant(value) is not None or not is_float(value):
             continue
-        readers = [node for node, unit in units if name in unit.inputs]
-        _fake_quantized(copy, value, plan.params(name), None if name in computed else readers)
+        readers = {node for node, unit in units if name in unit.inputs}
+        through = [use for use in value.uses() if name in computed or use.node in readers]
+        q, scale = (
+            plan.params(name),
+            names.constant(scale_of(tensor.group), plan.params(name).scale),
+        )
+        numbers = (q.zero_point, q.format.qmin, q.format.qmax)
+        others = [names.constant(f"{tensor.group}_grid", np.float32(number)) for number in numbers]
+        made = ir.Value(name=names.fresh(f"{name}_fake"), shape=value.shape, type=value.type)
+        node = fake_quantize(copy, [value, scale, *others], made.name or "", made)
+        _insert(copy.graph, value.producer(), node)
+        for use in through:
+            use.node.replace_input_with(use.idx, made)
     return copy
 
 
-def _fake_quantized(
-    model: ir.Model, value: ir.Value, q: QParams, readers: list[ir.Node] | None
-) -> None:
-    """Sends `readers`, or where None all that reads `value`, through a fake quantization."""
-    uses = [use for use in value.uses() if readers is None or use.node in readers]
-    names = Names(model)
-    numbers = (q.scale, q.zero_point, q.format.qmin, q.format.qmax)
-    constants = [names.constant(f"{value.name}_grid", np.float32(number)) for number in numbers]
-    made = ir.Value(name=names.fresh(f"{value.name}_fake"), shape=value.shape, type=value.type)
-    node = fake_quantize(model, [value, *constants], made.name or "", made)
-    producer = value.producer()
+def scale_of(group: str) -> str:
+    """What the scale of a group of activations is called as a constant."""
+    return f"{group}_scale_learned"
+
+
+def _insert(graph: ir.Graph, producer: ir.Node | None, node: ir.Node) -> None:
+    """Behind what makes its input, or first of all."""
     if producer is not None:
-        model.graph.insert_after(producer, [node])
+        graph.insert_after(producer, [node])
     else:
-        model.graph.insert_before(model.graph[0], [node])
-    for use in uses:
-        use.node.replace_input_with(use.idx, made)
+        graph.insert_before(graph[0], [node])
 
 
 def as_stored(plan: QuantPlan) -> QuantPlan:
@@ -65,4 +69,6 @@ def with_integers(plan: QuantPlan, learned: QuantPlan) -> QuantPlan:
     weights = {name: learned.stored[name, index] for name, index in places}
     stored = {place: weight for place, weight in learned.stored.items() if place not in places}
     stored |= {place: learned.stored[place] for place in plan.stored}
-    return replace(plan, weights={**plan.weights, **weights}, stored=stored, biases=learned.biases)
+    return replace(
+        learned, weights={**plan.weights, **weights}, stored=stored, biases=learned.biases
+    )

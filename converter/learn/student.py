@@ -1,5 +1,5 @@
-"""What is learned of stored weights: the points their codes stand for, their scales and zeros, and
-the biases.
+"""What is learned of a plan: the points that codes of weights stand for, their scales and zeros,
+the biases, and the scales of activations.
 
 Every learned number is a change in units of what it changes, 0 at first: a scale becomes
 scale (1 + u), what the code 0 stands for moves by scale v, a bias by v times the root mean square
@@ -11,7 +11,7 @@ stay, and so do weights that are 0 on purpose and codes of few values, which a t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -21,7 +21,7 @@ from calib import trellis
 from calib.affine import Array, QParams, along, dequantize
 from converter.emit.planes import half_if_exact
 from converter.graph.edit import not_none
-from converter.learn.restored import restored
+from converter.learn.restored import restored, scale_of
 from converter.plan.plan import NodePlan, QuantizedWeight, QuantPlan
 from converter.plan.units import bias_of, bias_place, planned
 from converter.weights.gptq import kept_weights
@@ -119,22 +119,36 @@ class Rounded:
     offset: Array
 
 
-class Student:
-    """The stored weights and biases of a plan as what can be learned.
-
-    `model` is the model, or a part of it, with them as plain constants, which `constants` names:
-    those that gradients are wanted for. With `fixed` codes only grids and biases are learned.
+@dataclass(frozen=True)
+class Learnable:
+    """What may be learned beside the grids and biases of weights: their `points`, and the scales of
+    `ranges` of activations.
     """
 
-    def __init__(self, model: ir.Model, plan: QuantPlan, fixed: bool = False) -> None:
+    points: bool = True
+    ranges: bool = False
+
+
+STORED = Learnable()
+
+
+class Student:
+    """The stored weights, the biases and the ranges of a plan as what can be learned.
+
+    `model` is the model, or a part of it, with them as plain constants, which `constants` names:
+    those that gradients are wanted for.
+    """
+
+    def __init__(self, model: ir.Model, plan: QuantPlan, may: Learnable = STORED) -> None:
         self.model, self.plan = restored(model, plan), plan
         self._weights, self._biases = dict[str, _Weight](), dict[str, _Bias]()
         for node, unit in planned(self.model, plan):
             self._add_weights(node, unit)
             self._add_bias(node, unit)
-        self.constants = (*self._weights, *self._biases)
+        self._ranges = self._groups() if may.ranges else {}
+        self.constants = (*self._weights, *self._biases, *self._ranges)
         self._zeros = {name: _meant_zeros(w) for name, w in self._weights.items()}
-        rounds = {} if fixed else self._weights
+        rounds = self._weights if may.points else {}
         self._rounds = {name: w for name, w in rounds.items() if w.points_move}
 
     def _add_weights(self, node: ir.Node, unit: NodePlan) -> None:
@@ -155,6 +169,15 @@ class Student:
         if value.graph is self.model.graph:
             self._biases[value.name or ""] = _Bias(unit.name, bias.astype(np.float64))
 
+    def _groups(self) -> dict[str, str]:
+        """The groups of activations that are all inside, by the constant that is their scale."""
+        inside = {value.name for value in (*self.model.graph.inputs, *_made(self.model.graph))}
+        whole = {tensor.group for tensor in self.plan.tensors.values()} - {
+            tensor.group for name, tensor in self.plan.tensors.items() if name not in inside
+        }
+        scales = {scale_of(group): group for group in sorted(whole)}
+        return {name: g for name, g in scales.items() if name in self.model.graph.initializers}
+
     def start(self) -> Arrays:
         """All that is learned, as it is in the plan."""
         found: Arrays = {}
@@ -164,7 +187,8 @@ class Student:
                 found[f"{name} {ZERO}"] = np.zeros(weight.grid.scale.shape)
         points = {f"{name} {POINT}": w.points.copy() for name, w in self._rounds.items()}
         biases = {name: np.zeros_like(bias.value) for name, bias in self._biases.items()}
-        return {**found, **points, **biases}
+        ranges = {name: np.zeros(()) for name in self._ranges}
+        return {**found, **points, **biases, **ranges}
 
     def rounded(self, learned: Mapping[str, Array]) -> dict[str, Rounded]:
         """What weights are after rounding."""
@@ -195,7 +219,11 @@ class Student:
             found[name] = np.ascontiguousarray(now.points * scale + offset, dtype=np.float32)
         for name, bias in self._biases.items():
             found[name] = (bias.value + bias.size * learned[name]).astype(np.float32)
-        return found
+        scales = {name: self._scale(name) * (1 + learned[name]) for name in self._ranges}
+        return found | {name: np.asarray(scale, np.float32) for name, scale in scales.items()}
+
+    def _scale(self, name: str) -> Array:
+        return self.plan.qparams[self._ranges[name]].scale.astype(np.float64)
 
     def values_of(self, plan: QuantPlan) -> Arrays:
         """The constants (float32) as a plan stores them."""
@@ -204,7 +232,7 @@ class Student:
         for name, bias in self._biases.items():
             value = plan.biases.get(bias.unit, bias.value)
             found[name] = value.reshape(bias.value.shape).astype(np.float32)
-        return found
+        return found | {name: plan.qparams[group].scale for name, group in self._ranges.items()}
 
     def slopes(self, constants: Mapping[str, Array], rounded: Mapping[str, Rounded]) -> Arrays:
         """The gradients of what is learned, from those of the constants."""
@@ -220,7 +248,9 @@ class Student:
                 found[f"{name} {POINT}"] = slope * weight.along(now.scale.astype(np.float32))
         for name, bias in self._biases.items():
             found[name] = bias.size * constants[name].astype(np.float64)
-        return found
+        return found | {
+            name: np.asarray(self._scale(name) * constants[name]) for name in self._ranges
+        }
 
     def bounded(self, learned: Mapping[str, Array]) -> None:
         """Brings what is rounded back to where the codes are, in place."""
@@ -239,7 +269,19 @@ class Student:
         for name, bias in self._biases.items():
             moved = bias.value + bias.size * learned[name]
             biases[bias.unit] = moved.reshape(-1).astype(np.float32)
-        return replace(self.plan, stored=stored, biases=biases)
+        learned_plan = replace(self.plan, stored=stored, biases=biases)
+        return learned_plan.with_qparams(self._qparams(learned))
+
+    def _qparams(self, learned: Mapping[str, Array]) -> dict[str, QParams]:
+        found = {}
+        for name, group in self._ranges.items():
+            scale = np.asarray(self._scale(name) * (1 + learned[name]), np.float32)
+            found[group] = replace(self.plan.qparams[group], scale=scale)
+        return found
+
+
+def _made(graph: ir.Graph) -> Iterator[ir.Value]:
+    return (value for node in graph for value in node.outputs)
 
 
 def _points(stored: QuantizedWeight) -> Array:

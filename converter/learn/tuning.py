@@ -17,6 +17,7 @@ from converter.job import Job, Watch
 from converter.learn.checkpoint import Checkpoint
 from converter.learn.fine_tune import Keep, Options, Outcome, Samples, Training, Vary, fine_tuned
 from converter.learn.pictures import varied
+from converter.learn.student import STORED, Learnable
 from converter.plan.plan import QuantPlan
 
 # The share of the samples that is held back.
@@ -25,11 +26,11 @@ HELD = 0.2
 
 @dataclass(frozen=True)
 class Tuning:
-    """What a job wants to be learned; `fixed` says that codes stay as they are."""
+    """What a job wants to be learned, of what a plan `may` learn."""
 
     job: Job
     watch: Watch
-    fixed: bool = False
+    may: Learnable = STORED
 
     @property
     def wanted(self) -> bool:
@@ -80,7 +81,7 @@ class Tuning:
             threads=resources_of(self.job).threads,
             blocks=wanted.fine_tune in {"BLOCK", "AUTO"},
             whole=wanted.fine_tune in {"END_TO_END", "AUTO"},
-            fixed=self.fixed,
+            may=self.may,
             vary=self._vary(model),
         )
 

@@ -10,7 +10,7 @@ from functools import cached_property, partial
 import numpy as np
 import onnx_ir as ir
 
-from calib.affine import INT8, UINT8, IntFormat, QParams
+from calib.affine import INT8, UINT8, IntFormat, QParams, dequantize
 from calib.ranges import RANGE_METHODS, RangeMethod, RangeSpec, range_of
 from calib.samples import Dataset
 from calib.search import fewest
@@ -30,7 +30,7 @@ from converter.calibrate.spans import seen_spans
 from converter.calibrate.trained_ranges import in_format, untrained, with_trained_ranges
 from converter.calibrate.walk import Walk
 from converter.config import Config
-from converter.config.keys import FullQuantParam
+from converter.config.keys import FineTuneParam, FullQuantParam
 from converter.emit.integer_types import TYPES, give_integers, take_integers
 from converter.emit.qdq import emit
 from converter.errors import ConfigError, UsageError
@@ -38,6 +38,7 @@ from converter.graph.edit import constant, is_float, not_none, values_by_name
 from converter.graph.files import fed_inputs
 from converter.job import Job, Resources, Watch
 from converter.learn.restored import as_stored, with_integers
+from converter.learn.student import Learnable
 from converter.learn.tuning import Tuning
 from converter.measure.pairing import pair
 from converter.measure.sensitivity import RANKED_ON, alone, output_drop, read_labels
@@ -49,7 +50,7 @@ from converter.plan.placement import Wishes, build_plan
 from converter.plan.plan import NodePlan, QuantPlan, TensorPlan
 from converter.plan.result import Quantized
 from converter.plan.targets import TARGETS, Target
-from converter.plan.units import weighted
+from converter.plan.units import Weighted, weighted
 from converter.prepare.equalize import equalize
 from converter.prepare.fake_quant import Prepared, Trained
 from converter.prepare.pixels import Pixels, fold_normalisation, trained_pixels
@@ -63,6 +64,8 @@ from converter.weights.trained import Kept, tell_kept, with_trained_weights
 MIXED_RANGES = 16.0
 # Samples that weights of 8 bits are fitted on where nothing is integer.
 FITTED_ON = 32
+# The width of integers unless they are trained for fewer.
+FULL_BITS = 8
 # Decibels that the codes of its inputs must leave of a product: with less it is noise.
 LEAST_LEFT = 18.0
 
@@ -237,6 +240,8 @@ def _planned(
     common, full = config.common, config.full_quant
     wishes = Wishes(common.skip_quant_node, common.skip_quant_type, full.per_channel, kept_float)
     plan = build_plan(model.graph, _target(config), wishes)
+    if config.fine_tune.in_few_bits and not trained:
+        plan = _in_bits(plan, config.fine_tune)
     plan = with_trained_ranges(plan, trained.tensors, full.power_of_two_scale)
     if config.preprocess.calibrate_path:
         return plan
@@ -353,16 +358,48 @@ def attempt(
 
 
 def fine_tuned(setup: Setup, found: Attempt, watch: Watch) -> Attempt:
-    """The attempt with scales of weights and biases learned, as the config wants; codes, which
-    kernels may bound, and ranges stay.
+    """The attempt with scales of weights and biases learned, as the config wants. Codes of 8 bits,
+    which kernels may bound, and ranges for them stay.
     """
-    tuning = Tuning(setup.job, watch, fixed=True)
+    wanted = setup.job.config.fine_tune
+    may = Learnable(wanted.weight_bits < FULL_BITS, wanted.activation_bits < FULL_BITS)
+    tuning = Tuning(setup.job, watch, may)
     if not tuning.wanted:
         return found
     parts = setup.data, setup.held
     learned = tuning.tuned(setup.model, as_stored(found.plan), parts, lambda plan: None)
     quantized, plan = setup.model.clone(), with_integers(found.plan, learned)
+    plan = _for_kernels(setup, plan) if may.points else plan
     return Attempt(quantized, plan, emit(quantized, plan))
+
+
+def _for_kernels(setup: Setup, plan: QuantPlan) -> QuantPlan:
+    """The plan with weights of few bits as kernels take those that were trained."""
+    bare = replace(plan, nodes=_with_weight_bits(plan.nodes, FULL_BITS), weights={})
+    layers = (_as_learned(layer, plan) for layer in weighted(setup.model, bare))
+    found, _ = with_trained_weights(layers, bare, Trained(weights=plan.weights), False)
+    return found
+
+
+def _as_learned(layer: Weighted, plan: QuantPlan) -> Weighted:
+    """A layer with the weight and bias that a plan has learned."""
+    name, learned = layer.unit.name, plan.weights[layer.unit.name]
+    bias = plan.biases.get(name, layer.bias)
+    return replace(layer, weight=dequantize(learned.codes, learned.qparams), bias=bias)
+
+
+def _in_bits(plan: QuantPlan, wanted: FineTuneParam) -> QuantPlan:
+    """The plan in the widths that are to be learned."""
+    bits = wanted.activation_bits
+    tensors = {
+        name: replace(tensor, format=replace(tensor.format, bits=bits))
+        for name, tensor in plan.tensors.items()
+    }
+    return replace(plan, nodes=_with_weight_bits(plan.nodes, wanted.weight_bits), tensors=tensors)
+
+
+def _with_weight_bits(nodes: Mapping[str, NodePlan], bits: int) -> dict[str, NodePlan]:
+    return {name: node.in_bits(bits) if node.weight else node for name, node in nodes.items()}
 
 
 def _with_ranges(setup: Setup, evidence: Evidence, plan: QuantPlan) -> QuantPlan:
@@ -503,7 +540,7 @@ def _drowned(setup: Setup, plan: QuantPlan) -> dict[str, str]:
     """Products that drown in the noise of their inputs' codes, with what makes these, and the
     reason: quiet channels have large weights there, mostly in depthwise convolutions.
     """
-    if setup.trained or not _may_stay_float(setup.wanted):
+    if setup.trained or not _may_stay_float(setup.wanted) or setup.job.config.fine_tune.in_few_bits:
         return {}
     kept: dict[str, str] = {}
     for layer in weighted(setup.model, plan):
