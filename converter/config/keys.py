@@ -378,7 +378,8 @@ class FineTuneParam:
     )
     learning_rate: float = _key(
         kinds.number_between(0, 1, 0.0003),
-        "The first step, as a share of what it changes; steps get smaller to the end.",
+        "The first step, as a share of what it changes; steps get smaller to the end, and in "
+        "models of many channels.",
         0.0003,
         _TUNED,
     )
@@ -396,8 +397,8 @@ class FineTuneParam:
     )
     activation_bits: int = _key(
         kinds.integer(1, 8, 4),
-        "Bits of activations likewise, whose ranges are learned; fewer than 8 stand in a byte "
-        "each.",
+        "Bits of activations likewise, whose ranges are learned, from those of the method MSE "
+        "unless another is named; fewer than 8 stand in a byte each.",
         8,
         _TRAINING,
     )

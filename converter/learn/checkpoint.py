@@ -9,6 +9,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -44,10 +45,10 @@ class Checkpoint:
         if self.folder is None:
             return None
         try:
-            with np.load(self._file(stage), allow_pickle=False) as found:
+            with self._file(stage).open("rb") as file, np.load(file, allow_pickle=False) as found:
                 arrays = dict(found)
             told = json.loads(str(arrays.pop("told")))
-        except (OSError, ValueError, KeyError, EOFError):
+        except (OSError, ValueError, KeyError, EOFError, BadZipFile):
             return None  # none yet, or none of ours
         return State(told["numbers"], arrays) if told["job"] == self.job else None
 

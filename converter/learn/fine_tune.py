@@ -46,6 +46,9 @@ Keep = Callable[[QuantPlan], None]
 Vary = Callable[[Sample, np.random.Generator], Sample]
 # The most samples whose activations are in memory at once.
 TOGETHER = 16
+# With more grids and biases than this steps get smaller, as the square root of their number: the
+# noise of each moves the outputs.
+MANY = 2000
 # How often the best is looked for.
 CHECKS = 20
 # Points move by the rate times this many codes, as they must go half a code before one changes.
@@ -245,6 +248,8 @@ class _Course:
         self._learned = lesson.student.start()
         points = {name for name in self._learned if name.endswith(POINT)}
         self._adam = Adam(points)
+        many = sum(x.size for name, x in self._learned.items() if name not in points)
+        self._rate = self._options.rate * min(1.0, (MANY / max(1, many)) ** 0.5)
         self._best: Arrays | None = None
         self._before, self._least, self._spent = math.nan, math.nan, 0.0
         if not self._resumed():
@@ -279,7 +284,7 @@ class _Course:
     def _rates(self) -> dict[str, float]:
         """A cosine from the first rate to none: Loshchilov and Hutter (arXiv 1608.03983)."""
         done = min(1.0, self._adam.done / self.total)
-        rate = self._options.rate * (1 + math.cos(math.pi * done)) / 2
+        rate = self._rate * (1 + math.cos(math.pi * done)) / 2
         return {
             name: rate * (POINT_RATE if name.endswith(POINT) else 1.0) for name in self._learned
         }

@@ -128,8 +128,13 @@ class Setup:
 
     @property
     def method(self) -> RangeMethod:
-        """How ranges follow from statistics."""
-        return RANGE_METHODS[self.wanted.activation_quant_method]
+        """How ranges follow from statistics: for few bits with the least error, unless a method is
+        asked for.
+        """
+        config, named = self.job.config, self.wanted.activation_quant_method
+        given = ("full_quant_param", "activation_quant_method") in config.lines
+        few = config.fine_tune.in_few_bits and not given
+        return RANGE_METHODS["MSE" if few else named]
 
     @cached_property
     def executed(self) -> Opened:
