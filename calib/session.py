@@ -30,18 +30,20 @@ def open_session(
     providers: Sequence[str] = CPU_PROVIDERS,
     optimized: Path | None = None,
     pack: bool = True,
+    same_sizes: bool = False,
 ) -> ort.InferenceSession:
     """An ONNX Runtime session of a model file or serialized model; CalibError if the runtime
     refuses it.
 
     What the runtime makes of the model is written to `optimized`. Without `pack` it holds no copies
-    of weights in the order that its kernels like, so that those in other files stay there.
+    of weights in the order that its kernels like, so that those in other files stay there. Where
+    all runs have the `same_sizes`, memory is kept from one to the next.
     """
     options = ort.SessionOptions()
     options.log_severity_level = 4
     options.intra_op_num_threads = 1  # workers run samples side by side
     # Activations of varying size make the arena keep every size it ever saw.
-    options.enable_cpu_mem_arena = False
+    options.enable_cpu_mem_arena = same_sizes
     if not pack:
         options.add_session_config_entry("session.disable_prepacking", "1")
     if not optimize:

@@ -111,7 +111,7 @@ def _from_folder(
 
 def image_source(spec: InputSpec, folder: Path, image: ImageOptions) -> Source:
     """Pictures, as many a sample as the input's batch."""
-    axes = _image_axes(spec)
+    axes = image_axes(spec)
     if spec.dtype.name not in PIXEL_DTYPES:
         msg = (
             f"The model's input {spec} takes no pictures, only {', '.join(PIXEL_DTYPES)} do; "
@@ -124,7 +124,7 @@ def image_source(spec: InputSpec, folder: Path, image: ImageOptions) -> Source:
     )
 
 
-def _image_axes(spec: InputSpec) -> str:
+def image_axes(spec: InputSpec) -> str:
     """The meaning of the input's axes: NCHW, NHWC or, for grey pictures without a channel axis,
     NHW.
     """

@@ -37,6 +37,7 @@ ROOMS = (
     "calibrate",
     "measure",
     "weights",
+    "learn",
     "report",
     "modes",
     "pipeline",
@@ -231,8 +232,8 @@ def test_arguments_beyond_four_are_named_where_a_function_is_called():
 
 
 def test_operators_are_known_by_the_table_alone():
-    # A pass of `prepare` may be about one operator, in one written form.
-    free = ("converter.plan.ops", "converter.graph.qdq", "converter.prepare.")
+    # A pass of `prepare` may be about one operator, in one written form; so may a gradient.
+    free = ("converter.plan.ops", "converter.graph.qdq", "converter.prepare.", "converter.learn.")
     for module, path in MODULES.items():
         lines = list(named_operators(path))
         assert not lines or module.startswith(free), (
@@ -308,7 +309,8 @@ def test_samples_run_where_sessions_are_opened_once():
     # Apart from them: what loads at all, what type a tensor has, and what a processor computes.
     asks = {"converter.graph.files", "converter.prepare.types", "converter.calibrate.exact"}
     runs = {"converter.calibrate.runs", "converter.calibrate.walk"}
-    assert callers_of("open_session") == runs | asks
+    learns = {f"converter.learn.{name}" for name in ("blocked", "fine_tune", "pooling")}
+    assert callers_of("open_session") == runs | asks | learns
     assert callers_of("ort.InferenceSession") == {"calib.session"}
 
 

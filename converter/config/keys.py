@@ -77,6 +77,17 @@ _STORED = Scope(
     lambda config: config.weight_quant.on_the_fly,
 )
 _DYNAMIC = Scope(("DYNAMIC_QUANT",))
+_TRAINING = Scope(
+    _FULL.modes,
+    " with fine_tune",
+    lambda config: config.fine_tune.fine_tune != "OFF",
+)
+_LEARNING = ("WEIGHT_QUANT", "FULL_QUANT")
+_TUNED = Scope(
+    _LEARNING,
+    " with fine_tune",
+    lambda config: config.fine_tune.fine_tune != "OFF",
+)
 _WITH_DATA = Scope(
     _ALWAYS.modes,
     " with calibrate_path",
@@ -373,6 +384,67 @@ class FullQuantParam:
 
 
 @dataclass(frozen=True)
+class FineTuneParam:
+    """`[fine_tune_param]`: what is learned of the float model after rounding, without labels."""
+
+    fine_tune: Literal["OFF", "BLOCK", "END_TO_END", "AUTO"] = _choice(
+        "Learn scales, biases and, where codes are stored, rounding from the float model on the "
+        "calibration data: END_TO_END from its outputs, BLOCK from what blocks of layers hand on, "
+        "AUTO both in turn. A fifth of the samples is held back and judges: what is no better "
+        "there is not kept.",
+        "OFF",
+    )
+    time_limit: float = _key(
+        kinds.number_between(0, 10080, 15),
+        "Minutes after which the best so far is taken; where not all epochs fit, fewer are made.",
+        15.0,
+        _TUNED,
+    )
+    epochs: int = _key(
+        kinds.integer(1, 65535, 100), "How often every sample is learned from.", 100, _TUNED
+    )
+    batch_size: int = _key(
+        kinds.integer(1, 4096, 32), "Samples that one step of learning looks at.", 32, _TUNED
+    )
+    learning_rate: float = _key(
+        kinds.number_between(0, 1, 0.0003),
+        "The first step, as a share of what it changes; steps get smaller to the end, and in "
+        "models of many channels.",
+        0.0003,
+        _TUNED,
+    )
+    seed: int = _key(
+        kinds.integer(0, 2**31 - 1),
+        "Of the order of samples and their views: the same seed gives the same file.",
+        0,
+        _TUNED,
+    )
+    weight_bits: int = _key(
+        kinds.integer(2, 8, 4),
+        "Bits of weights that compute in integers: fewer than 8 are trained, with their scales.",
+        8,
+        _TRAINING,
+    )
+    activation_bits: int = _key(
+        kinds.integer(1, 8, 4),
+        "Bits of activations likewise, whose ranges are learned, from those of the method MSE "
+        "unless another is named; fewer than 8 stand in a byte each.",
+        8,
+        _TRAINING,
+    )
+    augment: bool | None = _choice(
+        "Learn from other views of the samples as well: mirrored, cut out and mixed with one "
+        "another; unset: of pictures, input_type = IMAGE.",
+        scope=_TUNED,
+    )
+
+    @property
+    def in_few_bits(self) -> bool:
+        """Whether integers are trained for fewer than 8 bits."""
+        return self.fine_tune != "OFF" and min(self.weight_bits, self.activation_bits) < 8
+
+
+@dataclass(frozen=True)
 class TransformQuantParam:
     """`[transform_quant_param]`: what becomes of a model that was trained with fake
     quantization.
@@ -567,6 +639,7 @@ class Config:
     weight_quant: WeightQuantParam = _section(WeightQuantParam, "weight_quant_param", _WEIGHT)
     full_quant: FullQuantParam = _section(FullQuantParam, "full_quant_param", _FULL)
     dynamic_quant: DynamicQuantParam = _section(DynamicQuantParam, "dynamic_quant_param", _DYNAMIC)
+    fine_tune: FineTuneParam = _section(FineTuneParam, "fine_tune_param", Scope(_LEARNING))
     transform: TransformQuantParam = _section(
         TransformQuantParam, "transform_quant_param", _TRAINED
     )

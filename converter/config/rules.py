@@ -64,6 +64,7 @@ def _data_is_whole(config: Config) -> Iterator[Complaint]:
         and not config.transform.export_precision_mode,
         "for quant_strategy = GPTQ": config.weight_quant.quant_strategy == "GPTQ"
         or any(recipe.wishes.get("quant_strategy") == "GPTQ" for recipe in config.recipes),
+        "for fine_tune": config.fine_tune.fine_tune != "OFF",
         "beside calibrate_path": bool(config.preprocess.calibrate_path),
     }
     reason = next((reason for reason, holds in reasons.items() if holds), None)

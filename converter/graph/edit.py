@@ -122,7 +122,7 @@ class Names:
 
     def __init__(self, model: ir.Model) -> None:
         self._main = model.graph
-        self._constants = dict[tuple[str, str, bytes], ir.Value]()
+        self._constants = dict[tuple[Any, ...], ir.Value]()
         nodes = [node for graph in model.graphs() for node in graph.all_nodes()]
         inputs = [value for graph in model.graphs() for value in graph.inputs]
         self._taken = (
@@ -145,7 +145,7 @@ class Names:
         """An initializer of the main graph, which all graphs see; equal ones of one wish are stored
         once.
         """
-        key = (wish, array.dtype.str, array.tobytes())
+        key = (wish, array.dtype.str, array.shape, array.tobytes())
         if key not in self._constants:
             self._constants[key] = add_constant(self._main, self.fresh(wish), np.asarray(array))
         return self._constants[key]

@@ -10,7 +10,7 @@ from functools import cached_property, partial
 import numpy as np
 import onnx_ir as ir
 
-from calib.affine import INT8, UINT8, IntFormat, QParams
+from calib.affine import INT8, UINT8, IntFormat, QParams, dequantize
 from calib.ranges import RANGE_METHODS, RangeMethod, RangeSpec, range_of
 from calib.samples import Dataset
 from calib.search import fewest
@@ -32,7 +32,7 @@ from converter.calibrate.spans import seen_spans
 from converter.calibrate.trained_ranges import in_format, untrained, with_trained_ranges
 from converter.calibrate.walk import Walk
 from converter.config import Config
-from converter.config.keys import FullQuantParam
+from converter.config.keys import FineTuneParam, FullQuantParam
 from converter.emit.integer_types import TYPES, give_integers, take_integers
 from converter.emit.qdq import emit
 from converter.emit.wide_products import keep_wide
@@ -40,6 +40,9 @@ from converter.errors import ConfigError, UsageError
 from converter.graph.edit import constant, is_float, not_none, values_by_name
 from converter.graph.files import fed_inputs
 from converter.job import Job, Resources, Watch
+from converter.learn.restored import as_stored, with_integers
+from converter.learn.student import Learnable
+from converter.learn.tuning import Tuning
 from converter.measure.pairing import pair
 from converter.measure.rounding import rounding_costs
 from converter.measure.sensitivity import RANKED_ON, alone, output_drop, read_labels
@@ -52,7 +55,7 @@ from converter.plan.plan import NodePlan, QuantPlan, TensorPlan
 from converter.plan.recipes import EVERY, ranges_of, wishes_for
 from converter.plan.result import Quantized
 from converter.plan.targets import TARGETS, WIDE, Target
-from converter.plan.units import weighted
+from converter.plan.units import Weighted, weighted
 from converter.plan.widths import MOST_WIDE, NARROW, Widening, wide_share
 from converter.prepare.equalize import equalize
 from converter.prepare.fake_quant import Prepared, Trained
@@ -67,6 +70,8 @@ from converter.weights.trained import Kept, tell_kept, with_trained_weights
 MIXED_RANGES = 16.0
 # Samples that weights of 8 bits are fitted on where nothing is integer.
 FITTED_ON = 32
+# The width of integers unless they are trained for fewer.
+FULL_BITS = 8
 # Decibels that the codes of its inputs must leave of a product: with less it is noise.
 LEAST_LEFT = 18.0
 
@@ -82,7 +87,7 @@ def quantize(prepared: Prepared, job: Job, watch: Watch) -> Quantized:
     """The quantized copy of a prepared float model."""
     setup = set_up(prepared, job, watch)
     evidence = observed(setup, watch)
-    final = within_drop(setup, evidence, watch)
+    final = fine_tuned(setup, within_drop(setup, evidence, watch), watch)
     check(final.model, final.plan, setup.target)
     _require_full_integer(final.plan, job.config)
     _tell_of_floats(final.plan, watch)
@@ -144,13 +149,16 @@ class Choice:
 
 @dataclass(frozen=True)
 class Setup:
-    """The float model in its last form, its data, and what was asked."""
+    """The float model in its last form, its data, and what was asked; samples `held` judge what is
+    learned.
+    """
 
     model: ir.Model
     job: Job
     target: Target
     trained: Trained
     data: Dataset
+    held: Dataset
     pixels: Pixels | None
     resources: Resources
 
@@ -161,8 +169,13 @@ class Setup:
 
     @property
     def method(self) -> RangeMethod:
-        """How ranges follow from statistics."""
-        return RANGE_METHODS[self.wanted.activation_quant_method]
+        """How ranges follow from statistics: for few bits with the least error, unless a method is
+        asked for.
+        """
+        config, named = self.job.config, self.wanted.activation_quant_method
+        given = ("full_quant_param", "activation_quant_method") in config.lines
+        few = config.fine_tune.in_few_bits and not given
+        return RANGE_METHODS["MSE" if few else named]
 
     def methods(self, plan: QuantPlan) -> dict[str, RangeMethod]:
         """By tensor, where a node that makes it has a method of its own."""
@@ -228,8 +241,8 @@ def set_up(prepared: Prepared, job: Job, watch: Watch) -> Setup:
     if pixels is None and job.input_type in TYPES and samples.input_type == "IMAGE":
         pixels = fold_normalisation(model, samples)
         samples = pixels.preprocess(samples)
-    data = open_data(model, job, watch, samples)
-    setup = Setup(model, job, _target(job.config), trained, data, pixels, resources)
+    data, held = Tuning(job, watch).parted(open_data(model, job, watch, samples))
+    setup = Setup(model, job, _target(job.config), trained, data, held, pixels, resources)
     if len(data) and not trained:
         smooth(
             model,
@@ -288,6 +301,8 @@ def _wishes(config: Config, choice: Choice) -> Wishes:
 def _planned(model: ir.Model, trained: Trained, config: Config, choice: Choice) -> QuantPlan:
     """The plan with trained ranges; without data, the nodes whose ranges are open stay float."""
     plan = build_plan(model.graph, _target(config), _wishes(config, choice))
+    if config.fine_tune.in_few_bits and not trained:
+        plan = _in_bits(plan, config.fine_tune)
     plan = with_trained_ranges(plan, trained.tensors, config.full_quant.power_of_two_scale)
     if config.preprocess.calibrate_path:
         return plan
@@ -453,7 +468,11 @@ def attempt(setup: Setup, evidence: Evidence, choice: Choice, watch: Watch) -> A
         plan = decide_weights(
             setup.model, plan, walk, means=evidence.means, rounding=rounding, watch=watch
         )
-    quantized, plan = setup.model.clone(), _with_stored(setup, plan, watch)
+    return _emitted(setup, _with_stored(setup, plan, watch), choice)
+
+
+def _emitted(setup: Setup, plan: QuantPlan, choice: Choice) -> Attempt:
+    quantized = setup.model.clone()
     restored = emit(quantized, plan)
     if setup.target.wide_is_slow:
         keep_wide(quantized)
@@ -468,6 +487,51 @@ def _fitting(setup: Setup, evidence: Evidence, choice: Choice) -> tuple[Choice, 
             choice = choice | more
             plan = _with_ranges(setup, evidence, setup.planned(choice))
     return choice, plan
+
+
+def fine_tuned(setup: Setup, found: Attempt, watch: Watch) -> Attempt:
+    """The attempt with scales of weights and biases learned, as the config wants. Codes of 8 bits,
+    which kernels may bound, and ranges for them stay.
+    """
+    wanted = setup.job.config.fine_tune
+    may = Learnable(wanted.weight_bits < FULL_BITS, wanted.activation_bits < FULL_BITS)
+    tuning = Tuning(setup.job, watch, may)
+    if not tuning.wanted:
+        return found
+    parts = setup.data, setup.held
+    learned = tuning.tuned(setup.model, as_stored(found.plan), parts, lambda plan: None)
+    plan = with_integers(found.plan, learned)
+    plan = _for_kernels(setup, plan) if may.points else plan
+    return _emitted(setup, plan, found.choice)
+
+
+def _for_kernels(setup: Setup, plan: QuantPlan) -> QuantPlan:
+    """The plan with weights of few bits as kernels take those that were trained."""
+    bare = replace(plan, nodes=_with_weight_bits(plan.nodes, FULL_BITS), weights={})
+    layers = (_as_learned(layer, plan) for layer in weighted(setup.model, bare))
+    found, _ = with_trained_weights(layers, bare, Trained(weights=plan.weights), False)
+    return found
+
+
+def _as_learned(layer: Weighted, plan: QuantPlan) -> Weighted:
+    """A layer with the weight and bias that a plan has learned."""
+    name, learned = layer.unit.name, plan.weights[layer.unit.name]
+    bias = plan.biases.get(name, layer.bias)
+    return replace(layer, weight=dequantize(learned.codes, learned.qparams), bias=bias)
+
+
+def _in_bits(plan: QuantPlan, wanted: FineTuneParam) -> QuantPlan:
+    """The plan in the widths that are to be learned."""
+    bits = wanted.activation_bits
+    tensors = {
+        name: replace(tensor, format=replace(tensor.format, bits=bits))
+        for name, tensor in plan.tensors.items()
+    }
+    return replace(plan, nodes=_with_weight_bits(plan.nodes, wanted.weight_bits), tensors=tensors)
+
+
+def _with_weight_bits(nodes: Mapping[str, NodePlan], bits: int) -> dict[str, NodePlan]:
+    return {name: node.in_bits(bits) if node.weight else node for name, node in nodes.items()}
 
 
 def _with_ranges(setup: Setup, evidence: Evidence, plan: QuantPlan) -> QuantPlan:
@@ -665,6 +729,8 @@ def _drowned(setup: Setup, plan: QuantPlan) -> Choice:
     reason: quiet channels have large weights there, mostly in depthwise convolutions.
     """
     if setup.trained or _may_widen(setup) or not _may_stay_float(setup.wanted):
+        return Choice()
+    if setup.job.config.fine_tune.in_few_bits:
         return Choice()
     kept: dict[str, str] = {}
     for layer in weighted(setup.model, plan):

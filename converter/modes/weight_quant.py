@@ -5,7 +5,7 @@ runs.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any
 
@@ -31,6 +31,7 @@ from converter.graph.edit import constant, nodes_of, not_none
 from converter.graph.files import accepting, refusal, save, saved
 from converter.graph.mapped import release
 from converter.job import Job, Watch
+from converter.learn.tuning import Tuning
 from converter.plan.ops import (
     bias_add,
     picks_rows,
@@ -103,7 +104,8 @@ def quantize(prepared: Prepared, job: Job, watch: Watch) -> Quantized:
     """The quantized copy of a prepared float model."""
     model = prepared.model
     wanted = job.config.weight_quant
-    data = _data(model, job, watch)
+    data, tuning = _data(model, job, watch), Tuning(job, watch)
+    parts = tuning.parted(data)
     resources = resources_of(job)
     given = bool(job.config.preprocess.calibrate_path)
     plan, pareto = make_plan(prepared, job), tuple[Tradeoff, ...]()
@@ -112,11 +114,13 @@ def quantize(prepared: Prepared, job: Job, watch: Watch) -> Quantized:
     signed = stores_signed(job.config)
     storage = Storage(by_outputs, wanted.bias_correction, wanted.on_the_fly, symmetric=signed)
     newest = _newest_opset(model, job, watch) if wanted.on_the_fly else None
-    fitter = Fitter(model, data, resources, storage, watch)
+    fitter = Fitter(model, parts[0], resources, storage, watch)
     if job.config.common.bit_num:
         plan = fitter.fitted(plan)
     else:
         plan, pareto = _searched(fitter, plan, job, newest)
+    if tuning.wanted:
+        plan = tuning.tuned(model, plan, parts, _keeping(model, job, newest))
     widths = Counter(weight.qparams.format.bits for weight in plan.stored.values())
     watch.tell(
         "Bits of weights: "
@@ -226,19 +230,27 @@ def _searched(
     lies beside it.
     """
 
-    def keep(found: QuantPlan) -> None:
-        best = _emitted(fitter.model, found, newest)
-        save(best, job.output, accepting(job.model, Watch()))
-
     config = job.config
     told = (
         f"{fingerprint_of(fitter.model, fitter.data)} {config.common} {config.mixed_bit} "
         f"{config.weight_quant}"
     )
     journal = Journal(job.output.with_name(f"{job.output.name}.search.json"), told)
-    found = Search(fitter, plan, config.mixed_bit, journal, keep).mixed()
+    found = Search(
+        fitter, plan, config.mixed_bit, journal, _keeping(fitter.model, job, newest)
+    ).mixed()
     journal.close()
     return found
+
+
+def _keeping(model: ir.Model, job: Job, newest: int | None) -> Callable[[QuantPlan], None]:
+    """What makes a plan the job's output for the time being."""
+
+    def keep(plan: QuantPlan) -> None:
+        best = _emitted(model, plan, newest, stores_signed(job.config))
+        save(best, job.output, accepting(job.model, Watch()))
+
+    return keep
 
 
 def _data(model: ir.Model, job: Job, watch: Watch) -> Dataset:

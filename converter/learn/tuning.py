@@ -1,0 +1,121 @@
+"""Fine-tuning as a config asks for it: [fine_tune_param]."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import onnx_ir as ir
+
+from calib.samples import Dataset
+from calib.session import Sample
+from calib.sources import InputSpec, image_axes
+from converter.calibrate.cache import fingerprint_of
+from converter.calibrate.data import resources_of, spec_of
+from converter.graph.files import fed_inputs
+from converter.job import Job, Watch
+from converter.learn.checkpoint import Checkpoint
+from converter.learn.fine_tune import Keep, Options, Outcome, Samples, Training, Vary, fine_tuned
+from converter.learn.pictures import varied
+from converter.learn.student import STORED, Learnable
+from converter.plan.plan import QuantPlan
+
+# The share of the samples that is held back.
+HELD = 0.2
+
+
+@dataclass(frozen=True)
+class Tuning:
+    """What a job wants to be learned, of what a plan `may` learn."""
+
+    job: Job
+    watch: Watch
+    may: Learnable = STORED
+
+    @property
+    def wanted(self) -> bool:
+        """Whether anything is."""
+        return self.job.config.fine_tune.fine_tune != "OFF"
+
+    def parted(self, data: Dataset) -> tuple[Dataset, Dataset]:
+        """The samples that rounding may see and is learned from, and those, the last ones, that
+        judge what was learned; none where nothing is.
+        """
+        count = round(len(data) * HELD) if self.wanted else 0
+        fit = len(data) - max(count, int(self.wanted and len(data) > 1))
+        return data.part(0, fit), data.part(fit, len(data))
+
+    def tuned(
+        self, model: ir.Model, plan: QuantPlan, parts: tuple[Dataset, Dataset], keep: Keep
+    ) -> QuantPlan:
+        """The plan after learning from two `parted` parts of the data; `keep` is handed every plan
+        better than those before.
+        """
+        fit, held = ([dict(part.sample(i)) for i in range(len(part))] for part in parts)
+        if not fit or not held:
+            self.watch.warn(
+                "Nothing is learned from a single sample, as a part must be held back: give more, "
+                "better 100."
+            )
+            return plan
+        config, output = self.job.config, self.job.output
+        known = (fingerprint_of(model, part) for part in parts)
+        settings = (config.fine_tune, config.common, config.weight_quant, config.full_quant)
+        told = " ".join(map(str, (*known, *settings, config.mixed_bit)))
+        folder = output.with_name(f"{output.name}.fine_tune")
+        checkpoint = Checkpoint(folder, told)
+        training = Training(self._options(model), checkpoint, self.watch, keep)
+        found = fine_tuned(model, plan, Samples(fit, held), training)
+        checkpoint.close()
+        self._tell(found, len(fit) + len(held))
+        return found.plan
+
+    def _options(self, model: ir.Model) -> Options:
+        wanted = self.job.config.fine_tune
+        return Options(
+            epochs=wanted.epochs,
+            batch=wanted.batch_size,
+            rate=wanted.learning_rate,
+            seconds=60 * wanted.time_limit,
+            seed=wanted.seed,
+            threads=resources_of(self.job).threads,
+            blocks=wanted.fine_tune in {"BLOCK", "AUTO"},
+            whole=wanted.fine_tune in {"END_TO_END", "AUTO"},
+            may=self.may,
+            vary=self._vary(model),
+        )
+
+    def _vary(self, model: ir.Model) -> Vary | None:
+        """How other views of a sample are made, None where there are none."""
+        config = self.job.config
+        pictures = config.preprocess.input_type == "IMAGE"
+        asked = config.fine_tune.augment
+        if not (pictures if asked is None else asked):
+            return None
+        specs = [spec_of(value, self.job.input_format) for value in fed_inputs(model)]
+        axes = {spec.name: image_axes(spec) for spec in specs if _is_picture(spec)}
+
+        def vary(sample: Sample, rng: np.random.Generator) -> Sample:
+            views = {name: varied(sample[name], order, rng) for name, order in axes.items()}
+            return {**sample, **views}
+
+        return vary
+
+    def _tell(self, found: Outcome, count: int) -> None:
+        wanted = self.job.config.fine_tune
+        gained = found.after < found.before
+        result = f"{found.before:.4g} -> {found.after:.4g}" if gained else "nothing gained"
+        self.watch.tell(
+            f"Fine-tuning ({wanted.fine_tune}): the loss of outputs on {found.held} of {count} "
+            f"samples that were held back: {result}."
+        )
+        if found.steps < found.wanted:
+            self.watch.warn(
+                f"time_limit = {wanted.time_limit:g} ended fine-tuning after {found.steps} of "
+                f"{found.wanted} steps: how far it gets depends on this machine; give more minutes "
+                "or fewer epochs."
+            )
+
+
+def _is_picture(spec: InputSpec) -> bool:
+    return len(spec.shape) >= len("NHW") and spec.dtype.kind == "f"
