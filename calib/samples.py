@@ -32,6 +32,8 @@ Choice = tuple[int, Sample | None]
 CACHE_BYTES = 256 << 20
 # Candidates loaded at a time while the usable ones are found; bounds what is in memory at once.
 WAVE = 64
+# In place of the number of a candidate: a sample that is made, of no file.
+MADE = -1
 
 
 class Dataset:
@@ -70,9 +72,33 @@ class Dataset:
 
     def files(self, index: int) -> tuple[Path, ...]:
         """The files that sample `index` is made of, input by input."""
-        return tuple(
-            chain.from_iterable(source.files[self._chosen[index][0]] for source in self._sources)
-        )
+        candidate, _ = self._chosen[index]
+        if candidate == MADE:
+            return ()
+        return tuple(chain.from_iterable(source.files[candidate] for source in self._sources))
+
+    def with_made(self, samples: Sequence[Sample]) -> Dataset:
+        """These, and behind them samples that are made and lie in memory."""
+        made: list[Choice] = [(MADE, sample) for sample in samples]
+        return Dataset(self._sources, [*self._chosen, *made], self.warnings, self._fixed)
+
+    @property
+    def made(self) -> int:
+        """How many of the samples are made."""
+        return sum(candidate == MADE for candidate, _ in self._chosen)
+
+    @property
+    def real(self) -> Dataset:
+        """The samples that are not made, which are the first."""
+        return self.part(0, len(self) - self.made)
+
+    @property
+    def kind(self) -> str:
+        """What they are, in words."""
+        made = self.made
+        if not made or self.random:
+            return "random samples" if self.random else "samples"
+        return "distilled samples" if made == len(self) else f"samples, {made} of them distilled"
 
     def part(self, start: int, end: int) -> Dataset:
         """Samples number `start` to `end`."""
@@ -81,7 +107,7 @@ class Dataset:
     def further(self, size: int) -> Dataset:
         """The next usable samples behind these, at most `size` of them; may be none."""
         end = min((len(source.files) for source in self._sources), default=0)
-        start = self._chosen[-1][0] + 1 if self._chosen else 0
+        start = max((candidate for candidate, _ in self._chosen), default=MADE) + 1
         chosen, _ = _select(self._sources, range(start, end), size, workers=None)
         return Dataset(self._sources, chosen, (), self._fixed)
 

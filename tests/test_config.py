@@ -100,7 +100,8 @@ MISTAKES = {
         )
     ],
     (DATA, "calibrate_size"): [(bad, "integer from 1 to 65535") for bad in ("0", "65536")],
-    (DATA, "input_type"): [("JPEG", "IMAGE, BIN or NPY")],
+    (DATA, "input_type"): [("JPEG", "IMAGE, BIN, NPY or SYNTHETIC")],
+    (DATA, "synthetic_size"): [(bad, "integer from 0 to 65535") for bad in ("-1", "65536", "x")],
     (DATA, "state_inputs"): [
         (bad, "input_name:output_name pairs")
         for bad in ("h", "h:", ":h_out", "h:h_out,", "h:a,h:b", "h:a,c:a")
@@ -288,20 +289,31 @@ CROSS = {
         3,
         "must be 8 for DYNAMIC_QUANT",
     ),
-    "no data": (
-        "[common_quant_param]\nquant_type=FULL_QUANT\n",
-        0,
-        f"[{DATA}] calibrate_path: is missing",
+    "files without a folder": (
+        FULL_QUANT.replace("calibrate_path=image:pictures", ""),
+        3,
+        "calibrate_path: is missing beside input_type = IMAGE",
+    ),
+    "distilled and files": (
+        FULL_QUANT.replace("IMAGE", "SYNTHETIC"),
+        6,
+        "reads no files, and there is calibrate_path; remove calibrate_path, or give the type of "
+        "its files and synthetic_size = 32",
+    ),
+    "labels of what is distilled": (
+        f"[common_quant_param]\nquant_type=FULL_QUANT\n[{DATA}]\nlabel_file=labels.csv",
+        4,
+        "has no labels for samples that are distilled from the model; give calibrate_path",
     ),
     "no size": (
         FULL_QUANT.replace("calibrate_size=10", ""),
         3,
-        "calibrate_size: is missing for FULL_QUANT",
+        "calibrate_size: is missing beside calibrate_path",
     ),
     "no type": (
         FULL_QUANT.replace("input_type=IMAGE", ""),
         3,
-        "input_type: is missing for FULL_QUANT",
+        "input_type: is missing beside calibrate_path",
     ),
     "mean alone": (
         FULL_QUANT + "normalize_mean=[1]",
@@ -490,6 +502,15 @@ IDLE = {
     "mixed bits": (
         WEIGHT_ONLY + "bit_num=0\n[mixed_bit_weight_quant_param]\ninit_scale=.5\nauto_tune=TRUE",
         [],
+    ),
+    "distilled pictures": (
+        f"[common_quant_param]\nquant_type=FULL_QUANT\n[{DATA}]\nnormalize_mean=[1]\n"
+        "normalize_std=[1]",
+        [],
+    ),
+    "distilled beside nothing": (
+        f"{WEIGHT_ONLY}[{DATA}]\nsynthetic_size=8",
+        [(4, "synthetic_size = 8", "calibrate_path")],
     ),
     "not pictures": (
         FULL_QUANT.replace("IMAGE", "BIN") + "resize_width=8\nresize_height=9\n",

@@ -38,7 +38,7 @@ from converter.plan.payoff import stays_float
 from converter.plan.placement import check_skips
 from converter.plan.plan import QuantPlan
 from converter.plan.result import Quantized
-from converter.prepare import make_plain, prepare
+from converter.prepare import make_plain, normal_form
 from converter.prepare.fake_quant import Prepared, without_training
 from converter.prepare.inputs import check_shapes, set_input_shapes
 from converter.prepare.opset import opset_of, raise_opset
@@ -148,10 +148,10 @@ def _measured(job: Job, result: Quantized, sizes: tuple[int, int], watch: Watch)
 
 def _facts(job: Job, result: Quantized) -> dict[str, str]:
     """What was done, in words."""
-    nodes, kind = result.plan.outside, "random samples" if result.data.random else "samples"
+    nodes = result.plan.outside
     return {
         "Float model": job.model.name,
-        "Calibration": f"{len(result.data)} {kind}" if len(result.data) else "no data",
+        "Calibration": f"{len(result.data)} {result.data.kind}" if len(result.data) else "no data",
         "Quantized": f"{sum(not stays_float(node) for node in nodes)} of {len(nodes)} nodes",
     }
 
@@ -219,13 +219,13 @@ def read(job: Job, watch: Watch) -> Prepared:
     raised = raise_opset(model)
     if raised is not model:
         _check_raised(model, raised, watch)
-    normal = prepare(raised)
-    release(initializers_of(normal))
-    check_shapes(normal)
-    check_skips(job.config, nodes | _nodes(normal))
+    moments = normal_form(raised)
+    release(initializers_of(raised))
+    check_shapes(raised)
+    check_skips(job.config, nodes | _nodes(raised))
     if job.mode in INTEGER_ACTIVATIONS:
-        _name_apart(normal, watch)
-    prepared = without_training(normal, job)
+        _name_apart(raised, watch)
+    prepared = without_training(raised, job, moments)
     _require_training(prepared, job)
     return prepared
 
@@ -233,8 +233,8 @@ def read(job: Job, watch: Watch) -> Prepared:
 def _require_training(prepared: Prepared, job: Job) -> None:
     """Raises ModelError for a model without quantization where only that could be used."""
     advice = {"FLOAT32": "convert a model that was, or keep this one"}
-    if not job.config.preprocess.calibrate_path:
-        advice["FULL_QUANT"] = "give it calibrate_path to quantize it"
+    if not job.config.has_samples:
+        advice["FULL_QUANT"] = "give it calibrate_path, or input_type = SYNTHETIC, to quantize it"
     if job.mode in advice and not prepared.trained:
         where = job.config.at("transform_quant_param", "export_precision_mode")
         msg = f"{where}: {job.model} was not trained with quantization; {advice[job.mode]}."
