@@ -34,8 +34,9 @@ def without_data(classifier: Classifier, folder: Path, pixels: bool) -> Path:
 
 def with_data(classifier: Classifier, folder: Path, size: int, made: int) -> Path:
     """Writes a config with real pictures, and `made` distilled ones beside them."""
-    more = f"[data_preprocess_param]\nsynthetic_size={made}\n"
-    return classifier.config(folder, "FULL_QUANT", size, more)
+    path = classifier.config(folder, "FULL_QUANT", size)
+    path.write_text(f"{path.read_text()}synthetic_size={made}\n")
+    return path
 
 
 def compare(classifier: Classifier, split: str, folder: Path) -> None:

@@ -455,6 +455,22 @@ def test_calibrate_path(tmp_path: Path, text: str, pairs: list[tuple[str, str]])
 
 
 @pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("[common_quant_param]\nquant_type=FULL_QUANT\n", 32),
+        (f"[common_quant_param]\nquant_type=FULL_QUANT\n[{DATA}]\ncalibrate_size=7", 7),
+        (f"{WEIGHT_ONLY}[{DATA}]\ninput_type=SYNTHETIC", 32),
+        (f"{WEIGHT_ONLY}[{DATA}]\ncalibrate_size=7", 0),
+        (f"[{TRANSFORM}]\nexport_precision_mode=QUANT", 0),
+        (FULL_QUANT, 0),
+        (FULL_QUANT + "synthetic_size=5", 5),
+    ],
+)
+def test_how_many_samples_are_distilled(tmp_path: Path, text: str, count: int) -> None:
+    assert load(tmp_path, text).distilled == count
+
+
+@pytest.mark.parametrize(
     ("section", "key", "value"),
     [
         ("data_preprocess_param", "calibrate_path", "image:{}"),

@@ -146,7 +146,7 @@ class _Source:
     ) -> tuple[Array, Array] | None:
         """The least and the largest values of an input, as far as they are known."""
         mean, std = self.wanted.normalize_mean, self.wanted.normalize_std
-        if layout and self._takes_pixels() and len(mean) in {0, shape[layout.index("C")]}:
+        if layout and self._takes_pixels() and len(mean) in {0, 1, shape[layout.index("C")]}:
             axes = [-1 if axis == "C" else 1 for axis in layout]
             shift, scale = (np.array(x).reshape(axes) for x in (mean or [0.0], std or [1.0]))
             ends = [(pixel - shift) / scale for pixel in (LEAST_PIXEL, LARGEST_PIXEL)]

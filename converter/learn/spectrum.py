@@ -7,7 +7,9 @@ Steps in pixels make noise that no picture has. See Olah et al., "Feature Visual
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
@@ -75,18 +77,18 @@ class Spectrum:
         return np.fft.irfftn(frequencies, sizes, self.axes)
 
     def _weights(self, fall: float) -> Array:
-        """What a frequency counts: waves in the picture to the power of -`fall`, the mean as the
-        first; times the root of the number of places, which makes coordinates of any size alike.
-        """
-        sizes = [self.shape[axis] for axis in self.axes]
-        squared = np.zeros([1] * len(self.shape))
-        for axis, size in zip(self.axes, sizes, strict=True):
-            last = axis == self.axes[-1]
-            waves = (np.fft.rfftfreq(size) if last else np.fft.fftfreq(size)) * size
-            squared = squared + (waves**2).reshape([-1 if i == axis else 1 for i in self._ranks])
-        root = np.sqrt(np.prod(sizes)) ** np.sign(fall)
-        return np.asarray(np.maximum(squared, 1.0) ** (-fall / 2) * root)
+        sizes = tuple(self.shape[axis] for axis in self.axes)
+        return _weights(sizes, self.axes, len(self.shape), fall)
 
-    @property
-    def _ranks(self) -> range:
-        return range(len(self.shape))
+
+@cache
+def _weights(sizes: tuple[int, ...], axes: tuple[int, ...], rank: int, fall: float) -> Array:
+    """What a frequency counts: waves in the picture to the power of -`fall`, the mean as the first;
+    times the root of the number of places, which makes coordinates of any size alike.
+    """
+    squared = np.zeros([1] * rank)
+    for axis, size in zip(axes, sizes, strict=True):
+        waves = (np.fft.rfftfreq if axis == axes[-1] else np.fft.fftfreq)(size) * size
+        squared = squared + (waves**2).reshape([-1 if i == axis else 1 for i in range(rank)])
+    root = np.sqrt(math.prod(sizes)) ** np.sign(fall)
+    return np.asarray(np.maximum(squared, 1.0) ** (-fall / 2) * root)

@@ -119,7 +119,7 @@ def _samples(result: Quantized, watch: Watch) -> tuple[Dataset, bool]:
         watch.say(
             "calibrate_size takes all samples: the outputs are compared on calibration samples."
         )
-    known = result.data.real if result.data.made < len(result.data) else result.data
+    known = result.data.real if 0 < result.data.made < len(result.data) else result.data
     return (further, True) if len(further) else (known, False)
 
 
