@@ -55,7 +55,11 @@ def compare(classifier: Classifier, split: str, folder: Path) -> None:
     }
     out = folder / f"{classifier.name}.onnx"
     for label, written in configs.items():
-        cost = qconvert(classifier.path, written(), out, "--verify=off")
+        try:
+            cost = qconvert(classifier.path, written(), out, "--verify=off")
+        except RuntimeError as error:
+            print(f"{label:28s} {str(error).strip().splitlines()[-1]}", flush=True)
+            continue
         found = score(reference, outputs(out, data, exact=True), labels)
         print(
             f"{label:28s} {found[0]:.4f}  {found[1]:.4f}  {cost.seconds:7.1f}  {cost.cpu:5.1f}"

@@ -141,19 +141,27 @@ FOLDED = "The model has no BatchNormalization, or its exporter folded it away: r
 
 @pytest.mark.parametrize(("graph", "source"), [(PLAIN, "noise"), (SURE, "outputs that are sure")])
 def test_a_model_without_norms_is_warned_of(converted, tmp_path, graph, source):
-    result = converted(FULL + FEW, written(tmp_path, graph, **CONVOLUTIONS))
+    result = converted(f"{FULL}{FEW}{PIXELS}", written(tmp_path, graph, **CONVOLUTIONS))
     assert result.code == 0
     assert f"4 samples are distilled from {source}; no real data was seen." in result.lines
     assert f"{FOLDED}{source} alone; give calibrate_path" in result.err
-    assert "Nothing says which values input 'x' takes" in result.err
-
-
-def test_pixels_that_are_known_bound_what_is_made(converted, tmp_path):
-    model = written(tmp_path, SURE, **CONVOLUTIONS)
-    result = converted(f"{FULL}{FEW}{PIXELS}", model)
-    assert result.code == 0
-    assert FOLDED in result.err
     assert "Nothing says" not in result.err
+
+
+def test_pictures_of_unknown_size_are_refused_where_the_model_does_not_know_it(converted, tmp_path):
+    result = converted(FULL + FEW, written(tmp_path, SURE, **CONVOLUTIONS))
+    assert result.code == 1
+    assert "nothing says how pixels enter input 'x'" in result.err
+    assert "give normalize_mean and normalize_std, or calibrate_path." in result.err
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def test_inputs_that_are_no_pictures_are_assumed_small(converted, tmp_path):
+    graph = "g (float[1,32] x) => (float[] y) { h = Gemm (x, m)  y = Gemm (h, n) }"
+    model = written(tmp_path, graph, m=normal(32, 32), n=normal(32, 32, seed=1))
+    result = converted(FULL + FEW, model)
+    assert result.code == 0
+    assert "Nothing says which values input 'x' takes: some from -2 to 2 are assumed" in result.err
 
 
 def test_tokens_are_random(converted, tmp_path):
@@ -186,7 +194,7 @@ def test_an_open_size_is_refused_until_a_flag_gives_it(converted, tmp_path):
     )
     assert "give --inputShape, or calibrate_path" in result.err
     assert not (tmp_path / "out.onnx").exists()
-    assert converted(FULL + FEW, model, "--inputShape=x:1,3,16,16").code == 0
+    assert converted(FULL + FEW + PIXELS, model, "--inputShape=x:1,3,16,16").code == 0
 
 
 def test_a_node_without_a_gradient_is_named(converted, tmp_path):
@@ -206,7 +214,7 @@ def test_several_inputs_are_distilled_together(converted, tmp_path):
     graph = (
         f"g (float[1,3,16,16] x, float[1,3,16,16] z, int64[2] unused) => (float[] y) {{ {nodes} }}"
     )
-    result = converted(FULL + FEW, written(tmp_path, graph, **CONVOLUTIONS))
+    result = converted(FULL + FEW + PIXELS, written(tmp_path, graph, **CONVOLUTIONS))
     assert result.code == 0
 
 

@@ -93,6 +93,8 @@ class _Source:
         known = values_by_name(self.model.graph)
         moments = {name: m for name, m in self.moments.items() if name in known}
         knowledge = Likeness(moments, scores_of(self.model))
+        if not moments:
+            self._require_bounds(places)
         self._tell(knowledge, places, count)
         made = self._made(Task(knowledge, places, fixed))
         return [_whole(x, sample) for x, sample in zip(made, fixed, strict=True)]
@@ -167,6 +169,20 @@ class _Source:
         samples = [others.sample(i % len(others)) for i in range(count)]
         return [{name: x for name, x in s.items() if name not in places} for s in samples]
 
+    def _require_bounds(self, places: Mapping[str, Place]) -> None:
+        """Raises DataError for pictures of unknown size, where the model does not know it either:
+        a guess would ruin it.
+        """
+        for name, place in places.items():
+            if place.axes and place.bounds is None:
+                where = self.job.config.at("data_preprocess_param", "normalize_mean")
+                msg = (
+                    f"{where}: without BatchNormalization in the model nothing says how pixels "
+                    f"enter input '{name}', for which pictures are distilled; give normalize_mean "
+                    "and normalize_std, or calibrate_path."
+                )
+                raise DataError(msg)
+
     def _tell(self, knowledge: Likeness, places: Mapping[str, Place], count: int) -> None:
         norms, sure = len(knowledge.moments), bool(knowledge.scores)
         kept = [f"what {norms} BatchNormalizations have kept of the training data"] * bool(norms)
@@ -179,10 +195,10 @@ class _Source:
             "The model has no BatchNormalization, or its exporter folded it away: ranges follow "
             f"from {source} alone; give calibrate_path, a few real samples help most."
         )
-        if unknown := [name for name, place in places.items() if place.bounds is None]:
+        if guessed := [name for name, place in places.items() if place.bounds is None]:
             self.watch.warn(
-                f"Nothing says which values input '{unknown[0]}' takes: some from -2 to 2 are "
-                "assumed; give normalize_mean and normalize_std if it takes pictures."
+                f"Nothing says which values input '{guessed[0]}' takes: some from -2 to 2 are "
+                "assumed; give calibrate_path."
             )
 
 
