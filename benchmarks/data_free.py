@@ -35,7 +35,9 @@ def without_data(classifier: Classifier, folder: Path, pixels: bool) -> Path:
 def with_data(classifier: Classifier, folder: Path, size: int, made: int) -> Path:
     """Writes a config with real pictures, and `made` distilled ones beside them."""
     path = classifier.config(folder, "FULL_QUANT", size)
-    path.write_text(f"{path.read_text()}synthetic_size={made}\n")
+    section = "[data_preprocess_param]\n"
+    more = f"{section}synthetic_size={made}\n"
+    path.write_text(path.read_text().replace(section, more))
     return path
 
 

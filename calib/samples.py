@@ -41,11 +41,13 @@ class Dataset:
 
     `warnings` holds one sentence for each file left out and each way in which the data falls short.
     Where samples are consecutive frames, `states` are outputs of a model by the inputs that they
-    are fed to at the next one. `random` says that they are no data.
+    are fed to at the next one. `random` says that they are no data, `made` how many of
+    them, the last ones, are not.
     """
 
     states: Mapping[str, str] = MappingProxyType({})
     random = False
+    made = 0
 
     def __init__(
         self,
@@ -58,6 +60,7 @@ class Dataset:
         self._fixed = fixed or {}
         self._chosen = chosen
         self.warnings = tuple(warnings)
+        self.made = sum(candidate == MADE for candidate, _ in chosen)
 
     def __len__(self) -> int:
         return len(self._chosen)
@@ -83,11 +86,6 @@ class Dataset:
         return Dataset(self._sources, [*self._chosen, *made], self.warnings, self._fixed)
 
     @property
-    def made(self) -> int:
-        """How many of the samples are made."""
-        return sum(candidate == MADE for candidate, _ in self._chosen)
-
-    @property
     def real(self) -> Dataset:
         """The samples that are not made, which are the first."""
         return self.part(0, len(self) - self.made)
@@ -95,10 +93,11 @@ class Dataset:
     @property
     def kind(self) -> str:
         """What they are, in words."""
-        made = self.made
-        if not made or self.random:
-            return "random samples" if self.random else "samples"
-        return "distilled samples" if made == len(self) else f"samples, {made} of them distilled"
+        if self.random:
+            return "random samples"
+        if 0 < self.made < len(self):
+            return f"samples, {self.made} of them distilled"
+        return "distilled samples" if self.made else "samples"
 
     def part(self, start: int, end: int) -> Dataset:
         """Samples number `start` to `end`."""

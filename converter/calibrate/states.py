@@ -65,11 +65,6 @@ class Stream(Dataset):
         """Those of the frame."""
         return self._frames.files(index)
 
-    @property
-    def made(self) -> int:
-        """Frames are real."""
-        return 0
-
     def part(self, start: int, end: int) -> Dataset:
         """Frames number `start` to `end`."""
         frames = self._frames.part(start, end)
