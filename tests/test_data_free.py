@@ -14,6 +14,9 @@ from graphs import build, exactly, normal, positive
 
 from calib.images import ImageOptions
 from calib.samples import Dataset, InputSpec, open_dataset
+from converter.config.reader import load_config
+from converter.job import Job, Watch
+from converter.learn.tuning import Tuning
 
 FULL = "[common_quant_param]\nquant_type = FULL_QUANT\n"
 WEIGHT = "[common_quant_param]\nquant_type = WEIGHT_QUANT\nbit_num = 3\n"
@@ -128,6 +131,27 @@ def test_the_dry_run_plans_integers_and_reads_nothing(converted):
     assert result.code == 0
     assert "distilled" not in result.out
     assert any(" integer " in line for line in result.lines)
+
+
+def test_real_samples_judge_what_is_learned_and_distilled_ones_are_learned_from(tmp_path):
+    path = tmp_path / "my.cfg"
+    path.write_text(f"{WEIGHT}{SYNTHETIC}[fine_tune_param]\nfine_tune = BLOCK\n")
+    job = Job(MODEL, tmp_path / "out.onnx", load_config(path))
+    samples = [(i, {"x": np.full((1, 2), i, np.float32)}) for i in range(10)]
+    made = [{"x": np.full((1, 2), 99, np.float32)}] * 3
+    data = Dataset((), samples, ()).with_made(made)
+    fit, held = Tuning(job, Watch()).parted(data)
+    values = [[part.sample(i)["x"][0, 0] for i in range(len(part))] for part in (fit, held)]
+    assert values == [[*range(8), 99, 99, 99], [8, 9]]
+    fit, held = Tuning(job, Watch()).parted(Dataset((), (), ()).with_made(made))
+    assert (len(fit), len(held)) == (2, 1)
+
+
+def test_learning_from_distilled_samples(converted):
+    learning = "[fine_tune_param]\nfine_tune = END_TO_END\nepochs = 1\n"
+    result = converted(WEIGHT + SYNTHETIC + learning, MODEL, "--verify=off")
+    assert result.code == 0
+    assert "on 1 of 4 samples that were held back" in result.out
 
 
 # --- what little is known, and what nothing is

@@ -348,3 +348,10 @@ def test_a_loss_of_unknown_shape_is_refused_in_words():
     moments = {"y": Moments(np.zeros(3), np.ones(3))}
     with pytest.raises((ModelError, CalibError), match="No sample can be distilled, as the shape"):
         Distiller(model, task_of(moments, 1))
+
+
+def test_what_is_not_finite_is_refused():
+    model, _ = known(f"{HEAD} {{ y = Relu (x) }}")
+    moments = {"y": Moments(np.full(3, np.nan), np.ones(3))}
+    with pytest.raises(ModelError, match="gradients are not finite"):
+        Distiller(model, task_of(moments, 2)).samples(1, Watch())

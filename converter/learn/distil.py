@@ -125,7 +125,11 @@ class Distiller:
                 adams[i].step(learned[i], gradients, rates)
                 learned[i] = {name: spectra[name].inside(x) for name, x in learned[i].items()}
                 own[i] = moments
-        return [values_of(spectra, x) for x in learned]
+        made = [values_of(spectra, x) for x in learned]
+        if not all(np.isfinite(array).all() for sample in made for array in sample.values()):
+            msg = "No sample can be distilled: gradients are not finite; give calibrate_path."
+            raise ModelError(msg)
+        return made
 
     def _spectra(self) -> dict[str, Spectrum]:
         """The coordinates of the inputs, those without bounds where the first noise is most like
