@@ -32,6 +32,8 @@ Choice = tuple[int, Sample | None]
 CACHE_BYTES = 256 << 20
 # Candidates loaded at a time while the usable ones are found; bounds what is in memory at once.
 WAVE = 64
+# In place of the number of a candidate: a sample that is made, of no file.
+MADE = -1
 
 
 class Dataset:
@@ -39,11 +41,13 @@ class Dataset:
 
     `warnings` holds one sentence for each file left out and each way in which the data falls short.
     Where samples are consecutive frames, `states` are outputs of a model by the inputs that they
-    are fed to at the next one. `random` says that they are no data.
+    are fed to at the next one. `random` says that they are no data, `made` how many of
+    them, the last ones, are not.
     """
 
     states: Mapping[str, str] = MappingProxyType({})
     random = False
+    made = 0
 
     def __init__(
         self,
@@ -56,6 +60,7 @@ class Dataset:
         self._fixed = fixed or {}
         self._chosen = chosen
         self.warnings = tuple(warnings)
+        self.made = sum(candidate == MADE for candidate, _ in chosen)
 
     def __len__(self) -> int:
         return len(self._chosen)
@@ -70,9 +75,29 @@ class Dataset:
 
     def files(self, index: int) -> tuple[Path, ...]:
         """The files that sample `index` is made of, input by input."""
-        return tuple(
-            chain.from_iterable(source.files[self._chosen[index][0]] for source in self._sources)
-        )
+        candidate, _ = self._chosen[index]
+        if candidate == MADE:
+            return ()
+        return tuple(chain.from_iterable(source.files[candidate] for source in self._sources))
+
+    def with_made(self, samples: Sequence[Sample]) -> Dataset:
+        """These, and behind them samples that are made and lie in memory."""
+        made: list[Choice] = [(MADE, sample) for sample in samples]
+        return Dataset(self._sources, [*self._chosen, *made], self.warnings, self._fixed)
+
+    @property
+    def real(self) -> Dataset:
+        """The samples that are not made, which are the first."""
+        return self.part(0, len(self) - self.made)
+
+    @property
+    def kind(self) -> str:
+        """What they are, in words."""
+        if self.random:
+            return "random samples"
+        if 0 < self.made < len(self):
+            return f"samples, {self.made} of them distilled"
+        return "distilled samples" if self.made else "samples"
 
     def part(self, start: int, end: int) -> Dataset:
         """Samples number `start` to `end`."""
@@ -81,7 +106,7 @@ class Dataset:
     def further(self, size: int) -> Dataset:
         """The next usable samples behind these, at most `size` of them; may be none."""
         end = min((len(source.files) for source in self._sources), default=0)
-        start = self._chosen[-1][0] + 1 if self._chosen else 0
+        start = max((candidate for candidate, _ in self._chosen), default=MADE) + 1
         chosen, _ = _select(self._sources, range(start, end), size, workers=None)
         return Dataset(self._sources, chosen, (), self._fixed)
 

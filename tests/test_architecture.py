@@ -309,7 +309,7 @@ def test_samples_run_where_sessions_are_opened_once():
     # Apart from them: what loads at all, what type a tensor has, and what a processor computes.
     asks = {"converter.graph.files", "converter.prepare.types", "converter.calibrate.exact"}
     runs = {"converter.calibrate.runs", "converter.calibrate.walk"}
-    learns = {f"converter.learn.{name}" for name in ("blocked", "fine_tune", "pooling")}
+    learns = {f"converter.learn.{name}" for name in ("blocked", "distil", "fine_tune", "pooling")}
     assert callers_of("open_session") == runs | asks | learns
     assert callers_of("ort.InferenceSession") == {"calib.session"}
 

@@ -103,7 +103,8 @@ MISTAKES = {
         )
     ],
     (DATA, "calibrate_size"): [(bad, "integer from 1 to 65535") for bad in ("0", "65536")],
-    (DATA, "input_type"): [("JPEG", "IMAGE, BIN or NPY")],
+    (DATA, "input_type"): [("JPEG", "IMAGE, BIN, NPY or SYNTHETIC")],
+    (DATA, "synthetic_size"): [(bad, "integer from 0 to 65535") for bad in ("-1", "65536", "x")],
     (DATA, "state_inputs"): [
         (bad, "input_name:output_name pairs")
         for bad in ("h", "h:", ":h_out", "h:h_out,", "h:a,h:b", "h:a,c:a")
@@ -291,20 +292,31 @@ CROSS = {
         3,
         "must be 8 for DYNAMIC_QUANT",
     ),
-    "no data": (
-        "[common_quant_param]\nquant_type=FULL_QUANT\n",
-        0,
-        f"[{DATA}] calibrate_path: is missing",
+    "files without a folder": (
+        FULL_QUANT.replace("calibrate_path=image:pictures", ""),
+        3,
+        "calibrate_path: is missing beside input_type = IMAGE",
+    ),
+    "distilled and files": (
+        FULL_QUANT.replace("IMAGE", "SYNTHETIC"),
+        6,
+        "reads no files, and there is calibrate_path; remove calibrate_path, or give the type of "
+        "its files and synthetic_size = 32",
+    ),
+    "labels of what is distilled": (
+        f"[common_quant_param]\nquant_type=FULL_QUANT\n[{DATA}]\nlabel_file=labels.csv",
+        4,
+        "has no labels for samples that are distilled from the model; give calibrate_path",
     ),
     "no size": (
         FULL_QUANT.replace("calibrate_size=10", ""),
         3,
-        "calibrate_size: is missing for FULL_QUANT",
+        "calibrate_size: is missing beside calibrate_path",
     ),
     "no type": (
         FULL_QUANT.replace("input_type=IMAGE", ""),
         3,
-        "input_type: is missing for FULL_QUANT",
+        "input_type: is missing beside calibrate_path",
     ),
     "mean alone": (
         FULL_QUANT + "normalize_mean=[1]",
@@ -446,6 +458,22 @@ def test_calibrate_path(tmp_path: Path, text: str, pairs: list[tuple[str, str]])
 
 
 @pytest.mark.parametrize(
+    ("text", "count"),
+    [
+        ("[common_quant_param]\nquant_type=FULL_QUANT\n", 32),
+        (f"[common_quant_param]\nquant_type=FULL_QUANT\n[{DATA}]\ncalibrate_size=7", 7),
+        (f"{WEIGHT_ONLY}[{DATA}]\ninput_type=SYNTHETIC", 32),
+        (f"{WEIGHT_ONLY}[{DATA}]\ncalibrate_size=7", 0),
+        (f"[{TRANSFORM}]\nexport_precision_mode=QUANT", 0),
+        (FULL_QUANT, 0),
+        (FULL_QUANT + "synthetic_size=5", 5),
+    ],
+)
+def test_how_many_samples_are_distilled(tmp_path: Path, text: str, count: int) -> None:
+    assert load(tmp_path, text).distilled == count
+
+
+@pytest.mark.parametrize(
     ("section", "key", "value"),
     [
         ("data_preprocess_param", "calibrate_path", "image:{}"),
@@ -493,6 +521,15 @@ IDLE = {
     "mixed bits": (
         WEIGHT_ONLY + "bit_num=0\n[mixed_bit_weight_quant_param]\ninit_scale=.5\nauto_tune=TRUE",
         [],
+    ),
+    "distilled pictures": (
+        f"[common_quant_param]\nquant_type=FULL_QUANT\n[{DATA}]\nnormalize_mean=[1]\n"
+        "normalize_std=[1]",
+        [],
+    ),
+    "distilled beside nothing": (
+        f"{WEIGHT_ONLY}[{DATA}]\nsynthetic_size=8",
+        [(4, "synthetic_size = 8", "calibrate_path")],
     ),
     "not pictures": (
         FULL_QUANT.replace("IMAGE", "BIN") + "resize_width=8\nresize_height=9\n",

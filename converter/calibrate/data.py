@@ -125,6 +125,10 @@ class RandomSamples(Dataset):
 
     random = True
 
+    def part(self, start: int, end: int) -> Dataset:
+        """Samples number `start` to `end`, random as well."""
+        return RandomSamples((), self._chosen[start:end], ())
+
 
 def synthetic_data(model: ir.Model, count: int = 8, length: int = 1) -> Dataset:
     """Random samples: numbers from -1 to 1, or 0 and 1 where integers are wanted, or rows of the

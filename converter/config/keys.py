@@ -30,6 +30,8 @@ TargetDevice = Literal["CPU", "CPU_VNNI", "ARM", "OPENVINO", "NVGPU", "DSP", "QN
 
 QUANT_TYPES: tuple[QuantType, ...] = get_args(QuantType)
 
+# Samples that are distilled from a model where nothing says how many.
+DISTILLED = 32
 _PIXELS = kinds.integer(1, 65535, 224)
 # Where relative paths start, whatever the key.
 _SEEN = (
@@ -97,6 +99,11 @@ _IMAGES = Scope(
     QUANT_TYPES,
     " with input_type = IMAGE",
     lambda config: config.preprocess.input_type == "IMAGE",
+)
+_PICTURES = Scope(
+    QUANT_TYPES,
+    " with input_type = IMAGE or distilled samples",
+    lambda config: config.preprocess.input_type == "IMAGE" or config.distils,
 )
 _RESIZED = Scope(
     QUANT_TYPES,
@@ -476,16 +483,25 @@ class DataPreprocessParam:
 
     calibrate_path: InputFolders = _key(
         kinds.input_folders(),
-        "Data of every model input, required for FULL_QUANT; in quotes a folder may hold commas "
-        f"and colons. {_SEEN}",
+        "Data of every model input; without it FULL_QUANT distils samples from the model itself. "
+        f"In quotes a folder may hold commas and colons. {_SEEN}",
         (),
     )
     calibrate_size: int | None = _key(
         kinds.integer(1, 65535, 100),
-        "Number of samples to calibrate with, beside calibrate_path.",
+        "Number of samples to calibrate with, beside calibrate_path; without it, of those that are "
+        f"distilled: {DISTILLED} where it is unset.",
     )
-    input_type: Literal["IMAGE", "BIN", "NPY"] | None = _choice(
-        "Type of the files: pictures, raw buffers or NumPy arrays; beside calibrate_path."
+    input_type: Literal["IMAGE", "BIN", "NPY", "SYNTHETIC"] | None = _choice(
+        "Type of the files: pictures, raw buffers or NumPy arrays, beside calibrate_path; "
+        "SYNTHETIC distils samples from the model itself instead."
+    )
+    synthetic_size: int = _key(
+        kinds.integer(0, 65535, 32),
+        "Number of samples distilled from the model itself beside the real ones, where these are "
+        "few.",
+        0,
+        _WITH_DATA,
     )
     state_inputs: NamePairs = _key(
         kinds.name_pairs("h_in:h_out"),
@@ -509,13 +525,13 @@ class DataPreprocessParam:
         kinds.channel_values(),
         "Mean of each channel: (pixel - mean) / std, with pixels from 0 to 255.",
         (),
-        _IMAGES,
+        _PICTURES,
     )
     normalize_std: tuple[float, ...] = _key(
         kinds.channel_values(nonzero=True),
         "Standard deviation of each channel, beside the mean.",
         (),
-        _IMAGES,
+        _PICTURES,
     )
     resize_width: int | None = _key(
         _PIXELS, "Width to resize to, beside resize_height.", scope=_IMAGES
@@ -659,6 +675,28 @@ class Config:
         """
         precision = self.transform.export_precision_mode
         return self.common.quant_type or ("FULL_QUANT" if precision == "QUANT" else precision)
+
+    @property
+    def distils(self) -> bool:
+        """Whether all samples are distilled from the model itself: it is asked for, or integers
+        want ranges and there is no data.
+        """
+        data, full = self.preprocess, self.common.quant_type == "FULL_QUANT"
+        open_ranges = full and not self.transform.export_precision_mode
+        return data.input_type == "SYNTHETIC" or (open_ranges and not data.calibrate_path)
+
+    @property
+    def distilled(self) -> int:
+        """How many samples are distilled from the model itself."""
+        data = self.preprocess
+        if self.distils:
+            return data.calibrate_size or DISTILLED
+        return data.synthetic_size if data.calibrate_path else 0
+
+    @property
+    def has_samples(self) -> bool:
+        """Whether there are samples to calibrate with, real or distilled."""
+        return bool(self.preprocess.calibrate_path) or self.distils
 
     def at(self, section: str, key: str) -> str:
         """Where a message about a key points: `file:line: [section] key`, without the line of a key

@@ -18,7 +18,7 @@ def left(config: Config, name: str, value: object) -> bool:
     row = SECTIONS[section]
     if config.mode is None:
         return True
-    if name in OF_DATA and not config.preprocess.calibrate_path:
+    if name in OF_DATA and not config.has_samples:
         return False
     return bool(
         row.keys[key].scope.holds(config) and getattr(getattr(config, row.attribute), key) != value

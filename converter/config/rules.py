@@ -59,18 +59,29 @@ def _bits_are_free(config: Config) -> Iterator[Complaint]:
 
 
 def _data_is_whole(config: Config) -> Iterator[Complaint]:
+    data = config.preprocess
     reasons = {
-        "for FULL_QUANT": config.mode == "FULL_QUANT"
-        and not config.transform.export_precision_mode,
         "for quant_strategy = GPTQ": config.weight_quant.quant_strategy == "GPTQ"
         or any(recipe.wishes.get("quant_strategy") == "GPTQ" for recipe in config.recipes),
         "for fine_tune": config.fine_tune.fine_tune != "OFF",
-        "beside calibrate_path": bool(config.preprocess.calibrate_path),
+        "beside calibrate_path": bool(data.calibrate_path),
+        f"beside input_type = {data.input_type}": bool(data.input_type),
     }
     reason = next((reason for reason, holds in reasons.items() if holds), None)
     for key in ("calibrate_path", "calibrate_size", "input_type"):
-        if reason and not getattr(config.preprocess, key):
+        if reason and data.input_type != "SYNTHETIC" and not getattr(data, key):
             yield _missing(key, reason)
+
+
+def _distilled_is_clear(config: Config) -> Iterator[Complaint]:
+    data, alone = config.preprocess, config.preprocess.input_type == "SYNTHETIC"
+    if alone and data.calibrate_path:
+        problem = "reads no files, and there is calibrate_path"
+        advice = "remove calibrate_path, or give the type of its files and synthetic_size = 32"
+        yield Complaint(_DATA, "input_type", problem, advice)
+    if config.distils and data.label_file:
+        problem = "has no labels for samples that are distilled from the model"
+        yield Complaint(_DATA, "label_file", problem, "give calibrate_path, or remove the line")
 
 
 def _pairs_are_whole(config: Config) -> Iterator[Complaint]:
@@ -145,6 +156,7 @@ def _crop_fits(config: Config) -> Iterator[Complaint]:
 Rule = Callable[[Config], Iterator[Complaint]]
 DATA_RULES: tuple[Rule, ...] = (
     _data_is_whole,
+    _distilled_is_clear,
     _pairs_are_whole,
     _channels_agree,
     _resize_is_clear,

@@ -93,12 +93,12 @@ def loss_model(
     model = raise_opset(model.clone(), LEAST_OPSET)
     _free(model, free)
     fix_shapes(model, shapes)
-    values = values_by_name(model.graph)
     if isinstance(loss, str):
-        aim = values[loss]
+        aim = values_by_name(model.graph)[loss]
     else:
         scribe = Scribe(model)
         aim = scribe.named(loss(scribe), "loss")
+    values = values_by_name(model.graph)  # a loss may have named some of its own
     model.graph.outputs[:] = dict.fromkeys([aim, *(values[name] for name in keep)])
     common.RemoveUnusedNodesPass()(model)
     return model

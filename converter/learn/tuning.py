@@ -39,11 +39,18 @@ class Tuning:
 
     def parted(self, data: Dataset) -> tuple[Dataset, Dataset]:
         """The samples that rounding may see and is learned from, and those, the last ones, that
-        judge what was learned; none where nothing is.
+        judge what was learned; none where nothing is. Distilled samples judge only where there are
+        no others.
         """
-        count = round(len(data) * HELD) if self.wanted else 0
-        fit = len(data) - max(count, int(self.wanted and len(data) > 1))
-        return data.part(0, fit), data.part(fit, len(data))
+        mixed = 0 < data.made < len(data)
+        judging = data.real if mixed else data
+        size = len(judging)
+        count = round(size * HELD) if self.wanted else 0
+        fit = size - max(count, int(self.wanted and size > 1))
+        learned = judging.part(0, fit)
+        if mixed:
+            learned = learned.with_made([data.sample(i) for i in range(size, len(data))])
+        return learned, judging.part(fit, size)
 
     def tuned(
         self, model: ir.Model, plan: QuantPlan, parts: tuple[Dataset, Dataset], keep: Keep

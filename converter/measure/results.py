@@ -34,9 +34,10 @@ class Verification:
     where they were not measured. `kernels` counts the operators that the runtime really executes by
     name, `conversions` names the Q/DQ nodes among them that stayed on their own, and `saturated`
     the nodes whose weights let kernels of some processors that the model is for saturate. `random`
-    says that there was no data, `closed_loop` that samples are frames and each model was fed its
-    own states. All figures but `kernels`, `conversions` and `speedup` are those of exact kernels;
-    `here` has this processor's, None where they are the same.
+    says that there was no data, `distilled` that all samples were made of the model, `closed_loop`
+    that samples are frames and each model was fed its own states. All figures but `kernels`,
+    `conversions` and `speedup` are those of exact kernels; `here` has this processor's, None where
+    they are the same.
     """
 
     samples: int
@@ -51,6 +52,7 @@ class Verification:
     saturated: tuple[str, ...]
     random: bool = False
     closed_loop: bool = False
+    distilled: bool = False
     here: Here | None = None
     slices: tuple[TensorError, ...] = ()
 
@@ -95,6 +97,7 @@ class Verification:
     def where(self) -> str:
         """What the models were run on, in words."""
         kind = "random samples" if self.random else "calibration samples"
+        kind = "samples distilled from the model" if self.distilled else kind
         held_back = "samples held back from calibration"
         loop = ", each model fed its own states" if self.closed_loop else ""
         return f"{self.samples} {held_back if self.held_back else kind}{loop}"

@@ -99,6 +99,7 @@ def verify(both: Both, label_file: Path | None) -> Verification:
         conversions=tuple(name for name, op_type in seen.nodes if op_type in CONVERSIONS),
         saturated=() if result.exact else tuple(saturating(result.model)),
         random=data.random,
+        distilled=data.made == len(data),
         closed_loop=bool(data.states),
         here=_here(seen),
     )
@@ -114,11 +115,12 @@ def _samples(result: Quantized, watch: Watch) -> tuple[Dataset, bool]:
         watch.say("There is no data: the outputs are compared on random samples.")
         return synthetic_data(result.reference, length=RANDOM_LENGTH), False
     further = result.data.further(VERIFIED_SAMPLES)
-    if not len(further) and not result.data.random:
+    if not len(further) and not result.data.random and not result.data.made:
         watch.say(
             "calibrate_size takes all samples: the outputs are compared on calibration samples."
         )
-    return (further, True) if len(further) else (result.data, False)
+    known = result.data.real if 0 < result.data.made < len(result.data) else result.data
+    return (further, True) if len(further) else (known, False)
 
 
 def _run(both: Both, data: Dataset) -> _Seen:

@@ -25,6 +25,7 @@ from converter.emit.dynamic import emit_dynamic
 from converter.graph.edit import not_none, operand
 from converter.graph.mapped import release
 from converter.job import Job, Resources, Watch
+from converter.learn.own_data import with_distilled
 from converter.modes import weight_quant
 from converter.plan.matrices import ProductView
 from converter.plan.ops import is_transposed, rule_of
@@ -84,6 +85,7 @@ def quantize(prepared: Prepared, job: Job, watch: Watch) -> Quantized:
     model = prepared.model
     resources = resources_of(job)
     data = open_data(model, job, watch)
+    data = with_distilled(data, model, prepared.moments, job, watch=watch)
     quantized = model.clone()
     # Rows with scales of their own, before weights with one for all, gain little.
     if not _by_row(job):

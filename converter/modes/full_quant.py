@@ -40,6 +40,7 @@ from converter.errors import ConfigError, UsageError
 from converter.graph.edit import constant, is_float, not_none, values_by_name
 from converter.graph.files import fed_inputs
 from converter.job import Job, Resources, Watch
+from converter.learn.own_data import with_distilled
 from converter.learn.restored import as_stored, with_integers
 from converter.learn.student import Learnable
 from converter.learn.tuning import Tuning
@@ -235,13 +236,15 @@ def set_up(prepared: Prepared, job: Job, watch: Watch) -> Setup:
     """
     wanted, resources = job.config.full_quant, resources_of(job)
     model, trained = prepared.floats.clone(), prepared.trained
-    if wanted.equalize and not wanted.per_channel and not trained:
-        equalize(model)
     samples, pixels = job.config.preprocess, trained_pixels(job.config.transform, watch)
-    if pixels is None and job.input_type in TYPES and samples.input_type == "IMAGE":
+    if pixels is None and job.input_type in TYPES and _takes_pictures(job.config):
         pixels = fold_normalisation(model, samples)
         samples = pixels.preprocess(samples)
-    data, held = Tuning(job, watch).parted(open_data(model, job, watch, samples))
+    real = open_data(model, job, watch, samples)
+    data = with_distilled(real, model, prepared.moments, job, watch=watch, wanted=samples)
+    if wanted.equalize and not wanted.per_channel and not trained:
+        equalize(model)
+    data, held = Tuning(job, watch).parted(data)
     setup = Setup(model, job, _target(job.config), trained, data, held, pixels, resources)
     if len(data) and not trained:
         smooth(
@@ -252,6 +255,12 @@ def set_up(prepared: Prepared, job: Job, watch: Watch) -> Setup:
             watch=watch,
         )
     return setup
+
+
+def _takes_pictures(config: Config) -> bool:
+    """Whether it is known how the pixels of pictures enter the model."""
+    samples = config.preprocess
+    return samples.input_type == "IMAGE" or (config.distils and bool(samples.normalize_mean))
 
 
 def _edges(model: ir.Model) -> list[ir.DataType | None]:
@@ -304,7 +313,7 @@ def _planned(model: ir.Model, trained: Trained, config: Config, choice: Choice) 
     if config.fine_tune.in_few_bits and not trained:
         plan = _in_bits(plan, config.fine_tune)
     plan = with_trained_ranges(plan, trained.tensors, config.full_quant.power_of_two_scale)
-    if config.preprocess.calibrate_path:
+    if config.has_samples:
         return plan
     values = values_by_name(model.graph)
     groups = plan.groups().items()
@@ -369,10 +378,11 @@ def within_drop(setup: Setup, evidence: Evidence, watch: Watch) -> Attempt:
     first = attempt(setup, evidence, Choice(), watch)
     if bound is None:
         return first
-    labels = read_labels(path, setup.data) if path else None
+    judged = setup.data.real if path else setup.data  # only files have labels
+    labels = read_labels(path, judged) if path else None
     if mixed:
-        return _wide_within_drop(setup, evidence, first, watch, labels=labels)
-    if _drop(setup, first, labels, watch) <= bound:
+        return _wide_within_drop(setup, evidence, first, judged, labels=labels, watch=watch)
+    if _drop(setup, first, judged, labels, watch) <= bound:
         return first
     pairing = pair(setup.model, first.model, first.plan)
     floats = opened(setup.model, pairing.tensors)
@@ -390,7 +400,7 @@ def within_drop(setup: Setup, evidence: Evidence, watch: Watch) -> Attempt:
             for name in worst[:count]
         }
         result = attempt(setup, evidence, Choice(kept), watch)
-        within = _drop(setup, result, labels, watch) <= bound
+        within = _drop(setup, result, judged, labels, watch) <= bound
         return result if within or count == len(worst) else None
 
     return fewest(len(worst), without)
@@ -422,20 +432,21 @@ def _wide_within_drop(
     setup: Setup,
     evidence: Evidence,
     first: Attempt,
-    watch: Watch,
+    judged: Dataset,
     *,
     labels: Mapping[str, int] | None,
+    watch: Watch,
 ) -> Attempt:
     """The attempt that gives the fewest units 16 bits and loses no more than max_drop."""
     bound = not_none(setup.wanted.max_drop)
-    if _drop(setup, first, labels, watch) <= bound:
+    if _drop(setup, first, judged, labels, watch) <= bound:
         return first
     choice, widening = _ranked(setup, evidence, watch)
     steps = list(widening.order())
 
     def with_wide(count: int) -> Attempt | None:
         result = attempt(setup, evidence, choice | _widened(steps[count - 1]), watch)
-        drop = _drop(setup, result, labels, watch)
+        drop = _drop(setup, result, judged, labels, watch)
         if drop > bound and count == len(steps):
             watch.warn(
                 f"max_drop = {bound:g} is missed: with 16 bits in every activation the output "
@@ -446,11 +457,15 @@ def _wide_within_drop(
     return fewest(len(steps), with_wide) if steps else first
 
 
-def _drop(setup: Setup, tried: Attempt, labels: Mapping[str, int] | None, watch: Watch) -> float:
-    quantized = opened(tried.model, optimize=True)
-    drop = output_drop(
-        setup.executed, quantized, setup.data, labels, threads=setup.resources.threads
-    )
+def _drop(
+    setup: Setup,
+    tried: Attempt,
+    data: Dataset,
+    labels: Mapping[str, int] | None,
+    watch: Watch,
+) -> float:
+    quantized, threads = opened(tried.model, optimize=True), setup.resources.threads
+    drop = output_drop(setup.executed, quantized, data, labels, threads=threads)
     units, measure = len(tried.plan.units()), "cosine" if labels is None else "top-1"
     watch.say(f"With {units} nodes quantized the output loses {drop:.5f} of {measure}.")
     return drop

@@ -31,6 +31,7 @@ from converter.graph.edit import constant, nodes_of, not_none
 from converter.graph.files import accepting, refusal, save, saved
 from converter.graph.mapped import release
 from converter.job import Job, Watch
+from converter.learn.own_data import with_distilled
 from converter.learn.tuning import Tuning
 from converter.plan.ops import (
     bias_add,
@@ -104,10 +105,10 @@ def quantize(prepared: Prepared, job: Job, watch: Watch) -> Quantized:
     """The quantized copy of a prepared float model."""
     model = prepared.model
     wanted = job.config.weight_quant
-    data, tuning = _data(model, job, watch), Tuning(job, watch)
+    data, tuning = _data(prepared, job, watch), Tuning(job, watch)
     parts = tuning.parted(data)
     resources = resources_of(job)
-    given = bool(job.config.preprocess.calibrate_path)
+    given = job.config.has_samples and not data.random
     plan, pareto = make_plan(prepared, job), tuple[Tradeoff, ...]()
     seeing = any(not weight.blind for unit in plan.units() for weight in unit.weights)
     by_outputs = given and seeing
@@ -253,10 +254,12 @@ def _keeping(model: ir.Model, job: Job, newest: int | None) -> Callable[[QuantPl
     return keep
 
 
-def _data(model: ir.Model, job: Job, watch: Watch) -> Dataset:
+def _data(prepared: Prepared, job: Job, watch: Watch) -> Dataset:
     """The calibration samples, random ones where a search must compare outputs without, or none."""
-    if job.config.preprocess.calibrate_path:
-        return open_data(model, job, watch)
+    model = prepared.model
+    if job.config.has_samples:
+        data = open_data(model, job, watch)
+        return with_distilled(data, model, prepared.moments, job, watch=watch)
     searches = job.config.mixed_bit.auto_tune or job.config.mixed_bit.search == "SENSITIVITY"
     if job.config.common.bit_num or not searches:
         return Dataset((), (), ())

@@ -41,7 +41,7 @@ from converter.plan.recipes import check_recipes
 from converter.plan.requests import check_target, wants_wide
 from converter.plan.result import Quantized
 from converter.plan.targets import WIDE_OPSET
-from converter.prepare import make_plain, prepare
+from converter.prepare import make_plain, normal_form
 from converter.prepare.fake_quant import Prepared, without_training
 from converter.prepare.inputs import check_shapes, set_input_shapes
 from converter.prepare.opset import (
@@ -160,10 +160,10 @@ def _measured(job: Job, result: Quantized, sizes: tuple[int, int], watch: Watch)
 
 def _facts(job: Job, result: Quantized) -> dict[str, str]:
     """What was done, in words."""
-    nodes, kind = result.plan.outside, "random samples" if result.data.random else "samples"
+    nodes = result.plan.outside
     return {
         "Float model": job.model.name,
-        "Calibration": f"{len(result.data)} {kind}" if len(result.data) else "no data",
+        "Calibration": f"{len(result.data)} {result.data.kind}" if len(result.data) else "no data",
         "Quantized": f"{sum(not stays_float(node) for node in nodes)} of {len(nodes)} nodes",
     }
 
@@ -257,15 +257,15 @@ def read(job: Job, watch: Watch) -> Prepared:
     raised = raise_opset(model, _opset(job, model))
     if raised is not model:
         _check_raised(model, raised, watch)
-    normal = prepare(raised)
-    release(initializers_of(normal))
-    check_shapes(normal)
-    nodes |= _nodes(normal)
+    moments = normal_form(raised)
+    release(initializers_of(raised))
+    check_shapes(raised)
+    nodes |= _nodes(raised)
     check_skips(job.config, nodes)
-    check_recipes(job.config, nodes, values_by_name(normal.graph).keys())
+    check_recipes(job.config, nodes, values_by_name(raised.graph).keys())
     if job.mode in INTEGER_ACTIVATIONS:
-        _name_apart(normal, watch)
-    prepared = without_training(normal, job)
+        _name_apart(raised, watch)
+    prepared = without_training(raised, job, moments)
     _require_training(prepared, job)
     return prepared
 
@@ -273,8 +273,8 @@ def read(job: Job, watch: Watch) -> Prepared:
 def _require_training(prepared: Prepared, job: Job) -> None:
     """Raises ModelError for a model without quantization where only that could be used."""
     advice = {"FLOAT32": "convert a model that was, or keep this one"}
-    if not job.config.preprocess.calibrate_path:
-        advice["FULL_QUANT"] = "give it calibrate_path to quantize it"
+    if not job.config.has_samples:
+        advice["FULL_QUANT"] = "give it calibrate_path, or input_type = SYNTHETIC, to quantize it"
     if job.mode in advice and not prepared.trained:
         where = job.config.at("transform_quant_param", "export_precision_mode")
         msg = f"{where}: {job.model} was not trained with quantization; {advice[job.mode]}."

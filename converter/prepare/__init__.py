@@ -4,7 +4,7 @@ afterwards.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 import onnx_ir as ir
@@ -14,7 +14,7 @@ from converter.graph.edit import drop_unread
 from converter.graph.files import MAKERS_OF_MAPS
 from converter.plan.ops import draws
 from converter.prepare.drop_identities import drop_identities
-from converter.prepare.fold_affine import fold_affine
+from converter.prepare.fold_affine import Moments, fold_affine
 from converter.prepare.fold_constants import fold_constants
 from converter.prepare.full_axes import full_axes
 from converter.prepare.hard_sigmoid import name_hard_sigmoids
@@ -41,6 +41,12 @@ def make_plain(model: ir.Model) -> None:
 
 def prepare(model: ir.Model) -> ir.Model:
     """Runs all passes over `model` in place and returns it; it computes the same function."""
+    normal_form(model)
+    return model
+
+
+def normal_form(model: ir.Model) -> Mapping[str, Moments]:
+    """Runs all passes over `model` in place; what it knew of the data of training, by tensor."""
     make_plain(model)
     with _dimensions_of_their_own(model):
         with _hidden(model, lambda node: node.op_type in MAKERS_OF_MAPS):
@@ -60,13 +66,13 @@ def prepare(model: ir.Model) -> ir.Model:
     tie(model)  # a table is stored once
     normal_gemm(model)
     name_hard_sigmoids(model)
-    fold_affine(model)  # BatchNorm and its kin into the operator before them
+    moments = fold_affine(model)  # BatchNorm and its kin into the operator before them
     common.RemoveUnusedNodesPass()(model)
     drop_unread(model)
     name_nodes(model)  # what was inlined or folded
     common.TopologicalSortPass()(model)
     complete_types(model)
-    return model
+    return moments
 
 
 def _is_kept(node: ir.Node) -> bool:

@@ -33,6 +33,7 @@ from converter.plan.plan import QuantizedWeight
 from converter.prepare import prepare
 from converter.prepare.fake_quant_chains import Chain, chain_from, format_of
 from converter.prepare.fake_quant_ranges import same, spread
+from converter.prepare.fold_affine import Moments
 
 
 @dataclass(frozen=True)
@@ -69,19 +70,23 @@ def take_trained(
 @dataclass(frozen=True)
 class Prepared:
     """A model in normal form, which nobody changes: `model` as it came, `floats` without the
-    quantization that it was trained with, and what was known of that.
+    quantization that it was trained with, and what was known of that; `moments` are what is known
+    of tensors on the data of training.
     """
 
     model: ir.Model
     floats: ir.Model
     trained: Trained
+    moments: Mapping[str, Moments] = field(default_factory=dict)
 
 
-def without_training(model: ir.Model, job: Job) -> Prepared:
+def without_training(
+    model: ir.Model, job: Job, moments: Mapping[str, Moments] | None = None
+) -> Prepared:
     """A prepared model beside a copy without its quantization."""
     floats = model.clone()
     trained = take_trained(floats, job.input_type in FLOATS, job.output_type in FLOATS)
-    return Prepared(model, floats if trained else model, trained)
+    return Prepared(model, floats if trained else model, trained, moments or {})
 
 
 class _Taker:

@@ -7,12 +7,16 @@ mode with constant parameters: scale = gamma / sqrt(var + epsilon),
 
 For y = W x + b the result is W' = scale W along the channel axis, b' = scale b + shift, computed in
 float64. Operators that share a weight each get a copy of their own.
+
+What a BatchNormalization knows of the data that its model was trained with, mean and variance of
+its input, is handed out as that of its output, as the input is gone with it.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 
 import numpy as np
 import onnx_ir as ir
@@ -33,11 +37,29 @@ from converter.plan.ops import rule_of
 Affine = tuple[Array, Array]
 
 
-def fold_affine(model: ir.Model) -> None:
-    """Folds into the nodes of every graph, in place."""
-    names = Names(model)
-    for node in filter(_foldable, nodes_of(model)):
-        _fold(node, names)
+@dataclass(frozen=True)
+class Moments:
+    """Mean and standard deviation of every channel of a tensor, on the data of training."""
+
+    mean: Array
+    deviation: Array
+
+    def behind(self, affine: Affine) -> Moments:
+        """Those of the tensor scaled and shifted."""
+        scale, shift = affine
+        return Moments(self.mean * scale + shift, self.deviation * np.abs(scale))
+
+
+def fold_affine(model: ir.Model) -> Mapping[str, Moments]:
+    """Folds into the nodes of every graph, in place; what is known of tensors that are left, by
+    name.
+    """
+    names, known = Names(model), dict[str, Moments]()
+    for node in nodes_of(model):
+        moments = _fold(node, names) if _foldable(node) else _of_norm(node)
+        if moments is not None:
+            known[node.outputs[0].name or ""] = moments
+    return known
 
 
 def _foldable(node: ir.Node) -> bool:
@@ -45,19 +67,37 @@ def _foldable(node: ir.Node) -> bool:
     return rule_of(node).bias is not None and rule_of(node).obstacle(node) is None
 
 
-def _fold(node: ir.Node, names: Names) -> None:
-    """Folds all foldable followers of `node` into it."""
+def _fold(node: ir.Node, names: Names) -> Moments | None:
+    """Folds all foldable followers of `node` into it; what they know of its output."""
+    known = None
     while (
         (follower := only_consumer(node.outputs[0]))
         and (affine := _affine_of(follower, node))
         and _usable(affine)
     ):
+        known = _moments(follower, affine, known)
         _rescale(node, *affine, names)
         # The surviving tensor bears the last name, which graph outputs and users know.
         graph, outputs = graph_of(follower), follower.outputs
         ir.convenience.replace_nodes_and_values(
             graph, follower, [follower], [], outputs, node.outputs
         )
+    return known
+
+
+def _of_norm(node: ir.Node) -> Moments | None:
+    """What a BatchNormalization that stays knows of its output."""
+    stays = node.op_type == "BatchNormalization" and not node.domain and node.graph is not None
+    affine = _batch_norm(node) if stays else None
+    return _moments(node, affine, None) if affine else None
+
+
+def _moments(node: ir.Node, affine: Affine, before: Moments | None) -> Moments | None:
+    """What is known behind a node that scales and shifts what is known `before` it."""
+    if node.op_type == "BatchNormalization":
+        mean, variance = (not_none(operand(node, i)).astype(np.float64) for i in (3, 4))
+        before = Moments(mean, np.sqrt(variance))
+    return before and before.behind(affine)
 
 
 def _usable(affine: Affine) -> bool:

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 WORST = 5
 RANDOM = "Random samples mislead, often by 10 dB and more: give calibrate_path to see what is lost."
+DISTILLED = "No real data was seen: on real samples more may be lost than on these."
 # Longer names lose their middle where a person reads them; reports and --json have them whole.
 LONGEST = 72
 # Kinds of operators, and nodes left float for one reason, that the summary names.
@@ -65,6 +66,8 @@ def verification_lines(verification: Verification) -> Iterator[str]:
     yield f"Verified on {verification.where}: {', '.join(parts) or 'no output can be compared'}."
     if verification.random:
         yield RANDOM
+    if verification.distilled:
+        yield DISTILLED
     if left_out := "; ".join(verification.left_out):
         yield f"Not compared: {left_out}."
     if verification.here:
