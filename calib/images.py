@@ -106,6 +106,19 @@ def load_image(path: Path, options: ImageOptions, channels: int) -> Pixels:
     return pixels
 
 
+def picture_size(path: Path) -> tuple[int, int]:
+    """Width and height of a picture file in pixels, as it is stored; CalibError if it is broken."""
+    with reading(path, "a picture"), Image.open(path, formats=FORMATS) as image:
+        return image.size
+
+
+def enlarged(options: ImageOptions, width: int, height: int) -> float:
+    """How many times a picture of this size is enlarged, in the direction where it is more."""
+    if options.resize_short_side:
+        return options.resize_short_side / min(width, height)
+    return max((options.resize_width or width) / width, (options.resize_height or height) / height)
+
+
 @contextmanager
 def reading(path: Path, what: str) -> Iterator[None]:
     """Turn whatever goes wrong while reading `path` as `what` ("a picture") into a CalibError that

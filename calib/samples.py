@@ -108,9 +108,10 @@ def open_dataset(
     image: ImageOptions,
     workers: int | None = None,
     fixed: Sample | None = None,
+    spread: int | None = None,
 ) -> Dataset:
     """The first `size` usable samples for a model's inputs; `kind` is IMAGE, BIN or NPY (a key of
-    `KINDS`).
+    `KINDS`). Of more than `spread` so many are looked at, at equal distances.
 
     `fixed` holds what every sample has beside the data: inputs that need not be fed.
     `folders` says where the data of each input lies; for NPY it may be one file whose rows are the
@@ -122,7 +123,8 @@ def open_dataset(
     _check_names(specs, folders)
     sources = [KINDS[kind](spec, folders[spec.name], image) for spec in specs]
     counts = {source.spec.name: len(source.files) for source in sources}
-    candidates = range(min(counts.values()))
+    candidates = _candidates(min(counts.values()), size, spread)
+    size = min(size, spread or size)
     chosen, skipped = _select(sources, candidates, size, workers=workers)
     if not chosen:
         # A model may take what is no number for a missing value.
@@ -145,9 +147,15 @@ def open_dataset(
     return Dataset(sources, chosen, warnings, fixed)
 
 
+def _candidates(count: int, size: int, spread: int | None) -> Sequence[int]:
+    if spread is None or min(count, size) <= spread:
+        return range(count)
+    return [int(k) for k in np.linspace(0, min(count, size) - 1, spread)]
+
+
 def _select(
     sources: Sequence[Source],
-    candidates: range,
+    candidates: Sequence[int],
     size: int,
     *,
     workers: int | None,
@@ -156,10 +164,10 @@ def _select(
     """The first `size` of the candidates that load, and why others do not."""
     chosen: list[Choice] = []
     skipped: list[str] = []
-    room, start = CACHE_BYTES, candidates.start
+    room, start = CACHE_BYTES, 0
     with ThreadPoolExecutor(workers) as pool:
-        while start < candidates.stop and len(chosen) < size:
-            wave = range(start, min(candidates.stop, start + min(WAVE, size - len(chosen))))
+        while start < len(candidates) and len(chosen) < size:
+            wave = candidates[start : start + min(WAVE, size - len(chosen))]
             for candidate, loading in [(k, pool.submit(_load, sources, k)) for k in wave]:
                 try:
                     sample = loading.result()
@@ -170,7 +178,7 @@ def _select(
                     continue
                 room -= sum(array.nbytes for array in sample.values())
                 chosen.append((candidate, sample if room >= 0 else None))
-            start = wave.stop
+            start += len(wave)
     return chosen, skipped
 
 

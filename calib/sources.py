@@ -111,7 +111,7 @@ def _from_folder(
 
 def image_source(spec: InputSpec, folder: Path, image: ImageOptions) -> Source:
     """Pictures, as many a sample as the input's batch."""
-    axes = _image_axes(spec)
+    axes = image_axes(spec)
     if spec.dtype.name not in PIXEL_DTYPES:
         msg = (
             f"The model's input {spec} takes no pictures, only {', '.join(PIXEL_DTYPES)} do; "
@@ -124,9 +124,9 @@ def image_source(spec: InputSpec, folder: Path, image: ImageOptions) -> Source:
     )
 
 
-def _image_axes(spec: InputSpec) -> str:
-    """The meaning of the input's axes: NCHW, NHWC or, for grey pictures without a channel axis,
-    NHW.
+def image_axes(spec: InputSpec) -> str:
+    """The meaning of the axes of an input that takes pictures: NCHW, NHWC or, for grey ones without
+    a channel axis, NHW. Raises CalibError where that is not clear.
     """
     if len(spec.shape) == 3 and spec.batch == 1:
         return "NHW"

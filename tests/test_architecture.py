@@ -36,6 +36,7 @@ ROOMS = (
     "emit",
     "calibrate",
     "measure",
+    "doctor",
     "weights",
     "report",
     "modes",

@@ -31,21 +31,27 @@ NAMED = 4
 
 
 def open_data(
-    model: ir.Model, job: Job, watch: Watch, wanted: DataPreprocessParam | None = None
+    model: ir.Model,
+    job: Job,
+    watch: Watch,
+    wanted: DataPreprocessParam | None = None,
+    *,
+    spread: int | None = None,
 ) -> Dataset:
-    """The calibration samples as the config, or `wanted`, describes them, none without a path.
+    """The calibration samples as the config, or `wanted`, describes them, none without a path; of
+    more than `spread` so many, at equal distances where they are no frames.
 
     Warns of unusable files, raises DataError.
     """
     wanted = wanted or job.config.preprocess
     if not wanted.calibrate_path:
         return Dataset((), (), ())
-    image = ImageOptions(
-        **{option.name: getattr(wanted, option.name) for option in fields(ImageOptions)}
-    )
+    image = image_options(wanted)
     folders, threads = dict(wanted.calibrate_path), resources_of(job).threads
     where = job.config.at("data_preprocess_param", "state_inputs")
     states = states_of(model, wanted.state_inputs, folders, where)
+    size = wanted.calibrate_size or 1
+    size = min(size, spread) if states and spread else size
     own = default_inputs(model)
     fixed = {name: x for name, x in own.items() if name not in (*folders, *states)}
     fed = [value for value in model.graph.inputs if value.name not in (*fixed, *states)]
@@ -54,11 +60,12 @@ def open_data(
         data = open_dataset(
             specs,
             folders,
-            wanted.calibrate_size or 1,
+            size,
             kind=wanted.input_type or "",
             image=image,
             workers=threads,
             fixed=fixed,
+            spread=None if states else spread,
         )
         if states:
             frames, memory = len(data), resources_of(job).memory
@@ -77,6 +84,13 @@ def open_data(
             "each of them gets a name of its own."
         )
     return data
+
+
+def image_options(wanted: DataPreprocessParam) -> ImageOptions:
+    """What the config wants of a picture."""
+    return ImageOptions(
+        **{option.name: getattr(wanted, option.name) for option in fields(ImageOptions)}
+    )
 
 
 def _tell_of_states(states: Mapping[str, str], kept: int, frames: int, watch: Watch) -> None:

@@ -17,6 +17,7 @@ import click
 
 from converter.cli.batch import batch_command
 from converter.cli.compare import compare_command
+from converter.cli.doctor import doctor_command
 from converter.cli.flags import gate_flags, gates_of, job_flags, job_of
 from converter.cli.init import init_command
 from converter.cli.inspect import inspect_command
@@ -139,7 +140,8 @@ def run(job: Job, terminal: Terminal, gates: Gates, dry: bool) -> None:
     click.echo("CONVERT RESULT SUCCESS:0")
 
 
-for subcommand in (batch_command, compare_command, init_command, inspect_command):
+COMMANDS = (batch_command, compare_command, doctor_command, init_command, inspect_command)
+for subcommand in COMMANDS:
     command.add_command(subcommand)
 
 

@@ -12,6 +12,7 @@ import onnx_ir as ir
 from calib import CalibError
 from converter.calibrate.data import resources_of
 from converter.config.keys import QUANT_TYPES
+from converter.doctor.examine import examine, findings
 from converter.emit.half import store_constants_as_half
 from converter.emit.inferred import forget_inferred
 from converter.errors import ModelError, QConvertError
@@ -64,6 +65,9 @@ def convert(job: Job, watch: Watch | None = None) -> Outcome:
 def _converted(job: Job, watch: Watch) -> Outcome:
     prepared = read(job, watch)
     before = models.file_bytes(job.model)
+    if job.config.preprocess.calibrate_path:
+        for finding in findings(examine(job, Watch(), cheap=True)):
+            watch.warn(str(finding))
     try:
         result = MODES[job.mode].quantize(prepared, job, watch)
         result = replace(result, settings=job.config)
