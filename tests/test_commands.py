@@ -26,7 +26,7 @@ from sample_files import spec
 from calib.sources import InputSpec
 from converter.config import load_config
 from converter.config.keys import QUANT_TYPES, SECTIONS
-from converter.config.starter import starter_config
+from converter.config.starter import Known, Scaling, starter_config
 from converter.errors import ModelError
 
 PIXELS = spec(1, 3, 224, 320)
@@ -48,9 +48,16 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def starter(
     folder: Path, *inputs: InputSpec, mode: str = "FULL_QUANT", **options: object
 ) -> object:
-    """What `load_config` makes of the configuration for a model with these inputs."""
-    (folder / "c.cfg").write_text(starter_config(inputs, mode), encoding="utf-8")
+    """What `load_config` makes of the configuration for a model with these inputs, filled in."""
+    text = starter_config(Known(inputs), mode)
+    (folder / "c.cfg").write_text(filled(text, inputs), encoding="utf-8")
     return load_config(folder / "c.cfg", **options)
+
+
+def filled(text: str, inputs: tuple[InputSpec, ...] = ()) -> str:
+    """The text with what only the user can know."""
+    grey = not inputs or 1 in inputs[0].shape[1:]
+    return text.replace("= FILL_IN", "= [127.5]" if grey else "= [127.5, 127.5, 127.5]")
 
 
 @pytest.mark.parametrize("mode", QUANT_TYPES)
@@ -59,8 +66,11 @@ def test_what_init_writes_loads_for_every_mode(
 ) -> None:
     result = qconvert("init", MODEL, f"--outputFile={tmp_path / 'my.cfg'}", f"--mode={mode}")
     assert (result.code, result.err) == (0, "")
-    assert result.lines[-1] == f"qconvert --modelFile={MODEL} --configFile={tmp_path / 'my.cfg'}"
+    assert result.lines[-1] == f"qconvert --configFile={tmp_path / 'my.cfg'}"
+    text = (tmp_path / "my.cfg").read_text()
+    (tmp_path / "my.cfg").write_text(filled(text))
     config = load_config(tmp_path / "my.cfg")
+    assert config.job.model == MODEL
     assert (config.mode, config.warnings) == (mode, ())
     assert bool(config.preprocess.calibrate_path) == (mode == "FULL_QUANT")
 
@@ -72,10 +82,13 @@ def test_init_beside_the_model_and_the_conversion_with_it(
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "image").symlink_to(DIGITS / "calib")
     assert qconvert("init", tmp_path / "digits.onnx").code == 0
-    assert (tmp_path / "digits.cfg").read_text().count("FILL IN:") == 2
-    result = qconvert.convert(
-        tmp_path / "digits.cfg", tmp_path / "q.onnx", tmp_path / "digits.onnx"
-    )
+    text = (tmp_path / "digits.cfg").read_text()
+    assert text.count("FILL IN:") == 2
+    unfilled = qconvert(f"--configFile={tmp_path / 'digits.cfg'}")
+    assert unfilled.code == 1 and "normalize_mean = FILL_IN: is not filled in yet" in unfilled.err
+    (tmp_path / "digits.cfg").write_text(filled(text))
+    result = qconvert(f"--configFile={tmp_path / 'digits.cfg'}")
+    assert (tmp_path / "digits_quant.onnx").exists()
     assert (result.code, result.err, result.lines[-1]) == (0, "", "CONVERT RESULT SUCCESS:0")
 
 
@@ -147,7 +160,7 @@ def test_any_input_name_is_read_back(
     inputs = [spec(1, 10, name=name) for name in names]
     if any("'" in name and '"' in name for name in names):
         with pytest.raises(ModelError, match="rename it in the model"):
-            starter_config(inputs, "FULL_QUANT")
+            starter_config(Known(inputs), "FULL_QUANT")
     elif names:
         config = starter(tmp_path_factory.getbasetemp(), *inputs)
         assert [name for name, _ in config.preprocess.calibrate_path] == names
@@ -155,7 +168,7 @@ def test_any_input_name_is_read_back(
 
 @pytest.mark.parametrize("mode", QUANT_TYPES)
 def test_every_line_behind_a_mark_is_one_that_may_be_used(tmp_path: Path, mode: str) -> None:
-    text = starter_config([PIXELS], mode)
+    text = starter_config(Known([PIXELS], scaling=Scaling("[1]", "[2]", "Why.")), mode)
     names = [name for section in SECTIONS.values() for name in section.keys]
     used = re.sub(rf"^# ({'|'.join(names)}) =", r"\1 =", text, flags=re.MULTILINE)
     (tmp_path / "c.cfg").write_text(used)

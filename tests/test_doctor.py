@@ -13,10 +13,12 @@ from command_line import CONFIG, MODEL, Command, changed
 from graphs import build, frozen
 from PIL import Image
 
+from converter.calibrate.data import spec_of
 from converter.config import load_config
 from converter.config.rules import DATA_RULES
 from converter.doctor.checks import CHECKS
 from converter.doctor.examine import examine, findings
+from converter.doctor.scenes import suited
 from converter.job import Job, Watch
 
 CLASSES, PICTURES, SIDE = 12, 60, 8
@@ -254,3 +256,38 @@ def test_a_conversion_warns_and_goes_on(capsys, tmp_path):
 def test_findings_are_those_of_all_checks(case):
     config = load_config(changed(case.folder / "r.cfg", base=CONFIG))
     assert findings(examine(Job(MODEL, case.folder / "o.onnx", config), Watch(), cheap=False)) == []
+
+
+@pytest.mark.parametrize(
+    ("mean", "std"), [(MEAN, STD), ((127.5,) * 3, (127.5,) * 3), ((0.0,) * 3, (255.0,) * 3)]
+)
+@pytest.mark.parametrize("layout", ["NCHW", "NHWC"])
+def test_what_a_batch_norm_remembers_tells_how_photographs_were_scaled(mean, std, layout):
+    # What training on photographs leaves behind a layer of differences and means of colours.
+    rng = np.random.default_rng(5)
+    light = rng.normal(0, 46, 4000) + rng.normal(0, 30, 4000)
+    colours = np.clip(light[:, None] + rng.normal(0, 9, (4000, 3)) + [123.7, 116.3, 103.5], 0, 255)
+    weight = rng.normal(size=(16, 3))
+    seen = ((colours - mean) / std) @ weight.T
+    constants = {
+        "weight": weight[:, :, None, None],
+        "ones": np.ones(16),
+        "mean": seen.mean(0),
+        "variance": seen.var(0),
+    }
+    sides = "1, 3, 64, 64" if layout == "NCHW" else "1, 64, 64, 3"
+    moved = "i = Identity (x)" if layout == "NCHW" else "i = Transpose <perm = [0, 3, 1, 2]> (x)"
+    graph = f"""g (float[{sides}] x) => (float[1, 16, 64, 64] y) {{
+        {moved}
+        c = Conv (i, weight)
+        y = BatchNormalization (c, ones, mean, mean, variance)
+    }}"""
+    model = build(graph, **{name: x.astype(np.float32) for name, x in constants.items()})
+    way = suited(model, spec_of(model.graph.inputs[0]))
+    np.testing.assert_allclose(way.mean, mean, rtol=0.01)
+    np.testing.assert_allclose(way.std, std, rtol=0.01)
+
+
+def test_a_model_without_a_batch_norm_tells_nothing():
+    model = classifier(norm=False)
+    assert suited(model, spec_of(model.graph.inputs[0])) is None

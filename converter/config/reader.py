@@ -11,7 +11,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from converter.config.grammar import Document, Place, override, read_document
+from converter.config.grammar import UNFILLED, Document, Place, override, read_document
 from converter.config.keys import SECTIONS, Config, Key, Section
 from converter.config.rules import RULES, Rule
 
@@ -94,6 +94,8 @@ def _value(key: Key, place: Place) -> Any:
         value = kind.parse(place.text)
         if kind.holds(value):
             return kind.locate(value, place.file.parent)
+    if place.text == UNFILLED:
+        place.reject("is not filled in yet", f"it must be {kind.allowed}")
     example = _nearest(place.text, kind.choices) or kind.example
     place.reject(f"must be {kind.allowed}", f"write for example {place.key} = {example}")
 

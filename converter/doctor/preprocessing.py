@@ -25,16 +25,17 @@ class Scaling:
     mean: Numbers
     std: Numbers
 
-    @property
-    def grey(self) -> bool:
-        """Whether it may be meant for one channel: all are alike."""
-        return len(set(self.mean)) == len(set(self.std)) == 1
+    def suits(self, channels: int) -> bool:
+        """Whether it may be meant for so many channels, 1 or 3."""
+        alike = len(set(self.mean)) == len(set(self.std)) == 1
+        return alike if channels == 1 else self.title != MNIST
 
 
 def _alike(title: str, mean: float, std: float) -> Scaling:
     return Scaling(title, (mean,) * 3, (std,) * 3)
 
 
+MNIST = "MNIST's"
 # What frameworks and their published models are trained with.
 CONVENTIONS = (
     _alike("-1..1 (TensorFlow)", 127.5, 127.5),
@@ -43,7 +44,7 @@ CONVENTIONS = (
     _alike("0..255 as they are", 0.0, 1.0),
     Scaling("ImageNet's mean alone (Caffe)", (123.0, 117.0, 104.0), (1.0,) * 3),
     _alike("-0.5..0.5", 127.5, 255.0),
-    _alike("MNIST's", 33.32, 78.57),
+    _alike(MNIST, 33.32, 78.57),
 )
 
 
@@ -68,13 +69,14 @@ class Way:
         """The lines of the configuration in which it differs from the given way."""
         pairs = {
             "image_to_format": (self.order, given.order),
-            "normalize_mean": (_list(self.mean), _list(given.mean)),
-            "normalize_std": (_list(self.std), _list(given.std)),
+            "normalize_mean": (as_list(self.mean), as_list(given.mean)),
+            "normalize_std": (as_list(self.std), as_list(given.std)),
         }
         return "\n".join(f"{key} = {new}" for key, (new, old) in pairs.items() if new != old)
 
 
-def _list(numbers: Numbers) -> str:
+def as_list(numbers: Numbers) -> str:
+    """The numbers as the configuration writes them."""
     return f"[{', '.join(f'{number:g}' for number in numbers)}]"
 
 
@@ -114,19 +116,15 @@ def _flipped(given: Way) -> Iterator[Way]:
 
 
 def _conventional(given: Way) -> Iterator[Way]:
-    if FORMAT_CHANNELS[given.order] != 3:
-        for scaling in CONVENTIONS:
-            if scaling.grey:
-                title = f"pixels scaled to {scaling.title}"
-                yield Way(title, given.order, scaling.mean[:1], scaling.std[:1])
-        return
-    for order in (given.order, "RGB" if given.order == "BGR" else "BGR"):
-        for scaling in CONVENTIONS:
-            if scaling.title != "MNIST's":
-                sign = 1 if order == "RGB" else -1
-                also = "" if order == given.order else f" in order {order}"
-                title = f"pixels scaled to {scaling.title}{also}"
-                yield Way(title, order, scaling.mean[::sign], scaling.std[::sign])
+    other = {"RGB": "BGR", "BGR": "RGB"}.get(given.order)
+    channels = FORMAT_CHANNELS[given.order]
+    for order in filter(None, (given.order, other)):
+        for scaling in (each for each in CONVENTIONS if each.suits(channels)):
+            also = "" if order == given.order else f" in order {order}"
+            title = f"pixels scaled to {scaling.title}{also}"
+            step = -1 if order == "BGR" else 1
+            mean, std = (v[:channels][::step] for v in (scaling.mean, scaling.std))
+            yield Way(title, order, mean, std)
 
 
 def looks_like_unit(way: Way) -> bool:
