@@ -21,7 +21,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from plotly.offline import get_plotlyjs
 
-from converter.measure.errors import TensorError
+from converter.measure.errors import Speed, TensorError
 from converter.measure.results import Findings, Here, NodeFinding, TensorFinding, Verification
 from converter.report.page import _tensor, page
 
@@ -48,7 +48,7 @@ VERIFIED = Verification(
     held_back=True,
     outputs=(TensorError("probs", 0.98765, 31.25),),
     fused_difference=0.0,
-    speedup=1.5,
+    speed=Speed(1.5, 1.4, 1.6),
     top1=(0.84, 0.835),
     agreement=0.96,
     kernels={"QLinearConv": 3, "QuantizeLinear": 1},

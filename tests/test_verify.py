@@ -13,6 +13,7 @@ from running import Ear, InMemory, job, resources
 
 from calib.affine import Array
 from calib.images import ImageOptions
+from calib.intervals import drop_interval
 from calib.samples import Dataset, InputSpec, open_dataset
 from converter.calibrate.data import synthetic_data
 from converter.calibrate.exact import saturating
@@ -78,13 +79,15 @@ def test_errors_and_answers():
 
 
 def test_samples_behind_the_calibration_are_taken():
-    found = checked([0, 1.5, 0], Split(SCORES, SCORES[3:] * 20))
-    assert (found.samples, found.held_back, found.agreement) == (16, True, 0)
+    found = checked([0, 1.5, 0], Split(SCORES, SCORES[2:] * 10))
+    assert (found.samples, found.held_back, found.agreement) == (20, True, 0.5)
+    many = checked([0, 1.5, 0], Split(SCORES, SCORES * 40))
+    assert many.samples == 100
 
 
 def test_without_data_random_samples_are_taken():
     found = checked([0, 0, 0], Dataset((), (), ()), ear=(ear := Ear()))
-    assert (found.agreement, found.random, found.held_back) == (1, True, False)
+    assert (found.agreement, found.random, found.held_back) == (None, True, False)
     verified, misled = list(verification_lines(found))[:2]
     assert verified.startswith("Verified on 8 random samples: ")
     assert misled.startswith("Random samples mislead")
@@ -105,6 +108,17 @@ def test_right_answers(tmp_path):
     data = Split(SCORES, [], ["a.png", "b.png", "c.png", "d.png"])
     found = checked([0, 1.5, 0], data, tmp_path / "labels.csv")
     assert found.top1 == (3 / 4, 1)
+    assert found.drop == drop_interval(0, 1, 4)
+    line = next(verification_lines(found))
+    assert "same answer on 75.0% (95% interval 30.1% to 95.4%)" in line
+    assert "right answers 75.0% -> 100.0% (95% interval of the loss -" in line
+
+
+def test_all_labelled_samples_behind_the_calibration_are_counted(tmp_path):
+    names = [f"{number}.png" for number in range(240)]
+    (tmp_path / "labels.csv").write_text("file,label\n" + "".join(f"{n},0\n" for n in names))
+    data = Split(SCORES, SCORES * 60, names)
+    assert checked([0, 0, 0], data, tmp_path / "labels.csv").samples == 240
 
 
 def test_missing_labels_are_no_error(tmp_path):
@@ -115,7 +129,7 @@ def test_missing_labels_are_no_error(tmp_path):
     assert "there is no label for b.png" in ear.warned[0]
 
 
-@pytest.mark.parametrize("shape", ["[2,3]", "[1,3,1]", "[1,1]"])
+@pytest.mark.parametrize("shape", ["[2,3]", "[1,3,2]", "[1,1]", "[1,384]"])
 def test_what_is_no_classifier_has_no_answers(shape):
     graph = f"g (float{shape} x) => (float[] y) {{ y = Abs (x) }}"
     data = Split([normal(*map(int, shape[1:-1].split(",")))], [])

@@ -382,6 +382,12 @@ class DataPreprocessParam:
         kinds.integer(1, 65535, 100),
         "Number of samples to calibrate with, beside calibrate_path.",
     )
+    verify_size: int | None = _key(
+        kinds.integer(1, 65535, 100),
+        "Number of samples to verify on, of those behind calibrate_size; unset: with label_file "
+        "all, else up to 100. Where there are none, calibration samples are taken.",
+        scope=_WITH_DATA,
+    )
     input_type: Literal["IMAGE", "BIN", "NPY"] | None = _choice(
         "Type of the files: pictures, raw buffers or NumPy arrays; beside calibrate_path."
     )

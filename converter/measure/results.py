@@ -8,7 +8,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 from calib.affine import Array
-from converter.measure.errors import TensorError, worst_of
+from calib.intervals import Interval, share_interval
+from converter.measure.errors import Speed, TensorError, worst_of
 from converter.measure.gates import Figures
 from converter.plan.plan import QuantPlan
 
@@ -30,12 +31,14 @@ class Verification:
     `slices` are the parts of those outputs that hold values of different sizes. `held_back` says
     whether calibration saw none of the samples; `fused_difference` is the largest difference
     between the quantized model with and without the runtime's optimizations, relative to the
-    output's largest value; `speedup`, `top1` and `agreement` (shares from 0 to 1) are None
-    where they were not measured. `kernels` counts the operators that the runtime really executes by
-    name, `conversions` names the Q/DQ nodes among them that stayed on their own, and `saturated`
-    the nodes whose weights let kernels of some processors that the model is for saturate. `random`
+    output's largest value; `speed`, `top1` and `agreement` (shares from 0 to 1, of samples with an
+    answer) are None where they were not measured, `drop` is the 95 % interval of the share of right
+    answers that is lost. `given` says that nothing was fitted to any sample. `kernels` counts the
+    operators that the runtime really executes by name, `conversions` names the Q/DQ nodes among
+    them that stayed on their own, and `saturated` the nodes whose weights let kernels of some
+    processors that the model is for saturate. `random`
     says that there was no data, `closed_loop` that samples are frames and each model was fed its
-    own states. All figures but `kernels`, `conversions` and `speedup` are those of exact kernels;
+    own states. All figures but `kernels`, `conversions` and `speed` are those of exact kernels;
     `here` has this processor's, None where they are the same.
     """
 
@@ -43,7 +46,7 @@ class Verification:
     held_back: bool
     outputs: tuple[TensorError, ...]
     fused_difference: float
-    speedup: float | None
+    speed: Speed | None
     top1: tuple[float, float] | None
     agreement: float | None
     kernels: Mapping[str, int]
@@ -53,6 +56,13 @@ class Verification:
     closed_loop: bool = False
     here: Here | None = None
     slices: tuple[TensorError, ...] = ()
+    drop: Interval | None = None
+    given: bool = False
+
+    @property
+    def agreement_interval(self) -> Interval:
+        """The 95 % interval of the share of same answers."""
+        return share_interval(round((self.agreement or 0.0) * self.samples), self.samples)
 
     @property
     def judged(self) -> list[TensorError]:
@@ -95,9 +105,10 @@ class Verification:
     def where(self) -> str:
         """What the models were run on, in words."""
         kind = "random samples" if self.random else "calibration samples"
-        held_back = "samples held back from calibration"
+        kind = "samples held back from calibration" if self.held_back else kind
+        kind = "samples of calibrate_path" if self.given and not self.random else kind
         loop = ", each model fed its own states" if self.closed_loop else ""
-        return f"{self.samples} {held_back if self.held_back else kind}{loop}"
+        return f"{self.samples} {kind}{loop}"
 
 
 def figures_of(
@@ -108,7 +119,16 @@ def figures_of(
     """
     if verification is None:
         return Figures(before, after, unmeasured=why)
-    return Figures(before, after, verification.cosine, verification.agreement, verification.speedup)
+    speed, top1 = verification.speed, verification.top1
+    return Figures(
+        before,
+        after,
+        cosine=verification.cosine,
+        agreement=verification.agreement,
+        speedup=speed.low if speed else None,
+        accuracy_drop=top1[0] - top1[1] if top1 else None,
+        noisy="" if speed is None or speed.sure else f"{speed.low:.2f} to {speed.high:.2f}",
+    )
 
 
 @dataclass(frozen=True)

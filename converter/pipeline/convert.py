@@ -70,7 +70,7 @@ def _converted(job: Job, watch: Watch) -> Outcome:
             watch.warn(str(finding))
     try:
         result = MODES[job.mode].quantize(prepared, job, watch)
-        result = replace(result, settings=job.config)
+        result = replace(result, settings=job.config, source=job.model)
         forget_inferred(result.model)
         if job.fp16:
             _store_as_half(result.model, watch)
@@ -146,7 +146,10 @@ def _measured(job: Job, result: Quantized, sizes: tuple[int, int], watch: Watch)
             "The tensors inside are not compared", lambda: tensor_errors(both)
         )
         errors = compared or ()
-    ranked = sorted(errors if verification else (), key=lambda error: error.sqnr_db)
+    # One output has one figure: that of the verification.
+    outputs = {value.name for value in result.reference.graph.outputs}
+    inside_errors = (e for e in errors if verification and e.name not in outputs)
+    ranked = sorted(inside_errors, key=lambda error: error.sqnr_db)
     return Outcome(result.plan, *sizes, tuple(ranked), verification, why)
 
 

@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import onnx_ir as ir
 
@@ -40,7 +41,8 @@ class Quantized:
     them and that is not `reference` itself. `trained` says that `reference` has quantization from
     training, which was taken over or taken away. `pareto` is what a search of bits found, smallest
     last. `exact` says that all processors which the model is for have kernels that do not saturate.
-    `settings` are those it was made with, without a mode where they are not known.
+    `source` is the file that `reference` was read from. `fitted` says that `data` had a part in
+    what `model` is. `settings` are those it was made with, without a mode where they are not known.
     """
 
     reference: ir.Model
@@ -54,3 +56,5 @@ class Quantized:
     pareto: tuple[Tradeoff, ...] = ()
     exact: bool = False
     settings: Config = field(default_factory=default_config)
+    source: Path | None = None
+    fitted: bool = True

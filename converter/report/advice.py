@@ -122,7 +122,7 @@ def overall_advice(
     if costly:
         names = listed([node.name for node in costly])
         yield f"Most of the outputs' error comes from {names}: {_floats(settings)}."
-    if verification and verification.speedup is not None and verification.speedup < 1:
+    if verification and verification.speed and verification.speed.high < 1:
         other = "; WEIGHT_QUANT may do" if settings.mode != "WEIGHT_QUANT" else ""
         yield (
             "It is not faster here than the float model: few operators have integer kernels"

@@ -57,11 +57,14 @@ def summary_lines(outcome: Outcome, output: Path) -> Iterator[str]:
 def verification_lines(verification: Verification) -> Iterator[str]:
     """What running both models told."""
     parts = _closeness(verification.worst, verification.agreement)
-    parts += (
-        []
-        if verification.top1 is None
-        else [f"right answers {verification.top1[0]:.1%} -> {verification.top1[1]:.1%}"]
-    )
+    if verification.agreement is not None:
+        low, high = verification.agreement_interval
+        parts[-1] += f" (95% interval {low:.1%} to {high:.1%})"
+    if verification.top1 and verification.drop:
+        before, after = verification.top1
+        least, most = verification.drop
+        lost = f"95% interval of the loss {least:+.1%} to {most:+.1%}"
+        parts.append(f"right answers {before:.1%} -> {after:.1%} ({lost})")
     yield f"Verified on {verification.where}: {', '.join(parts) or 'no output can be compared'}."
     if verification.random:
         yield RANDOM
@@ -72,10 +75,11 @@ def verification_lines(verification: Verification) -> Iterator[str]:
             "On this processor, whose 8-bit kernels saturate, the file gives other answers: "
             f"{', '.join(_closeness(verification.here.worst, verification.here.agreement))}."
         )
-    if verification.speedup is not None:
+    if speed := verification.speed:
+        sure = "" if speed.sure else "; the machine is too busy to tell"
         yield (
-            f"Speed {verification.speedup:.2f} times the float model's, in ONNX Runtime on one "
-            "thread of this machine."
+            f"Speed {speed.ratio:.2f} times the float file's (95% interval {speed.low:.2f} to "
+            f"{speed.high:.2f}{sure}), in ONNX Runtime on one thread of this machine."
         )
     if verification.kernels:
         common = Counter(verification.kernels).most_common()
