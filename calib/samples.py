@@ -1,8 +1,8 @@
 """Folders of calibration data to samples, each one feed of the model's inputs.
 
 File number i of every input's folder, in natural order (img2 before img10), makes sample number i.
-Hidden files and sub-folders are ignored. A file that cannot be used takes its sample with it, is
-named in `Dataset.warnings`, and the next files step in.
+Hidden files are ignored, and so are sub-folders beside files. A file that cannot be used takes its
+sample with it, is named in `Dataset.warnings`, and the next files step in.
 """
 
 from __future__ import annotations

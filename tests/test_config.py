@@ -99,6 +99,7 @@ MISTAKES = {
             "a:x,pictures",
         )
     ],
+    (DATA, "verify_size"): [(bad, "integer from 1 to 65535") for bad in ("0", "many")],
     (DATA, "calibrate_size"): [(bad, "integer from 1 to 65535") for bad in ("0", "65536")],
     (DATA, "input_type"): [("JPEG", "IMAGE, BIN or NPY")],
     (DATA, "state_inputs"): [

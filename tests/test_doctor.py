@@ -4,12 +4,13 @@ is right is left alone.
 
 from __future__ import annotations
 
+import csv
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
 import pytest
-from command_line import CONFIG, MODEL, Command, changed
+from command_line import CONFIG, DIGITS, MODEL, Command, changed
 from graphs import build, frozen
 from PIL import Image
 
@@ -21,6 +22,8 @@ from converter.doctor.examine import examine, findings
 from converter.doctor.scenes import suited
 from converter.job import Job, Watch
 
+with (DIGITS / "calib.csv").open(newline="") as table:
+    LABELS = {row["file"]: int(row["label"]) for row in csv.DictReader(table)}
 CLASSES, PICTURES, SIDE = 12, 60, 8
 # Colours far from grey and from one another, and a cast that tells red from blue.
 COLOURS = np.random.default_rng(3).uniform(20, 235, (CLASSES, 3)) * [1.0, 0.9, 0.6]
@@ -291,3 +294,28 @@ def test_what_a_batch_norm_remembers_tells_how_photographs_were_scaled(mean, std
 def test_a_model_without_a_batch_norm_tells_nothing():
     model = classifier(norm=False)
     assert suited(model, spec_of(model.graph.inputs[0])) is None
+
+
+def test_a_label_file_that_is_missing_ends_a_conversion_before_it_begins(capsys, tmp_path):
+    config = changed(
+        tmp_path / "c.cfg", ("input_type = IMAGE", "input_type = IMAGE\nlabel_file = no.csv")
+    )
+    for flags in ((), ("--dry-run",)):
+        result = Command(capsys).convert(config, tmp_path / "out.onnx", MODEL, *flags)
+        assert result.code == 1 and "no.csv: the label file" in result.err
+    assert not (tmp_path / "out.onnx").exists()
+
+
+def test_right_answers_of_sub_folders_are_counted(capsys, tmp_path):
+    for path in sorted((DIGITS / "calib").iterdir()):
+        label = LABELS[path.name]
+        (tmp_path / "data" / str(label)).mkdir(parents=True, exist_ok=True)
+        (tmp_path / "data" / str(label) / path.name).symlink_to(path)
+    config = changed(
+        tmp_path / "c.cfg",
+        (f"{DIGITS / 'calib'}", f"{tmp_path / 'data'}"),
+        ("input_type = IMAGE", f"input_type = IMAGE\nlabel_file = {tmp_path / 'data'}"),
+        ("calibrate_size = 100", "calibrate_size = 40"),
+    )
+    result = Command(capsys).convert(config, tmp_path / "out.onnx", MODEL)
+    assert result.code == 0 and "right answers 100.0% -> " in result.out

@@ -110,8 +110,8 @@ def test_right_answers(tmp_path):
     assert found.top1 == (3 / 4, 1)
     assert found.drop == drop_interval(0, 1, 4)
     line = next(verification_lines(found))
-    assert "same answer on 75.0% (95% interval 30.1% to 95.4%)" in line
-    assert "right answers 75.0% -> 100.0% (95% interval of the loss -" in line
+    assert "same answer on 75.0% (95%: 30.1% to 95.4%)" in line
+    assert "right answers 75.0% -> 100.0% (loss, 95%: -" in line
 
 
 def test_all_labelled_samples_behind_the_calibration_are_counted(tmp_path):

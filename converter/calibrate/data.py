@@ -77,6 +77,9 @@ def open_data(
         raise DataError(msg) from error
     for warning in data.warnings:
         watch.warn(warning)
+    unsaid = wanted.input_type == "IMAGE" and not wanted.image_to_format
+    if unsaid and any(3 in spec.shape[1:] for spec in specs):
+        watch.tell("image_to_format is not set: the channels are red, green and blue, RGB.")
     if names := contradicted(model, data):
         name_apart(model, names)
         watch.warn(

@@ -402,7 +402,8 @@ class DataPreprocessParam:
     label_file: Path | None = _key(
         kinds.path("labels.csv"),
         "CSV with a line `file,label` for every file that right answers are counted on, label "
-        f"being a class index. {_SEEN}",
+        "being a class index; or a folder whose sub-folders are the classes, by their numbers or "
+        f"else in natural order. {_SEEN}",
     )
     image_to_format: Literal["RGB", "GRAY", "BGR"] | None = _choice(
         "Channels of the preprocessed picture; unset: RGB, or GRAY for a model input of one "

@@ -214,11 +214,11 @@ def _same_answers(seen: Evidence) -> Iterator[Finding]:
 
 def _labels(seen: Evidence) -> Iterator[Finding]:
     try:
-        table = seen.label_table
+        table, labels = seen.label_table, seen.labels
     except DataError as error:
         yield Finding(str(error))
         return
-    scores, labels = seen.seen.scores if seen.seen else None, seen.labels
+    scores = seen.seen.scores if seen.seen else None
     if scores is None or labels is None:
         return
     answers, classes = scores.argmax(axis=1), scores.shape[1]
@@ -264,7 +264,7 @@ SCREENED, HOPEFUL = 16, 4
 
 def _better_order(seen: Evidence) -> Iterator[Finding]:
     """With labels, the other channel order alone: what a conversion has time for."""
-    if seen.labels is not None:
+    if seen.known_labels is not None:
         yield from _better(seen, [way for way in _others(seen) if "channel order" in way.title])
 
 
@@ -280,7 +280,7 @@ def _others(seen: Evidence) -> list[Way]:
 def _better(seen: Evidence, ways: Sequence[Way]) -> Iterator[Finding]:
     if seen.seen is None or not ways:
         return
-    picture, labels = seen.pictures[0], seen.labels
+    picture, labels = seen.pictures[0], seen.known_labels
     given = _Trial.of(picture.given, seen.seen, labels)
 
     def tried(way: Way, count: int) -> _Trial:

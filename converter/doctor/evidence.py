@@ -23,7 +23,7 @@ from converter.errors import DataError
 from converter.graph.edit import constant, not_none, only_consumer, operand
 from converter.job import Job
 from converter.measure.answers import scores_of
-from converter.measure.sensitivity import read_labels
+from converter.measure.labels import label_table, read_labels
 from converter.plan.ops import rule_of
 
 # Channels whose running variance is so much below the largest are dead: what little passes tells
@@ -161,19 +161,26 @@ class Evidence:
 
     @cached_property
     def label_table(self) -> Mapping[str, int]:
-        """What the label file says, empty without one. Raises DataError."""
+        """All that labels say, also of other files; empty without any. Raises DataError."""
         path = self.job.config.preprocess.label_file
-        return read_labels(path, self.data) if path and len(self.data) else {}
+        return label_table(path) if path else {}
 
     @cached_property
     def labels(self) -> Array | None:
-        """The class of each sample; None where no label file says it."""
+        """The class of each sample; None without labels. Raises DataError."""
+        path = self.job.config.preprocess.label_file
+        if path is None or not len(self.data):
+            return None
+        found = read_labels(path, self.data)
+        return np.array([found[str(self.data.files(k)[0])] for k in range(len(self.data))])
+
+    @cached_property
+    def known_labels(self) -> Array | None:
+        """`labels`, None also where they cannot be read."""
         try:
-            table = self.label_table
+            return self.labels
         except DataError:
             return None
-        files = [self.data.files(index)[0] for index in range(len(self.data))]
-        return np.array([table[file.name] for file in files]) if table else None
 
     @cached_property
     def summaries(self) -> list[Mapping[str, Summary]]:

@@ -38,8 +38,8 @@ from converter.measure.errors import (
     tally,
     worst_of,
 )
+from converter.measure.labels import read_labels
 from converter.measure.results import Here, Verification
-from converter.measure.sensitivity import read_labels
 from converter.measure.slices import SHARE, comparable, few_of, judged_apart
 from converter.plan.ops import draws
 from converter.plan.result import Quantized
@@ -272,7 +272,7 @@ def _top1(
     except DataError as error:
         watch.warn(f"Right answers are not counted: {error}")
         return None, None
-    wanted = [[labels[data.files(index)[0].name]] for index in range(len(answers))]
+    wanted = [[labels[str(data.files(index)[0])]] for index in range(len(answers))]
     right = answers == wanted
     lost, won = (int(np.count_nonzero(right[:, k] > right[:, 1 - k])) for k in (0, 1))
     before, after = np.mean(right, axis=0).tolist()

@@ -37,8 +37,9 @@ from converter.errors import ConfigError, UsageError
 from converter.graph.edit import constant, is_float, not_none, values_by_name
 from converter.graph.files import fed_inputs
 from converter.job import Job, Resources, Watch
+from converter.measure.labels import read_labels
 from converter.measure.pairing import pair
-from converter.measure.sensitivity import RANKED_ON, alone, output_drop, read_labels
+from converter.measure.sensitivity import RANKED_ON, alone, output_drop
 from converter.measure.target_checks import check
 from converter.modes import weight_quant
 from converter.plan.ops import OPS, rule

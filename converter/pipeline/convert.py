@@ -30,6 +30,7 @@ from converter.measure.errors import (
     independent_names,
     largest_difference,
 )
+from converter.measure.labels import label_table
 from converter.measure.results import Findings, Outcome
 from converter.measure.verify import tensor_errors, verify
 from converter.modes import MODES, full_quant
@@ -216,6 +217,8 @@ def read(job: Job, watch: Watch) -> Prepared:
     """The job's model in normal form; nothing changes it from here on."""
     if folder := job.config.common.debug_info_save_path:
         check_folder(folder, job.config.at("common_quant_param", "debug_info_save_path"))
+    if labels := job.config.preprocess.label_file:
+        label_table(labels)  # what is wrong with it should not be told after the work
     for warning in job.config.warnings:
         watch.warn(warning)
     model = models.load(job.model, job.output)

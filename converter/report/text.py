@@ -59,11 +59,11 @@ def verification_lines(verification: Verification) -> Iterator[str]:
     parts = _closeness(verification.worst, verification.agreement)
     if verification.agreement is not None:
         low, high = verification.agreement_interval
-        parts[-1] += f" (95% interval {low:.1%} to {high:.1%})"
+        parts[-1] += f" (95%: {low:.1%} to {high:.1%})"
     if verification.top1 and verification.drop:
         before, after = verification.top1
         least, most = verification.drop
-        lost = f"95% interval of the loss {least:+.1%} to {most:+.1%}"
+        lost = f"loss, 95%: {least:+.1%} to {most:+.1%}"
         parts.append(f"right answers {before:.1%} -> {after:.1%} ({lost})")
     yield f"Verified on {verification.where}: {', '.join(parts) or 'no output can be compared'}."
     if verification.random:
@@ -78,7 +78,7 @@ def verification_lines(verification: Verification) -> Iterator[str]:
     if speed := verification.speed:
         sure = "" if speed.sure else "; the machine is too busy to tell"
         yield (
-            f"Speed {speed.ratio:.2f} times the float file's (95% interval {speed.low:.2f} to "
+            f"Speed {speed.ratio:.2f} times the float file's (95%: {speed.low:.2f} to "
             f"{speed.high:.2f}{sure}), in ONNX Runtime on one thread of this machine."
         )
     if verification.kernels:
