@@ -19,7 +19,7 @@ from converter.calibrate.data import synthetic_data
 from converter.calibrate.exact import saturating
 from converter.config import load_config
 from converter.measure.both import Both, paired
-from converter.measure.errors import TensorError
+from converter.measure.errors import Few, TensorError
 from converter.measure.results import Verification
 from converter.measure.verify import _difference, _warn, verify
 from converter.pipeline.convert import convert
@@ -311,3 +311,33 @@ def test_further_samples_of_a_dataset(tmp_path):
     assert [float(behind.further(9).sample(0)["x"][0, 0]), len(behind.further(9))] == [6, 1]
     assert len(behind.further(9).further(9)) == 0
     assert len(Dataset((), (), ()).further(5)) == 0
+
+
+def test_random_pictures_are_like_photographs():
+    graph = "g (float[N,3,H,W] x) => (float[N,3,H,W] y) { y = Neg (x) }"
+    x = synthetic_data(build(graph), 1, length=16).sample(0)["x"].astype(np.float64)
+    assert x.shape == (1, 3, 224, 224) and np.abs(x).max() <= 1
+    beside = np.corrcoef(x[..., 1:].ravel(), x[..., :-1].ravel())[0, 1]
+    assert beside > 0.7  # neighbours are alike, as in no noise
+    last = "g (float[1,H,W,3] x) => (float[1,H,W,3] y) { y = Neg (x) }"
+    assert synthetic_data(build(last), 1, length=16).sample(0)["x"].shape == (1, 224, 224, 3)
+
+
+@pytest.mark.parametrize(
+    ("cosine", "few", "random", "warns"),
+    [
+        (-0.73, Few(0.9, 9.0, 0.8), False, True),
+        (0.9, Few(0.9, 9.0, 0.8), False, False),
+        (0.999, Few(0.9, 3.0, 0.8), False, True),
+        (-0.73, Few(0.9, 9.0, 0.8), True, True),
+        (0.999, Few(0.9, 3.0, 0.8), True, False),  # what stands out of noise is no answer
+        (0.9, None, True, True),
+    ],
+)
+def test_a_bad_figure_is_warned_of_with_data_and_without(cosine, few, random, warns):
+    same = build(ROWS, k=np.zeros((1, 3), np.float32))
+    data = Split(SCORES, [])
+    error = TensorError("y", cosine, 20.0, few=few)
+    found = replace(checked([0, 0, 0], data), outputs=(error,), random=random)
+    _warn(found, [], Quantized(same, same, QuantPlan({}, {}), data), ear := Ear())
+    assert any(line.startswith("Output 'y' is ") for line in ear.warned) == warns

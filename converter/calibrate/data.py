@@ -13,7 +13,9 @@ from calib import CalibError
 from calib.affine import Array
 from calib.images import ImageOptions
 from calib.samples import Dataset, InputSpec, open_dataset
+from calib.scenes import scene
 from calib.session import CPU_PROVIDERS
+from calib.sources import IMAGE_AXES as LAYOUTS
 from converter.calibrate.runs import opened
 from converter.calibrate.states import Recurrent, first_states, growing_axes, states_of, streamed
 from converter.config import DataPreprocessParam
@@ -24,8 +26,8 @@ from converter.graph.files import default_inputs, fed_inputs
 from converter.job import Job, Resources, Watch, processors
 from converter.plan.ops import rule_of
 
-# Dimensions of a batch of images, and how many times as many pixels as tokens random samples have.
-IMAGE_AXES, PIXELS = 4, 4
+# Dimensions of a batch of pictures, and the open sides of random ones.
+IMAGE_AXES, SIDE = 4, 224
 # State inputs that are named where all are spoken of.
 NAMED = 4
 
@@ -144,11 +146,11 @@ class RandomSamples(Dataset):
 
 
 def synthetic_data(model: ir.Model, count: int = 8, length: int = 1) -> Dataset:
-    """Random samples: numbers from -1 to 1, or 0 and 1 where integers are wanted, or rows of the
-    table they index; masks are 1 and positions count up.
+    """Random samples: numbers from -1 to 1, those of pictures like photographs, or 0 and 1 where
+    integers are wanted, or rows of the table they index; masks are 1 and positions count up.
 
-    A dynamic dimension becomes `length`, those of an image PIXELS times as much, the first one 1;
-    caches are empty.
+    A dynamic dimension becomes `length`, those of a picture SIDE where that is more than 1, the
+    first one 1; caches are empty.
     """
     rng, fixed = np.random.default_rng(0), default_inputs(model)
     inputs = [(spec_of(value), value) for value in fed_inputs(model)]
@@ -165,7 +167,7 @@ def synthetic_data(model: ir.Model, count: int = 8, length: int = 1) -> Dataset:
 
 def _shape(spec: InputSpec, grows: Collection[int], length: int) -> list[int]:
     """The sizes of an input whose axes `grows` are empty."""
-    open_size = length * PIXELS if len(spec.shape) == IMAGE_AXES and length > 1 else length
+    open_size = SIDE if len(spec.shape) == IMAGE_AXES and length > 1 else length
     sizes = [size or (open_size if axis else 1) for axis, size in enumerate(spec.shape)]
     return [0 if axis in grows else size for axis, size in enumerate(sizes)]
 
@@ -174,12 +176,26 @@ def _random(
     spec: InputSpec, shape: Sequence[int], rows: int | None, rng: np.random.Generator
 ) -> Array:
     if spec.dtype.kind == "f":
-        return rng.uniform(-1, 1, shape)
+        axes = _picture(spec)
+        return _scenes(axes, shape, rng) if axes else rng.uniform(-1, 1, shape)
     if rows is None and "mask" in spec.name:
         return np.ones(shape)
     if rows is None and "position" in spec.name:
         return np.broadcast_to(np.arange(shape[-1] if shape else 1), shape)
     return rng.integers(0, rows or 2, shape)
+
+
+def _picture(spec: InputSpec) -> str | None:
+    """The axes of an input that takes pictures of three colours."""
+    fits = [axes for axes in LAYOUTS if len(spec.shape) == 4 and spec.shape[axes.index("C")] == 3]
+    return fits[0] if len(fits) == 1 else None
+
+
+def _scenes(axes: str, shape: Sequence[int], rng: np.random.Generator) -> Array:
+    """Pictures with pixels from -1 to 1."""
+    count, height, width = (shape[axes.index(axis)] for axis in "NHW")
+    pictures = np.stack([scene(rng, height, width) for _ in range(count)])
+    return np.asarray(pictures.transpose(["NHWC".index(axis) for axis in axes]) / 127.5 - 1)
 
 
 def _rows_indexed(value: ir.Value) -> int | None:

@@ -1,5 +1,5 @@
-"""Pictures that are like photographs in what a first layer sees of them, and what a model's first
-BatchNorm says it was fed with, found with these alone.
+"""What a model's first BatchNorm says it was fed with, found without any data: with random pictures
+that are like photographs.
 """
 
 from __future__ import annotations
@@ -10,8 +10,8 @@ import numpy as np
 import onnx_ir as ir
 
 from calib import CalibError
-from calib.affine import Array
 from calib.samples import Dataset, InputSpec
+from calib.scenes import scene
 from calib.sources import image_axes
 from converter.config.keys import default_config
 from converter.doctor.checks import fits
@@ -19,10 +19,6 @@ from converter.doctor.evidence import Evidence
 from converter.doctor.preprocessing import CONVENTIONS, Change, Way
 from converter.job import Job
 
-# Mean of red, green and blue over photographs (ImageNet), how much the pixels of one vary by
-# lightness and by colour, and how much photographs differ as a whole.
-COLOUR = np.array([123.7, 116.3, 103.5])
-LIGHTNESS, TINT, EXPOSURE = 46.0, (12.0, 0.0, 14.0), 30.0
 SCENES, SIDE = 16, 224
 
 
@@ -61,29 +57,8 @@ def _scenes(spec: InputSpec, axes: str, channels: int) -> Dataset:
     order = ["NHWC".index(axis) for axis in axes]
     samples = []
     for number in range(SCENES):
-        picture = _scene(rng, height, width)[:, :, :channels]
+        picture = scene(rng, height, width)[:, :, :channels]
         batch = np.stack([picture] * spec.batch)
         shaped = batch.transpose(order) if "C" in axes else batch[..., 0]
         samples.append((number, {spec.name: np.ascontiguousarray(shaped, spec.dtype)}))
     return Dataset((), samples, ())
-
-
-def _scene(rng: np.random.Generator, height: int, width: int) -> Array:
-    """One picture (height, width, 3)."""
-    light, first, second = (_plane(rng, height, width) for _ in range(3))
-    exposure = EXPOSURE * rng.normal()
-    tints = (TINT[0] * first, TINT[1] * light, TINT[2] * second)
-    planes = [LIGHTNESS * light + tint + exposure for tint in tints]
-    return np.asarray(np.clip(np.stack(planes, axis=2) + COLOUR, 0, 255))
-
-
-def _plane(rng: np.random.Generator, height: int, width: int) -> Array:
-    """Noise of unit variance whose amplitude falls with frequency, as in photographs: Field,
-    "Relations between the statistics of natural images", J. Opt. Soc. Am. A 4 (1987).
-    """
-    rows, columns = np.fft.fftfreq(height) * height, np.fft.fftfreq(width) * width
-    frequency = np.hypot(rows[:, None], columns[None, :])
-    frequency[0, 0] = np.inf
-    noise = np.fft.fft2(rng.normal(size=(height, width))) / frequency
-    plane = np.real(np.fft.ifft2(noise))
-    return np.asarray(plane / (plane.std() or 1.0))

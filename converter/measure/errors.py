@@ -29,8 +29,9 @@ from converter.graph.dimensions import name_apart, shared_names, told_apart
 TIMED_SECONDS, LEAST_SECONDS = 3.0, 1e-3
 LEAST_RUNS, MOST_RUNS = 8, 400
 NARROW, SURE = 1.06, 1.5
-# A cosine similarity that is called a loss, and dB of what stands out: its error is half as large.
-LOST_COSINE, LOST_DB = 0.95, 6.0
+# A cosine similarity that is called a loss, also where all but few values are background, and dB of
+# what stands out: its error is half as large.
+LOST_COSINE, WRONG_COSINE, LOST_DB = 0.95, 0.5, 6.0
 # What two tensors x and y have in common, numbers that sum up over samples: the inner products
 # xx, yy, xy and that of the difference with itself over values that are finite in both, and the
 # counts of a TensorError.
@@ -91,10 +92,13 @@ class TensorError:
 
     @property
     def ruined(self) -> bool:
-        """Whether its few answers are lost or, where there are not only few, its whole."""
-        if self.few and self.few.lost:
-            return True
-        return self.cosine < LOST_COSINE and not (self.few and self.few.decides)
+        """Whether its few answers are lost, or its whole."""
+        return bool(self.few and self.few.lost) or self.spoilt
+
+    @property
+    def spoilt(self) -> bool:
+        """Whether its whole is lost: where few values decide, so much that no noise explains it."""
+        return self.cosine < (WRONG_COSINE if self.few and self.few.decides else LOST_COSINE)
 
     @property
     def left_out(self) -> int:

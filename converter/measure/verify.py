@@ -85,9 +85,9 @@ def verify(both: Both, label_file: Path | None) -> Verification:
     except CalibError:
         if len(result.data):
             raise
-        # Some models take no other open sizes.
+        # Some models take no other open sizes, of which no time tells.
         data = synthetic_data(result.reference)
-        seen = _run(both, data)
+        seen = replace(_run(both, data), speed=None)
     plain = _outputs(both.quantized, data, PLAIN_SAMPLES, both) if len(seen.before) > 1 else []
     answers = _answers(seen.before, seen.after, label_file is not None)
     top1, drop = _top1(answers, data, label_file, watch)
@@ -310,11 +310,13 @@ def _warn(
                 f"The runtime's integer kernels disagree with the model: output '{error.name}' has "
                 f"{error.sqnr_db:.1f} dB, and {plain.sqnr_db:.1f} dB without optimizations."
             )
-    worst = found.worst
-    if worst is not None and worst.ruined and not drawing:
+    # What stands out of random samples is no answer.
+    ruined = [e for e in found.judged if e.compared and (e.spoilt if found.random else e.ruined)]
+    worst = worst_of(ruined)
+    if worst is not None and not drawing:
         reports = result.settings.common.debug_info_save_path
         where = f"{reports} shows" if reports else "set debug_info_save_path to see"
-        others = [error.title for error in found.judged if error.ruined and error is not worst]
+        others = [error.title for error in ruined if error is not worst]
         also = f", and {len(others)} more, first {others[0]}," if others else ""
         watch.warn(f"Output {worst.title}{also} is {_loss(worst)}: {where} which nodes cost most.")
     if found.saturated:
