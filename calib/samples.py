@@ -120,8 +120,7 @@ def open_dataset(
     takes N pictures or rows. Raises CalibError if inputs and folders do not pair up, a folder or
     input cannot be used, or no sample is left.
     """
-    _check_names(specs, folders)
-    sources = [KINDS[kind](spec, folders[spec.name], image) for spec in specs]
+    sources = sources_of(specs, folders, kind, image)
     counts = {source.spec.name: len(source.files) for source in sources}
     candidates = _candidates(min(counts.values()), size, spread)
     size = min(size, spread or size)
@@ -145,6 +144,16 @@ def open_dataset(
     if len(chosen) < size:
         warnings.append(f"calibrate_size is {size} but only {len(chosen)} sample(s) are usable.")
     return Dataset(sources, chosen, warnings, fixed)
+
+
+def sources_of(
+    specs: Sequence[InputSpec], folders: Mapping[str, Path], kind: str, image: ImageOptions
+) -> list[Source]:
+    """What each input is fed from, of which nothing is read yet. Raises CalibError if inputs and
+    folders do not pair up, or a folder or input cannot be used.
+    """
+    _check_names(specs, folders)
+    return [KINDS[kind](spec, folders[spec.name], image) for spec in specs]
 
 
 def _candidates(count: int, size: int, spread: int | None) -> Sequence[int]:

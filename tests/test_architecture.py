@@ -44,6 +44,7 @@ ROOMS = (
     "batch",
     "api",
     "cli",
+    "start",
     "__main__",
 )
 # What of `weights` is plain numbers, and what holds or runs graphs.

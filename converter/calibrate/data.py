@@ -12,7 +12,7 @@ import onnxruntime as ort
 from calib import CalibError
 from calib.affine import Array
 from calib.images import ImageOptions
-from calib.samples import Dataset, InputSpec, open_dataset
+from calib.samples import Dataset, InputSpec, open_dataset, sources_of
 from calib.scenes import scene
 from calib.session import CPU_PROVIDERS
 from calib.sources import IMAGE_AXES as LAYOUTS
@@ -48,23 +48,17 @@ def open_data(
     wanted = wanted or job.config.preprocess
     if not wanted.calibrate_path:
         return Dataset((), (), ())
-    image = image_options(wanted)
     folders, threads = dict(wanted.calibrate_path), resources_of(job).threads
-    where = job.config.at("data_preprocess_param", "state_inputs")
-    states = states_of(model, wanted.state_inputs, folders, where)
+    states, fixed, specs = _fed(model, job, wanted)
     size = wanted.calibrate_size or 1
     size = min(size, spread) if states and spread else size
-    own = default_inputs(model)
-    fixed = {name: x for name, x in own.items() if name not in (*folders, *states)}
-    fed = [value for value in model.graph.inputs if value.name not in (*fixed, *states)]
-    specs = [spec_of(value, job.input_format) for value in fed]
     try:
         data = open_dataset(
             specs,
             folders,
             size,
             kind=wanted.input_type or "",
-            image=image,
+            image=image_options(wanted),
             workers=threads,
             fixed=fixed,
             spread=None if states else spread,
@@ -75,8 +69,7 @@ def open_data(
             data = streamed(data, source, first_states(model, states))
             _tell_of_states(states, len(data), frames, watch)
     except CalibError as error:
-        msg = f"{job.config.path}: [data_preprocess_param] {error}"
-        raise DataError(msg) from error
+        raise _at_fault(job, error) from error
     for warning in data.warnings:
         watch.warn(warning)
     unsaid = wanted.input_type == "IMAGE" and not wanted.image_to_format
@@ -89,6 +82,38 @@ def open_data(
             "each of them gets a name of its own."
         )
     return data
+
+
+def check_data(model: ir.Model, job: Job) -> None:
+    """Raises DataError for names of inputs and folders that cannot be used; reads no file."""
+    wanted = job.config.preprocess
+    if not wanted.calibrate_path:
+        return
+    *_, specs = _fed(model, job, wanted)
+    folders, kind = dict(wanted.calibrate_path), wanted.input_type or ""
+    try:
+        sources_of(specs, folders, kind, image_options(wanted))
+    except CalibError as error:
+        raise _at_fault(job, error) from error
+
+
+def _fed(
+    model: ir.Model, job: Job, wanted: DataPreprocessParam
+) -> tuple[Mapping[str, str], dict[str, Array], list[InputSpec]]:
+    """State inputs with their outputs, inputs that keep their own value, and what needs data."""
+    folders, where = (
+        dict(wanted.calibrate_path),
+        job.config.at("data_preprocess_param", "state_inputs"),
+    )
+    states = states_of(model, wanted.state_inputs, folders, where)
+    own = default_inputs(model)
+    fixed = {name: x for name, x in own.items() if name not in (*folders, *states)}
+    fed = [value for value in model.graph.inputs if value.name not in (*fixed, *states)]
+    return states, fixed, [spec_of(value, job.input_format) for value in fed]
+
+
+def _at_fault(job: Job, error: CalibError) -> DataError:
+    return DataError(f"{job.config.path}: [data_preprocess_param] {error}")
 
 
 def image_options(wanted: DataPreprocessParam) -> ImageOptions:

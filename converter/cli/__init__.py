@@ -90,7 +90,7 @@ def command(
     warnings.filterwarnings("ignore", message=".*decompression bomb")
     if context.invoked_subcommand:
         return
-    if fmk != "ONNX":
+    if fmk.upper() != "ONNX":
         msg = (
             f"--fmk={fmk}: only ONNX models are read; export the model to ONNX and write "
             "--fmk=ONNX."

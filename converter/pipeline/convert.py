@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 
 from calib import CalibError
-from converter.calibrate.data import resources_of
+from converter.calibrate.data import check_data, resources_of
 from converter.config.keys import QUANT_TYPES
 from converter.doctor.examine import examine, findings
 from converter.emit.half import store_constants_as_half
@@ -210,7 +210,9 @@ def calibrate(job: Job, watch: Watch) -> None:
 
 def make_plan(job: Job, watch: Watch) -> QuantPlan:
     """The decisions a conversion would make before it looks at any data; runs nothing."""
-    return MODES[job.mode].make_plan(read(job, watch), job)
+    prepared = read(job, watch)
+    check_data(prepared.model, job)
+    return MODES[job.mode].make_plan(prepared, job)
 
 
 def read(job: Job, watch: Watch) -> Prepared:

@@ -5,6 +5,7 @@ next.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
@@ -19,6 +20,7 @@ from calib.stats import TensorStats
 from converter.calibrate.data import synthetic_data
 from converter.errors import ConfigError
 from converter.graph.edit import not_none
+from converter.graph.files import naming
 from converter.measure.both import Both
 from converter.measure.errors import Tally, error_of
 from converter.measure.pairing import Pairing, Place
@@ -52,10 +54,12 @@ def check_folder(folder: Path, where: str) -> None:
     """Raises ConfigError where no folder of reports can be; `where` names the line that asks for
     it.
     """
-    if (
-        stands := next((p for p in (folder, *folder.absolute().parents) if p.exists()), folder)
-    ).is_file():
+    stands = next((p for p in (folder, *folder.absolute().parents) if p.exists()), folder)
+    if stands.is_file():
         msg = f"{where}: {stands} is a file; give the path of a folder."
+        raise ConfigError(msg)
+    if not os.access(stands, os.W_OK):
+        msg = f"{where}: {stands} cannot be written to; give a folder that you may write to."
         raise ConfigError(msg)
 
 
@@ -66,7 +70,10 @@ def write_reports(folder: Path, title: str, both: Both, given: Findings) -> Find
     All of the folder's reports are new, or none of them is touched.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+    with (
+        naming(folder),
+        TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary,
+    ):
         tables = Path(temporary)
         told = findings(both, given, tables)
         (tables / "summary.json").write_text(_summary(told), encoding="utf-8")
