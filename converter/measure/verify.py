@@ -125,7 +125,7 @@ def _samples(result: Quantized, labelled: bool, watch: Watch) -> tuple[Dataset, 
     if not result.fitted:
         return _first(result.data, wanted.verify_size or sys.maxsize), False
     size = wanted.verify_size or (sys.maxsize if labelled else VERIFIED_SAMPLES)
-    further = result.data.further(size)
+    further = (result.last or result.data).further(size)
     if len(further):
         return further, True
     if not result.data.random:

@@ -16,6 +16,7 @@ from calib.samples import Dataset
 from calib.search import fewest
 from converter.calibrate.cache import observe_with_cache
 from converter.calibrate.data import open_data, resources_of
+from converter.calibrate.judges import TELLING, Parted, parted, tells
 from converter.calibrate.noise import decibels_left, product_spreads
 from converter.calibrate.observe import (
     Evidence,
@@ -92,6 +93,7 @@ def quantize(prepared: Prepared, job: Job, watch: Watch) -> Quantized:
         compared=setup.model,
         trained=bool(setup.trained),
         exact=_named_target(job.config).pair_limit is None,
+        last=setup.judges.last,
     )
 
 
@@ -104,13 +106,14 @@ def calibrate(prepared: Prepared, job: Job, watch: Watch) -> None:
 
 @dataclass(frozen=True)
 class Setup:
-    """The float model in its last form, its data, and what was asked."""
+    """The float model in its last form, its data, that which judges a search, and what was asked."""
 
     model: ir.Model
     job: Job
     target: Target
     trained: Trained
     data: Dataset
+    judges: Parted
     pixels: Pixels | None
     resources: Resources
 
@@ -180,7 +183,11 @@ def set_up(prepared: Prepared, job: Job, watch: Watch) -> Setup:
         pixels = fold_normalisation(model, samples)
         samples = pixels.preprocess(samples)
     data = open_data(model, job, watch, samples)
-    setup = Setup(model, job, _target(job.config), trained, data, pixels, resources)
+    judges = Parted(data, data, data)
+    if wanted.max_drop is not None:
+        judges = parted(data, job.config.preprocess.label_file is not None, watch)
+        data = judges.fitted
+    setup = Setup(model, job, _target(job.config), trained, data, judges, pixels, resources)
     if len(data) and not trained:
         smooth(
             model,
@@ -291,7 +298,13 @@ def within_drop(setup: Setup, evidence: Evidence, watch: Watch) -> Attempt:
     first = attempt(setup, evidence, {}, watch)
     if bound is None:
         return first
-    labels = read_labels(path, setup.data) if path else None
+    labels = read_labels(path, setup.judges.judges) if path else None
+    if labels is not None and not tells(len(setup.judges.judges), bound):
+        watch.warn(
+            f"{len(setup.judges.judges)} labelled samples cannot tell a loss of {bound:.1%} from "
+            f"chance: max_drop is held against cosine similarity; give {math.ceil(TELLING / bound)}."
+        )
+        labels = None
     if _drop(setup, first, labels, watch) <= bound:
         return first
     pairing = pair(setup.model, first.model, first.plan)
@@ -318,9 +331,8 @@ def within_drop(setup: Setup, evidence: Evidence, watch: Watch) -> Attempt:
 
 def _drop(setup: Setup, tried: Attempt, labels: Mapping[str, int] | None, watch: Watch) -> float:
     quantized = opened(tried.model, optimize=True)
-    drop = output_drop(
-        setup.executed, quantized, setup.data, labels, threads=setup.resources.threads
-    )
+    judges, threads = setup.judges.judges, setup.resources.threads
+    drop = output_drop(setup.executed, quantized, judges, labels, threads=threads)
     units, measure = len(tried.plan.units()), "cosine" if labels is None else "top-1"
     watch.say(f"With {units} nodes quantized the output loses {drop:.5f} of {measure}.")
     return drop

@@ -14,6 +14,7 @@ from calib.affine import IntFormat
 from calib.samples import Dataset
 from converter.calibrate.cache import fingerprint_of
 from converter.calibrate.data import open_data, resources_of, synthetic_data
+from converter.calibrate.judges import Parted, parted
 from converter.config.keys import WeightQuantParam
 from converter.emit.dequantize import (
     NEWEST_OPSET,
@@ -98,6 +99,10 @@ def quantize(prepared: Prepared, job: Job, watch: Watch) -> Quantized:
     model = prepared.model
     wanted = job.config.weight_quant
     data = _data(model, job, watch)
+    judges = Parted(data, data, data)
+    if not job.config.common.bit_num and _searches(job):
+        judges = parted(data, False, watch)
+        data = judges.fitted
     resources = resources_of(job)
     given = bool(job.config.preprocess.calibrate_path)
     storage = Storage(
@@ -111,7 +116,7 @@ def quantize(prepared: Prepared, job: Job, watch: Watch) -> Quantized:
     if job.config.common.bit_num:
         plan = fitter.fitted(plan)
     else:
-        plan, pareto = _searched(fitter, plan, job, newest)
+        plan, pareto = _searched(fitter, judges.judges, plan, job, newest=newest)
     widths = Counter(weight.qparams.format.bits for weight in plan.stored.values())
     watch.tell(
         "Bits of weights: "
@@ -122,7 +127,8 @@ def quantize(prepared: Prepared, job: Job, watch: Watch) -> Quantized:
         size = f"{found.ratio:.2f} times smaller weights, {found.bits:.2f} bits each"
         watch.tell(f"Could be had: {size}: loss of {found.expected:.2g} expected{measured}.")
     quantized = _emitted(model, plan, newest)
-    return Quantized(model, quantized, plan, data if given else Dataset((), (), ()), pareto=pareto)
+    used, last = (data, judges.last) if given else (Dataset((), (), ()), None)
+    return Quantized(model, quantized, plan, used, pareto=pareto, last=last)
 
 
 def _newest_opset(model: ir.Model, job: Job, watch: Watch) -> int:
@@ -183,16 +189,25 @@ def _emitted(model: ir.Model, plan: QuantPlan, newest: int | None) -> ir.Model:
     return quantized
 
 
+def _searches(job: Job) -> bool:
+    """Whether outputs are compared to find widths."""
+    return job.config.mixed_bit.auto_tune or job.config.mixed_bit.search == "SENSITIVITY"
+
+
 def _searched(
-    fitter: Fitter, plan: QuantPlan, job: Job, newest: int | None
+    fitter: Fitter, judges: Dataset, plan: QuantPlan, job: Job, *, newest: int | None
 ) -> tuple[QuantPlan, tuple[Tradeoff, ...]]:
     """The plan with widths found; until then, the best so far is the job's output, and a journal
     lies beside it.
     """
 
+    kept = False
+
     def keep(found: QuantPlan) -> None:
+        nonlocal kept
         best = _emitted(fitter.model, found, newest)
         save(best, job.output, accepting(job.model, Watch()))
+        kept = True
 
     config = job.config
     told = (
@@ -200,7 +215,12 @@ def _searched(
         f"{config.weight_quant}"
     )
     journal = Journal(job.output.with_name(f"{job.output.name}.search.json"), told)
-    found = Search(fitter, plan, config.mixed_bit, journal, keep).mixed()
+    try:
+        found = Search(fitter, judges, plan, config.mixed_bit, journal, keep).mixed()
+    except KeyboardInterrupt:
+        there = f"{job.output} holds the best so far" if kept else "no output is written yet"
+        msg = f"Interrupted; {there}, and the same command goes on where the search was."
+        raise KeyboardInterrupt(msg) from None
     journal.close()
     return found
 
@@ -209,8 +229,7 @@ def _data(model: ir.Model, job: Job, watch: Watch) -> Dataset:
     """The calibration samples, random ones where a search must compare outputs without, or none."""
     if job.config.preprocess.calibrate_path:
         return open_data(model, job, watch)
-    searches = job.config.mixed_bit.auto_tune or job.config.mixed_bit.search == "SENSITIVITY"
-    if job.config.common.bit_num or not searches:
+    if job.config.common.bit_num or not _searches(job):
         return Dataset((), (), ())
     watch.warn(
         "There is no calibration data: bits are chosen by what random inputs show; give "
