@@ -398,8 +398,18 @@ def labelled(folder, images, labels, **options):
 
 def test_right_answers_bound_the_drop(tmp_path):
     ear = Ear()
-    outcome = convert(labelled(tmp_path, IMAGES[:12], LABELS[:12], max_drop=0.01), ear)
+    outcome = convert(labelled(tmp_path, IMAGES[:12], LABELS[:12], max_drop=0.3), ear)
     assert any(text.endswith("the output loses 0.00000 of top-1.") for text in ear.said)
+    assert kept_for_the_drop(outcome) == []
+
+
+def test_too_few_labels_to_tell_a_loss_are_said_to_be_and_the_cosine_counts(tmp_path):
+    ear = Ear()
+    outcome = convert(labelled(tmp_path, IMAGES[:12], LABELS[:12], max_drop=0.01), ear)
+    assert any(
+        "12 labelled samples cannot tell a loss of 1.0% from chance, 300" in w for w in ear.warned
+    )
+    assert all("of cosine" in text for text in ear.said if text.startswith("With "))
     assert kept_for_the_drop(outcome) == []
 
 

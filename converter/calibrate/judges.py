@@ -41,14 +41,12 @@ def parted(data: Dataset, labelled: bool, watch: Watch) -> Parted:
     count = len(data) // PART
     if count < LEAST:
         watch.warn(
-            f"The search is judged on the {len(data)} samples that it was fitted to, which flatters "
-            f"it: give {2 * LEAST} samples more than calibrate_size."
+            f"The search is judged on the {len(data)} samples that it was fitted to, which "
+            f"flatters it: give {2 * LEAST} samples more than calibrate_size."
         )
         return Parted(data, data, data)
     start = len(data) - count
-    watch.tell(
-        f"The last {count} of {len(data)} samples judge the search, nothing is fitted to them."
-    )
+    watch.tell(f"The last {count} of {len(data)} samples judge the search: none is fitted to.")
     return Parted(data.part(0, start), data.part(start, len(data)), data)
 
 

@@ -332,10 +332,9 @@ class FullQuantParam:
     )
     max_drop: float | None = _key(
         kinds.number_between(0, 1, 0.01),
-        "Most that the output may lose over the calibration data: of its cosine similarity, or of "
-        "the share of "
-        "right answers if label_file is given; the fewest nodes that achieve it stay float. "
-        "Unset: no bound.",
+        "Most that the output may lose, on samples that nothing is fitted to: of its cosine "
+        "similarity, or of the share of right answers if label_file is given and there are enough "
+        "to tell; the fewest nodes that achieve it stay float. Unset: no bound.",
     )
     target_device: TargetDevice | None = _choice(
         "Hardware that sets the integer types and operators; unset: CPU."

@@ -106,7 +106,7 @@ def calibrate(prepared: Prepared, job: Job, watch: Watch) -> None:
 
 @dataclass(frozen=True)
 class Setup:
-    """The float model in its last form, its data, that which judges a search, and what was asked."""
+    """The float model in its last form, its data, what judges a search, and what was asked."""
 
     model: ir.Model
     job: Job
@@ -302,7 +302,8 @@ def within_drop(setup: Setup, evidence: Evidence, watch: Watch) -> Attempt:
     if labels is not None and not tells(len(setup.judges.judges), bound):
         watch.warn(
             f"{len(setup.judges.judges)} labelled samples cannot tell a loss of {bound:.1%} from "
-            f"chance: max_drop is held against cosine similarity; give {math.ceil(TELLING / bound)}."
+            f"chance, {math.ceil(TELLING / bound)} could: max_drop bounds the loss of cosine "
+            "similarity instead."
         )
         labels = None
     if _drop(setup, first, labels, watch) <= bound:

@@ -42,7 +42,8 @@ class Quantized:
     training, which was taken over or taken away. `pareto` is what a search of bits found, smallest
     last. `exact` says that all processors which the model is for have kernels that do not saturate.
     `source` is the file that `reference` was read from. `fitted` says that `data` had a part in
-    what `model` is; samples behind `last`, if not behind `data`, had none. `settings` are those it was made with, without a mode where they are not known.
+    what `model` is; samples behind `last`, if not behind `data`, had none. `settings` are those it
+    was made with, without a mode where they are not known.
     """
 
     reference: ir.Model
