@@ -24,10 +24,12 @@ from onnxruntime.quantization import (
 from sample_files import spec
 
 from calib.sources import InputSpec
+from converter import convert
 from converter.config import load_config
 from converter.config.keys import QUANT_TYPES, SECTIONS
 from converter.config.starter import Known, Scaling, starter_config
 from converter.errors import ModelError
+from converter.report.text import columns, fitted
 
 PIXELS = spec(1, 3, 224, 320)
 
@@ -442,3 +444,50 @@ def test_compare_says_what_is_wrong_in_a_sentence(
         assert result.code == code, arguments
         assert result.err.startswith(f"ERROR: {words}"), result.err
         assert result.err.count("\n") == 1
+
+
+# --- flags and tables
+
+
+def test_a_flag_that_is_given_twice_is_an_error(qconvert: Command) -> None:
+    result = qconvert(f"--modelFile={MODEL}", "--modelFile", "other.onnx", f"--configFile={CONFIG}")
+    assert (result.code, result.err) == (
+        2,
+        "ERROR: --modelFile is given more than once; keep one of them.\n",
+    )
+
+
+def test_the_format_may_be_written_small(qconvert: Command) -> None:
+    result = qconvert("--fmk=onnx", f"--modelFile={MODEL}", f"--configFile={CONFIG}", "--dry-run")
+    assert (result.code, result.err) == (0, "")
+
+
+@pytest.mark.parametrize("width", [40, 80, 100])
+def test_a_plan_fits_the_terminal(width: int) -> None:
+    names = [f"/a/rather/long/path/of/names/block{n}/conv/Conv" for n in range(3)]
+    reason = "a reason of so many words that it cannot stand in a line of any terminal of today"
+    table = [("node", "operator", "why"), *((name, "Conv", reason) for name in names)]
+    lines = list(fitted(table, width))
+    assert max(map(len, lines)) <= width
+    words = " ".join(lines).split()
+    assert [word for word in words if word in reason.split()].count("terminal") == 3
+    assert sum("…" in line for line in lines) == 3
+    assert list(fitted(table, None)) == list(columns(table))
+
+
+def test_an_outcome_prints_its_summary(tmp_path: Path) -> None:
+    config = changed(tmp_path / "c.cfg", ("calibrate_size = 100", "calibrate_size = 20"))
+    text = str(convert(MODEL, config, tmp_path / "out.onnx"))
+    assert text.startswith("Quantized 12 of 13 nodes: ") and "Verified on " in text
+    assert text.endswith(f"Written to {tmp_path / 'out.onnx'}")
+
+
+def test_a_pattern_does_not_convert_its_own_results(qconvert: Command, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.onnx").write_bytes(MODEL.read_bytes())
+    (tmp_path / "w.cfg").write_text("[common_quant_param]\nquant_type = WEIGHT_QUANT\n")
+    (tmp_path / "jobs.csv").write_text("model,config,output\n*.onnx,w.cfg,\n")
+    for _ in range(2):
+        assert qconvert("batch", tmp_path / "jobs.csv", "--verify=off").code == 0
+        found = sorted(path.name for path in tmp_path.glob("*.onnx"))
+        assert found == ["a.onnx", "a_quant.onnx", "b.onnx", "b_quant.onnx"]

@@ -6,7 +6,7 @@ import os
 import shutil
 import sys
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 import click
 
@@ -23,6 +23,11 @@ def show(text: str, err: bool = False) -> None:
         "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text),
         err=err,
     )
+
+
+def columns_of(stream: TextIO) -> int | None:
+    """The width of the terminal that a stream writes to; None where it is none."""
+    return shutil.get_terminal_size().columns if stream.isatty() else None
 
 
 class Terminal(Watch):

@@ -5,7 +5,7 @@ from.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from calib.affine import Array
 from calib.intervals import Interval, share_interval
@@ -197,7 +197,7 @@ class Findings:
 @dataclass(frozen=True)
 class Outcome:
     """What a conversion did: the decisions, the sizes in bytes and the tensors' errors, worst
-    first; `unverified` says why there is no verification.
+    first; `unverified` says why there is no verification, `summary` all of it in words.
     """
 
     plan: QuantPlan
@@ -206,6 +206,10 @@ class Outcome:
     errors: tuple[TensorError, ...]
     verification: Verification | None = None
     unverified: str = ""
+    summary: str = field(default="", repr=False, compare=False)
+
+    def __str__(self) -> str:
+        return self.summary or repr(self)
 
     @property
     def figures(self) -> Figures:

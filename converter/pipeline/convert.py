@@ -47,6 +47,7 @@ from converter.prepare.opset import opset_of, raise_opset
 from converter.report.advice import listed
 from converter.report.collect import check_folder, write_reports
 from converter.report.provenance import provenance
+from converter.report.text import summary_lines
 
 INTEGER_ACTIVATIONS = {"FULL_QUANT", "DYNAMIC_QUANT"}
 UNREPORTED = "There are no reports"
@@ -60,7 +61,8 @@ def convert(job: Job, watch: Watch | None = None) -> Outcome:
     What comes behind the finished file, measuring and reporting, never loses it.
     """
     with models.weights_written_once():
-        return _converted(job, watch or Watch())
+        outcome = _converted(job, watch or Watch())
+    return replace(outcome, summary="\n".join(summary_lines(outcome, job.output)))
 
 
 def _converted(job: Job, watch: Watch) -> Outcome:
