@@ -19,11 +19,10 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from plotly.offline import get_plotlyjs
 
 from converter.measure.errors import Speed, TensorError
 from converter.measure.results import Findings, Here, NodeFinding, TensorFinding, Verification
-from converter.report.page import _tensor, page
+from converter.report.page import _tensor, charts_library, page
 
 HOSTILE = "</script><script>document.title='taken'</script><b onclick=\"x\">&amp;'`$${1}"
 BROWSER = (
@@ -99,7 +98,7 @@ class Reader(HTMLParser):
 
 
 def read(findings: Findings, title: str = "model.onnx") -> Reader:
-    return Reader(page(findings, title).replace(get_plotlyjs(), "PLOTLY"))
+    return Reader(page(findings, title).replace(charts_library(), "PLOTLY"))
 
 
 def test_the_first_figures_are_the_important_ones() -> None:
@@ -275,7 +274,7 @@ def test_hostile_names_stay_text() -> None:
 
 
 def test_the_page_needs_no_network() -> None:
-    html = page(hostile(), "m").replace(get_plotlyjs(), "")
+    html = page(hostile(), "m").replace(charts_library(), "")
     assert not re.findall(r"https?:|\ssrc=|<link|@import|url\(", html)
     assert "default-src 'none'" in html
 
@@ -292,7 +291,7 @@ def test_a_browser_draws_it(tmp_path: Path) -> None:
     ]
     arguments = [str(BROWSER), *flags, "--dump-dom", (tmp_path / "report.html").as_uri()]
     dom = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=True).stdout
-    found = Reader(dom.replace(get_plotlyjs(), ""))
+    found = Reader(dom.replace(charts_library(), ""))
     drawn = re.findall(r'class="chart js-plotly-plot" id="(\w+)"', dom)
     assert drawn == ["bits", "kernels", "sensitivity", "histogram"]
     assert dom.count('class="point"') == 2 + 1 + 2 + 2

@@ -46,6 +46,8 @@ from converter.report.tables import (
 WORST = 10
 # Samples that histograms and, where no tables are wanted, figures are made of.
 SHOWN_SAMPLES = 8
+# Samples that the tables have a file for.
+MOST_ROUNDS = 12
 # So much above the signal is all noise.
 MOST_DB = 300.0
 
@@ -108,7 +110,7 @@ def findings(both: Both, given: Findings, tables: Path | None = None) -> Finding
     """
     pairing, result = both.pairing, both.result
     data = result.data if len(result.data) else synthetic_data(result.reference, 1)
-    count = len(data) if tables else min(len(data), SHOWN_SAMPLES)
+    count = min(len(data), MOST_ROUNDS if tables else SHOWN_SAMPLES)
     shown = _Shown(pairing, count // max(1, count // SHOWN_SAMPLES))
     totals: dict[Key, Figures] = {}
     outputs, tallies = [OUTPUTS], list[list[Tally]]()
