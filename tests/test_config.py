@@ -79,6 +79,7 @@ MISTAKES = {
     (FULL, "power_of_two_scale"): [("2", "true or false")],
     (FULL, "only_where_it_pays"): [("1", "true or false")],
     (FULL, "require_full_integer"): [("1", "true or false")],
+    (FULL, "allow_float"): [(bad, "names separated by commas") for bad in ("Softmax,", ",")],
     (FULL, "max_drop"): [(bad, "above 0 and below 1") for bad in ("0", "1", "1%", "-0.01", "inf")],
     (FULL, "bias_correction"): [("on", "true or false")],
     (FULL, "per_channel"): [("no", "true or false")],

@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from command_line import MODEL, digits
+from command_line import CONFIG, MODEL, changed, digits
 from graphs import build, frozen, normal, run, types, uneven
 from running import Ear, job, resources
 from simulation import pairs_of
@@ -21,6 +21,7 @@ from converter.config import load_config
 from converter.errors import ConfigError, DataError
 from converter.graph.edit import constant
 from converter.graph.files import load
+from converter.job import Job
 from converter.measure.results import Outcome
 from converter.modes import full_quant
 from converter.pipeline.convert import convert, make_plan
@@ -626,3 +627,18 @@ def test_a_range_that_cuts_a_detectors_answers_off_is_told_of(tmp_path):
     (line,) = [line for line in ear.warned if line.startswith("Output")]
     assert line.startswith("Output 'y', slice 4:5 of axis 1 is lost where it matters: ")
     assert outcome.verification.outputs[0].cosine > 0.99
+
+
+def test_what_computes_in_floats_by_nature_may_be_allowed_to(tmp_path):
+    strict = {"require_full_integer": "true"}
+    _, outcome, _ = converted(tmp_path, load(MODEL), FEW, allow_float="Softmax", **strict)
+    left = [node.op_type for node in outcome.plan.outside if not node.quantized]
+    assert left == ["Softmax"]
+    with pytest.raises(ConfigError, match=r"to let them, write allow_float = Gemm,Softmax\."):
+        converted(tmp_path, load(MODEL), FEW, allow_float="Gemm", **strict)
+
+
+def test_the_documented_strict_example_converts(tmp_path):
+    config = changed(tmp_path / "c.cfg", base=CONFIG.with_name("full_quant_integer.cfg"))
+    outcome = convert(Job(MODEL, tmp_path / "o.onnx", load_config(config)), Ear())
+    assert [node.op_type for node in outcome.plan.outside if not node.quantized] == ["Softmax"]

@@ -328,7 +328,18 @@ class FullQuantParam:
         True,
     )
     require_full_integer: bool = _choice(
-        "Fail, naming the nodes, where any node would stay float.", False
+        "Fail, naming the nodes, where any node would stay float whose type is not in allow_float.",
+        False,
+    )
+    allow_float: tuple[str, ...] = _key(
+        kinds.names("Softmax,Sigmoid"),
+        "Operator types that require_full_integer lets stay float, as they do by nature.",
+        (),
+        Scope(
+            _FULL.modes,
+            " with require_full_integer = true",
+            lambda config: config.full_quant.require_full_integer,
+        ),
     )
     max_drop: float | None = _key(
         kinds.number_between(0, 1, 0.01),

@@ -38,6 +38,7 @@ from converter.errors import ConfigError, UsageError
 from converter.graph.edit import constant, is_float, not_none, values_by_name
 from converter.graph.files import fed_inputs
 from converter.job import Job, Resources, Watch
+from converter.measure.errors import error_of, tally
 from converter.measure.labels import read_labels
 from converter.measure.pairing import pair
 from converter.measure.sensitivity import RANKED_ON, alone, output_drop
@@ -63,6 +64,8 @@ from converter.weights.trained import Kept, tell_kept, with_trained_weights
 MIXED_RANGES = 16.0
 # Samples that weights of 8 bits are fitted on where nothing is integer.
 FITTED_ON = 32
+# Samples that tell what a border of another pixel costs.
+BORDER_SAMPLES = 4
 # Decibels that the codes of its inputs must leave of a product: with less it is noise.
 LEAST_LEFT = 18.0
 
@@ -183,6 +186,8 @@ def set_up(prepared: Prepared, job: Job, watch: Watch) -> Setup:
         pixels = fold_normalisation(model, samples)
         samples = pixels.preprocess(samples)
     data = open_data(model, job, watch, samples)
+    if pixels and pixels.border:
+        _tell_of_borders(prepared.floats, model, replace(job, part=None), pixels, watch)
     judges = Parted(data, data, data)
     if wanted.max_drop is not None:
         judges = parted(data, job.config.preprocess.label_file is not None, watch)
@@ -197,6 +202,25 @@ def set_up(prepared: Prepared, job: Job, watch: Watch) -> Setup:
             watch=watch,
         )
     return setup
+
+
+def _tell_of_borders(
+    given: ir.Model, model: ir.Model, job: Job, pixels: Pixels, watch: Watch
+) -> None:
+    """Says what it costs that the pixel which pads pictures stands for not quite zero."""
+    wanted = job.config.preprocess
+    ways = ((given, wanted), (model, pixels.preprocess(wanted)))
+    answers = []
+    for one, preprocess in ways:
+        data = open_data(one, job, Watch(), preprocess, spread=BORDER_SAMPLES)
+        answers.append([opened(one).answer(data.sample(k)) for k in range(len(data))])
+    tallies = [list(map(tally, *pair)) for pair in zip(*answers, strict=True)]
+    errors = [error_of("", total) for total in np.sum(tallies, axis=0)]
+    least = min(error.sqnr_db for error in errors)
+    watch.tell(
+        f"Pixel {pixels.qparams.zero_point} pads pictures, which is {pixels.border:.2g} off the "
+        f"zero of training: the outputs stay {least:.1f} dB above the difference."
+    )
 
 
 def _edges(model: ir.Model) -> list[ir.DataType | None]:
@@ -530,9 +554,15 @@ def _makers(plan: QuantPlan, tensor: str) -> list[str]:
 
 def _require_full_integer(plan: QuantPlan, config: Config) -> None:
     """Raises ConfigError where the user wants no float node and there is one."""
-    left = [node for node in plan.outside if not node.quantized]
+    allowed = config.full_quant.allow_float
+    floats = (node for node in plan.outside if not node.quantized)
+    left = [node for node in floats if node.op_type not in allowed]
     if config.full_quant.require_full_integer and left:
         listed = "; ".join(f"{node.name} ({node.op_type}): {node.reason}" for node in left)
         where = config.at("full_quant_param", "require_full_integer")
-        msg = f"{where}: {len(left)} node(s) would stay float: {listed}."
+        types = ",".join(dict.fromkeys([*allowed, *(node.op_type for node in left)]))
+        msg = (
+            f"{where}: {len(left)} node(s) would stay float: {listed}; to let them, write "
+            f"allow_float = {types}."
+        )
         raise ConfigError(msg)
