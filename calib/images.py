@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -110,6 +111,19 @@ def picture_size(path: Path) -> tuple[int, int]:
     """Width and height of a picture file in pixels, as it is stored; CalibError if it is broken."""
     with reading(path, "a picture"), Image.open(path, formats=FORMATS) as image:
         return image.size
+
+
+def thumbnail(path: Path, side: int) -> bytes | None:
+    """A picture file as a PNG that fits a square of `side` pixels; None where it is no picture."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            _limit(path, image.size, "has")
+            small = ImageOps.exif_transpose(image).convert("RGB")
+            small.thumbnail((side, side))
+            small.save(stream := BytesIO(), "PNG")
+    except Exception:  # decoders raise almost any type on broken bytes
+        return None
+    return stream.getvalue()
 
 
 def enlarged(options: ImageOptions, width: int, height: int) -> float:

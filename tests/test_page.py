@@ -4,6 +4,8 @@ browser draws it.
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import math
 import re
@@ -19,9 +21,17 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from PIL import Image
 
 from converter.measure.errors import Speed, TensorError
-from converter.measure.results import Findings, Here, NodeFinding, TensorFinding, Verification
+from converter.measure.results import (
+    Changed,
+    Findings,
+    Here,
+    NodeFinding,
+    TensorFinding,
+    Verification,
+)
 from converter.report.page import _tensor, charts_library, page
 
 HOSTILE = "</script><script>document.title='taken'</script><b onclick=\"x\">&amp;'`$${1}"
@@ -243,6 +253,32 @@ def test_histograms_get_coarser_without_losing_a_value(
         sum(counts[i : i + together]) for i in range(0, len(counts), together)
     ]
     assert drawn["low"] == low
+
+
+def test_answers_that_changed_stand_beside_their_pictures(tmp_path: Path) -> None:
+    Image.new("RGB", (300, 200), (9, 200, 30)).save(tmp_path / "a.jpg")
+    before, after = ((3, 0.6), (1, 0.3)), ((1, 0.5), (3, 0.4))
+    changed = (
+        Changed(str(tmp_path / "a.jpg"), 3, before, after),
+        Changed(str(tmp_path / "gone<b>.npy"), None, before, after),
+    )
+    html = page(replace(FINDINGS, verification=replace(VERIFIED, changed=changed)), "m")
+    found = Reader(html.replace(charts_library(), ""))
+    assert (
+        "Answers that changed" in found.text and "Answers that changed" not in read(FINDINGS).text
+    )
+    assert found.tags.count("strong") == 2 and found.tags.count("img") == 1
+    encoded = html.partition("data:image/png;base64,")[2].partition('"')[0]
+    with Image.open(io.BytesIO(base64.b64decode(encoded))) as picture:
+        assert picture.size == (96, 64)
+        assert np.abs(np.asarray(picture).mean((0, 1)) - [9, 200, 30]).max() < 4
+    cells = [cell for row in found.rows for cell in row]
+    assert "3: 0.61: 0.3" in cells and "1: 0.53: 0.4" in cells
+    assert "gone<b>.npy" in cells
+
+
+def test_the_page_stays_small() -> None:
+    assert len(page(FINDINGS, "m").encode()) < 1_500_000
 
 
 def hostile() -> Findings:

@@ -341,3 +341,12 @@ def test_a_bad_figure_is_warned_of_with_data_and_without(cosine, few, random, wa
     found = replace(checked([0, 0, 0], data), outputs=(error,), random=random)
     _warn(found, [], Quantized(same, same, QuantPlan({}, {}), data), ear := Ear())
     assert any(line.startswith("Output 'y' is ") for line in ear.warned) == warns
+
+
+def test_samples_whose_answer_changed_are_kept_with_the_likeliest_classes(tmp_path):
+    (tmp_path / "labels.csv").write_text("file,label\na.png,0\nb.png,1\nc.png,2\nd.png,1\n")
+    data = Split(SCORES, [], ["a.png", "b.png", "c.png", "d.png"])
+    (changed,) = checked([0, 1.5, 0], data, tmp_path / "labels.csv").changed
+    assert (changed.file, changed.label) == ("d.png", 1)
+    assert changed.before == ((0, 5.0), (1, 4.0), (2, 0.0))
+    assert changed.after == ((1, 5.5), (0, 5.0), (2, 0.0))

@@ -25,6 +25,18 @@ class Here:
 
 
 @dataclass(frozen=True)
+class Changed:
+    """A sample whose answer changed: its file, empty where it has none, its class if that is known,
+    and the likeliest classes of both models with their scores, best first.
+    """
+
+    file: str
+    label: int | None
+    before: tuple[tuple[int, float], ...]
+    after: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
 class Verification:
     """Both models run on the same samples.
 
@@ -33,10 +45,11 @@ class Verification:
     between the quantized model with and without the runtime's optimizations, relative to the
     output's largest value; `speed`, `top1` and `agreement` (shares from 0 to 1, of samples with an
     answer) are None where they were not measured, `drop` is the 95 % interval of the share of right
-    answers that is lost. `given` says that nothing was fitted to any sample. `kernels` counts the
-    operators that the runtime really executes by name, `conversions` names the Q/DQ nodes among
-    them that stayed on their own, and `saturated` the nodes whose weights let kernels of some
-    processors that the model is for saturate. `random`
+    answers that is lost. `given` says that nothing was fitted to any sample, `changed` are the
+    first samples with another answer. `kernels` counts the operators that the runtime really
+    executes by name, `conversions` names the Q/DQ nodes among them that stayed on their own, and
+    `saturated` the nodes whose weights let kernels of some processors that the model is for
+    saturate. `random`
     says that there was no data, `closed_loop` that samples are frames and each model was fed its
     own states. All figures but `kernels`, `conversions` and `speed` are those of exact kernels;
     `here` has this processor's, None where they are the same.
@@ -58,6 +71,7 @@ class Verification:
     slices: tuple[TensorError, ...] = ()
     drop: Interval | None = None
     given: bool = False
+    changed: tuple[Changed, ...] = ()
 
     @property
     def agreement_interval(self) -> Interval:

@@ -7,6 +7,7 @@ from __future__ import annotations
 import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -39,7 +40,7 @@ from converter.measure.errors import (
     worst_of,
 )
 from converter.measure.labels import read_labels
-from converter.measure.results import Here, Verification
+from converter.measure.results import Changed, Here, Verification
 from converter.measure.slices import SHARE, comparable, few_of, judged_apart
 from converter.plan.ops import draws
 from converter.plan.result import Quantized
@@ -54,6 +55,8 @@ RANDOM_LENGTH = 16
 SLOWER, FUSED_DB = 1.0, 3.0
 # Above this there are but the last bits of float32, which sums in another order change.
 LAST_BITS_DB = 110.0
+# Samples whose answers changed that are kept to be looked at, and the classes of each.
+SHOWN_CHANGES, TOP = 24, 5
 # All outputs of each sample.
 Outputs = Sequence[Sequence[Array]]
 
@@ -109,6 +112,7 @@ def verify(both: Both, label_file: Path | None) -> Verification:
         closed_loop=bool(data.states),
         here=_here(seen, label_file is not None),
         given=not result.fitted,
+        changed=tuple(_changed(seen, answers, data, label_file)),
     )
     samples = seen.after[: len(plain)], plain
     fused = [_errors(seen.names, _tallies(seen.before, x)) for x in samples]
@@ -277,6 +281,29 @@ def _top1(
     lost, won = (int(np.count_nonzero(right[:, k] > right[:, 1 - k])) for k in (0, 1))
     before, after = np.mean(right, axis=0).tolist()
     return (before, after), drop_interval(lost, won, len(right))
+
+
+def _changed(
+    seen: _Seen, answers: Array | None, data: Dataset, label_file: Path | None
+) -> Iterator[Changed]:
+    """The first samples whose answer changed."""
+    if answers is None:
+        return
+    labels = dict[str, int]()
+    with suppress(DataError):  # which was said
+        labels = read_labels(label_file, data) if label_file else {}
+    for index in np.flatnonzero(answers[:, 0] != answers[:, 1])[:SHOWN_CHANGES].tolist():
+        files = data.files(index)
+        file = str(files[0]) if files else ""
+        tops = (_top(outputs[index][0]) for outputs in (seen.before, seen.after))
+        yield Changed(file, labels.get(file), *tops)
+
+
+def _top(scores: Array) -> tuple[tuple[int, float], ...]:
+    """The likeliest classes with their scores, best first."""
+    row = np.asarray(scores).ravel()
+    best = np.argsort(-row, kind="stable")[:TOP]
+    return tuple((int(k), float(row[k])) for k in best)
 
 
 def _warn(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import math
 from pathlib import Path
 from typing import Any
@@ -10,13 +11,16 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
-from converter.measure.results import Findings, NodeFinding, TensorFinding
+from calib.images import thumbnail
+from converter.measure.results import Changed, Findings, NodeFinding, TensorFinding
 from converter.version import __version__
 
 # More bars than this are not seen on a screen.
 MOST_BINS, MOST_BARS = 160, 12
 # Constants of fewer bytes are a shape or a Clip's bounds, not weights.
 LEAST_BYTES = 64
+# Pixels of a picture whose answer changed.
+THUMBNAIL = 96
 
 
 def page(findings: Findings, title: str) -> str:
@@ -39,8 +43,17 @@ def page(findings: Findings, title: str) -> str:
         least_bytes=LEAST_BYTES,
         infinity=math.inf,
         data=_drawn(findings),
+        changed=_changes(findings),
         plotly=Markup(charts_library()),
     )
+
+
+def _changes(findings: Findings) -> list[tuple[Changed, str]]:
+    """Samples whose answers changed, with their pictures as data, empty where they are none."""
+    changed = findings.verification.changed if findings.verification else ()
+    pictures = (thumbnail(Path(each.file), THUMBNAIL) if each.file else None for each in changed)
+    encoded = (base64.b64encode(png).decode() if png else "" for png in pictures)
+    return list(zip(changed, encoded, strict=True))
 
 
 def charts_library() -> str:
