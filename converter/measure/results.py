@@ -188,7 +188,8 @@ class TensorFinding:
 @dataclass(frozen=True)
 class Findings:
     """Everything a report says: `facts` are named figures in words, `advice` sentences on what to
-    do next, `errors` those of outputs and tensors inside, as far as they were measured on the way.
+    do next, `errors` those of outputs and tensors inside, as far as they were measured on the way,
+    `edges` pairs of nodes of which the second reads what the first makes.
     """
 
     facts: Mapping[str, str]
@@ -198,6 +199,7 @@ class Findings:
     tensors: tuple[TensorFinding, ...] = ()
     advice: tuple[str, ...] = ()
     errors: tuple[TensorError, ...] = ()
+    edges: tuple[tuple[str, str], ...] = ()
 
     @property
     def ranked(self) -> list[NodeFinding]:

@@ -14,6 +14,7 @@ from tempfile import TemporaryDirectory
 from threading import Lock
 
 import numpy as np
+import onnx_ir as ir
 
 from calib.affine import Array, QParams
 from calib.stats import TensorStats
@@ -136,12 +137,22 @@ def findings(both: Both, given: Findings, tables: Path | None = None) -> Finding
         tensors=tuple(shown.findings()),
         advice=tuple(overall_advice(nodes, given.verification, result.settings)),
         errors=tuple(map(error_of, pairs, np.sum(tallies, axis=0))),
+        edges=tuple(_edges(pairing.reference)),
     )
     if tables:
         write_table(tables / "output_summary.csv", outputs)
         write_table(tables / "quant_param.csv", parameter_rows(pairing.places, totals))
         write_table(tables / "sensitivity.csv", sensitivity_rows(told.ranked))
     return told
+
+
+def _edges(model: ir.Model) -> Iterator[tuple[str, str]]:
+    """Which node reads what which other makes, in the main graph."""
+    for node in model.graph:
+        for value in node.inputs:
+            maker = value.producer() if value is not None else None
+            if maker is not None:
+                yield maker.name or "", node.name or ""
 
 
 def _both(first: Figures | None, second: Figures) -> Figures:

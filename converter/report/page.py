@@ -13,6 +13,7 @@ from markupsafe import Markup
 
 from calib.images import thumbnail
 from converter.measure.results import Changed, Findings, NodeFinding, TensorFinding
+from converter.report.layout import placed
 from converter.version import __version__
 
 # More bars than this are not seen on a screen.
@@ -74,7 +75,22 @@ def _drawn(findings: Findings) -> dict[str, Any]:
         "sensitivity": ranked,
         "sensitivity_note": note,
         "tensors": [_tensor(tensor) for tensor in findings.tensors],
+        "graph": _graph(findings),
     }
+
+
+def _graph(findings: Findings) -> dict[str, Any]:
+    """Every node with its place, kind, whether it is integer, and its noise in dB; and the edges by
+    number.
+    """
+    nodes = {node.name: node for node in findings.nodes}
+    numbers = {name: number for number, name in enumerate(nodes)}
+    edges = [edge for edge in dict.fromkeys(findings.edges) if numbers.keys() >= {*edge}]
+    places, rows = placed(list(nodes), edges), []
+    for name, node in nodes.items():
+        noise = node.own.sqnr_db if node.own and math.isfinite(node.own.sqnr_db) else None
+        rows.append([name, node.op_type, *places[name], node.quantized, noise])
+    return {"nodes": rows, "edges": [[numbers[end] for end in edge] for edge in edges]}
 
 
 def _sensitivity(
