@@ -13,6 +13,7 @@ import pytest
 from command_line import CONFIG, DIGITS, MODEL, Command, changed
 from graphs import build, frozen
 from PIL import Image
+from running import Ear
 
 from converter.calibrate.data import spec_of
 from converter.config import load_config
@@ -21,6 +22,7 @@ from converter.doctor.checks import CHECKS
 from converter.doctor.examine import examine, findings
 from converter.doctor.scenes import suited
 from converter.job import Job, Watch
+from converter.pipeline.convert import convert
 
 with (DIGITS / "calib.csv").open(newline="") as table:
     LABELS = {row["file"]: int(row["label"]) for row in csv.DictReader(table)}
@@ -319,3 +321,22 @@ def test_right_answers_of_sub_folders_are_counted(capsys, tmp_path):
     )
     result = Command(capsys).convert(config, tmp_path / "out.onnx", MODEL)
     assert result.code == 0 and "right answers 100.0% -> " in result.out
+
+
+def test_a_check_that_fails_is_said_and_stops_nothing(tmp_path, monkeypatch):
+    def failing(job, watch, cheap):
+        raise ValueError("odd")
+
+    monkeypatch.setattr("converter.pipeline.convert.examine", failing)
+    config = changed(tmp_path / "c.cfg", ("calibrate_size = 100", "calibrate_size = 20"))
+    ear = Ear()
+    convert(Job(MODEL, tmp_path / "o.onnx", load_config(config)), ear)
+    assert any("is not checked: ValueError('odd')" in line for line in ear.warned)
+
+
+def test_the_doctor_does_not_send_to_the_doctor(capsys, case):
+    case.found(False, False, **WRONG["0..1"])
+    result = Command(capsys)(
+        "doctor", case.folder / "m.onnx", f"--configFile={case.folder / 'c.cfg'}"
+    )
+    assert "First BatchNorm" in result.out and "qconvert doctor" not in result.out

@@ -27,7 +27,8 @@ from converter.job import Job
 @click.option("--verbose", is_flag=True, help="Print what each check measures.")
 def doctor_command(model: Path, config: Path, *, verbose: bool, **flags: Any) -> None:
     """Check that a model is fed as it was trained, with the lines to write."""
-    from converter.doctor.examine import examine, findings  # imports what takes long
+    from converter.doctor.checks import HOW  # these import what takes long
+    from converter.doctor.examine import examine, findings
 
     wanted = load_config(config, rules=DATA_RULES)
     job = Job(model, model, wanted, flags["input_shapes"], flags["input_format"])
@@ -36,7 +37,7 @@ def doctor_command(model: Path, config: Path, *, verbose: bool, **flags: Any) ->
         if verbose:
             show(f"{check.title}: {check.measures}; a finding: {check.warns}.")
         for finding in found:
-            show(f"{check.title}: {finding.text}")
+            show(f"{check.title}: {finding.text.replace(HOW, '.')}")
             for line in finding.lines.splitlines():
                 show(f"    {line}")
     count = len(findings(examined))

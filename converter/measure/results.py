@@ -151,6 +151,7 @@ class NodeFinding:
     not measured).
 
     `share` is its part of the outputs' squared error, from 0 to 1; `bits` is None for a float node.
+    `inside` says that it is computed in the kernel of another one, as an activation is.
     """
 
     name: str
@@ -164,6 +165,7 @@ class NodeFinding:
     output: TensorError | None = None
     share: float | None = None
     advice: str = ""
+    inside: bool = False
 
 
 @dataclass(frozen=True)

@@ -69,8 +69,7 @@ def _converted(job: Job, watch: Watch) -> Outcome:
     prepared = read(job, watch)
     before = models.file_bytes(job.model)
     if job.config.preprocess.calibrate_path:
-        for finding in findings(examine(job, Watch(), cheap=True)):
-            watch.warn(str(finding))
+        _tell_of_mistakes(job, watch)
     try:
         result = MODES[job.mode].quantize(prepared, job, watch)
         result = replace(result, settings=job.config, source=job.model)
@@ -85,6 +84,19 @@ def _converted(job: Job, watch: Watch) -> Outcome:
     except CalibError as error:
         raise QConvertError(str(error)) from error
     return _measured(job, unfinished, (before, models.file_bytes(job.output)), watch)
+
+
+def _tell_of_mistakes(job: Job, watch: Watch) -> None:
+    """Warns where the model is not fed as it was trained."""
+    try:
+        found = findings(examine(job, Watch(), cheap=True))
+    except QConvertError:
+        raise
+    except Exception as error:  # checks must not stop a conversion that works
+        watch.warn(f"Whether the model is fed as it was trained is not checked: {error!r}")
+        return
+    for finding in found:
+        watch.warn(str(finding))
 
 
 def _name_apart(model: ir.Model, watch: Watch) -> None:

@@ -228,6 +228,7 @@ def _node(
         sum(place.weight.nbytes for place in weights if place.weight is not None),
         sum(map(_bytes_after, weights)),
         error if quantized else None,
+        inside=bool(unit and unit.inside),
     )
 
 

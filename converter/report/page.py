@@ -89,7 +89,8 @@ def _graph(findings: Findings) -> dict[str, Any]:
     places, rows = placed(list(nodes), edges), []
     for name, node in nodes.items():
         noise = node.own.sqnr_db if node.own and math.isfinite(node.own.sqnr_db) else None
-        rows.append([name, node.op_type, *places[name], node.quantized, noise])
+        integer = node.quantized or node.inside
+        rows.append([name, node.op_type, *places[name], integer, noise])
     return {"nodes": rows, "edges": [[numbers[end] for end in edge] for edge in edges]}
 
 
