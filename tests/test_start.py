@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 import pty
-import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -103,4 +102,3 @@ def test_a_full_disk_is_named_with_the_file(qconvert, tmp_path, monkeypatch):
 def test_the_command_is_the_one_that_is_installed():
     text = (Path(__file__).parents[1] / "pyproject.toml").read_text()
     assert 'qconvert = "converter.start:main"' in text
-    assert signal.getsignal(signal.SIGINT) is not None
