@@ -19,6 +19,7 @@ from converter.calibrate.data import spec_of
 from converter.config import load_config
 from converter.config.rules import DATA_RULES
 from converter.doctor.checks import CHECKS
+from converter.doctor.evidence import Summary
 from converter.doctor.examine import examine, findings
 from converter.doctor.scenes import suited
 from converter.job import Job, Watch
@@ -340,3 +341,15 @@ def test_the_doctor_does_not_send_to_the_doctor(capsys, case):
         "doctor", case.folder / "m.onnx", f"--configFile={case.folder / 'c.cfg'}"
     )
     assert "First BatchNorm" in result.out and "qconvert doctor" not in result.out
+
+
+def test_without_data_the_doctor_says_so(capsys, tmp_path):
+    (tmp_path / "c.cfg").write_text("[common_quant_param]\nquant_type = WEIGHT_QUANT\n")
+    result = Command(capsys)("doctor", MODEL, f"--configFile={tmp_path / 'c.cfg'}")
+    assert result.code == 1 and "calibrate_path: is missing" in result.err
+
+
+def test_letterboxed_pixels_are_pixels_all_the_same():
+    x = np.zeros((1, 224, 224, 3), np.uint8)
+    x[:, 60:] = np.random.default_rng(0).integers(0, 256, (1, 164, 224, 3))
+    assert Summary.of(x, x).levels == 64

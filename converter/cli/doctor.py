@@ -11,6 +11,7 @@ from converter.cli.flags import INPUT_FLAGS, with_flags
 from converter.cli.terminal import Terminal, show
 from converter.config import load_config
 from converter.config.rules import DATA_RULES
+from converter.errors import ConfigError
 from converter.job import Job
 
 
@@ -31,6 +32,10 @@ def doctor_command(model: Path, config: Path, *, verbose: bool, **flags: Any) ->
     from converter.doctor.examine import examine, findings
 
     wanted = load_config(config, rules=DATA_RULES)
+    if not wanted.preprocess.calibrate_path:
+        where = wanted.at("data_preprocess_param", "calibrate_path")
+        msg = f"{where}: is missing, and without data nothing can be checked; write it."
+        raise ConfigError(msg)
     job = Job(model, model, wanted, flags["input_shapes"], flags["input_format"])
     examined = examine(job, Terminal(False, verbose), cheap=False)
     for check, found in examined:
