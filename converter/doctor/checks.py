@@ -58,9 +58,9 @@ class Check:
 
 # --- the samples
 
-# Ranges that follow from so few samples are exceeded by one new sample in twenty: the next of n + 1
+# Ranges that follow from fewer samples are exceeded by one new sample in ten: the next of n + 1
 # alike is the most extreme with a chance of 1 / (n + 1).
-FEW_SAMPLES = 19
+FEW_SAMPLES = 9
 # The share of samples that may be blank, or like another, by nature.
 ODD = 0.1
 # Pixels of 0..255 that span less hold no picture, or nothing at all.
