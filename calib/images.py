@@ -12,6 +12,7 @@ import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 
@@ -104,6 +105,32 @@ def load_image(path: Path, options: ImageOptions, channels: int) -> Pixels:
     if options.normalize_std:
         pixels /= np.asarray(options.normalize_std, np.float32)
     return pixels
+
+
+def picture_size(path: Path) -> tuple[int, int]:
+    """Width and height of a picture file in pixels, as it is stored; CalibError if it is broken."""
+    with reading(path, "a picture"), Image.open(path, formats=FORMATS) as image:
+        return image.size
+
+
+def thumbnail(path: Path, side: int) -> bytes | None:
+    """A picture file as a PNG that fits a square of `side` pixels; None where it is no picture."""
+    try:
+        with Image.open(path, formats=FORMATS) as image:
+            _limit(path, image.size, "has")
+            small = ImageOps.exif_transpose(image).convert("RGB")
+            small.thumbnail((side, side))
+            small.save(stream := BytesIO(), "PNG")
+    except Exception:  # decoders raise almost any type on broken bytes
+        return None
+    return stream.getvalue()
+
+
+def enlarged(options: ImageOptions, width: int, height: int) -> float:
+    """How many times a picture of this size is enlarged, in the direction where it is more."""
+    if options.resize_short_side:
+        return options.resize_short_side / min(width, height)
+    return max((options.resize_width or width) / width, (options.resize_height or height) / height)
 
 
 @contextmanager

@@ -1,8 +1,8 @@
 """Folders of calibration data to samples, each one feed of the model's inputs.
 
 File number i of every input's folder, in natural order (img2 before img10), makes sample number i.
-Hidden files and sub-folders are ignored. A file that cannot be used takes its sample with it, is
-named in `Dataset.warnings`, and the next files step in.
+Hidden files are ignored, and so are sub-folders beside files. A file that cannot be used takes its
+sample with it, is named in `Dataset.warnings`, and the next files step in.
 """
 
 from __future__ import annotations
@@ -133,9 +133,10 @@ def open_dataset(
     image: ImageOptions,
     workers: int | None = None,
     fixed: Sample | None = None,
+    spread: int | None = None,
 ) -> Dataset:
     """The first `size` usable samples for a model's inputs; `kind` is IMAGE, BIN or NPY (a key of
-    `KINDS`).
+    `KINDS`). Of more than `spread` so many are looked at, at equal distances.
 
     `fixed` holds what every sample has beside the data: inputs that need not be fed.
     `folders` says where the data of each input lies; for NPY it may be one file whose rows are the
@@ -144,10 +145,10 @@ def open_dataset(
     takes N pictures or rows. Raises CalibError if inputs and folders do not pair up, a folder or
     input cannot be used, or no sample is left.
     """
-    _check_names(specs, folders)
-    sources = [KINDS[kind](spec, folders[spec.name], image) for spec in specs]
+    sources = sources_of(specs, folders, kind, image)
     counts = {source.spec.name: len(source.files) for source in sources}
-    candidates = range(min(counts.values()))
+    candidates = _candidates(min(counts.values()), size, spread)
+    size = min(size, spread or size)
     chosen, skipped = _select(sources, candidates, size, workers=workers)
     if not chosen:
         # A model may take what is no number for a missing value.
@@ -170,9 +171,25 @@ def open_dataset(
     return Dataset(sources, chosen, warnings, fixed)
 
 
+def sources_of(
+    specs: Sequence[InputSpec], folders: Mapping[str, Path], kind: str, image: ImageOptions
+) -> list[Source]:
+    """What each input is fed from, of which nothing is read yet. Raises CalibError if inputs and
+    folders do not pair up, or a folder or input cannot be used.
+    """
+    _check_names(specs, folders)
+    return [KINDS[kind](spec, folders[spec.name], image) for spec in specs]
+
+
+def _candidates(count: int, size: int, spread: int | None) -> Sequence[int]:
+    if spread is None or min(count, size) <= spread:
+        return range(count)
+    return [int(k) for k in np.linspace(0, min(count, size) - 1, spread)]
+
+
 def _select(
     sources: Sequence[Source],
-    candidates: range,
+    candidates: Sequence[int],
     size: int,
     *,
     workers: int | None,
@@ -181,10 +198,10 @@ def _select(
     """The first `size` of the candidates that load, and why others do not."""
     chosen: list[Choice] = []
     skipped: list[str] = []
-    room, start = CACHE_BYTES, candidates.start
+    room, start = CACHE_BYTES, 0
     with ThreadPoolExecutor(workers) as pool:
-        while start < candidates.stop and len(chosen) < size:
-            wave = range(start, min(candidates.stop, start + min(WAVE, size - len(chosen))))
+        while start < len(candidates) and len(chosen) < size:
+            wave = candidates[start : start + min(WAVE, size - len(chosen))]
             for candidate, loading in [(k, pool.submit(_load, sources, k)) for k in wave]:
                 try:
                     sample = loading.result()
@@ -195,7 +212,7 @@ def _select(
                     continue
                 room -= sum(array.nbytes for array in sample.values())
                 chosen.append((candidate, sample if room >= 0 else None))
-            start = wave.stop
+            start += len(wave)
     return chosen, skipped
 
 

@@ -5,8 +5,9 @@ dtype.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
+from itertools import zip_longest
 from math import prod
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ PIXEL_DTYPES = ("float32", "float16", "uint8", "int8")
 # A small archive may unpack to more than fits into memory.
 MAX_UNPACKED = 1 << 30
 CLUTTER = ("thumbs.db", "desktop.ini")
+# Sub-folders of sub-folders that are looked into: links may go in circles.
+DEEPEST = 4
 
 
 @dataclass(frozen=True)
@@ -63,19 +66,46 @@ class Source:
 def list_files(folder: Path) -> list[Path]:
     """The folder's visible files in natural order; a dangling link is listed, so that it is named
     when it fails.
+
+    Where there are none but sub-folders, as of classes, their files: the first of each, the second
+    of each and so on, so that the first few files are of all.
     """
     try:
-        files = [path for path in folder.iterdir() if path.is_file() or not path.exists()]
+        return _files_in(folder)
     except OSError as error:
         msg = (
             f"{folder}: is not a readable folder of calibration data ({error.strerror}); correct "
             "calibrate_path."
         )
         raise CalibError(msg) from error
-    visible = [
-        path for path in files if not path.name.startswith(".") and path.name.lower() not in CLUTTER
-    ]
-    return sorted(visible, key=lambda path: _natural(path.name))
+
+
+def _files_in(folder: Path, depth: int = 0) -> list[Path]:
+    entries = [entry for entry in folder.iterdir() if _is_visible(entry)]
+    files = [path for path in entries if path.is_file() or not path.exists()]
+    if files or depth == DEEPEST:
+        return sorted(files, key=lambda path: _natural(path.name))
+    inner = [_files_in(path, depth + 1) for path in _sorted_folders(entries)]
+    turns = zip_longest(*inner)
+    return [path for turn in turns for path in turn if path is not None]
+
+
+def _is_visible(path: Path) -> bool:
+    return not path.name.startswith(".") and path.name.lower() not in CLUTTER
+
+
+def _sorted_folders(entries: Iterable[Path]) -> list[Path]:
+    folders = (path for path in entries if path.is_dir() and _is_visible(path))
+    return sorted(folders, key=lambda path: _natural(path.name))
+
+
+def class_folders(folder: Path) -> dict[str, int]:
+    """The classes that sub-folders are: their numbers where all have numbers for names, else their
+    places in natural order.
+    """
+    names = [path.name for path in _sorted_folders(folder.iterdir())]
+    numbers = all(name.isascii() and name.isdigit() for name in names)
+    return {name: int(name) if numbers else place for place, name in enumerate(names)}
 
 
 def _natural(name: str) -> tuple[list[str | int], str]:
@@ -125,8 +155,8 @@ def image_source(spec: InputSpec, folder: Path, image: ImageOptions) -> Source:
 
 
 def image_axes(spec: InputSpec) -> str:
-    """The meaning of the input's axes: NCHW, NHWC or, for grey pictures without a channel axis,
-    NHW.
+    """The meaning of the axes of an input that takes pictures: NCHW, NHWC or, for grey ones without
+    a channel axis, NHW. Raises CalibError where that is not clear.
     """
     if len(spec.shape) == 3 and spec.batch == 1:
         return "NHW"
@@ -182,8 +212,25 @@ def _image_batch(spec: InputSpec, axes: str, files: Sequence[Path], image: Image
     return batch.astype(spec.dtype)
 
 
+def _turn(spec: InputSpec) -> tuple[int, ...] | None:
+    """The axes of the data, in the order of the input's, where the user said that data has another
+    layout than the input; None where it has the same.
+
+    An input whose channels cannot be told by their number has them where ONNX's convolutions do.
+    """
+    if spec.layout is None or len(spec.shape) != 4:
+        return None
+    fits = [axes for axes in IMAGE_AXES if _channels(spec, axes) in (1, 3)]
+    if len(fits) == 2:
+        return None  # which of the two is what the user says
+    own = fits[0] if fits else IMAGE_AXES[0]
+    return None if own == spec.layout else tuple(spec.layout.index(axis) for axis in own)
+
+
 def bin_source(spec: InputSpec, folder: Path, _: ImageOptions) -> Source:
-    """Raw buffers, one file a sample, in the input's own layout and dtype."""
+    """Raw buffers, one file a sample, in the input's dtype and the layout that the user says, by
+    default its own.
+    """
     _check_numeric(spec)
     if spec.shape[1:].count(None) > 1:
         msg = (
@@ -198,7 +245,8 @@ def _read_bin(spec: InputSpec, path: Path) -> Array:
     """A little-endian buffer of the input's dtype; a float16 input also takes the same values
     stored as float32.
     """
-    sides = (spec.batch, *spec.shape[1:]) if spec.shape else ()
+    sides, turn = (spec.batch, *spec.shape[1:]) if spec.shape else (), _turn(spec)
+    sides = tuple(sides[place] for place in np.argsort(turn)) if turn else sides
     known = prod(side for side in sides if side is not None)
     stored = [spec.dtype, np.dtype(np.float32)] if spec.dtype == np.float16 else [spec.dtype]
     with reading(path, "a raw buffer"):
@@ -207,7 +255,8 @@ def _read_bin(spec: InputSpec, path: Path) -> Array:
             unit = known * dtype.itemsize
             if size == unit or (None in sides and size and size % unit == 0):
                 shape = [size // unit if side is None else side for side in sides]
-                return np.fromfile(path, dtype.newbyteorder("<")).reshape(shape).astype(spec.dtype)
+                array = np.fromfile(path, dtype.newbyteorder("<")).reshape(shape)
+                return (array.transpose(turn) if turn else array).astype(spec.dtype)
     wanted = f"{'a multiple of ' if None in sides else ''}{known * spec.dtype.itemsize}"
     msg = (
         f"{path}: holds {size} bytes but input {spec} takes {wanted}; write all its values as "
@@ -285,7 +334,9 @@ def _read_npy(spec: InputSpec, path: Path) -> Array:
 
 def _fit(array: Array, spec: InputSpec, where: str) -> Array:
     """A copy of `array` in the input's dtype, with the batch axis added where it lacks one."""
-    batched = array[None] if array.ndim == len(spec.shape) - 1 else array
+    batched, turn = array[None] if array.ndim == len(spec.shape) - 1 else array, _turn(spec)
+    if turn and batched.ndim == len(turn):
+        batched = batched.transpose(turn)
     same_rank = batched.ndim == len(spec.shape)
     if not same_rank or any(
         want not in (None, got) for want, got in zip(spec.shape, batched.shape, strict=True)

@@ -1,5 +1,5 @@
 """`python -m converter` is `qconvert`."""
 
-from converter.cli import main
+from converter.start import main
 
 main()

@@ -20,7 +20,7 @@ from rich.text import Text
 
 ROOT = Path(__file__).resolve().parent.parent
 COMMAND = "qconvert --modelFile=examples/digits/digits_cnn.onnx --configFile=configs/full_quant.cfg"
-WIDTH = 114
+WIDTH = 136
 # Viewers that show an SVG as a picture load no fonts from elsewhere; theirs is as good.
 WEB_FONTS = re.compile(r"@font-face \{.*?\}\n?", re.DOTALL)
 

@@ -34,7 +34,7 @@ class InMemory(Dataset):
         return self._samples[index]
 
     def files(self, index: int) -> tuple[Path, ...]:
-        return (Path(self._names[index]),)
+        return (Path(self._names[index]),) if self._names else ()
 
 
 def resources(threads: int = 1, memory: int = 64 << 20) -> Resources:

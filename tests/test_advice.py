@@ -14,10 +14,10 @@ from calib.affine import UINT8, QParams
 from converter.config import Config, default_config, load_config
 from converter.config.keys import SECTIONS
 from converter.config.left import against_saturation
-from converter.measure.errors import TensorError
+from converter.measure.errors import Speed, TensorError
 from converter.measure.pairing import Place
 from converter.measure.results import NodeFinding, Verification
-from converter.report.advice import advice_for, overall_advice
+from converter.report.advice import advice_for, overall_advice, skip_line
 from converter.report.rounds import Figures
 
 KEYS = {name: key for section in SECTIONS.values() for name, key in section.keys.items()}
@@ -57,7 +57,7 @@ def all_advice(settings: Config, bits: int = 8) -> str:
         replace(node, advice=advice_for(node, ranged if index else [], True, settings))
         for index, node in enumerate(nodes * 2)
     ]
-    found = Verification(1, True, (noisy,), 0.0, 0.5, None, None, {}, (), ("a",))
+    found = Verification(1, True, (noisy,), 0.0, Speed(0.5, 0.4, 0.6), None, None, {}, (), ("a",))
     return " ".join([*(node.advice for node in nodes), *overall_advice(nodes, found, settings)])
 
 
@@ -79,7 +79,7 @@ def test_what_is_set_is_not_advised(tmp_path: Path) -> None:
     assert "activation_quant_method = MAX_MIN" not in all_advice(config(tmp_path, "FULL_QUANT"))
     other = config(tmp_path, "FULL_QUANT", activation_quant_method="KL")
     assert "activation_quant_method = MAX_MIN" in all_advice(other)
-    assert "a smaller max_drop" in all_advice(config(tmp_path, "FULL_QUANT", max_drop=0.1))
+    assert "max_drop = 0.05, or" in all_advice(config(tmp_path, "FULL_QUANT", max_drop=0.1))
     assert "bit_num" not in all_advice(config(tmp_path, "WEIGHT_QUANT", bit_num=16), bits=16)
 
 
@@ -93,9 +93,26 @@ def test_saturation(tmp_path: Path) -> None:
 
 def test_a_model_of_unknown_settings_gets_all_advice() -> None:
     text = all_advice(default_config())
-    assert named(text) >= {"activation_quant_method", "skip_quant_node", "max_drop", "bit_num"}
+    assert named(text) >= {"activation_quant_method", "skip_quant_node", "max_drop"}
+    assert "bit_num" not in named(text)  # which no one knows to be there
 
 
 def test_ranges_of_training_follow_no_method(tmp_path: Path) -> None:
     path = write_config(tmp_path / "c.cfg", transform_quant={"export_precision_mode": "QUANT"})
     assert not named(all_advice(load_config(path))) & {"activation_quant_method", "max_drop"}
+
+
+@pytest.mark.parametrize("names", [["conv"], ["a,b", "it's"], ["/head/conv", "x y"]])
+def test_a_line_can_be_pasted_and_keeps_what_is_skipped_already(
+    tmp_path: Path, names: list[str]
+) -> None:
+    settings = config(tmp_path, "FULL_QUANT")
+    settings = replace(settings, common=replace(settings.common, skip_quant_node=("old/*",)))
+    line = skip_line(names, settings)
+    (tmp_path / "p.cfg").write_text(f"[common_quant_param]\nquant_type = WEIGHT_QUANT\n{line}\n")
+    assert load_config(tmp_path / "p.cfg").common.skip_quant_node == ("old/*", *names)
+
+
+def test_more_bits_are_advised_where_a_key_gives_them(tmp_path: Path) -> None:
+    assert "bit_num = 6" in all_advice(config(tmp_path, "WEIGHT_QUANT", bit_num=4), bits=4)
+    assert "more bits" not in all_advice(config(tmp_path, "FULL_QUANT"))

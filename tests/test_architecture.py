@@ -36,6 +36,7 @@ ROOMS = (
     "emit",
     "calibrate",
     "measure",
+    "doctor",
     "weights",
     "learn",
     "report",
@@ -44,6 +45,7 @@ ROOMS = (
     "batch",
     "api",
     "cli",
+    "start",
     "__main__",
 )
 # What of `weights` is plain numbers, and what holds or runs graphs.

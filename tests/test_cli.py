@@ -211,8 +211,10 @@ def test_every_preset_converts_the_example(qconvert: Command, config: Path, tmp_
 # --- what only looks
 
 
-def test_dry_run_shows_the_plan_and_needs_no_data(qconvert: Command, tmp_path: Path) -> None:
-    config = changed(tmp_path / "c.cfg", (str(DIGITS / "calib"), str(tmp_path / "nowhere")))
+def test_dry_run_shows_the_plan_and_reads_no_data(qconvert: Command, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "no_picture.png").write_text("x")
+    config = changed(tmp_path / "c.cfg", (str(DIGITS / "calib"), str(tmp_path / "data")))
     before = sorted(tmp_path.rglob("*"))
     result = qconvert.convert(config, tmp_path / "a.onnx", MODEL, "--dry-run")
     assert (result.code, result.err) == (0, "")

@@ -24,10 +24,12 @@ from onnxruntime.quantization import (
 from sample_files import spec
 
 from calib.sources import InputSpec
+from converter import convert
 from converter.config import load_config
 from converter.config.keys import QUANT_TYPES, SECTIONS
-from converter.config.starter import starter_config
+from converter.config.starter import Known, Scaling, starter_config
 from converter.errors import ModelError
+from converter.report.text import columns, fitted
 
 PIXELS = spec(1, 3, 224, 320)
 
@@ -48,9 +50,16 @@ def quantized(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def starter(
     folder: Path, *inputs: InputSpec, mode: str = "FULL_QUANT", **options: object
 ) -> object:
-    """What `load_config` makes of the configuration for a model with these inputs."""
-    (folder / "c.cfg").write_text(starter_config(inputs, mode), encoding="utf-8")
+    """What `load_config` makes of the configuration for a model with these inputs, filled in."""
+    text = starter_config(Known(inputs), mode)
+    (folder / "c.cfg").write_text(filled(text, inputs), encoding="utf-8")
     return load_config(folder / "c.cfg", **options)
+
+
+def filled(text: str, inputs: tuple[InputSpec, ...] = ()) -> str:
+    """The text with what only the user can know."""
+    grey = not inputs or 1 in inputs[0].shape[1:]
+    return text.replace("= FILL_IN", "= [127.5]" if grey else "= [127.5, 127.5, 127.5]")
 
 
 @pytest.mark.parametrize("mode", QUANT_TYPES)
@@ -59,8 +68,11 @@ def test_what_init_writes_loads_for_every_mode(
 ) -> None:
     result = qconvert("init", MODEL, f"--outputFile={tmp_path / 'my.cfg'}", f"--mode={mode}")
     assert (result.code, result.err) == (0, "")
-    assert result.lines[-1] == f"qconvert --modelFile={MODEL} --configFile={tmp_path / 'my.cfg'}"
+    assert result.lines[-1] == f"qconvert --configFile={tmp_path / 'my.cfg'}"
+    text = (tmp_path / "my.cfg").read_text()
+    (tmp_path / "my.cfg").write_text(filled(text))
     config = load_config(tmp_path / "my.cfg")
+    assert config.job.model == MODEL
     assert (config.mode, config.warnings) == (mode, ())
     assert bool(config.preprocess.calibrate_path) == (mode == "FULL_QUANT")
 
@@ -72,10 +84,13 @@ def test_init_beside_the_model_and_the_conversion_with_it(
     (tmp_path / "data").mkdir()
     (tmp_path / "data" / "image").symlink_to(DIGITS / "calib")
     assert qconvert("init", tmp_path / "digits.onnx").code == 0
-    assert (tmp_path / "digits.cfg").read_text().count("FILL IN:") == 2
-    result = qconvert.convert(
-        tmp_path / "digits.cfg", tmp_path / "q.onnx", tmp_path / "digits.onnx"
-    )
+    text = (tmp_path / "digits.cfg").read_text()
+    assert text.count("FILL IN:") == 2
+    unfilled = qconvert(f"--configFile={tmp_path / 'digits.cfg'}")
+    assert unfilled.code == 1 and "normalize_mean = FILL_IN: is not filled in yet" in unfilled.err
+    (tmp_path / "digits.cfg").write_text(filled(text))
+    result = qconvert(f"--configFile={tmp_path / 'digits.cfg'}")
+    assert (tmp_path / "digits_quant.onnx").exists()
     assert (result.code, result.err, result.lines[-1]) == (0, "", "CONVERT RESULT SUCCESS:0")
 
 
@@ -147,7 +162,7 @@ def test_any_input_name_is_read_back(
     inputs = [spec(1, 10, name=name) for name in names]
     if any("'" in name and '"' in name for name in names):
         with pytest.raises(ModelError, match="rename it in the model"):
-            starter_config(inputs, "FULL_QUANT")
+            starter_config(Known(inputs), "FULL_QUANT")
     elif names:
         config = starter(tmp_path_factory.getbasetemp(), *inputs)
         assert [name for name, _ in config.preprocess.calibrate_path] == names
@@ -155,7 +170,7 @@ def test_any_input_name_is_read_back(
 
 @pytest.mark.parametrize("mode", QUANT_TYPES)
 def test_every_line_behind_a_mark_is_one_that_may_be_used(tmp_path: Path, mode: str) -> None:
-    text = starter_config([PIXELS], mode)
+    text = starter_config(Known([PIXELS], scaling=Scaling("[1]", "[2]", "Why.")), mode)
     names = [name for section in SECTIONS.values() for name in section.keys]
     used = re.sub(rf"^# ({'|'.join(names)}) =", r"\1 =", text, flags=re.MULTILINE)
     (tmp_path / "c.cfg").write_text(used)
@@ -328,9 +343,7 @@ def test_compare_needs_no_more_than_data(
         f"Size {before / 1e6:.2f} MB -> {after / 1e6:.2f} MB ({after / before:.0%} of the "
         "float model)."
     )
-    assert result.lines[1].startswith(
-        "Verified on 16 samples held back from calibration: cosine 1.0000"
-    )
+    assert result.lines[1].startswith("Verified on 10 samples of calibrate_path: cosine 1.0000")
     assert any(line.startswith("Nodes that cost the outputs most") for line in result.lines)
     assert [path.name for path in tmp_path.iterdir()] == ["data.cfg"]
 
@@ -351,8 +364,8 @@ def test_compare_measures_what_other_tools_lost(
     result = qconvert("compare", MODEL, other, f"--configFile={data_only}", "--report=seen")
     assert result.code == 0
     summary = json.loads((tmp_path / "seen" / "summary.json").read_text())
-    # The 16 files behind the first 10.
-    samples = [{"image": image[None]} for image in digits("calib")[0][10:26]]
+    # Those that were given.
+    samples = [{"image": image[None]} for image in digits("calib")[0][:10]]
     x, y = (
         np.concatenate([outputs(path, s, optimized=True)[0] for s in samples])
         for path in (MODEL, other)
@@ -429,3 +442,50 @@ def test_compare_says_what_is_wrong_in_a_sentence(
         assert result.code == code, arguments
         assert result.err.startswith(f"ERROR: {words}"), result.err
         assert result.err.count("\n") == 1
+
+
+# --- flags and tables
+
+
+def test_a_flag_that_is_given_twice_is_an_error(qconvert: Command) -> None:
+    result = qconvert(f"--modelFile={MODEL}", "--modelFile", "other.onnx", f"--configFile={CONFIG}")
+    assert (result.code, result.err) == (
+        2,
+        "ERROR: --modelFile is given more than once; keep one of them.\n",
+    )
+
+
+def test_the_format_may_be_written_small(qconvert: Command) -> None:
+    result = qconvert("--fmk=onnx", f"--modelFile={MODEL}", f"--configFile={CONFIG}", "--dry-run")
+    assert (result.code, result.err) == (0, "")
+
+
+@pytest.mark.parametrize("width", [40, 80, 100])
+def test_a_plan_fits_the_terminal(width: int) -> None:
+    names = [f"/a/rather/long/path/of/names/block{n}/conv/Conv" for n in range(3)]
+    reason = "a reason of so many words that it cannot stand in a line of any terminal of today"
+    table = [("node", "operator", "why"), *((name, "Conv", reason) for name in names)]
+    lines = list(fitted(table, width))
+    assert max(map(len, lines)) <= width
+    words = " ".join(lines).split()
+    assert [word for word in words if word in reason.split()].count("terminal") == 3
+    assert sum("…" in line for line in lines) == 3
+    assert list(fitted(table, None)) == list(columns(table))
+
+
+def test_an_outcome_prints_its_summary(tmp_path: Path) -> None:
+    config = changed(tmp_path / "c.cfg", ("calibrate_size = 100", "calibrate_size = 20"))
+    text = str(convert(MODEL, config, tmp_path / "out.onnx"))
+    assert text.startswith("Quantized 12 of 13 nodes: ") and "Verified on " in text
+    assert text.endswith(f"Written to {tmp_path / 'out.onnx'}")
+
+
+def test_a_pattern_does_not_convert_its_own_results(qconvert: Command, tmp_path: Path) -> None:
+    for name in ("a", "b"):
+        (tmp_path / f"{name}.onnx").write_bytes(MODEL.read_bytes())
+    (tmp_path / "w.cfg").write_text("[common_quant_param]\nquant_type = WEIGHT_QUANT\n")
+    (tmp_path / "jobs.csv").write_text("model,config,output\n*.onnx,w.cfg,\n")
+    for _ in range(2):
+        assert qconvert("batch", tmp_path / "jobs.csv", "--verify=off").code == 0
+        found = sorted(path.name for path in tmp_path.glob("*.onnx"))
+        assert found == ["a.onnx", "a_quant.onnx", "b.onnx", "b_quant.onnx"]

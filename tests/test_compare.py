@@ -118,19 +118,38 @@ def test_any_difference(row, addend):
         )
 
 
-@pytest.mark.parametrize(("each", "expected"), [(0.02, 2.0), (0.0002, None)])
-def test_speed_is_the_ratio_of_medians(monkeypatch, each, expected):
-    """The clock stands still but for the runs: the float model takes two units, the other one."""
+def timed(monkeypatch, cost):
+    """`speedup` by a clock that stands still but for the runs, which take cost(model, number)."""
     both = opened(FLOAT), opened(FLOAT)
-    clock, first = [0.0], []
+    clock, runs = [0.0], [0, 0]
 
     def tick(session, outputs, sample):
-        first.append(session)
-        clock[0] += 2 * each if session is first[0] else each
+        which = int(session is not both[0].session)
+        clock[0] += cost(which, runs[which])
+        runs[which] += 1
 
     monkeypatch.setattr("converter.measure.errors.run", tick)
-    monkeypatch.setattr("time.perf_counter", lambda: clock[0])
-    assert speedup(*both, {}) == (expected and pytest.approx(expected))
+    monkeypatch.setattr("time.thread_time", lambda: clock[0])
+    return speedup(*both, {}), runs
+
+
+@pytest.mark.parametrize(("each", "expected"), [(0.02, 2.0), (0.0002, None)])
+def test_speed_is_the_ratio_of_medians_of_processor_time(monkeypatch, each, expected):
+    """The float model takes two units, the other one."""
+    found, _ = timed(monkeypatch, lambda which, number: each * (2 - which))
+    assert (found and found.ratio) == (expected and pytest.approx(expected))
+    assert found is None or ((found.low, found.high) == pytest.approx((2, 2)) and found.sure)
+
+
+def test_a_noisy_machine_is_timed_until_the_interval_is_narrow_and_says_how_wide_it_is(monkeypatch):
+    rng = np.random.default_rng(0)
+    noise = rng.uniform(0.9, 1.1, (2, 1000)) * [[0.002], [0.001]]
+    found, runs = timed(monkeypatch, lambda which, number: noise[which, number])
+    assert found.low < 2 < found.high and found.high < 1.06 * found.low
+    assert 8 < runs[0] < 400
+    wild = rng.exponential(size=(2, 1000)) * [[0.02], [0.01]]
+    found, _ = timed(monkeypatch, lambda which, number: 0.001 + wild[which, number])
+    assert found.low < 1 < found.high or not found.sure
 
 
 def test_values_that_are_not_finite_are_counted_and_left_out():

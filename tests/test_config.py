@@ -81,6 +81,7 @@ MISTAKES = {
     (FULL, "power_of_two_scale"): [("2", "true or false")],
     (FULL, "only_where_it_pays"): [("1", "true or false")],
     (FULL, "require_full_integer"): [("1", "true or false")],
+    (FULL, "allow_float"): [(bad, "names separated by commas") for bad in ("Softmax,", ",")],
     (FULL, "max_drop"): [(bad, "above 0 and below 1") for bad in ("0", "1", "1%", "-0.01", "inf")],
     (FULL, "activation_bits"): [(bad, "8, 16 or MIXED") for bad in ("4", "32", "MIX")],
     (FULL, "bias_correction"): [("on", "true or false")],
@@ -102,6 +103,7 @@ MISTAKES = {
             "a:x,pictures",
         )
     ],
+    (DATA, "verify_size"): [(bad, "integer from 1 to 65535") for bad in ("0", "many")],
     (DATA, "calibrate_size"): [(bad, "integer from 1 to 65535") for bad in ("0", "65536")],
     (DATA, "input_type"): [("JPEG", "IMAGE, BIN, NPY or SYNTHETIC")],
     (DATA, "synthetic_size"): [(bad, "integer from 0 to 65535") for bad in ("-1", "65536", "x")],

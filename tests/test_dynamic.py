@@ -20,6 +20,7 @@ from calib.affine import Array
 from converter.config import load_config
 from converter.job import Job
 from converter.modes import dynamic_quant
+from converter.pipeline.convert import convert
 from converter.plan.plan import QuantPlan
 from converter.prepare import prepare
 from converter.prepare.fake_quant import without_training
@@ -343,3 +344,13 @@ def test_the_float_model_is_left_alone(tmp_path):
     before = frozen(model)
     quantized(tmp_path, model, data={"x": normal(8, 1, 64)[:, None, 0]})
     assert_same(before, model, {"x": X})
+
+
+def test_a_network_of_convolutions_is_told_that_nothing_becomes_integer(tmp_path):
+    graph = "g (float[1,3,8,8] x) => (float[1,4,8,8] y) { y = Conv <pads = [1,1,1,1]> (x, w) }"
+    (tmp_path / "model.onnx").write_bytes(frozen(build(graph, w=normal(4, 3, 3, 3))))
+    config = load_config(
+        write_config(tmp_path / "c.cfg", common_quant={"quant_type": "DYNAMIC_QUANT"})
+    )
+    convert(Job(tmp_path / "model.onnx", tmp_path / "out.onnx", config), ear := Ear())
+    assert any("Nothing of this model computes in integers" in line for line in ear.warned)

@@ -113,14 +113,41 @@ def test_through_a_transpose():
     np.testing.assert_allclose(run(model, {"x": fed})["y"], wanted, rtol=1e-4, atol=1e-3)
 
 
+BORDERS = {
+    "half a pixel": ([127.5] * 3, [127.5] * 3, PADDED, 128),
+    "means that differ": ([123.7, 116.3, 103.5], [58.4, 57.1, 57.4], PADDED, 114),
+    "itself padding": ([127.5] * 3, [127.5] * 3, SAME, 128),
+    "a pad before": (
+        [127.5] * 3,
+        [127.5] * 3,
+        "p = Pad (x, sides)  y = Conv (p, w, b)",
+        128,
+    ),
+}
+
+
+@pytest.mark.parametrize(("mean", "std", "nodes", "pixel"), BORDERS.values(), ids=BORDERS)
+def test_zeros_around_a_picture_become_the_nearest_pixel_and_all_else_stays(
+    mean, std, nodes, pixel
+):
+    constants = {**CONSTANTS, "sides": np.array([0, 0, 1, 1, 0, 0, 1, 1])}
+    used = {name: x for name, x in constants.items() if name in nodes}
+    model = prepared(f"{HEAD} {{ {nodes} }}", **used)
+    before = frozen(model)
+    pixels = fold_normalisation(model, wishes(mean, std))
+    assert int(pixels.qparams.zero_point) == pixel and float(pixels.qparams.scale) == 1
+    assert pixels.border == pytest.approx(max(abs(np.subtract(mean, pixel)) / std))
+    found = run(model, {"x": PIXELS.astype(np.float32) - pixel})["y"].astype(np.float64)
+    wanted = run(before, {"x": normalized(PIXELS, mean, std)})["y"].astype(np.float64)
+    inside = (..., slice(1, -1), slice(1, -1))
+    np.testing.assert_allclose(found[inside], wanted[inside], atol=1e-4 * np.abs(wanted).max())
+    # At the borders: what the weights make of the step between zero and the pixel, at the most.
+    most = np.abs(CONSTANTS["w"].astype(np.float64)).sum(axis=(1, 2, 3)).max() * pixels.border
+    assert 0 < np.abs(found - wanted).max() <= most * 1.01
+
+
 UNEVEN = ([123.7, 116.3, 103.5], [58.4, 57.1, 57.4])
 REFUSED = {
-    "padding": (*UNEVEN, "[first] y = Conv <pads=[0,0,1,1]> (x, w)", "'first' pads with zeros"),
-    "automatic padding": (
-        *UNEVEN,
-        '[first] y = Conv <auto_pad="SAME_LOWER"> (x, w)',
-        "'first' pads with zeros",
-    ),
     "another operator": (*UNEVEN, "[first] y = Relu (x)", r"'first' \(Relu\) reads the input"),
     "one of several readers": (
         *UNEVEN,
@@ -343,10 +370,26 @@ def test_arrays_go_in_as_the_plans_codes(tmp_path):
     )
 
 
-def test_what_cannot_be_exact_stops_the_conversion(tmp_path):
-    task, _ = picture_job(
-        tmp_path, PADDED, [123.7, 116.3, 103.5], [58.4, 57.1, 57.4], input_type="UINT8"
+def test_what_a_border_of_another_pixel_costs_is_said(tmp_path):
+    mean, std = [123.7, 116.3, 103.5], [58.4, 57.1, 57.4]
+    task, _ = picture_job(tmp_path, PADDED, mean, std, input_type="UINT8")
+    ear = Ear()
+    convert(task, ear)
+    (told,) = (text for text in ear.told if text.startswith("Pixel "))
+    assert re.fullmatch(
+        r"Pixel 114 pads pictures, which is 0.18 off the zero of training: the outputs stay "
+        r"[\d.]+ dB above the difference\.",
+        told,
     )
-    with pytest.raises(QConvertError, match="pads with zeros"):
+    taken = onnx.load(task.output).graph.input[0].type.tensor_type.elem_type
+    assert taken == onnx.TensorProto.UINT8
+
+
+def test_what_no_convolution_can_take_over_stops_the_conversion(tmp_path):
+    nodes = "y = Relu (x)"
+    task, _ = picture_job(
+        tmp_path, nodes, [123.7, 116.3, 103.5], [58.4, 57.1, 57.4], input_type="UINT8"
+    )
+    with pytest.raises(QConvertError, match="reads the input and"):
         convert(task)
     assert not task.output.exists()

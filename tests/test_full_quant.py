@@ -10,7 +10,7 @@ import numpy as np
 import onnx_ir as ir
 import onnxruntime as ort
 import pytest
-from command_line import MODEL, digits
+from command_line import CONFIG, MODEL, changed, digits
 from graphs import build, frozen, normal, run, types, uneven
 from running import Ear, job, resources
 from simulation import pairs_of
@@ -21,6 +21,7 @@ from converter.config import load_config
 from converter.errors import ConfigError, DataError
 from converter.graph.edit import constant
 from converter.graph.files import load
+from converter.job import Job
 from converter.measure.results import Outcome
 from converter.modes import full_quant
 from converter.pipeline.convert import convert, make_plan
@@ -399,8 +400,18 @@ def labelled(folder, images, labels, **options):
 
 def test_right_answers_bound_the_drop(tmp_path):
     ear = Ear()
-    outcome = convert(labelled(tmp_path, IMAGES[:12], LABELS[:12], max_drop=0.01), ear)
+    outcome = convert(labelled(tmp_path, IMAGES[:12], LABELS[:12], max_drop=0.3), ear)
     assert any(text.endswith("the output loses 0.00000 of top-1.") for text in ear.said)
+    assert kept_for_the_drop(outcome) == []
+
+
+def test_too_few_labels_to_tell_a_loss_are_said_to_be_and_the_cosine_counts(tmp_path):
+    ear = Ear()
+    outcome = convert(labelled(tmp_path, IMAGES[:12], LABELS[:12], max_drop=0.01), ear)
+    assert any(
+        "12 labelled samples cannot tell a loss of 1.0% from chance, 300" in w for w in ear.warned
+    )
+    assert all("of cosine" in text for text in ear.said if text.startswith("With "))
     assert kept_for_the_drop(outcome) == []
 
 
@@ -617,3 +628,18 @@ def test_a_range_that_cuts_a_detectors_answers_off_is_told_of(tmp_path):
     (line,) = [line for line in ear.warned if line.startswith("Output")]
     assert line.startswith("Output 'y', slice 4:5 of axis 1 is lost where it matters: ")
     assert outcome.verification.outputs[0].cosine > 0.99
+
+
+def test_what_computes_in_floats_by_nature_may_be_allowed_to(tmp_path):
+    strict = {"require_full_integer": "true"}
+    _, outcome, _ = converted(tmp_path, load(MODEL), FEW, allow_float="Softmax", **strict)
+    left = [node.op_type for node in outcome.plan.outside if not node.quantized]
+    assert left == ["Softmax"]
+    with pytest.raises(ConfigError, match=r"to let them, write allow_float = Gemm,Softmax\."):
+        converted(tmp_path, load(MODEL), FEW, allow_float="Gemm", **strict)
+
+
+def test_the_documented_strict_example_converts(tmp_path):
+    config = changed(tmp_path / "c.cfg", base=CONFIG.with_name("full_quant_integer.cfg"))
+    outcome = convert(Job(MODEL, tmp_path / "o.onnx", load_config(config)), Ear())
+    assert [node.op_type for node in outcome.plan.outside if not node.quantized] == ["Softmax"]

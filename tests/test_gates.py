@@ -16,7 +16,7 @@ from converter.measure.errors import TensorError
 from converter.measure.gates import Figures, Gates, size_limit
 from converter.measure.results import Verification, figures_of
 
-GOOD = Figures(1000, 300, cosine=0.99, agreement=0.95, speedup=1.5)
+GOOD = Figures(1000, 300, cosine=0.99, agreement=0.95, speedup=1.5, accuracy_drop=0.02)
 
 
 @pytest.fixture
@@ -28,7 +28,8 @@ def qconvert(capsys: pytest.CaptureFixture[str]) -> Command:
     ("gates", "words"),
     [
         (Gates(), ""),
-        (Gates(0.99, 0.95, 1.5, "30%"), ""),
+        (Gates(0.99, 0.95, 1.5, 0.02, "30%"), ""),
+        (Gates(max_accuracy_drop=0.01), "accuracy drop 0.02 is more (--max-accuracy-drop 0.01)"),
         (Gates(min_cosine=0.995), "cosine 0.99 is less (--min-cosine 0.995)"),
         (Gates(min_agreement=0.96), "agreement 0.95 is less (--min-agreement 0.96)"),
         (Gates(min_speedup=2), "speedup 1.5 is less (--min-speedup 2)"),
@@ -48,6 +49,20 @@ def qconvert(capsys: pytest.CaptureFixture[str]) -> Command:
 )
 def test_a_missed_gate_is_told_with_the_figures(gates: Gates, words: str) -> None:
     assert gates.missed(GOOD) == words
+
+
+def test_a_busy_machine_cannot_judge_a_speed_and_is_said_to_be_one() -> None:
+    figures = replace(GOOD, speedup=0.8, noisy="0.80 to 2.10")
+    words = "speedup cannot be judged on so busy a machine: 0.80 to 2.10 (--min-speedup 1)"
+    assert Gates(min_speedup=1).missed(figures) == words
+    assert not Gates(min_speedup=0.7).missed(figures)
+
+
+@pytest.mark.parametrize("flag", ["--min-agreement", "--min-cosine", "--max-accuracy-drop"])
+def test_a_percentage_is_called_one(qconvert: Command, flag: str) -> None:
+    result = qconvert.convert(CONFIG, Path("o.onnx"), MODEL, f"{flag}=99")
+    assert result.code == 2
+    assert f"99 is no share; write a number up to 1, as in {flag}=0.99 for 99 %" in result.err
 
 
 @pytest.mark.parametrize("name", ["min_cosine", "min_agreement", "min_speedup"])

@@ -4,6 +4,8 @@ browser draws it.
 
 from __future__ import annotations
 
+import base64
+import io
 import json
 import math
 import re
@@ -19,11 +21,18 @@ import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
-from plotly.offline import get_plotlyjs
+from PIL import Image
 
-from converter.measure.errors import TensorError
-from converter.measure.results import Findings, Here, NodeFinding, TensorFinding, Verification
-from converter.report.page import _tensor, page
+from converter.measure.errors import Speed, TensorError
+from converter.measure.results import (
+    Changed,
+    Findings,
+    Here,
+    NodeFinding,
+    TensorFinding,
+    Verification,
+)
+from converter.report.page import _tensor, charts_library, page
 
 HOSTILE = "</script><script>document.title='taken'</script><b onclick=\"x\">&amp;'`$${1}"
 BROWSER = (
@@ -48,7 +57,7 @@ VERIFIED = Verification(
     held_back=True,
     outputs=(TensorError("probs", 0.98765, 31.25),),
     fused_difference=0.0,
-    speedup=1.5,
+    speed=Speed(1.5, 1.4, 1.6),
     top1=(0.84, 0.835),
     agreement=0.96,
     kernels={"QLinearConv": 3, "QuantizeLinear": 1},
@@ -99,7 +108,7 @@ class Reader(HTMLParser):
 
 
 def read(findings: Findings, title: str = "model.onnx") -> Reader:
-    return Reader(page(findings, title).replace(get_plotlyjs(), "PLOTLY"))
+    return Reader(page(findings, title).replace(charts_library(), "PLOTLY"))
 
 
 def test_the_first_figures_are_the_important_ones() -> None:
@@ -246,6 +255,32 @@ def test_histograms_get_coarser_without_losing_a_value(
     assert drawn["low"] == low
 
 
+def test_answers_that_changed_stand_beside_their_pictures(tmp_path: Path) -> None:
+    Image.new("RGB", (300, 200), (9, 200, 30)).save(tmp_path / "a.jpg")
+    before, after = ((3, 0.6), (1, 0.3)), ((1, 0.5), (3, 0.4))
+    changed = (
+        Changed(str(tmp_path / "a.jpg"), 3, before, after),
+        Changed(str(tmp_path / "gone<b>.npy"), None, before, after),
+    )
+    html = page(replace(FINDINGS, verification=replace(VERIFIED, changed=changed)), "m")
+    found = Reader(html.replace(charts_library(), ""))
+    assert (
+        "Answers that changed" in found.text and "Answers that changed" not in read(FINDINGS).text
+    )
+    assert found.tags.count("strong") == 2 and found.tags.count("img") == 1
+    encoded = html.partition("data:image/png;base64,")[2].partition('"')[0]
+    with Image.open(io.BytesIO(base64.b64decode(encoded))) as picture:
+        assert picture.size == (96, 64)
+        assert np.abs(np.asarray(picture).mean((0, 1)) - [9, 200, 30]).max() < 4
+    cells = [cell for row in found.rows for cell in row]
+    assert "3: 0.61: 0.3" in cells and "1: 0.53: 0.4" in cells
+    assert "gone<b>.npy" in cells
+
+
+def test_the_page_stays_small() -> None:
+    assert len(page(FINDINGS, "m").encode()) < 1_500_000
+
+
 def hostile() -> Findings:
     found = replace(
         VERIFIED,
@@ -275,7 +310,7 @@ def test_hostile_names_stay_text() -> None:
 
 
 def test_the_page_needs_no_network() -> None:
-    html = page(hostile(), "m").replace(get_plotlyjs(), "")
+    html = page(hostile(), "m").replace(charts_library(), "")
     assert not re.findall(r"https?:|\ssrc=|<link|@import|url\(", html)
     assert "default-src 'none'" in html
 
@@ -292,7 +327,7 @@ def test_a_browser_draws_it(tmp_path: Path) -> None:
     ]
     arguments = [str(BROWSER), *flags, "--dump-dom", (tmp_path / "report.html").as_uri()]
     dom = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=True).stdout
-    found = Reader(dom.replace(get_plotlyjs(), ""))
+    found = Reader(dom.replace(charts_library(), ""))
     drawn = re.findall(r'class="chart js-plotly-plot" id="(\w+)"', dom)
     assert drawn == ["bits", "kernels", "sensitivity", "histogram"]
     assert dom.count('class="point"') == 2 + 1 + 2 + 2

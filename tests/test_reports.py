@@ -382,7 +382,7 @@ NOTHING = {
     "held_back": True,
     "outputs": (),
     "fused_difference": 0.0,
-    "speedup": None,
+    "speed": None,
     "top1": None,
     "agreement": None,
     "kernels": {},

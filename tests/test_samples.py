@@ -17,7 +17,7 @@ from sample_files import PLAIN, colour, grey, grey_folder, levels, only, opened,
 
 from calib import CalibError, samples
 from calib.samples import ImageOptions, open_dataset
-from calib.sources import _natural, list_files
+from calib.sources import _natural, class_folders, list_files
 
 # Folders
 
@@ -43,6 +43,26 @@ def test_hidden_files_folders_and_clutter_are_ignored(tmp_path: Path) -> None:
     (tmp_path / "dangling.png").symlink_to(tmp_path / "gone.png")
     (tmp_path / "other").symlink_to(tmp_path / "folder")
     assert [path.name for path in list_files(tmp_path)] == ["a.png", "dangling.png", "link.png"]
+
+
+def test_sub_folders_alone_are_read_in_turns_so_that_the_first_files_are_of_all(
+    tmp_path: Path,
+) -> None:
+    for name in ("cat/1.png", "cat/2.png", "cat/10.png", "dog/1.png", ".git/x", "deep/a/b/3.png"):
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "dog" / "round").symlink_to(tmp_path)
+    found = [path.relative_to(tmp_path).as_posix() for path in list_files(tmp_path)]
+    assert found == ["cat/1.png", "deep/a/b/3.png", "dog/1.png", "cat/2.png", "cat/10.png"]
+
+
+def test_classes_are_numbers_of_folders_or_their_places(tmp_path: Path) -> None:
+    for name in ("n10", "n2", "n1"):
+        (tmp_path / "words" / name).mkdir(parents=True)
+    for name in ("7", "07", "10"):
+        (tmp_path / "numbers" / name).mkdir(parents=True)
+    assert class_folders(tmp_path / "words") == {"n1": 0, "n2": 1, "n10": 2}
+    assert class_folders(tmp_path / "numbers") == {"7": 7, "07": 7, "10": 10}
 
 
 def test_listing_ten_thousand_files_asks_for_each_once(

@@ -21,8 +21,9 @@ from converter.calibrate.runs import opened
 from converter.emit.qdq import emit
 from converter.errors import DataError
 from converter.measure.errors import errors_between
+from converter.measure.labels import read_labels
 from converter.measure.pairing import Pairing, pair
-from converter.measure.sensitivity import Alone, alone, only, output_drop, read_labels, top1
+from converter.measure.sensitivity import Alone, alone, only, output_drop, top1
 from converter.plan.plan import QuantPlan
 
 ROWS = "g (float[5,8] x) => (float[] y)"
@@ -179,6 +180,7 @@ def test_several_rows_a_sample_have_no_one_label():
         "file,label\na.png,0\nb.png,1\nc.png,2\nd.png,1\n",
         "label,file\r\n0,a.png\r\n1,b.png\r\n2,c.png\r\n1,d.png\r\n",
         'file,label,note\n"a.png",0,x\nb.png, 1,y\nc.png,2,\nd.png,1,\nmore.png,9,\n',
+        "\ufefffile,label\na.png,0\nb.png,1\nc.png,2\nd.png,1\n",
     ],
 )
 def test_labels_are_read(tmp_path, text):
@@ -217,6 +219,25 @@ def test_labels_that_do_not_fit(tmp_path, text, words):
 def test_a_label_file_that_is_not_there(tmp_path):
     with pytest.raises(DataError, match=r"none\.csv"):
         read_labels(tmp_path / "none.csv", DATA)
+
+
+def test_more_of_a_path_tells_files_of_one_name_apart(tmp_path):
+    (tmp_path / "labels.csv").write_text("file,label\ncat/1.png,3\n1.png,4\n./dog/2.png,5\n")
+    names = ["x/cat/1.png", "x/dog/1.png", "x/dog/2.png"]
+    data = InMemory([{"x": normal(1, 3)}] * 3, names)
+    assert list(read_labels(tmp_path / "labels.csv", data).values()) == [3, 4, 5]
+
+
+def test_a_folder_of_folders_says_the_classes(tmp_path):
+    names = [tmp_path / name for name in ("b/1.png", "a/deep/1.png", "c/1.png")]
+    for path in names:
+        path.parent.mkdir(parents=True)
+        path.touch()
+    data = InMemory([{"x": normal(1, 3)}] * 3, names)
+    assert list(read_labels(tmp_path, data).values()) == [1, 0, 2]
+    (tmp_path / "other").mkdir()
+    with pytest.raises(DataError, match="name the folder whose sub-folders hold the files"):
+        read_labels(tmp_path / "other", data)
 
 
 def test_one_file_of_many_samples_has_no_one_label(tmp_path):

@@ -374,3 +374,27 @@ def test_a_damaged_archive(tmp_path: Path) -> None:
     (tmp_path / "a.npz").write_bytes(content.replace(bytes(40), b"\1" * 40, 1))
     with pytest.raises(CalibError, match=r"a\.npz: cannot be read as a NumPy file \(Bad CRC"):
         opened(spec(1, 100), tmp_path, "NPY")
+
+
+@pytest.mark.parametrize("kind", ["BIN", "NPY"])
+@pytest.mark.parametrize("shape", [(1, 3, 4, 5), (None, 3, 4, 5), (1, 8, 4, 5)])
+def test_data_of_another_layout_is_turned(
+    tmp_path: Path, kind: str, shape: tuple[int, ...]
+) -> None:
+    array = np.arange(shape[1] * 20, dtype=np.float32).reshape(4, 5, shape[1])  # height first
+    if kind == "BIN":
+        array.tofile(tmp_path / "a.bin")
+    else:
+        np.save(tmp_path / "a.npy", array)
+    turned = only(opened(spec(*shape, layout="NHWC"), tmp_path, kind))
+    np.testing.assert_array_equal(turned, array.transpose(2, 0, 1)[None])
+
+
+def test_data_of_the_inputs_own_layout_stays(tmp_path: Path) -> None:
+    array = np.arange(60, dtype=np.float32).reshape(1, 4, 5, 3)
+    array.tofile(tmp_path / "a.bin")
+    for layout in (None, "NHWC"):
+        found = only(opened(spec(1, 4, 5, 3, layout=layout), tmp_path, "BIN"))
+        np.testing.assert_array_equal(found, array)
+    other = only(opened(spec(1, 4, 5, 3, layout="NCHW"), tmp_path, "BIN"))
+    np.testing.assert_array_equal(other, array.reshape(1, 3, 4, 5).transpose(0, 2, 3, 1))

@@ -116,12 +116,12 @@ def test_errors_that_add_up_from_frame_to_frame_are_seen(tmp_path):
     found = compare(job, Ear()).verification
     assert found is not None
     states, outputs = truth()
-    h, given = states[COUNT], []
-    for x in FRAMES[COUNT:].astype(np.float64):
+    h, given = states[0], []
+    for x in FRAMES[:COUNT].astype(np.float64):
         h = np.tanh(x @ W + h @ worse.astype(np.float64))
         given.append(h @ V)
-    noise = np.square(np.array(given) - outputs[COUNT:]).sum()
-    wanted = 10 * np.log10(np.square(outputs[COUNT:]).sum() / noise)
+    noise = np.square(np.array(given) - outputs[:COUNT]).sum()
+    wanted = 10 * np.log10(np.square(outputs[:COUNT]).sum() / noise)
     assert found.outputs[0].sqnr_db == pytest.approx(wanted, abs=1e-3)
     assert found.closed_loop
 

@@ -13,12 +13,13 @@ from running import Ear, InMemory, job, resources
 
 from calib.affine import Array
 from calib.images import ImageOptions
+from calib.intervals import drop_interval
 from calib.samples import Dataset, InputSpec, open_dataset
 from converter.calibrate.data import synthetic_data
 from converter.calibrate.exact import saturating
 from converter.config import load_config
 from converter.measure.both import Both, paired
-from converter.measure.errors import TensorError
+from converter.measure.errors import Few, TensorError
 from converter.measure.results import Verification
 from converter.measure.verify import _difference, _warn, verify
 from converter.pipeline.convert import convert
@@ -78,13 +79,15 @@ def test_errors_and_answers():
 
 
 def test_samples_behind_the_calibration_are_taken():
-    found = checked([0, 1.5, 0], Split(SCORES, SCORES[3:] * 20))
-    assert (found.samples, found.held_back, found.agreement) == (16, True, 0)
+    found = checked([0, 1.5, 0], Split(SCORES, SCORES[2:] * 10))
+    assert (found.samples, found.held_back, found.agreement) == (20, True, 0.5)
+    many = checked([0, 1.5, 0], Split(SCORES, SCORES * 40))
+    assert many.samples == 100
 
 
 def test_without_data_random_samples_are_taken():
     found = checked([0, 0, 0], Dataset((), (), ()), ear=(ear := Ear()))
-    assert (found.agreement, found.random, found.held_back) == (1, True, False)
+    assert (found.agreement, found.random, found.held_back) == (None, True, False)
     verified, misled = list(verification_lines(found))[:2]
     assert verified.startswith("Verified on 8 random samples: ")
     assert misled.startswith("Random samples mislead")
@@ -105,6 +108,17 @@ def test_right_answers(tmp_path):
     data = Split(SCORES, [], ["a.png", "b.png", "c.png", "d.png"])
     found = checked([0, 1.5, 0], data, tmp_path / "labels.csv")
     assert found.top1 == (3 / 4, 1)
+    assert found.drop == drop_interval(0, 1, 4)
+    line = next(verification_lines(found))
+    assert "same answer on 75.0% (95%: 30.1% to 95.4%)" in line
+    assert "right answers 75.0% -> 100.0% (loss, 95%: -" in line
+
+
+def test_all_labelled_samples_behind_the_calibration_are_counted(tmp_path):
+    names = [f"{number}.png" for number in range(240)]
+    (tmp_path / "labels.csv").write_text("file,label\n" + "".join(f"{n},0\n" for n in names))
+    data = Split(SCORES, SCORES * 60, names)
+    assert checked([0, 0, 0], data, tmp_path / "labels.csv").samples == 240
 
 
 def test_missing_labels_are_no_error(tmp_path):
@@ -115,7 +129,7 @@ def test_missing_labels_are_no_error(tmp_path):
     assert "there is no label for b.png" in ear.warned[0]
 
 
-@pytest.mark.parametrize("shape", ["[2,3]", "[1,3,1]", "[1,1]"])
+@pytest.mark.parametrize("shape", ["[2,3]", "[1,3,2]", "[1,1]", "[1,384]"])
 def test_what_is_no_classifier_has_no_answers(shape):
     graph = f"g (float{shape} x) => (float[] y) {{ y = Abs (x) }}"
     data = Split([normal(*map(int, shape[1:-1].split(",")))], [])
@@ -295,3 +309,42 @@ def test_further_samples_of_a_dataset(tmp_path):
     assert [float(behind.further(9).sample(0)["x"][0, 0]), len(behind.further(9))] == [6, 1]
     assert len(behind.further(9).further(9)) == 0
     assert len(Dataset((), (), ()).further(5)) == 0
+
+
+def test_random_pictures_are_like_photographs():
+    graph = "g (float[N,3,H,W] x) => (float[N,3,H,W] y) { y = Neg (x) }"
+    x = synthetic_data(build(graph), 1, length=16).sample(0)["x"].astype(np.float64)
+    assert x.shape == (1, 3, 224, 224) and np.abs(x).max() <= 1
+    beside = np.corrcoef(x[..., 1:].ravel(), x[..., :-1].ravel())[0, 1]
+    assert beside > 0.7  # neighbours are alike, as in no noise
+    last = "g (float[1,H,W,3] x) => (float[1,H,W,3] y) { y = Neg (x) }"
+    assert synthetic_data(build(last), 1, length=16).sample(0)["x"].shape == (1, 224, 224, 3)
+
+
+@pytest.mark.parametrize(
+    ("cosine", "few", "random", "warns"),
+    [
+        (-0.73, Few(0.9, 9.0, 0.8), False, True),
+        (0.9, Few(0.9, 9.0, 0.8), False, False),
+        (0.999, Few(0.9, 3.0, 0.8), False, True),
+        (-0.73, Few(0.9, 9.0, 0.8), True, True),
+        (0.999, Few(0.9, 3.0, 0.8), True, False),  # what stands out of noise is no answer
+        (0.9, None, True, True),
+    ],
+)
+def test_a_bad_figure_is_warned_of_with_data_and_without(cosine, few, random, warns):
+    same = build(ROWS, k=np.zeros((1, 3), np.float32))
+    data = Split(SCORES, [])
+    error = TensorError("y", cosine, 20.0, few=few)
+    found = replace(checked([0, 0, 0], data), outputs=(error,), random=random)
+    _warn(found, [], Quantized(same, same, QuantPlan({}, {}), data), ear := Ear())
+    assert any(line.startswith("Output 'y' is ") for line in ear.warned) == warns
+
+
+def test_samples_whose_answer_changed_are_kept_with_the_likeliest_classes(tmp_path):
+    (tmp_path / "labels.csv").write_text("file,label\na.png,0\nb.png,1\nc.png,2\nd.png,1\n")
+    data = Split(SCORES, [], ["a.png", "b.png", "c.png", "d.png"])
+    (changed,) = checked([0, 1.5, 0], data, tmp_path / "labels.csv").changed
+    assert (changed.file, changed.label) == ("d.png", 1)
+    assert changed.before == ((0, 5.0), (1, 4.0), (2, 0.0))
+    assert changed.after == ((1, 5.5), (0, 5.0), (2, 0.0))

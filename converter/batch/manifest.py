@@ -140,8 +140,13 @@ def _entries(
                 "model's name."
             )
             raise ConfigError(msg)
-        for file in models:
-            job = make(file, str(target).replace("*", file.stem) if target else None, config)
+        jobs = [
+            make(file, str(target).replace("*", file.stem) if target else None, config)
+            for file in models
+        ]
+        # A pattern finds what it wrote last time as well.
+        results = {job.output.resolve() for job in jobs if len(jobs) > 1}
+        for job in (job for job in jobs if job.model.resolve() not in results):
             name = Path(os.path.relpath(job.output, folder)).with_suffix("").as_posix()
             yield replace(entry, name=name, job=job)
     except QConvertError as error:

@@ -12,8 +12,10 @@ import onnxruntime as ort
 from calib import CalibError
 from calib.affine import Array
 from calib.images import ImageOptions
-from calib.samples import Dataset, InputSpec, open_dataset
+from calib.samples import Dataset, InputSpec, open_dataset, sources_of
+from calib.scenes import scene
 from calib.session import CPU_PROVIDERS
+from calib.sources import IMAGE_AXES as LAYOUTS
 from converter.calibrate.runs import opened
 from converter.calibrate.states import Recurrent, first_states, growing_axes, states_of, streamed
 from converter.config import DataPreprocessParam
@@ -24,41 +26,42 @@ from converter.graph.files import default_inputs, fed_inputs
 from converter.job import Job, Resources, Watch, processors
 from converter.plan.ops import rule_of
 
-# Dimensions of a batch of images, and how many times as many pixels as tokens random samples have.
-IMAGE_AXES, PIXELS = 4, 4
+# Dimensions of a batch of pictures, and the open sides of random ones.
+IMAGE_AXES, SIDE = 4, 224
 # State inputs that are named where all are spoken of.
 NAMED = 4
 
 
 def open_data(
-    model: ir.Model, job: Job, watch: Watch, wanted: DataPreprocessParam | None = None
+    model: ir.Model,
+    job: Job,
+    watch: Watch,
+    wanted: DataPreprocessParam | None = None,
+    *,
+    spread: int | None = None,
 ) -> Dataset:
-    """The calibration samples as the config, or `wanted`, describes them, none without a path.
+    """The calibration samples as the config, or `wanted`, describes them, none without a path; of
+    more than `spread` so many, at equal distances where they are no frames.
 
     Warns of unusable files, raises DataError.
     """
     wanted = wanted or job.config.preprocess
     if not wanted.calibrate_path:
         return Dataset((), (), ())
-    image = ImageOptions(
-        **{option.name: getattr(wanted, option.name) for option in fields(ImageOptions)}
-    )
     folders, threads = dict(wanted.calibrate_path), resources_of(job).threads
-    where = job.config.at("data_preprocess_param", "state_inputs")
-    states = states_of(model, wanted.state_inputs, folders, where)
-    own = default_inputs(model)
-    fixed = {name: x for name, x in own.items() if name not in (*folders, *states)}
-    fed = [value for value in model.graph.inputs if value.name not in (*fixed, *states)]
-    specs = [spec_of(value, job.input_format) for value in fed]
+    states, fixed, specs = _fed(model, job, wanted)
+    size = wanted.calibrate_size or 1
+    size = min(size, spread) if states and spread else size
     try:
         data = open_dataset(
             specs,
             folders,
-            wanted.calibrate_size or 1,
+            size,
             kind=wanted.input_type or "",
-            image=image,
+            image=image_options(wanted),
             workers=threads,
             fixed=fixed,
+            spread=None if states else spread,
         )
         if states:
             frames, memory = len(data), resources_of(job).memory
@@ -66,10 +69,12 @@ def open_data(
             data = streamed(data, source, first_states(model, states))
             _tell_of_states(states, len(data), frames, watch)
     except CalibError as error:
-        msg = f"{job.config.path}: [data_preprocess_param] {error}"
-        raise DataError(msg) from error
+        raise _at_fault(job, error) from error
     for warning in data.warnings:
         watch.warn(warning)
+    unsaid = wanted.input_type == "IMAGE" and not wanted.image_to_format
+    if unsaid and any(3 in spec.shape[1:] for spec in specs):
+        watch.tell("image_to_format is not set: the channels are red, green and blue, RGB.")
     if names := contradicted(model, data):
         name_apart(model, names)
         watch.warn(
@@ -77,6 +82,45 @@ def open_data(
             "each of them gets a name of its own."
         )
     return data
+
+
+def check_data(model: ir.Model, job: Job) -> None:
+    """Raises DataError for names of inputs and folders that cannot be used; reads no file."""
+    wanted = job.config.preprocess
+    if not wanted.calibrate_path:
+        return
+    *_, specs = _fed(model, job, wanted)
+    folders, kind = dict(wanted.calibrate_path), wanted.input_type or ""
+    try:
+        sources_of(specs, folders, kind, image_options(wanted))
+    except CalibError as error:
+        raise _at_fault(job, error) from error
+
+
+def _fed(
+    model: ir.Model, job: Job, wanted: DataPreprocessParam
+) -> tuple[Mapping[str, str], dict[str, Array], list[InputSpec]]:
+    """State inputs with their outputs, inputs that keep their own value, and what needs data."""
+    folders, where = (
+        dict(wanted.calibrate_path),
+        job.config.at("data_preprocess_param", "state_inputs"),
+    )
+    states = states_of(model, wanted.state_inputs, folders, where)
+    own = default_inputs(model)
+    fixed = {name: x for name, x in own.items() if name not in (*folders, *states)}
+    fed = [value for value in model.graph.inputs if value.name not in (*fixed, *states)]
+    return states, fixed, [spec_of(value, job.input_format) for value in fed]
+
+
+def _at_fault(job: Job, error: CalibError) -> DataError:
+    return DataError(f"{job.config.path}: [data_preprocess_param] {error}")
+
+
+def image_options(wanted: DataPreprocessParam) -> ImageOptions:
+    """What the config wants of a picture."""
+    return ImageOptions(
+        **{option.name: getattr(wanted, option.name) for option in fields(ImageOptions)}
+    )
 
 
 def _tell_of_states(states: Mapping[str, str], kept: int, frames: int, watch: Watch) -> None:
@@ -131,11 +175,11 @@ class RandomSamples(Dataset):
 
 
 def synthetic_data(model: ir.Model, count: int = 8, length: int = 1) -> Dataset:
-    """Random samples: numbers from -1 to 1, or 0 and 1 where integers are wanted, or rows of the
-    table they index; masks are 1 and positions count up.
+    """Random samples: numbers from -1 to 1, those of pictures like photographs, or 0 and 1 where
+    integers are wanted, or rows of the table they index; masks are 1 and positions count up.
 
-    A dynamic dimension becomes `length`, those of an image PIXELS times as much, the first one 1;
-    caches are empty.
+    A dynamic dimension becomes `length`, those of a picture SIDE where that is more than 1, the
+    first one 1; caches are empty.
     """
     rng, fixed = np.random.default_rng(0), default_inputs(model)
     inputs = [(spec_of(value), value) for value in fed_inputs(model)]
@@ -152,7 +196,7 @@ def synthetic_data(model: ir.Model, count: int = 8, length: int = 1) -> Dataset:
 
 def _shape(spec: InputSpec, grows: Collection[int], length: int) -> list[int]:
     """The sizes of an input whose axes `grows` are empty."""
-    open_size = length * PIXELS if len(spec.shape) == IMAGE_AXES and length > 1 else length
+    open_size = SIDE if len(spec.shape) == IMAGE_AXES and length > 1 else length
     sizes = [size or (open_size if axis else 1) for axis, size in enumerate(spec.shape)]
     return [0 if axis in grows else size for axis, size in enumerate(sizes)]
 
@@ -161,12 +205,26 @@ def _random(
     spec: InputSpec, shape: Sequence[int], rows: int | None, rng: np.random.Generator
 ) -> Array:
     if spec.dtype.kind == "f":
-        return rng.uniform(-1, 1, shape)
+        axes = _picture(spec)
+        return _scenes(axes, shape, rng) if axes else rng.uniform(-1, 1, shape)
     if rows is None and "mask" in spec.name:
         return np.ones(shape)
     if rows is None and "position" in spec.name:
         return np.broadcast_to(np.arange(shape[-1] if shape else 1), shape)
     return rng.integers(0, rows or 2, shape)
+
+
+def _picture(spec: InputSpec) -> str | None:
+    """The axes of an input that takes pictures of three colours."""
+    fits = [axes for axes in LAYOUTS if len(spec.shape) == 4 and spec.shape[axes.index("C")] == 3]
+    return fits[0] if len(fits) == 1 else None
+
+
+def _scenes(axes: str, shape: Sequence[int], rng: np.random.Generator) -> Array:
+    """Pictures with pixels from -1 to 1."""
+    count, height, width = (shape[axes.index(axis)] for axis in "NHW")
+    pictures = np.stack([scene(rng, height, width) for _ in range(count)])
+    return np.asarray(pictures.transpose(["NHWC".index(axis) for axis in axes]) / 127.5 - 1)
 
 
 def _rows_indexed(value: ir.Value) -> int | None:

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 import onnx_ir as ir
 from onnxruntime import InferenceSession
 
+from calib import CalibError
 from calib.affine import Array
 from calib.session import CPU_PROVIDERS, Sample, open_session, run
 from converter.calibrate.exact import exact_here
@@ -76,6 +78,18 @@ def opened(
 
 def _outputs(model: ir.Model) -> tuple[str, ...]:
     return tuple(value.name or "" for value in model.graph.outputs)
+
+
+def file_opened(path: Path, outputs: tuple[str, ...], sample: Sample) -> Opened | None:
+    """A model file as ONNX Runtime executes it; None where it does not give these outputs for the
+    sample.
+    """
+    try:
+        found = Opened(open_session(path), outputs)
+        found.answer(sample)
+    except CalibError:
+        return None
+    return found
 
 
 @dataclass(frozen=True)

@@ -10,6 +10,8 @@ import signal
 import sys
 import traceback
 import warnings
+from collections import Counter
+from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,11 @@ import click
 
 from converter.cli.batch import batch_command
 from converter.cli.compare import compare_command
+from converter.cli.doctor import doctor_command
 from converter.cli.flags import gate_flags, gates_of, job_flags, job_of
 from converter.cli.init import init_command
 from converter.cli.inspect import inspect_command
-from converter.cli.terminal import Terminal, show
+from converter.cli.terminal import Terminal, columns_of, show
 from converter.config import load_config
 from converter.config.keys import default_config
 from converter.config.rules import conversion_rules
@@ -89,7 +92,7 @@ def command(
     warnings.filterwarnings("ignore", message=".*decompression bomb")
     if context.invoked_subcommand:
         return
-    if fmk != "ONNX":
+    if fmk.upper() != "ONNX":
         msg = (
             f"--fmk={fmk}: only ONNX models are read; export the model to ONNX and write "
             "--fmk=ONNX."
@@ -124,14 +127,14 @@ def run(job: Job, terminal: Terminal, gates: Gates, dry: bool) -> None:
     from converter.pipeline import (
         convert as pipeline,  # imports what takes long, which --help must not wait for
     )
-    from converter.report.text import plan_lines, summary_lines
+    from converter.report.text import plan_lines
 
     if dry:
-        for line in plan_lines(pipeline.make_plan(job, terminal)):
+        for line in plan_lines(pipeline.make_plan(job, terminal), columns_of(sys.stdout)):
             terminal.tell(line)
         return
     outcome = pipeline.convert(job, terminal)
-    for line in summary_lines(outcome, job.output):
+    for line in outcome.summary.splitlines():
         terminal.tell(line)
     if missed := gates.missed(outcome.figures):
         msg = f"The model was written, but misses a quality gate: {missed}."
@@ -139,7 +142,8 @@ def run(job: Job, terminal: Terminal, gates: Gates, dry: bool) -> None:
     click.echo("CONVERT RESULT SUCCESS:0")
 
 
-for subcommand in (batch_command, compare_command, init_command, inspect_command):
+COMMANDS = (batch_command, compare_command, doctor_command, init_command, inspect_command)
+for subcommand in COMMANDS:
     command.add_command(subcommand)
 
 
@@ -150,6 +154,7 @@ def main(arguments: list[str] | None = None) -> None:
     # Whoever stops the process in order finds no litter.
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
+        _check_repeated(sys.argv[1:] if arguments is None else arguments)
         command.main(arguments, prog_name="qconvert", standalone_mode=False)
     except QConvertError as error:
         _fail(str(error), error.exit_code)
@@ -182,6 +187,15 @@ def main(arguments: list[str] | None = None) -> None:
             f"Something unforeseen, {what:.200}; please report it with what --verbose shows.",
             1,
         )
+
+
+def _check_repeated(arguments: list[str]) -> None:
+    """Raises UsageError for a flag that is given twice, of which the last would win."""
+    before_dashes = takewhile(lambda text: text != "--", arguments)
+    flags = Counter(text.partition("=")[0] for text in before_dashes if text.startswith("--"))
+    if twice := next((flag for flag, count in flags.items() if count > 1), None):
+        msg = f"{twice} is given more than once; keep one of them."
+        raise UsageError(msg)
 
 
 def _fail(message: str, code: int) -> None:

@@ -64,6 +64,14 @@ def _size(_context: click.Context, _option: click.Parameter, text: str | None) -
     return text
 
 
+def _share(_context: click.Context, option: click.Parameter, value: float | None) -> float | None:
+    if value is None or -1 <= value <= 1:
+        return value
+    near = f", as in {option.opts[0]}={value / 100:g} for {value:g} %" if value <= 100 else ""
+    msg = f"{value:g} is no share; write a number up to 1{near}"
+    raise click.BadParameter(msg)
+
+
 # The names are those of the fields of Job and Gates.
 INPUT_FLAGS = (
     click.option(
@@ -111,17 +119,25 @@ gate_flags = with_flags(
     click.option(
         "--min-cosine",
         type=float,
+        callback=_share,
         help="Exit with 3 if an output's cosine similarity is less.",
     ),
     click.option(
         "--min-agreement",
         type=float,
+        callback=_share,
         help="Exit with 3 if a smaller share of answers stays the same.",
     ),
     click.option(
         "--min-speedup",
         type=float,
         help="Exit with 3 if the model is less times faster.",
+    ),
+    click.option(
+        "--max-accuracy-drop",
+        type=float,
+        callback=_share,
+        help="Exit with 3 if a larger share of answers is no longer right: 0.01.",
     ),
     click.option(
         "--max-size",

@@ -7,6 +7,7 @@ from typing import cast
 
 import click
 
+from converter.cli.terminal import show
 from converter.config.keys import QUANT_TYPES, QuantType
 from converter.errors import UsageError
 
@@ -22,21 +23,17 @@ from converter.errors import UsageError
 @click.option("--mode", type=click.Choice(QUANT_TYPES), default="FULL_QUANT", show_default=True)
 def init_command(model: Path, output: Path | None, mode: str) -> None:
     """Write a commented configuration fitted to a model's inputs."""
-    from converter.calibrate.data import spec_of  # imports what takes long
-    from converter.calibrate.states import states_of
-    from converter.config.starter import starter_config
-    from converter.graph.files import fed_inputs, load
+    from converter.config.starter import starter_config  # imports what takes long
+    from converter.pipeline.starter import known_of
 
     output = output or model.with_suffix(".cfg")
-    known = load(model)
-    states = states_of(known, (), {}, "")
-    inputs = [spec_of(value) for value in fed_inputs(known) if value.name not in states]
-    text = starter_config(inputs, cast("QuantType", mode))
+    text = starter_config(known_of(model, output), cast("QuantType", mode))
     try:
         with output.open("x", encoding="utf-8") as stream:
             stream.write(text)
     except FileExistsError as error:
         msg = f"{output} exists already and is left as it is; give another name with --outputFile."
         raise UsageError(msg) from error
-    click.echo(f"Written to {output}; fill in what its comments ask for, then run")
-    click.echo(f"qconvert --modelFile={model} --configFile={output}")
+    show(f"Written to {output}; fill in what its comments ask for, then run")
+    show(f"qconvert doctor {model} --configFile={output}")
+    show(f"qconvert --configFile={output}")

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import os
+import shutil
 import sys
 from collections.abc import Iterable, Iterator
-from typing import TypeVar
+from typing import TextIO, TypeVar
 
 import click
 
 from converter.job import Watch
 
 T = TypeVar("T")
+# What stands beside a progress bar, at its longest.
+BESIDE_BAR = "  [] 100%  00:00:00"
 
 
 def show(text: str, err: bool = False) -> None:
@@ -21,6 +25,11 @@ def show(text: str, err: bool = False) -> None:
     )
 
 
+def columns_of(stream: TextIO) -> int | None:
+    """The width of the terminal that a stream writes to; None where it is none."""
+    return shutil.get_terminal_size().columns if stream.isatty() else None
+
+
 class Terminal(Watch):
     """Shows progress on a terminal only, remarks when verbose, and warnings always."""
 
@@ -29,11 +38,14 @@ class Terminal(Watch):
 
     def track(self, items: Iterable[T], label: str, total: int) -> Iterator[T]:
         """Hands the items on under a progress bar with the estimated time left."""
-        if self.quiet or not sys.stderr.isatty():
+        columns = shutil.get_terminal_size().columns
+        room = columns - len(label) - len(BESIDE_BAR)
+        dumb = os.environ.get("TERM") == "dumb" or room < 1
+        if self.quiet or dumb or not sys.stderr.isatty():
             yield from items
             return
         with click.progressbar(
-            items, length=total, label=label, file=sys.stderr, show_eta=True
+            items, length=total, label=label, file=sys.stderr, show_eta=True, width=min(36, room)
         ) as bar:
             yield from bar
 

@@ -23,6 +23,10 @@ _QUOTED = re.compile(r"""((?:^|[,:])\s*)('[^']*'|"[^"]*")""")
 _STRAY_QUOTE = re.compile(r"""(?:^|[,:])\s*['"]|\0\s*[^\0\s,:]""")
 
 
+# What stands where only the user can know the value.
+UNFILLED = "FILL_IN"
+
+
 @dataclass(frozen=True)
 class Place:
     """A place in the file as every message names it; line 0 and empty names are left out."""

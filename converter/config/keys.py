@@ -363,14 +363,24 @@ class FullQuantParam:
         True,
     )
     require_full_integer: bool = _choice(
-        "Fail, naming the nodes, where any node would stay float.", False
+        "Fail, naming the nodes, where any node would stay float whose type is not in allow_float.",
+        False,
+    )
+    allow_float: tuple[str, ...] = _key(
+        kinds.names("Softmax,Sigmoid"),
+        "Operator types that require_full_integer lets stay float, as they do by nature.",
+        (),
+        Scope(
+            _FULL.modes,
+            " with require_full_integer = true",
+            lambda config: config.full_quant.require_full_integer,
+        ),
     )
     max_drop: float | None = _key(
         kinds.number_between(0, 1, 0.01),
-        "Most that the output may lose over the calibration data: of its cosine similarity, or of "
-        "the share of "
-        "right answers if label_file is given; the fewest nodes that achieve it stay float. "
-        "Unset: no bound.",
+        "Most that the output may lose, on samples that nothing is fitted to: of its cosine "
+        "similarity, or of the share of right answers if label_file is given and there are enough "
+        "to tell; the fewest nodes that achieve it stay float. Unset: no bound.",
     )
     activation_bits: Literal["8", "16", "MIXED"] = _choice(
         "Bits of an activation. 16 lose next to nothing and are for NPUs (targets QNN and DSP); on "
@@ -492,6 +502,12 @@ class DataPreprocessParam:
         "Number of samples to calibrate with, beside calibrate_path; without it, of those that are "
         f"distilled: {DISTILLED} where it is unset.",
     )
+    verify_size: int | None = _key(
+        kinds.integer(1, 65535, 100),
+        "Number of samples to verify on, of those behind calibrate_size; unset: with label_file "
+        "all, else up to 100. Where there are none, calibration samples are taken.",
+        scope=_WITH_DATA,
+    )
     input_type: Literal["IMAGE", "BIN", "NPY", "SYNTHETIC"] | None = _choice(
         "Type of the files: pictures, raw buffers or NumPy arrays, beside calibrate_path; "
         "SYNTHETIC distils samples from the model itself instead."
@@ -514,7 +530,8 @@ class DataPreprocessParam:
     label_file: Path | None = _key(
         kinds.path("labels.csv"),
         "CSV with a line `file,label` for every file that right answers are counted on, label "
-        f"being a class index. {_SEEN}",
+        "being a class index; or a folder whose sub-folders are the classes, by their numbers or "
+        f"else in natural order. {_SEEN}",
     )
     image_to_format: Literal["RGB", "GRAY", "BGR"] | None = _choice(
         "Channels of the preprocessed picture; unset: RGB, or GRAY for a model input of one "

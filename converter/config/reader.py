@@ -11,7 +11,14 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from converter.config.grammar import Document, Place, override, read_document, unquote
+from converter.config.grammar import (
+    UNFILLED,
+    Document,
+    Place,
+    override,
+    read_document,
+    unquote,
+)
 from converter.config.keys import (
     RECIPES,
     SECTIONS,
@@ -129,6 +136,8 @@ def _value(key: Key, place: Place) -> Any:
         value = kind.parse(place.text)
         if kind.holds(value):
             return kind.locate(value, place.file.parent)
+    if place.text == UNFILLED:
+        place.reject("is not filled in yet", f"it must be {kind.allowed}")
     example = _nearest(place.text, kind.choices) or kind.example
     place.reject(f"must be {kind.allowed}", f"write for example {place.key} = {example}")
 

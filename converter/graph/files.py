@@ -381,7 +381,10 @@ def save(
     replaced, the old one finds its own.
     """
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder:
+    with (
+        naming(path),
+        tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder,
+    ):
         data = f"{path.name}.{digest_of(model)[:16]}.data" if _is_large(model) else None
         _write(model, Path(folder) / path.name, data)
         if UNCHECKED not in model.graph.meta:
@@ -396,6 +399,16 @@ def save(
     for other in path.parent.iterdir():
         if old.fullmatch(other.name) and other.name not in kept:
             other.unlink()
+
+
+@contextlib.contextmanager
+def naming(path: Path) -> Iterator[None]:
+    """Lets an error of the disk that names no file, as a full one's, name `path`."""
+    try:
+        yield
+    except OSError as error:
+        error.filename = error.filename or str(path)
+        raise
 
 
 def digest_of(model: ir.Model, more: str = "") -> str:

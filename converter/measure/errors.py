@@ -15,6 +15,7 @@ import onnx_ir as ir
 
 from calib import CalibError
 from calib.affine import Array
+from calib.intervals import ratio_interval
 from calib.samples import Dataset
 from calib.session import Sample, run
 from calib.workers import over_samples
@@ -23,9 +24,14 @@ from converter.calibrate.runs import Opened, opened
 from converter.errors import ModelError
 from converter.graph.dimensions import name_apart, shared_names, told_apart
 
-TIMED_SECONDS, LEAST_SECONDS = 0.1, 1e-3
-# A cosine similarity that is called a loss, and dB of what stands out: its error is half as large.
-LOST_COSINE, LOST_DB = 0.95, 6.0
+# Seconds of processor time that timing may take, and that a model takes at the least to be timed;
+# runs of each; how narrow an interval is sought, and how wide one tells nothing.
+TIMED_SECONDS, LEAST_SECONDS = 3.0, 1e-3
+LEAST_RUNS, MOST_RUNS = 8, 400
+NARROW, SURE = 1.06, 1.5
+# A cosine similarity that is called a loss, also where all but few values are background, and dB of
+# what stands out: its error is half as large.
+LOST_COSINE, WRONG_COSINE, LOST_DB = 0.95, 0.5, 6.0
 # What two tensors x and y have in common, numbers that sum up over samples: the inner products
 # xx, yy, xy and that of the difference with itself over values that are finite in both, and the
 # counts of a TensorError.
@@ -86,10 +92,13 @@ class TensorError:
 
     @property
     def ruined(self) -> bool:
-        """Whether its few answers are lost or, where there are not only few, its whole."""
-        if self.few and self.few.lost:
-            return True
-        return self.cosine < LOST_COSINE and not (self.few and self.few.decides)
+        """Whether its few answers are lost, or its whole."""
+        return bool(self.few and self.few.lost) or self.spoilt
+
+    @property
+    def spoilt(self) -> bool:
+        """Whether its whole is lost: where few values decide, so much that no noise explains it."""
+        return self.cosine < (WRONG_COSINE if self.few and self.few.decides else LOST_COSINE)
 
     @property
     def left_out(self) -> int:
@@ -205,22 +214,49 @@ def worst_of(errors: Iterable[TensorError]) -> TensorError | None:
     return min(compared, key=lambda error: (not error.ruined, error.cosine), default=None)
 
 
-def speedup(reference: Opened, other: Opened, sample: Sample) -> float | None:
-    """Least time of `reference` over that of `other` on one thread, runs interleaved for about
-    TIMED_SECONDS.
+@dataclass(frozen=True)
+class Speed:
+    """How many times as fast a model is as another, with its 95 % interval."""
 
-    Whatever else the machine does only adds to the others. None where `reference` takes less than
-    LEAST_SECONDS: then it is not the kernels that decide.
+    ratio: float
+    low: float
+    high: float
+
+    @property
+    def sure(self) -> bool:
+        """Whether the machine was quiet enough to tell."""
+        return self.high <= SURE * self.low
+
+
+def speedup(reference: Opened, other: Opened, sample: Sample) -> Speed | None:
+    """The median processor time of `reference` over that of `other` on one thread.
+
+    Runs are interleaved, until the interval of the ratio is within NARROW or TIMED_SECONDS are
+    spent. Whatever else the machine does takes none of this time, and what it slows down both have.
+    None where `reference` takes less than LEAST_SECONDS: then it is not the kernels that decide.
     """
     times: tuple[list[float], list[float]] = ([], [])
-    end = time.perf_counter() + TIMED_SECONDS
-    while len(times[0]) < 3 or time.perf_counter() < end:
+    for _ in range(MOST_RUNS):
         for model, taken in zip((reference, other), times, strict=True):
-            start = time.perf_counter()
+            start = time.thread_time()
             run(model.session, reference.outputs, sample)
-            taken.append(time.perf_counter() - start)
-    reference_time, other_time = map(min, times)
-    return reference_time / other_time if reference_time >= LEAST_SECONDS else None
+            taken.append(time.thread_time() - start)
+        if len(times[0]) >= LEAST_RUNS and _is_enough(times):
+            break
+    first, second = (sorted(taken[1:])[len(taken) // 2] for taken in times)
+    if first < LEAST_SECONDS or not second:
+        return None
+    return Speed(first / second, *ratio_interval(times[0][1:], times[1][1:]))
+
+
+def _is_enough(times: tuple[list[float], list[float]]) -> bool:
+    spent = sum(map(sum, times))
+    if len(times[0]) % LEAST_RUNS and spent < TIMED_SECONDS:
+        return False
+    if spent >= TIMED_SECONDS or min(min(taken[1:]) for taken in times) <= 0:
+        return True
+    low, high = ratio_interval(times[0][1:], times[1][1:])
+    return high <= NARROW * low
 
 
 def largest_difference(model: ir.Model, other: ir.Model) -> float:

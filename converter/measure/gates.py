@@ -5,6 +5,7 @@ against.
 from __future__ import annotations
 
 import re
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 
 _SIZE = re.compile(r"(\d+(?:\.\d+)?) ?(%|KB|MB|GB)", re.IGNORECASE)
@@ -16,8 +17,10 @@ class Figures:
     """What gates look at, None where it was not measured.
 
     Bytes of both models, the least cosine similarity of an output, the share of samples with the
-    same answer, and how many times faster the quantized model is. `unmeasured` says why there is no
-    figure, where one reason holds for all.
+    same answer, how many times faster the quantized model is at the least (the lower end of the
+    95 % interval), and the share of right answers that it lost. `unmeasured` says why there is no
+    figure, where one reason holds for all; `noisy` is the interval of the speed where it is too
+    wide to judge.
     """
 
     size_before: int
@@ -25,7 +28,18 @@ class Figures:
     cosine: float | None = None
     agreement: float | None = None
     speedup: float | None = None
+    accuracy_drop: float | None = None
     unmeasured: str = ""
+    noisy: str = ""
+
+
+# Which figure a gate holds its bound against, and whether it must be at least that.
+FIGURES = {
+    "min_cosine": ("cosine", True),
+    "min_agreement": ("agreement", True),
+    "min_speedup": ("speedup", True),
+    "max_accuracy_drop": ("accuracy_drop", False),
+}
 
 
 @dataclass(frozen=True)
@@ -37,24 +51,34 @@ class Gates:
     min_cosine: float | None = None
     min_agreement: float | None = None
     min_speedup: float | None = None
+    max_accuracy_drop: float | None = None
     max_size: str | None = None
 
     def missed(self, figures: Figures) -> str:
         """The bounds that the figures miss, in words; a figure that was not measured misses. Empty
         if none is.
         """
-        measured, bounds, words = asdict(figures), asdict(self), []
-        absent = f"was not measured{figures.unmeasured and f' ({figures.unmeasured})'}"
-        for name in ("cosine", "agreement", "speedup"):
-            figure, bound = measured[name], bounds[f"min_{name}"]
-            if bound is not None and not (figure is not None and figure >= bound):
-                value = absent if figure is None else f"{figure:.6g} is less"
-                words.append(f"{name} {value} (--min-{name} {bound:g})")
+        words = list(self._missed_figures(figures))
         before, after = figures.size_before, figures.size_after
         if self.max_size and after > size_limit(self.max_size, before):
             share = f"{after / 1e6:.6g} MB, {100 * after / before:.4g}% of the float model"
             words.append(f"size {share}, is more (--max-size {self.max_size})")
         return "; ".join(words)
+
+    def _missed_figures(self, figures: Figures) -> Iterator[str]:
+        measured, bounds = asdict(figures), asdict(self)
+        absent = f"was not measured{figures.unmeasured and f' ({figures.unmeasured})'}"
+        for gate, (name, at_least) in FIGURES.items():
+            figure, bound, word = measured[name], bounds[gate], name.replace("_", " ")
+            if bound is None:
+                continue
+            flag = f"(--{gate.replace('_', '-')} {bound:g})"
+            if figure is None:
+                yield f"{word} {absent} {flag}"
+            elif name == "speedup" and figures.noisy and figure < bound:
+                yield f"{word} cannot be judged on so busy a machine: {figures.noisy} {flag}"
+            elif not (figure >= bound if at_least else figure <= bound):  # NaN misses
+                yield f"{word} {figure:.6g} is {'less' if at_least else 'more'} {flag}"
 
 
 def size_limit(text: str, size_before: int) -> float:

@@ -5,10 +5,11 @@ from.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from calib.affine import Array
-from converter.measure.errors import TensorError, worst_of
+from calib.intervals import Interval, share_interval
+from converter.measure.errors import Speed, TensorError, worst_of
 from converter.measure.gates import Figures
 from converter.plan.plan import QuantPlan
 
@@ -24,27 +25,41 @@ class Here:
 
 
 @dataclass(frozen=True)
+class Changed:
+    """A sample whose answer changed: its file, empty where it has none, its class if that is known,
+    and the likeliest classes of both models with their scores, best first.
+    """
+
+    file: str
+    label: int | None
+    before: tuple[tuple[int, float], ...]
+    after: tuple[tuple[int, float], ...]
+
+
+@dataclass(frozen=True)
 class Verification:
     """Both models run on the same samples.
 
     `slices` are the parts of those outputs that hold values of different sizes. `held_back` says
     whether calibration saw none of the samples; `fused_difference` is the largest difference
     between the quantized model with and without the runtime's optimizations, relative to the
-    output's largest value; `speedup`, `top1` and `agreement` (shares from 0 to 1) are None
-    where they were not measured. `kernels` counts the operators that the runtime really executes by
-    name, `conversions` names the Q/DQ nodes among them that stayed on their own, and `saturated`
-    the nodes whose weights let kernels of some processors that the model is for saturate. `random`
-    says that there was no data, `distilled` that all samples were made of the model, `closed_loop`
-    that samples are frames and each model was fed its own states. All figures but `kernels`,
-    `conversions` and `speedup` are those of exact kernels; `here` has this processor's, None where
-    they are the same.
+    output's largest value; `speed`, `top1` and `agreement` (shares from 0 to 1, of samples with an
+    answer) are None where they were not measured, `drop` is the 95 % interval of the share of right
+    answers that is lost. `given` says that nothing was fitted to any sample, `changed` are the
+    first samples with another answer. `kernels` counts the operators that the runtime really
+    executes by name, `conversions` names the Q/DQ nodes among them that stayed on their own, and
+    `saturated` the nodes whose weights let kernels of some processors that the model is for
+    saturate. `random` says that there was no data, `distilled` that all samples were made of the
+    model, `closed_loop` that samples are frames and each model was fed its own states. All figures
+    but `kernels`, `conversions` and `speed` are those of exact kernels; `here` has this
+    processor's, None where they are the same.
     """
 
     samples: int
     held_back: bool
     outputs: tuple[TensorError, ...]
     fused_difference: float
-    speedup: float | None
+    speed: Speed | None
     top1: tuple[float, float] | None
     agreement: float | None
     kernels: Mapping[str, int]
@@ -55,6 +70,14 @@ class Verification:
     distilled: bool = False
     here: Here | None = None
     slices: tuple[TensorError, ...] = ()
+    drop: Interval | None = None
+    given: bool = False
+    changed: tuple[Changed, ...] = ()
+
+    @property
+    def agreement_interval(self) -> Interval:
+        """The 95 % interval of the share of same answers."""
+        return share_interval(round((self.agreement or 0.0) * self.samples), self.samples)
 
     @property
     def judged(self) -> list[TensorError]:
@@ -98,9 +121,10 @@ class Verification:
         """What the models were run on, in words."""
         kind = "random samples" if self.random else "calibration samples"
         kind = "samples distilled from the model" if self.distilled else kind
-        held_back = "samples held back from calibration"
+        kind = "samples held back from calibration" if self.held_back else kind
+        kind = "samples of calibrate_path" if self.given and not self.random else kind
         loop = ", each model fed its own states" if self.closed_loop else ""
-        return f"{self.samples} {held_back if self.held_back else kind}{loop}"
+        return f"{self.samples} {kind}{loop}"
 
 
 def figures_of(
@@ -111,7 +135,16 @@ def figures_of(
     """
     if verification is None:
         return Figures(before, after, unmeasured=why)
-    return Figures(before, after, verification.cosine, verification.agreement, verification.speedup)
+    speed, top1 = verification.speed, verification.top1
+    return Figures(
+        before,
+        after,
+        cosine=verification.cosine,
+        agreement=verification.agreement,
+        speedup=speed.low if speed else None,
+        accuracy_drop=top1[0] - top1[1] if top1 else None,
+        noisy="" if speed is None or speed.sure else f"{speed.low:.2f} to {speed.high:.2f}",
+    )
 
 
 @dataclass(frozen=True)
@@ -120,6 +153,7 @@ class NodeFinding:
     not measured).
 
     `share` is its part of the outputs' squared error, from 0 to 1; `bits` is None for a float node.
+    `inside` says that it is computed in the kernel of another one, as an activation is.
     """
 
     name: str
@@ -133,6 +167,7 @@ class NodeFinding:
     output: TensorError | None = None
     share: float | None = None
     advice: str = ""
+    inside: bool = False
 
 
 @dataclass(frozen=True)
@@ -157,7 +192,8 @@ class TensorFinding:
 @dataclass(frozen=True)
 class Findings:
     """Everything a report says: `facts` are named figures in words, `advice` sentences on what to
-    do next, `errors` those of outputs and tensors inside, as far as they were measured on the way.
+    do next, `errors` those of outputs and tensors inside, as far as they were measured on the way,
+    `edges` pairs of nodes of which the second reads what the first makes.
     """
 
     facts: Mapping[str, str]
@@ -167,6 +203,7 @@ class Findings:
     tensors: tuple[TensorFinding, ...] = ()
     advice: tuple[str, ...] = ()
     errors: tuple[TensorError, ...] = ()
+    edges: tuple[tuple[str, str], ...] = ()
 
     @property
     def ranked(self) -> list[NodeFinding]:
@@ -180,7 +217,7 @@ class Findings:
 @dataclass(frozen=True)
 class Outcome:
     """What a conversion did: the decisions, the sizes in bytes and the tensors' errors, worst
-    first; `unverified` says why there is no verification.
+    first; `unverified` says why there is no verification, `summary` all of it in words.
     """
 
     plan: QuantPlan
@@ -189,6 +226,10 @@ class Outcome:
     errors: tuple[TensorError, ...]
     verification: Verification | None = None
     unverified: str = ""
+    summary: str = field(default="", repr=False, compare=False)
+
+    def __str__(self) -> str:
+        return self.summary or repr(self)
 
     @property
     def figures(self) -> Figures:

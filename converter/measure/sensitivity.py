@@ -9,11 +9,8 @@ at a time.
 
 from __future__ import annotations
 
-import csv
-from collections import Counter
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import numpy as np
 import onnx_ir as ir
@@ -226,7 +223,7 @@ def output_drop(
     *,
     threads: int,
 ) -> float:
-    """What the other model loses over all samples: top-1 share with `labels` by file name, else
+    """What the other model loses over all samples: top-1 share with `labels` by file, else
     1 - cosine.
     """
     if labels is None:
@@ -263,36 +260,10 @@ def top1(model: Opened, data: Dataset, labels: Mapping[str, int], threads: int) 
                 "--inputShape with a batch of 1."
             )
             raise DataError(msg)
-        return int(np.argmax(scores)) == labels[data.files(index)[0].name]
+        return int(np.argmax(scores)) == labels[str(data.files(index)[0])]
 
     return float(np.mean(list(over_samples(len(data), right, threads))))
 
 
 def _are_scores(x: object) -> bool:
     return isinstance(x, np.ndarray) and x.dtype.kind in "fiu" and x.size > 1
-
-
-def read_labels(path: Path, data: Dataset) -> dict[str, int]:
-    """The class index of every sample's file from a CSV with the columns file and label; raises
-    DataError.
-    """
-    try:
-        with path.open(newline="", encoding="utf-8") as table:
-            labels = {row["file"]: int(row["label"]) for row in csv.DictReader(table)}
-    except (OSError, KeyError, ValueError, TypeError, csv.Error) as error:
-        msg = (
-            f"{path}: the label file needs a header 'file,label' and an integer class a line "
-            f"({error!r})."
-        )
-        raise DataError(msg) from error
-    for file, times in Counter(data.files(index)[0] for index in range(len(data))).items():
-        if file.name not in labels:
-            msg = f"{path}: there is no label for {file.name}; add a line '{file.name},<class>'."
-            raise DataError(msg)
-        if times > 1:
-            msg = (
-                f"{path}: {file} holds {times} samples, which one label cannot serve; give each "
-                "a file of its own."
-            )
-            raise DataError(msg)
-    return labels

@@ -4,8 +4,10 @@ them.
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -14,17 +16,20 @@ import numpy as np
 
 from calib import CalibError
 from calib.affine import Array
+from calib.intervals import Interval, drop_interval
 from calib.samples import Dataset
 from calib.workers import over_samples
 from converter.calibrate.data import synthetic_data
 from converter.calibrate.exact import saturating
-from converter.calibrate.runs import Executed, Opened, executed
+from converter.calibrate.runs import Executed, Opened, executed, file_opened
 from converter.config.left import against_saturation
 from converter.errors import DataError
 from converter.graph.qdq import CONVERSIONS
 from converter.job import Watch
+from converter.measure.answers import are_answers, scores_of
 from converter.measure.both import Both
 from converter.measure.errors import (
+    Speed,
     Tally,
     TensorError,
     error_of,
@@ -34,21 +39,24 @@ from converter.measure.errors import (
     tally,
     worst_of,
 )
-from converter.measure.results import Here, Verification
-from converter.measure.sensitivity import read_labels
+from converter.measure.labels import read_labels
+from converter.measure.results import Changed, Here, Verification
 from converter.measure.slices import SHARE, comparable, few_of, judged_apart
 from converter.plan.ops import draws
 from converter.plan.result import Quantized
 
-# Samples the outputs are compared on, those without the runtime's optimizations, and those for the
-# tensors inside.
-VERIFIED_SAMPLES, PLAIN_SAMPLES, COMPARED_SAMPLES = 16, 4, 4
+# Samples the outputs are compared on where neither verify_size nor labels say how many, those where
+# calibration has seen all, those without the runtime's optimizations, and those for the tensors
+# inside.
+VERIFIED_SAMPLES, SEEN_SAMPLES, PLAIN_SAMPLES, COMPARED_SAMPLES = 100, 16, 4, 4
 # The size of open dimensions in random samples: tokens of a sentence.
 RANDOM_LENGTH = 16
-# What is called slower and not noise, and dB that optimizations may cost.
-SLOWER, FUSED_DB = 0.95, 3.0
+# What is called slower, and dB that optimizations may cost.
+SLOWER, FUSED_DB = 1.0, 3.0
 # Above this there are but the last bits of float32, which sums in another order change.
 LAST_BITS_DB = 110.0
+# Samples whose answers changed that are kept to be looked at, and the classes of each.
+SHOWN_CHANGES, TOP = 24, 5
 # All outputs of each sample.
 Outputs = Sequence[Sequence[Array]]
 
@@ -63,7 +71,7 @@ class _Seen:
     before: Outputs
     after: Outputs
     here: Outputs
-    speedup: float | None
+    speed: Speed | None
     nodes: Sequence[tuple[str, str]]
 
 
@@ -74,17 +82,18 @@ def verify(both: Both, label_file: Path | None) -> Verification:
     Warns of what the user should know. Raises CalibError or ModelError where a model does not run.
     """
     result, watch = both.result, both.watch
-    data, held_back = _samples(result, watch)
+    data, held_back = _samples(result, label_file is not None, watch)
     try:
         seen = _run(both, data)
     except CalibError:
         if len(result.data):
             raise
-        # Some models take no other open sizes.
+        # Some models take no other open sizes, of which no time tells.
         data = synthetic_data(result.reference)
-        seen = _run(both, data)
+        seen = replace(_run(both, data), speed=None)
     plain = _outputs(both.quantized, data, PLAIN_SAMPLES, both) if len(seen.before) > 1 else []
-    answers = _answers(seen.before, seen.after)
+    answers = _answers(seen.before, seen.after, label_file is not None)
+    top1, drop = _top1(answers, data, label_file, watch)
     outputs, slices = _judged(seen.names, seen.before, seen.after)
     found = Verification(
         samples=len(seen.before),
@@ -92,8 +101,9 @@ def verify(both: Both, label_file: Path | None) -> Verification:
         outputs=outputs,
         slices=slices,
         fused_difference=_difference(plain, seen.after),
-        speedup=seen.speedup,
-        top1=_top1(answers, data, label_file, watch),
+        speed=seen.speed,
+        top1=top1,
+        drop=drop,
         agreement=_agreement(answers),
         kernels=dict(Counter(op_type for _, op_type in seen.nodes)),
         conversions=tuple(name for name, op_type in seen.nodes if op_type in CONVERSIONS),
@@ -101,7 +111,9 @@ def verify(both: Both, label_file: Path | None) -> Verification:
         random=data.random,
         distilled=data.made == len(data),
         closed_loop=bool(data.states),
-        here=_here(seen),
+        here=_here(seen, label_file is not None),
+        given=not result.fitted,
+        changed=tuple(_changed(seen, answers, data, label_file)),
     )
     samples = seen.after[: len(plain)], plain
     fused = [_errors(seen.names, _tallies(seen.before, x)) for x in samples]
@@ -109,18 +121,29 @@ def verify(both: Both, label_file: Path | None) -> Verification:
     return found
 
 
-def _samples(result: Quantized, watch: Watch) -> tuple[Dataset, bool]:
+def _samples(result: Quantized, labelled: bool, watch: Watch) -> tuple[Dataset, bool]:
     """Samples to verify on, and whether calibration saw none of them."""
     if not len(result.data):
         watch.say("There is no data: the outputs are compared on random samples.")
         return synthetic_data(result.reference, length=RANDOM_LENGTH), False
-    further = result.data.further(VERIFIED_SAMPLES)
-    if not len(further) and not result.data.random and not result.data.made:
+    wanted = result.settings.preprocess
+    if not result.fitted:
+        return _first(result.data, wanted.verify_size or sys.maxsize), False
+    size = wanted.verify_size or (sys.maxsize if labelled else VERIFIED_SAMPLES)
+    further = (result.last or result.data).further(size)
+    if len(further):
+        return further, True
+    if not result.data.random and not result.data.made:
         watch.say(
             "calibrate_size takes all samples: the outputs are compared on calibration samples."
         )
+    size = wanted.verify_size or (sys.maxsize if labelled else SEEN_SAMPLES)
     known = result.data.real if 0 < result.data.made < len(result.data) else result.data
-    return (further, True) if len(further) else (known, False)
+    return _first(known, size), False
+
+
+def _first(data: Dataset, size: int) -> Dataset:
+    return data if data.random or size >= len(data) else data.part(0, size)
 
 
 def _run(both: Both, data: Dataset) -> _Seen:
@@ -128,14 +151,18 @@ def _run(both: Both, data: Dataset) -> _Seen:
     reference: Executed | None = executed(result.reference, look=False)
     assert reference is not None
     names = reference.exact.outputs
-    before = _outputs(reference.exact, data, 1 if big else VERIFIED_SAMPLES, both)
+    before = _outputs(reference.exact, data, 1 if big else len(data), both)
     if big:
         reference = None  # one of them at a time in memory
     other = executed(result.model, look=not big)
     after = _outputs(other.exact, data, len(before), both)
     here = after if other.here is other.exact else _outputs(other.here, data, len(before), both)
-    ratio = speedup(reference.here, other.here, data.sample(0)) if reference else None
-    return _Seen(names, before, after, here, ratio, other.nodes)
+    speed = None
+    if reference:
+        sample = data.sample(0)
+        own = result.source and file_opened(result.source, reference.here.outputs, sample)
+        speed = speedup(own or reference.here, other.here, sample)
+    return _Seen(names, before, after, here, speed, other.nodes)
 
 
 def _outputs(model: Opened, data: Dataset, most: int, both: Both) -> Outputs:
@@ -203,50 +230,82 @@ def _difference(plain: Outputs, after: Outputs) -> float:
     return float(difference / (largest or 1.0))
 
 
-def _answers(before: Outputs, after: Outputs) -> Array | None:
-    """Where both find the largest value of each sample (samples, 2); None where it is not one of a
-    row of floats.
+def _answers(before: Outputs, after: Outputs, labelled: bool) -> Array | None:
+    """The class that both give each sample (samples, 2), of the first output; None where it chooses
+    none. Labels say that it does.
     """
     rows = [(x[0], y[0]) for x, y in zip(before, after, strict=True) if x]
-    if not rows or not all(_is_row(x) and np.shape(y) == x.shape for x, y in rows):
-        return None
-    return np.array([(x.argmax(), y.argmax()) for x, y in rows])
-
-
-def _is_row(x: object) -> bool:
-    return (
-        isinstance(x, np.ndarray) and x.dtype.kind == "f" and x.ndim == 2 and len(x) == 1 < x.size
+    first, second = (
+        (scores_of(side) for side in (*zip(*rows, strict=True),)) if rows else (None,) * 2
     )
+    if first is None or second is None or first.shape != second.shape:
+        return None
+    if not labelled and not are_answers(first):
+        return None
+    return np.array([first.argmax(axis=1), second.argmax(axis=1)]).T
 
 
 def _agreement(answers: Array | None) -> float | None:
     return None if answers is None else float(np.mean(answers[:, 0] == answers[:, 1]))
 
 
-def _here(seen: _Seen) -> Here | None:
+def _here(seen: _Seen, labelled: bool) -> Here | None:
     """What the outputs here tell, None where they are those of exact kernels."""
     if seen.here is seen.after:
         return None
     worst = worst_of(chain(*_judged(seen.names, seen.before, seen.here)))
     if worst is None or not any(difference for _, difference in _extents(seen.after, seen.here)):
         return None
-    return Here(worst, _agreement(_answers(seen.before, seen.here)))
+    return Here(worst, _agreement(_answers(seen.before, seen.here, labelled)))
 
 
 def _top1(
     answers: Array | None, data: Dataset, label_file: Path | None, watch: Watch
-) -> tuple[float, float] | None:
-    """The share of right answers of both models, None where it is not known."""
-    if answers is None or label_file is None:
-        return None
+) -> tuple[tuple[float, float] | None, Interval | None]:
+    """The share of right answers of both models, and the interval of what is lost; None where they
+    are not known.
+    """
+    if label_file is None:
+        return None, None
+    if answers is None:
+        watch.warn(
+            "Right answers are not counted: the first output holds no score for each class, one "
+            "row a sample."
+        )
+        return None, None
     try:
         labels = read_labels(label_file, data)
     except DataError as error:
         watch.warn(f"Right answers are not counted: {error}")
-        return None
-    wanted = [[labels[data.files(index)[0].name]] for index in range(len(answers))]
-    before, after = np.mean(answers == wanted, axis=0).tolist()
-    return before, after
+        return None, None
+    wanted = [[labels[str(data.files(index)[0])]] for index in range(len(answers))]
+    right = answers == wanted
+    lost, won = (int(np.count_nonzero(right[:, k] > right[:, 1 - k])) for k in (0, 1))
+    before, after = np.mean(right, axis=0).tolist()
+    return (before, after), drop_interval(lost, won, len(right))
+
+
+def _changed(
+    seen: _Seen, answers: Array | None, data: Dataset, label_file: Path | None
+) -> Iterator[Changed]:
+    """The first samples whose answer changed."""
+    if answers is None:
+        return
+    labels = dict[str, int]()
+    with suppress(DataError):  # which was said
+        labels = read_labels(label_file, data) if label_file else {}
+    for index in np.flatnonzero(answers[:, 0] != answers[:, 1])[:SHOWN_CHANGES].tolist():
+        files = data.files(index)
+        file = str(files[0]) if files else ""
+        tops = (_top(outputs[index][0]) for outputs in (seen.before, seen.after))
+        yield Changed(file, labels.get(file), *tops)
+
+
+def _top(scores: Array) -> tuple[tuple[int, float], ...]:
+    """The likeliest classes with their scores, best first."""
+    row = np.asarray(scores).ravel()
+    best = np.argsort(-row, kind="stable")[:TOP]
+    return tuple((int(k), float(row[k])) for k in best)
 
 
 def _warn(
@@ -259,8 +318,8 @@ def _warn(
     samples.
     """
     if (
-        found.speedup is not None
-        and found.speedup < SLOWER
+        found.speed is not None
+        and found.speed.high < SLOWER
         and (result.plan.tensors or not result.plan.nodes)
     ):
         watch.warn(
@@ -280,11 +339,13 @@ def _warn(
                 f"The runtime's integer kernels disagree with the model: output '{error.name}' has "
                 f"{error.sqnr_db:.1f} dB, and {plain.sqnr_db:.1f} dB without optimizations."
             )
-    worst = found.worst
-    if worst is not None and worst.ruined and not drawing:
+    # What stands out of random samples is no answer.
+    ruined = [e for e in found.judged if e.compared and (e.spoilt if found.random else e.ruined)]
+    worst = worst_of(ruined)
+    if worst is not None and not drawing:
         reports = result.settings.common.debug_info_save_path
         where = f"{reports} shows" if reports else "set debug_info_save_path to see"
-        others = [error.title for error in found.judged if error.ruined and error is not worst]
+        others = [error.title for error in ruined if error is not worst]
         also = f", and {len(others)} more, first {others[0]}," if others else ""
         watch.warn(f"Output {worst.title}{also} is {_loss(worst)}: {where} which nodes cost most.")
     if found.saturated:

@@ -93,6 +93,12 @@ def quantize(prepared: Prepared, job: Job, watch: Watch) -> Quantized:
     plan = _by_themselves(quantized, _plan_of(quantized, job), watch)
     if len(data):
         plan = _by_outputs(quantized, plan, data, resources=resources, watch=watch)
+    if not any(map(_is_integer, plan.units())):
+        watch.warn(
+            "Nothing of this model computes in integers: DYNAMIC_QUANT multiplies matrices, and it "
+            "has none with constant weights; its weights are stored in 8 bits and it runs at float "
+            "speed. FULL_QUANT computes convolutions in integers: write quant_type = FULL_QUANT."
+        )
     smoothed = quantized.clone()
     emit_dynamic(quantized, _tied(quantized, plan), _by_row(job))
     return Quantized(model, quantized, plan, data, compared=smoothed)

@@ -16,6 +16,7 @@ from calib.samples import Dataset
 from calib.search import fewest
 from converter.calibrate.cache import observe_with_cache
 from converter.calibrate.data import open_data, resources_of
+from converter.calibrate.judges import TELLING, Parted, parted, tells
 from converter.calibrate.noise import decibels_left, product_spreads
 from converter.calibrate.observe import (
     Evidence,
@@ -44,9 +45,11 @@ from converter.learn.own_data import with_distilled
 from converter.learn.restored import as_stored, with_integers
 from converter.learn.student import Learnable
 from converter.learn.tuning import Tuning
+from converter.measure.errors import error_of, tally
+from converter.measure.labels import read_labels
 from converter.measure.pairing import pair
 from converter.measure.rounding import rounding_costs
-from converter.measure.sensitivity import RANKED_ON, alone, output_drop, read_labels
+from converter.measure.sensitivity import RANKED_ON, alone, output_drop
 from converter.measure.target_checks import check
 from converter.modes import weight_quant
 from converter.plan.ops import OPS, rule
@@ -73,6 +76,8 @@ MIXED_RANGES = 16.0
 FITTED_ON = 32
 # The width of integers unless they are trained for fewer.
 FULL_BITS = 8
+# Samples that tell what a border of another pixel costs.
+BORDER_SAMPLES = 4
 # Decibels that the codes of its inputs must leave of a product: with less it is noise.
 LEAST_LEFT = 18.0
 
@@ -107,6 +112,7 @@ def quantize(prepared: Prepared, job: Job, watch: Watch) -> Quantized:
         trained=bool(setup.trained),
         exact=_named_target(job.config).pair_limit is None,
         decided=_decided(setup, final),
+        last=setup.judges.last,
     )
 
 
@@ -150,8 +156,8 @@ class Choice:
 
 @dataclass(frozen=True)
 class Setup:
-    """The float model in its last form, its data, and what was asked; samples `held` judge what is
-    learned.
+    """The float model in its last form, its data, what judges a search, and what was asked; samples
+    `held` judge what is learned.
     """
 
     model: ir.Model
@@ -160,6 +166,7 @@ class Setup:
     trained: Trained
     data: Dataset
     held: Dataset
+    judges: Parted
     pixels: Pixels | None
     resources: Resources
 
@@ -240,12 +247,20 @@ def set_up(prepared: Prepared, job: Job, watch: Watch) -> Setup:
     if pixels is None and job.input_type in TYPES and _takes_pictures(job.config):
         pixels = fold_normalisation(model, samples)
         samples = pixels.preprocess(samples)
-    real = open_data(model, job, watch, samples)
-    data = with_distilled(real, model, prepared.moments, job, watch=watch, wanted=samples)
+    data = open_data(model, job, watch, samples)
+    if pixels and pixels.border:
+        _tell_of_borders(prepared.floats, model, replace(job, part=None), pixels, watch)
+    judges = None
+    if wanted.max_drop is not None and len(data):
+        judges = parted(data, job.config.preprocess.label_file is not None, watch)
+        data = judges.fitted
+    data = with_distilled(data, model, prepared.moments, job, watch=watch, wanted=samples)
+    judges = judges or Parted(data, data, data)
     if wanted.equalize and not wanted.per_channel and not trained:
         equalize(model)
     data, held = Tuning(job, watch).parted(data)
-    setup = Setup(model, job, _target(job.config), trained, data, held, pixels, resources)
+    parts = data, held, judges
+    setup = Setup(model, job, _target(job.config), trained, *parts, pixels, resources)
     if len(data) and not trained:
         smooth(
             model,
@@ -261,6 +276,27 @@ def _takes_pictures(config: Config) -> bool:
     """Whether it is known how the pixels of pictures enter the model."""
     samples = config.preprocess
     return samples.input_type == "IMAGE" or (config.distils and bool(samples.normalize_mean))
+
+
+def _tell_of_borders(
+    given: ir.Model, model: ir.Model, job: Job, pixels: Pixels, watch: Watch
+) -> None:
+    """Says what it costs that the pixel which pads pictures stands for not quite zero."""
+    wanted = job.config.preprocess
+    ways = ((given, wanted), (model, pixels.preprocess(wanted)))
+    answers = []
+    for one, preprocess in ways:
+        data = open_data(one, job, Watch(), preprocess, spread=BORDER_SAMPLES)
+        answers.append([opened(one).answer(data.sample(k)) for k in range(len(data))])
+    tallies = [list(map(tally, *pair)) for pair in zip(*answers, strict=True)]
+    if not tallies:
+        return  # nothing was seen
+    errors = [error_of("", total) for total in np.sum(tallies, axis=0)]
+    least = min(error.sqnr_db for error in errors)
+    watch.tell(
+        f"Pixel {pixels.qparams.zero_point} pads pictures, which is {pixels.border:.2g} off the "
+        f"zero of training: the outputs stay {least:.1f} dB above the difference."
+    )
 
 
 def _edges(model: ir.Model) -> list[ir.DataType | None]:
@@ -378,8 +414,16 @@ def within_drop(setup: Setup, evidence: Evidence, watch: Watch) -> Attempt:
     first = attempt(setup, evidence, Choice(), watch)
     if bound is None:
         return first
-    judged = setup.data.real if path else setup.data  # only files have labels
+    judged = setup.judges.judges
+    judged = judged.real if path else judged  # only files have labels
     labels = read_labels(path, judged) if path else None
+    if labels is not None and not tells(len(judged), bound):
+        watch.warn(
+            f"{len(judged)} labelled samples cannot tell a loss of {bound:.1%} from chance, "
+            f"{math.ceil(TELLING / bound)} could: max_drop bounds the loss of cosine similarity "
+            "instead."
+        )
+        labels = None
     if mixed:
         return _wide_within_drop(setup, evidence, first, judged, labels=labels, watch=watch)
     if _drop(setup, first, judged, labels, watch) <= bound:
@@ -777,9 +821,15 @@ def _makers(plan: QuantPlan, tensor: str) -> list[str]:
 
 def _require_full_integer(plan: QuantPlan, config: Config) -> None:
     """Raises ConfigError where the user wants no float node and there is one."""
-    left = [node for node in plan.outside if not node.quantized]
+    allowed = config.full_quant.allow_float
+    floats = (node for node in plan.outside if not node.quantized)
+    left = [node for node in floats if node.op_type not in allowed]
     if config.full_quant.require_full_integer and left:
         listed = "; ".join(f"{node.name} ({node.op_type}): {node.reason}" for node in left)
         where = config.at("full_quant_param", "require_full_integer")
-        msg = f"{where}: {len(left)} node(s) would stay float: {listed}."
+        types = ",".join(dict.fromkeys([*allowed, *(node.op_type for node in left)]))
+        msg = (
+            f"{where}: {len(left)} node(s) would stay float: {listed}; to let them, write "
+            f"allow_float = {types}."
+        )
         raise ConfigError(msg)

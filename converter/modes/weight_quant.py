@@ -15,6 +15,7 @@ from calib.affine import IntFormat
 from calib.samples import Dataset
 from converter.calibrate.cache import fingerprint_of
 from converter.calibrate.data import open_data, resources_of, synthetic_data
+from converter.calibrate.judges import Parted, parted
 from converter.config.keys import WeightQuantParam
 from converter.emit.dequantize import (
     NEWEST_OPSET,
@@ -106,6 +107,10 @@ def quantize(prepared: Prepared, job: Job, watch: Watch) -> Quantized:
     model = prepared.model
     wanted = job.config.weight_quant
     data, tuning = _data(prepared, job, watch), Tuning(job, watch)
+    judges = Parted(data, data, data)
+    if not job.config.common.bit_num and _searches(job):
+        judges = parted(data, False, watch)
+        data = judges.fitted
     parts = tuning.parted(data)
     resources = resources_of(job)
     given = job.config.has_samples and not data.random
@@ -119,7 +124,7 @@ def quantize(prepared: Prepared, job: Job, watch: Watch) -> Quantized:
     if job.config.common.bit_num:
         plan = fitter.fitted(plan)
     else:
-        plan, pareto = _searched(fitter, plan, job, newest)
+        plan, pareto = _searched(fitter, judges.judges, plan, job, newest=newest)
     if tuning.wanted:
         plan = tuning.tuned(model, plan, parts, _keeping(model, job, newest))
     widths = Counter(weight.qparams.format.bits for weight in plan.stored.values())
@@ -132,9 +137,9 @@ def quantize(prepared: Prepared, job: Job, watch: Watch) -> Quantized:
         size = f"{found.ratio:.2f} times smaller weights, {found.bits:.2f} bits each"
         watch.tell(f"Could be had: {size}: loss of {found.expected:.2g} expected{measured}.")
     quantized = _emitted(model, plan, newest, signed)
-    used = data if given else Dataset((), (), ())
+    used, last = (data, judges.last) if given else (Dataset((), (), ()), None)
     decided = {} if job.config.common.bit_num else _widths(plan)
-    return Quantized(model, quantized, plan, used, pareto=pareto, decided=decided)
+    return Quantized(model, quantized, plan, used, pareto=pareto, decided=decided, last=last)
 
 
 def _widths(plan: QuantPlan) -> dict[str, dict[str, object]]:
@@ -224,12 +229,24 @@ def _emitted(
     return quantized
 
 
+def _searches(job: Job) -> bool:
+    """Whether outputs are compared to find widths."""
+    return job.config.mixed_bit.auto_tune or job.config.mixed_bit.search == "SENSITIVITY"
+
+
 def _searched(
-    fitter: Fitter, plan: QuantPlan, job: Job, newest: int | None
+    fitter: Fitter, judges: Dataset, plan: QuantPlan, job: Job, *, newest: int | None
 ) -> tuple[QuantPlan, tuple[Tradeoff, ...]]:
     """The plan with widths found; until then, the best so far is the job's output, and a journal
     lies beside it.
     """
+
+    save_best, kept = _keeping(fitter.model, job, newest), False
+
+    def keep(found: QuantPlan) -> None:
+        nonlocal kept
+        save_best(found)
+        kept = True
 
     config = job.config
     told = (
@@ -237,9 +254,12 @@ def _searched(
         f"{config.weight_quant}"
     )
     journal = Journal(job.output.with_name(f"{job.output.name}.search.json"), told)
-    found = Search(
-        fitter, plan, config.mixed_bit, journal, _keeping(fitter.model, job, newest)
-    ).mixed()
+    try:
+        found = Search(fitter, judges, plan, config.mixed_bit, journal, keep).mixed()
+    except KeyboardInterrupt:
+        there = f"{job.output} holds the best so far" if kept else "no output is written yet"
+        msg = f"Interrupted; {there}, and the same command goes on where the search was."
+        raise KeyboardInterrupt(msg) from None
     journal.close()
     return found
 
@@ -260,8 +280,7 @@ def _data(prepared: Prepared, job: Job, watch: Watch) -> Dataset:
     if job.config.has_samples:
         data = open_data(model, job, watch)
         return with_distilled(data, model, prepared.moments, job, watch=watch)
-    searches = job.config.mixed_bit.auto_tune or job.config.mixed_bit.search == "SENSITIVITY"
-    if job.config.common.bit_num or not searches:
+    if job.config.common.bit_num or not _searches(job):
         return Dataset((), (), ())
     watch.warn(
         "There is no calibration data: bits are chosen by what random inputs show; give "

@@ -63,7 +63,8 @@ def _opened(job: Job, watch: Watch) -> Quantized:
         make_plain(model)
     data = open_data(reference, job, watch)
     plan = QuantPlan({}, {})
-    return Quantized(_like(reference, other), other, plan, data, settings=job.config)
+    like, settings = _like(reference, other), job.config
+    return Quantized(like, other, plan, data, settings=settings, source=job.model, fitted=False)
 
 
 def _check_same(what: str, job: Job, before: Sequence[ir.Value], after: Sequence[ir.Value]) -> None:

@@ -10,8 +10,9 @@ import numpy as np
 import onnx_ir as ir
 
 from calib import CalibError
-from converter.calibrate.data import resources_of
+from converter.calibrate.data import check_data, resources_of
 from converter.config.keys import QUANT_TYPES
+from converter.doctor.examine import examine, findings
 from converter.emit.half import store_constants_as_half
 from converter.emit.inferred import forget_inferred
 from converter.errors import ConfigError, ModelError, QConvertError
@@ -29,6 +30,7 @@ from converter.measure.errors import (
     independent_names,
     largest_difference,
 )
+from converter.measure.labels import label_table
 from converter.measure.results import Findings, Outcome
 from converter.measure.verify import tensor_errors, verify
 from converter.modes import MODES, full_quant
@@ -55,6 +57,7 @@ from converter.report.advice import listed
 from converter.report.collect import check_folder, write_reports
 from converter.report.provenance import provenance
 from converter.report.recipe import write_recipe
+from converter.report.text import summary_lines
 
 INTEGER_ACTIVATIONS = {"FULL_QUANT", "DYNAMIC_QUANT"}
 UNREPORTED = "There are no reports"
@@ -68,15 +71,18 @@ def convert(job: Job, watch: Watch | None = None) -> Outcome:
     What comes behind the finished file, measuring and reporting, never loses it.
     """
     with models.weights_written_once():
-        return _converted(job, watch or Watch())
+        outcome = _converted(job, watch or Watch())
+    return replace(outcome, summary="\n".join(summary_lines(outcome, job.output)))
 
 
 def _converted(job: Job, watch: Watch) -> Outcome:
     prepared = read(job, watch)
     before = models.file_bytes(job.model)
+    if job.config.preprocess.calibrate_path:
+        _tell_of_mistakes(job, watch)
     try:
         result = MODES[job.mode].quantize(prepared, job, watch)
-        result = replace(result, settings=job.config)
+        result = replace(result, settings=job.config, source=job.model)
         forget_inferred(result.model)
         if job.fp16:
             _store_as_half(result.model, watch)
@@ -88,6 +94,19 @@ def _converted(job: Job, watch: Watch) -> Outcome:
     except CalibError as error:
         raise QConvertError(str(error)) from error
     return _measured(job, unfinished, (before, models.file_bytes(job.output)), watch)
+
+
+def _tell_of_mistakes(job: Job, watch: Watch) -> None:
+    """Warns where the model is not fed as it was trained."""
+    try:
+        found = findings(examine(job, Watch(), cheap=True))
+    except QConvertError:
+        raise
+    except Exception as error:  # checks must not stop a conversion that works
+        watch.warn(f"Whether the model is fed as it was trained is not checked: {error!r}")
+        return
+    for finding in found:
+        watch.warn(str(finding))
 
 
 def _name_apart(model: ir.Model, watch: Watch) -> None:
@@ -154,7 +173,10 @@ def _measured(job: Job, result: Quantized, sizes: tuple[int, int], watch: Watch)
             "The tensors inside are not compared", lambda: tensor_errors(both)
         )
         errors = compared or ()
-    ranked = sorted(errors if verification else (), key=lambda error: error.sqnr_db)
+    # One output has one figure: that of the verification.
+    outputs = {value.name for value in result.reference.graph.outputs}
+    inside_errors = (e for e in errors if verification and e.name not in outputs)
+    ranked = sorted(inside_errors, key=lambda error: error.sqnr_db)
     return Outcome(result.plan, *sizes, tuple(ranked), verification, why)
 
 
@@ -239,13 +261,17 @@ def _opset(job: Job, model: ir.Model) -> int:
 
 def make_plan(job: Job, watch: Watch) -> QuantPlan:
     """The decisions a conversion would make before it looks at any data; runs nothing."""
-    return MODES[job.mode].make_plan(read(job, watch), job)
+    prepared = read(job, watch)
+    check_data(prepared.model, job)
+    return MODES[job.mode].make_plan(prepared, job)
 
 
 def read(job: Job, watch: Watch) -> Prepared:
     """The job's model in normal form; nothing changes it from here on."""
     if folder := job.config.common.debug_info_save_path:
         check_folder(folder, job.config.at("common_quant_param", "debug_info_save_path"))
+    if labels := job.config.preprocess.label_file:
+        label_table(labels)  # what is wrong with it should not be told after the work
     for warning in job.config.warnings:
         watch.warn(warning)
     check_target(job.config)

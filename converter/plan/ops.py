@@ -63,6 +63,7 @@ class OpRule:
 
     How its numbers meet. `adds`, `multiplies`: it is the sum, the product of two inputs. `merges`:
     inputs share the codes of one range. `fill`: index of the number that it fills up with.
+    `remembers`: it keeps mean and variance of what it read in training, by channel.
 
     `obstacle`: why this very node cannot be computed on integers, None if it can;
     `obstacle_spreads`: nodes behind such a one stay float with it.
@@ -85,6 +86,7 @@ class OpRule:
     multiplies: bool = False
     merges: bool = False
     fill: int | None = None
+    remembers: bool = False
     obstacle: Obstacle = lambda node: None
     obstacle_spreads: bool = False
     knees: Callable[[ir.Node], tuple[float, float]] = lambda node: (-math.inf, math.inf)
@@ -312,7 +314,8 @@ OPS: dict[str, OpRule] = {
     "Softmax": OpRule(probabilities=True),
     **_rows("ReduceSum Tanh LeakyRelu Abs Ceil Exp Floor Neg Round Sqrt", OpRule()),
     **_rows("Elu Gelu HardSwish Log", OpRule()),
-    **_rows("BatchNormalization InstanceNormalization", OpRule()),
+    "BatchNormalization": OpRule(remembers=True),
+    "InstanceNormalization": OpRule(),
     **_rows("MaxPool Reshape Flatten Squeeze Unsqueeze Transpose Slice Split", _MOVED),
     **_rows("DepthToSpace SpaceToDepth Tile", _MOVED),
     # A byte between 0 and 1 has no code for what is left beyond 8: 0.0003.

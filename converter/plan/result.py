@@ -6,6 +6,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import onnx_ir as ir
 
@@ -40,8 +41,10 @@ class Quantized:
     them and that is not `reference` itself. `trained` says that `reference` has quantization from
     training, which was taken over or taken away. `pareto` is what a search of bits found, smallest
     last. `exact` says that all processors which the model is for have kernels that do not saturate.
-    `settings` are those it was made with, without a mode where they are not known. `decided` is
-    what searches found, keys of a configuration by node.
+    `source` is the file that `reference` was read from. `fitted` says that `data` had a part in
+    what `model` is; samples behind `last`, if not behind `data`, had none. `settings` are those it
+    was made with, without a mode where they are not known. `decided` is what searches found, keys
+    of a configuration by node.
     """
 
     reference: ir.Model
@@ -56,3 +59,6 @@ class Quantized:
     exact: bool = False
     settings: Config = field(default_factory=default_config)
     decided: Mapping[str, Mapping[str, object]] = field(default_factory=dict)
+    source: Path | None = None
+    fitted: bool = True
+    last: Dataset | None = None

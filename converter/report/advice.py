@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 
+from calib.sources import as_item
 from converter.config import Config
 from converter.config.left import against_saturation, left
 from converter.measure.pairing import Place
@@ -21,6 +22,8 @@ CLIPPED, SHORTENED, COSTLY, NOISY_DB, HEARD_DB = 0.01, 0.02, 0.1, 15.0, 40.0
 WIDEST = ("full_quant_param.activation_quant_method", "MAX_MIN")
 ANY_METHOD = ("full_quant_param.activation_quant_method", None)
 MOST_BITS = 16
+# Nodes that a line names, and a loss that most can afford.
+NAMED, MAX_DROP = 5, 0.01
 
 
 def advice_for(
@@ -44,8 +47,8 @@ def _advice(
     ratio = _ratio([figures for place, figures in tensors if not place.output])
     if rule(node.op_type).merges and ratio > MIXED_RANGES:
         yield (
-            f"Its inputs differ {ratio:.1f} times in size (mixed ranges): leave it float with "
-            "skip_quant_node."
+            f"Its inputs differ {ratio:.1f} times in size (mixed ranges): leave it float, "
+            f"{skip_line([node.name], settings)}"
         )
     ranged = [
         (place.name, figures)
@@ -55,24 +58,35 @@ def _advice(
     clip, name = max(((f.clip, name) for name, f in ranged if _is_shortened(f)), default=(0.0, ""))
     if clip > CLIPPED and _is_heard(node):
         wider = "activation_quant_method = MAX_MIN or " if left(settings, *WIDEST) else ""
-        yield f"{clip:.1%} of {name} is cut off: try {wider}skip_quant_node."
-    more_bits = ["give it more bits (bit_num)"] if _may_have_more_bits(node, settings) else []
+        yield f"{clip:.1%} of {name} is cut off: try {wider}{skip_line([node.name], settings)}"
+    more_bits = _more_bits(node, settings)
     if _is_costly(node):
-        ways = ["leave it float (skip_quant_node)", *more_bits]
-        yield f"It alone makes {node.share:.0%} of the error: {' or '.join(ways)}."
+        ways = [*more_bits, f"leave it float, {skip_line([node.name], settings)}"]
+        yield f"It alone makes {node.share:.0%} of the error: {' or '.join(ways)}"
     elif node.own is not None and node.own.sqnr_db < NOISY_DB:
         method = ["try another activation_quant_method"] if left(settings, *ANY_METHOD) else []
-        ways = [
-            *(method if ranged else more_bits),
-            "leave it float with skip_quant_node",
-        ]
-        yield f"Its output is noisy ({node.own.sqnr_db:.1f} dB): {', or '.join(ways)}."
+        float_one = f"leave it float, {skip_line([node.name], settings)}"
+        ways = [*(method if ranged else more_bits), float_one]
+        yield f"Its output is noisy ({node.own.sqnr_db:.1f} dB): {', or '.join(ways)}"
 
 
-def _may_have_more_bits(node: NodeFinding, settings: Config) -> bool:
-    """Whether there is a key that gives a node more bits: only stored weights may have any."""
-    stored = settings.mode in (None, "WEIGHT_QUANT")
-    return stored and (node.bits is None or node.bits < MOST_BITS)
+def skip_line(names: Sequence[str], settings: Config) -> str:
+    """The line of a configuration that leaves these nodes float as well as those that are already;
+    the key alone where no line can hold a name.
+    """
+    skipped = [*settings.common.skip_quant_node, *names]
+    items = [as_item(name) for name in dict.fromkeys(skipped)]
+    held = [item for item in items if item is not None]
+    whole = f"skip_quant_node = {','.join(held)}"
+    return whole if len(held) == len(items) else "skip_quant_node with a pattern for its name"
+
+
+def _more_bits(node: NodeFinding, settings: Config) -> list[str]:
+    """The line that gives weights more bits, all of them: only stored ones may have any."""
+    bits = settings.common.bit_num
+    if settings.mode != "WEIGHT_QUANT" or not bits or (node.bits or 0) >= MOST_BITS:
+        return []
+    return [f"give all weights more bits, bit_num = {min(MOST_BITS, bits + 2)}"]
 
 
 def _is_costly(node: NodeFinding) -> bool:
@@ -112,17 +126,18 @@ def overall_advice(
     if mixed := [node.name for node in nodes if "mixed ranges" in node.advice]:
         yield (
             f"Mixed ranges: the inputs of {listed(mixed)} differ much, small ones get few codes; "
-            "try skip_quant_node."
+            f"try {skip_line(mixed[:NAMED], settings)}"
         )
     if cut := [node.name for node in nodes if "cut off" in node.advice]:
         wider = "a wider range (activation_quant_method = MAX_MIN)"
-        way = wider if left(settings, *WIDEST) else "leaving them float (skip_quant_node)"
-        yield f"Much is cut off at {listed(cut)}: {way} may be better."
+        float_ones = f"leaving them float may, {skip_line(cut[:NAMED], settings)}"
+        way = f"{wider} may be better." if left(settings, *WIDEST) else float_ones
+        yield f"Much is cut off at {listed(cut)}: {way}"
     costly = sorted(filter(_is_costly, nodes), key=lambda n: -(n.share or 0))
     if costly:
-        names = listed([node.name for node in costly])
-        yield f"Most of the outputs' error comes from {names}: {_floats(settings)}."
-    if verification and verification.speedup is not None and verification.speedup < 1:
+        names = [node.name for node in costly]
+        yield f"Most of the outputs' error comes from {listed(names)}: {_floats(names, settings)}"
+    if verification and verification.speed and verification.speed.high < 1:
         other = "; WEIGHT_QUANT may do" if settings.mode != "WEIGHT_QUANT" else ""
         yield (
             "It is not faster here than the float model: few operators have integer kernels"
@@ -130,11 +145,12 @@ def overall_advice(
         )
 
 
-def _floats(settings: Config) -> str:
-    """The keys that leave nodes float."""
+def _floats(names: Sequence[str], settings: Config) -> str:
+    """The lines that leave nodes float."""
+    line, bound = skip_line(names[:NAMED], settings), settings.full_quant.max_drop
     if not left(settings, "full_quant_param.max_drop", 0.0):
-        return "skip_quant_node"
-    return f"skip_quant_node, or {'a smaller ' if settings.full_quant.max_drop else ''}max_drop"
+        return line
+    return f"max_drop = {(bound or 2 * MAX_DROP) / 2:g}, or {line}"
 
 
 def listed(names: Sequence[str], most: int = 5) -> str:

@@ -5,6 +5,7 @@ next.
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
@@ -13,12 +14,14 @@ from tempfile import TemporaryDirectory
 from threading import Lock
 
 import numpy as np
+import onnx_ir as ir
 
 from calib.affine import Array, QParams
 from calib.stats import TensorStats
 from converter.calibrate.data import synthetic_data
 from converter.errors import ConfigError
 from converter.graph.edit import not_none
+from converter.graph.files import naming
 from converter.measure.both import Both
 from converter.measure.errors import Tally, error_of
 from converter.measure.pairing import Pairing, Place
@@ -44,6 +47,8 @@ from converter.report.tables import (
 WORST = 10
 # Samples that histograms and, where no tables are wanted, figures are made of.
 SHOWN_SAMPLES = 8
+# Samples that the tables have a file for.
+MOST_ROUNDS = 12
 # So much above the signal is all noise.
 MOST_DB = 300.0
 
@@ -52,10 +57,12 @@ def check_folder(folder: Path, where: str) -> None:
     """Raises ConfigError where no folder of reports can be; `where` names the line that asks for
     it.
     """
-    if (
-        stands := next((p for p in (folder, *folder.absolute().parents) if p.exists()), folder)
-    ).is_file():
+    stands = next((p for p in (folder, *folder.absolute().parents) if p.exists()), folder)
+    if stands.is_file():
         msg = f"{where}: {stands} is a file; give the path of a folder."
+        raise ConfigError(msg)
+    if not os.access(stands, os.W_OK):
+        msg = f"{where}: {stands} cannot be written to; give a folder that you may write to."
         raise ConfigError(msg)
 
 
@@ -66,7 +73,10 @@ def write_reports(folder: Path, title: str, both: Both, given: Findings) -> Find
     All of the folder's reports are new, or none of them is touched.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary:
+    with (
+        naming(folder),
+        TemporaryDirectory(prefix=f".{folder.name}.", dir=folder.parent) as temporary,
+    ):
         tables = Path(temporary)
         told = findings(both, given, tables)
         (tables / "summary.json").write_text(_summary(told), encoding="utf-8")
@@ -101,7 +111,7 @@ def findings(both: Both, given: Findings, tables: Path | None = None) -> Finding
     """
     pairing, result = both.pairing, both.result
     data = result.data if len(result.data) else synthetic_data(result.reference, 1)
-    count = len(data) if tables else min(len(data), SHOWN_SAMPLES)
+    count = min(len(data), MOST_ROUNDS if tables else SHOWN_SAMPLES)
     shown = _Shown(pairing, count // max(1, count // SHOWN_SAMPLES))
     totals: dict[Key, Figures] = {}
     outputs, tallies = [OUTPUTS], list[list[Tally]]()
@@ -127,12 +137,22 @@ def findings(both: Both, given: Findings, tables: Path | None = None) -> Finding
         tensors=tuple(shown.findings()),
         advice=tuple(overall_advice(nodes, given.verification, result.settings)),
         errors=tuple(map(error_of, pairs, np.sum(tallies, axis=0))),
+        edges=tuple(_edges(pairing.reference)),
     )
     if tables:
         write_table(tables / "output_summary.csv", outputs)
         write_table(tables / "quant_param.csv", parameter_rows(pairing.places, totals))
         write_table(tables / "sensitivity.csv", sensitivity_rows(told.ranked))
     return told
+
+
+def _edges(model: ir.Model) -> Iterator[tuple[str, str]]:
+    """Which node reads what which other makes, in the main graph."""
+    for node in model.graph:
+        for value in node.inputs:
+            maker = value.producer() if value is not None else None
+            if maker is not None:
+                yield maker.name or "", node.name or ""
 
 
 def _both(first: Figures | None, second: Figures) -> Figures:
@@ -208,6 +228,7 @@ def _node(
         sum(place.weight.nbytes for place in weights if place.weight is not None),
         sum(map(_bytes_after, weights)),
         error if quantized else None,
+        inside=bool(unit and unit.inside),
     )
 
 

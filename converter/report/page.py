@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import math
 from pathlib import Path
 from typing import Any
@@ -9,15 +10,18 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
-from plotly.offline import get_plotlyjs
 
-from converter.measure.results import Findings, NodeFinding, TensorFinding
+from calib.images import thumbnail
+from converter.measure.results import Changed, Findings, NodeFinding, TensorFinding
+from converter.report.layout import placed
 from converter.version import __version__
 
 # More bars than this are not seen on a screen.
 MOST_BINS, MOST_BARS = 160, 12
 # Constants of fewer bytes are a shape or a Clip's bounds, not weights.
 LEAST_BYTES = 64
+# Pixels of a picture whose answer changed.
+THUMBNAIL = 96
 
 
 def page(findings: Findings, title: str) -> str:
@@ -40,8 +44,24 @@ def page(findings: Findings, title: str) -> str:
         least_bytes=LEAST_BYTES,
         infinity=math.inf,
         data=_drawn(findings),
-        plotly=Markup(get_plotlyjs()),
+        changed=_changes(findings),
+        plotly=Markup(charts_library()),
     )
+
+
+def _changes(findings: Findings) -> list[tuple[Changed, str]]:
+    """Samples whose answers changed, with their pictures as data, empty where they are none."""
+    changed = findings.verification.changed if findings.verification else ()
+    pictures = (thumbnail(Path(each.file), THUMBNAIL) if each.file else None for each in changed)
+    encoded = (base64.b64encode(png).decode() if png else "" for png in pictures)
+    return list(zip(changed, encoded, strict=True))
+
+
+def charts_library() -> str:
+    """plotly.js, the part that draws bars and lines: plotly.js-basic-dist-min of its authors, under
+    the MIT licence.
+    """
+    return (Path(__file__).parent / "plotly-basic.min.js").read_text(encoding="utf-8")
 
 
 def _drawn(findings: Findings) -> dict[str, Any]:
@@ -55,7 +75,23 @@ def _drawn(findings: Findings) -> dict[str, Any]:
         "sensitivity": ranked,
         "sensitivity_note": note,
         "tensors": [_tensor(tensor) for tensor in findings.tensors],
+        "graph": _graph(findings),
     }
+
+
+def _graph(findings: Findings) -> dict[str, Any]:
+    """Every node with its place, kind, whether it is integer, and its noise in dB; and the edges by
+    number.
+    """
+    nodes = {node.name: node for node in findings.nodes}
+    numbers = {name: number for number, name in enumerate(nodes)}
+    edges = [edge for edge in dict.fromkeys(findings.edges) if numbers.keys() >= {*edge}]
+    places, rows = placed(list(nodes), edges), []
+    for name, node in nodes.items():
+        noise = node.own.sqnr_db if node.own and math.isfinite(node.own.sqnr_db) else None
+        integer = node.quantized or node.inside
+        rows.append([name, node.op_type, *places[name], integer, noise])
+    return {"nodes": rows, "edges": [[numbers[end] for end in edge] for edge in edges]}
 
 
 def _sensitivity(

@@ -4,6 +4,7 @@ conversion.
 
 from __future__ import annotations
 
+import textwrap
 from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -27,12 +28,14 @@ LONGEST = 72
 SHOWN, NAMED = 4, 3
 
 
-def plan_lines(plan: QuantPlan) -> Iterator[str]:
-    """Every node and every tensor with its bits and the reason."""
+def plan_lines(plan: QuantPlan, width: int | None = None) -> Iterator[str]:
+    """Every node and every tensor with its bits and the reason, in lines of at most `width`
+    characters; None for any.
+    """
     nodes = ((node.name, node.op_type, _becomes(node), node.reason) for node in plan.nodes.values())
-    yield from columns([("node", "operator", "becomes", "why"), *nodes])
+    yield from fitted([("node", "operator", "becomes", "why"), *nodes], width)
     yield ""
-    yield from columns([("tensor", "bits", "why"), *_tensor_rows(plan)])
+    yield from fitted([("tensor", "bits", "why"), *_tensor_rows(plan)], width)
 
 
 def summary_lines(outcome: Outcome, output: Path) -> Iterator[str]:
@@ -58,11 +61,14 @@ def summary_lines(outcome: Outcome, output: Path) -> Iterator[str]:
 def verification_lines(verification: Verification) -> Iterator[str]:
     """What running both models told."""
     parts = _closeness(verification.worst, verification.agreement)
-    parts += (
-        []
-        if verification.top1 is None
-        else [f"right answers {verification.top1[0]:.1%} -> {verification.top1[1]:.1%}"]
-    )
+    if verification.agreement is not None:
+        low, high = verification.agreement_interval
+        parts[-1] += f" (95%: {low:.1%} to {high:.1%})"
+    if verification.top1 and verification.drop:
+        before, after = verification.top1
+        least, most = verification.drop
+        lost = f"loss, 95%: {least:+.1%} to {most:+.1%}"
+        parts.append(f"right answers {before:.1%} -> {after:.1%} ({lost})")
     yield f"Verified on {verification.where}: {', '.join(parts) or 'no output can be compared'}."
     if verification.random:
         yield RANDOM
@@ -75,10 +81,11 @@ def verification_lines(verification: Verification) -> Iterator[str]:
             "On this processor, whose kernels lose bits, the file gives other answers: "
             f"{', '.join(_closeness(verification.here.worst, verification.here.agreement))}."
         )
-    if verification.speedup is not None:
+    if speed := verification.speed:
+        sure = "" if speed.sure else "; the machine is too busy to tell"
         yield (
-            f"Speed {verification.speedup:.2f} times the float model's, in ONNX Runtime on one "
-            "thread of this machine."
+            f"Speed {speed.ratio:.2f} times the float file's (95%: {speed.low:.2f} to "
+            f"{speed.high:.2f}{sure}), in ONNX Runtime on one thread of this machine."
         )
     if verification.kernels:
         common = Counter(verification.kernels).most_common()
@@ -120,9 +127,10 @@ def comparison_lines(findings: Findings) -> Iterator[str]:
     yield from (f"- {sentence}" for sentence in findings.advice)
 
 
-def short(name: str) -> str:
-    """At most LONGEST characters of `name`."""
-    return name if len(name) <= LONGEST else f"{name[:20]}…{name[21 - LONGEST :]}"
+def short(name: str, most: int = LONGEST) -> str:
+    """At most `most` characters of `name`, without its middle."""
+    head = most * 2 // 7
+    return name if len(name) <= most else f"{name[:head]}…{name[head + 1 - most :]}"
 
 
 def _size_line(before: int, after: int) -> str:
@@ -158,6 +166,24 @@ def _tensor_rows(plan: QuantPlan) -> Iterator[tuple[str, str, str]]:
 
 def _counts(types: Counter[str]) -> str:
     return ", ".join(f"{count} {op_type}" for op_type, count in types.most_common()) or "none"
+
+
+def fitted(table: Sequence[Sequence[str]], width: int | None) -> Iterator[str]:
+    """The rows as `columns` has them; in a narrow terminal names lose their middle, and reasons go
+    on below.
+    """
+    if width is None:
+        yield from columns(table)
+        return
+    middle = sum(2 + max(map(len, column)) for column in list(zip(*table, strict=True))[1:-1])
+    first = max(8, (width - middle) * 2 // 5)
+    last = max(8, width - middle - first - 2)
+    rows = list[Sequence[str]]()
+    for name, *cells, reason in table:
+        parts = textwrap.wrap(reason, last) or [""]
+        rows.append((short(name, first), *cells, parts[0]))
+        rows += [("", *[""] * len(cells), part) for part in parts[1:]]
+    yield from columns(rows)
 
 
 def columns(table: Iterable[Sequence[str]]) -> Iterator[str]:

@@ -11,6 +11,7 @@ import numpy as np
 import onnx_ir as ir
 
 from calib.affine import SMALLEST_SCALE, Array
+from calib.samples import Dataset
 from calib.search import fewest
 from calib.workers import over_samples
 from converter.calibrate.runs import opened
@@ -68,11 +69,12 @@ def _are_probabilities(x: Array) -> bool:
 
 @dataclass(frozen=True)
 class Search:
-    """The search that a config wants for the widths of a plan; `keep` is handed every plan better
-    than those before.
+    """The search that a config wants for the widths of a plan, judged on samples that nothing is
+    fitted to; `keep` is handed every plan better than those before.
     """
 
     fitter: Fitter
+    judges: Dataset
     plan: QuantPlan
     wanted: MixedBitWeightQuantParam
     journal: Journal
@@ -102,9 +104,8 @@ class Search:
         def cosine(n: int) -> float:
             plan = decide(n)
             other = opened(self._restored(plan), optimize=True)
-            drop = output_drop(
-                reference, other, fitter.data, None, threads=fitter.resources.threads
-            )
+            threads = fitter.resources.threads
+            drop = output_drop(reference, other, self.judges, None, threads=threads)
             if 1 - drop >= self.wanted.min_cosine:
                 self.keep(plan)
             return 1 - drop
