@@ -18,7 +18,7 @@ COMMON, MIXED = "common_quant_param", "mixed_bit_weight_quant_param"
 WEIGHT = "weight_quant_param"
 DYNAMIC = "dynamic_quant_param"
 TRANSFORM = "transform_quant_param"
-FULL, DATA = "full_quant_param", "data_preprocess_param"
+FULL, DATA, TUNE = "full_quant_param", "data_preprocess_param", "fine_tune_param"
 WEIGHT_ONLY = "[common_quant_param]\nquant_type=WEIGHT_QUANT\n"
 FULL_QUANT = """[common_quant_param]
 quant_type=FULL_QUANT
@@ -104,6 +104,15 @@ MISTAKES = {
         )
     ],
     (DATA, "verify_size"): [(bad, "integer from 1 to 65535") for bad in ("0", "many")],
+    (TUNE, "fine_tune"): [("YES", "OFF, BLOCK, END_TO_END or AUTO")],
+    (TUNE, "time_limit"): [(bad, "above 0 and below 10080") for bad in ("0", "x", "20000")],
+    (TUNE, "epochs"): [(bad, "integer from 1 to 65535") for bad in ("0", "1.5")],
+    (TUNE, "batch_size"): [(bad, "integer from 1 to 4096") for bad in ("0", "4097")],
+    (TUNE, "learning_rate"): [(bad, "above 0 and below 1") for bad in ("0", "1", "fast")],
+    (TUNE, "seed"): [(bad, "integer from 0 to 2147483647") for bad in ("-1", "x")],
+    (TUNE, "weight_bits"): [(bad, "integer from 2 to 8") for bad in ("1", "9")],
+    (TUNE, "activation_bits"): [(bad, "integer from 1 to 8") for bad in ("0", "16")],
+    (TUNE, "augment"): [("some", "true or false")],
     (DATA, "calibrate_size"): [(bad, "integer from 1 to 65535") for bad in ("0", "65536")],
     (DATA, "input_type"): [("JPEG", "IMAGE, BIN, NPY or SYNTHETIC")],
     (DATA, "synthetic_size"): [(bad, "integer from 0 to 65535") for bad in ("-1", "65536", "x")],

@@ -87,7 +87,7 @@ def test_a_few_real_samples_are_joined_and_verified_on(converted):
     result = converted(FULL + REAL + PIXELS + sizes + labels)
     assert result.code == 0
     assert f"3 samples are distilled from {NORMS}; beside 40 real ones." in result.lines
-    assert any(x.startswith("Verified on 16 samples held back") for x in result.lines)
+    assert any(x.startswith("Verified on 110 samples held back") for x in result.lines)
     assert NOTHING_SEEN not in result.lines
 
 

@@ -224,7 +224,8 @@ def test_equalized_weights_share_a_scale_better(tmp_path):
             equalize=equalize,
             only_where_it_pays="false",
         )
-        noise[equalize] = next(error.sqnr_db for error in outcome.errors if error.name == "y")
+        (output,) = outcome.verification.outputs
+        noise[equalize] = output.sqnr_db
     assert noise["true"] > noise["false"] + 10
 
 

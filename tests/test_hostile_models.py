@@ -33,7 +33,6 @@ REFUSED = {
     ("bfloat16", FULL): "bfloat16",
     ("unknown_domain", FULL): "acme:Secret",
     ("zero_batch", FULL): "the sample is empty",
-    ("string_input", FULL): "calibrate_path",
     ("no_inputs", FULL): "calibrate_path",
     **{("no_output_shape", mode): "Field 'shape' of 'type' is required" for mode in MODES},
     **{("no_shapes", mode): "input 'x' has no known number of dimensions" for mode in MODES},

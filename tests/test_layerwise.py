@@ -132,6 +132,8 @@ def assert_held(walk, truth):
 @pytest.mark.parametrize("target", ["CPU", "OPENVINO", "NVGPU", "DSP"])
 @pytest.mark.parametrize("name", GRAPHS)
 def test_the_walk_holds_what_the_quantized_model_computes(name, target):
+    if (name, target) == ("matrices", "NVGPU"):
+        pytest.skip("products of fewer than 16 columns stay float for it")
     model = prepared(f"{HEAD} {{ {GRAPHS[name]} }}", **CONSTANTS)
     plan, walk = decided(model, IMAGES, target)
     assert plan.weights.keys() == {unit.name for unit in plan.units() if unit.weight}

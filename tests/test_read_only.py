@@ -118,7 +118,7 @@ def test_full_quant_changes_nothing_after_its_set_up(name, tmp_path):
     assert (last != frozen(case.model)) == case.changes
     evidence = full_quant.observed(setup, Watch())
     assert frozen(setup.model) == last, "calibration changed the float model"
-    full_quant.attempt(setup, evidence, {}, Watch())
+    full_quant.attempt(setup, evidence, full_quant.Choice(), Watch())
     found = full_quant.within_drop(setup, evidence, Watch())
     full_quant.set_edges(found.model, setup, evidence, Watch())
     assert frozen(setup.model) == last, "an attempt changed the float model"

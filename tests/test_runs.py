@@ -54,9 +54,9 @@ def example(folder: Path, **common: object) -> Job:
     return Job(MODEL, folder / "q.onnx", load_config(write_config(folder / "c.cfg", **sections)))
 
 
-# Calibration, how large products are, the file before it is kept, both models as they are executed, and both with all that
-# is looked at; reports add the two that tell what each node costs.
-@pytest.mark.parametrize(("reports", "count"), [(False, 7), (True, 9)])
+# What the model is fed and answers, calibration, how large products are, the file before it is kept, the user's own file, both
+# models as they are executed, and both with all that is looked at; reports add the two that tell what each node costs.
+@pytest.mark.parametrize(("reports", "count"), [(False, 9), (True, 11)])
 def test_a_conversion_opens_each_model_once(
     tmp_path: Path, sessions: list[tuple[str, bool]], reports: bool, count: int
 ) -> None:

@@ -127,14 +127,14 @@ def run(job: Job, terminal: Terminal, gates: Gates, dry: bool) -> None:
     from converter.pipeline import (
         convert as pipeline,  # imports what takes long, which --help must not wait for
     )
-    from converter.report.text import plan_lines
+    from converter.report.text import plan_lines, summary_lines
 
     if dry:
         for line in plan_lines(pipeline.make_plan(job, terminal), columns_of(sys.stdout)):
             terminal.tell(line)
         return
     outcome = pipeline.convert(job, terminal)
-    for line in outcome.summary.splitlines():
+    for line in summary_lines(outcome, job.output):
         terminal.tell(line)
     if missed := gates.missed(outcome.figures):
         msg = f"The model was written, but misses a quality gate: {missed}."

@@ -91,7 +91,7 @@ class Distiller:
         shapes |= {name: place.shape for name, place in task.places.items()}
         loss = task.knowledge.loss(self._count)
         try:
-            made = gradient_model(model, loss, list(task.places), shapes, self._own)
+            made = gradient_model(model, loss, list(task.places), shapes, keep=self._own)
         except NoGradientError as error:
             msg = f"No sample can be distilled, as {error}; give calibrate_path."
             raise ModelError(msg) from error

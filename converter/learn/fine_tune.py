@@ -211,7 +211,13 @@ class Training:
     clock: Callable[[], float] = time.monotonic
 
     def learned(
-        self, lesson: Lesson, supply: Supply, stage: str, seconds: float, keep: Keep | None = None
+        self,
+        lesson: Lesson,
+        supply: Supply,
+        stage: str,
+        *,
+        seconds: float,
+        keep: Keep | None = None,
     ) -> Outcome:
         """The best that a lesson's student reaches within its steps and its time; `keep` is handed
         every plan better than those before.
@@ -472,7 +478,8 @@ def fine_tuned(model: ir.Model, plan: QuantPlan, samples: Samples, training: Tra
             training.keep(plan)
     if options.whole:
         seconds = options.seconds / 2 if options.blocks else options.seconds
-        result = training.learned(lesson(plan), supply, "end to end", seconds, training.keep)
+        stage, keep = "end to end", training.keep
+        result = training.learned(lesson(plan), supply, stage, seconds=seconds, keep=keep)
         plan, least, steps, wanted = result.plan, result.after, result.steps, result.wanted
     return Outcome(plan, before, least, steps, wanted, len(supply.held))
 
@@ -494,7 +501,8 @@ def by_blocks(model: ir.Model, plan: QuantPlan, samples: Samples, training: Trai
         lesson = Lesson(Student(block.model, plan, options.may), error(block.ends), threads)
         supply = InsideSupply(inside, held, width, options)
         seconds = (end - training.clock()) / (len(blocks) - number + 1)
-        plan = training.learned(lesson, supply, f"block {number} of {len(blocks)}", seconds).plan
+        stage = f"block {number} of {len(blocks)}"
+        plan = training.learned(lesson, supply, stage, seconds=seconds).plan
         if number < len(blocks):
             quantized = restored(block.model, plan)
             own = _run_all(quantized, block.ends, _with(own, beside), threads)

@@ -56,6 +56,7 @@ def gradient_model(
     loss: str | Loss,
     wanted: Sequence[str],
     shapes: Mapping[str, Sequence[int]],
+    *,
     keep: Sequence[str] = (),
 ) -> Gradients:
     """The gradients of the tensor `loss` with respect to the tensors `wanted`.
@@ -66,7 +67,7 @@ def gradient_model(
     each one counts. Raises KeyError for names that the model does not have, ModelError for a loss
     of unknown shape.
     """
-    model = loss_model(model, loss, wanted, shapes, keep)
+    model = loss_model(model, loss, wanted, shapes, keep=keep)
     values, aim = values_by_name(model.graph), model.graph.outputs[0]
     backward = _Backward(model, [values[name] for name in wanted])
     found = backward.run(aim)
@@ -87,6 +88,7 @@ def loss_model(
     loss: str | Loss,
     free: Sequence[str],
     shapes: Mapping[str, Sequence[int]],
+    *,
     keep: Sequence[str] = (),
 ) -> ir.Model:
     """A copy that hands out the loss, first, and tensors to `keep`; constants `free` are inputs."""

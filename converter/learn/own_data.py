@@ -54,6 +54,10 @@ def with_distilled(
     count = job.config.distilled
     if not count:
         return data
+    if not fed_inputs(model):
+        where = job.config.at("data_preprocess_param", "calibrate_path")
+        msg = f"{where}: a model without inputs has no samples; write quant_type = WEIGHT_QUANT."
+        raise DataError(msg)
     learned = [value for value in fed_inputs(model) if _may_learn(value)]
     if not learned and not len(data):
         watch.warn(
