@@ -170,7 +170,7 @@ def test_the_loss_is_that_of_all_samples_together():
     pictures = normal(4, 1, 3, SIZE, SIZE)
     loss = Likeness(moments, ()).loss(4)
     session = onnxruntime.InferenceSession(
-        serialized(loss_model(model, loss, (), {"x": (1, 3, SIZE, SIZE)}, [OWN]))
+        serialized(loss_model(model, loss, (), {"x": (1, 3, SIZE, SIZE)}, keep=[OWN]))
     )
     # The last channel does not vary and counts nothing.
     normed = np.maximum(pictures.astype(np.float64), 0)[:, 0, :2]

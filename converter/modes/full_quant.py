@@ -249,7 +249,9 @@ def set_up(prepared: Prepared, job: Job, watch: Watch) -> Setup:
         samples = pixels.preprocess(samples)
     data = open_data(model, job, watch, samples)
     if pixels and pixels.border:
-        _tell_of_borders(prepared.floats, model, replace(job, part=None), pixels, watch)
+        _tell_of_borders(
+            prepared.floats, model, replace(job, part=None), pixels=pixels, watch=watch
+        )
     judges = None
     if wanted.max_drop is not None and len(data):
         judges = parted(data, job.config.preprocess.label_file is not None, watch)
@@ -279,7 +281,7 @@ def _takes_pictures(config: Config) -> bool:
 
 
 def _tell_of_borders(
-    given: ir.Model, model: ir.Model, job: Job, pixels: Pixels, watch: Watch
+    given: ir.Model, model: ir.Model, job: Job, *, pixels: Pixels, watch: Watch
 ) -> None:
     """Says what it costs that the pixel which pads pictures stands for not quite zero."""
     wanted = job.config.preprocess
@@ -426,7 +428,7 @@ def within_drop(setup: Setup, evidence: Evidence, watch: Watch) -> Attempt:
         labels = None
     if mixed:
         return _wide_within_drop(setup, evidence, first, judged, labels=labels, watch=watch)
-    if _drop(setup, first, judged, labels, watch) <= bound:
+    if _drop(setup, first, judged, labels=labels, watch=watch) <= bound:
         return first
     pairing = pair(setup.model, first.model, first.plan)
     floats = opened(setup.model, pairing.tensors)
@@ -444,7 +446,7 @@ def within_drop(setup: Setup, evidence: Evidence, watch: Watch) -> Attempt:
             for name in worst[:count]
         }
         result = attempt(setup, evidence, Choice(kept), watch)
-        within = _drop(setup, result, judged, labels, watch) <= bound
+        within = _drop(setup, result, judged, labels=labels, watch=watch) <= bound
         return result if within or count == len(worst) else None
 
     return fewest(len(worst), without)
@@ -483,14 +485,14 @@ def _wide_within_drop(
 ) -> Attempt:
     """The attempt that gives the fewest units 16 bits and loses no more than max_drop."""
     bound = not_none(setup.wanted.max_drop)
-    if _drop(setup, first, judged, labels, watch) <= bound:
+    if _drop(setup, first, judged, labels=labels, watch=watch) <= bound:
         return first
     choice, widening = _ranked(setup, evidence, watch)
     steps = list(widening.order())
 
     def with_wide(count: int) -> Attempt | None:
         result = attempt(setup, evidence, choice | _widened(steps[count - 1]), watch)
-        drop = _drop(setup, result, judged, labels, watch)
+        drop = _drop(setup, result, judged, labels=labels, watch=watch)
         if drop > bound and count == len(steps):
             watch.warn(
                 f"max_drop = {bound:g} is missed: with 16 bits in every activation the output "
@@ -505,6 +507,7 @@ def _drop(
     setup: Setup,
     tried: Attempt,
     data: Dataset,
+    *,
     labels: Mapping[str, int] | None,
     watch: Watch,
 ) -> float:
