@@ -5,7 +5,7 @@ dtype.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from itertools import zip_longest
 from math import prod
@@ -22,6 +22,7 @@ from calib.affine import Array
 from calib.images import ImageOptions, load_image, reading
 
 IMAGE_AXES = ("NCHW", "NHWC")
+PICTURE_CHANNELS = (1, 3)
 PIXEL_DTYPES = ("float32", "float16", "uint8", "int8")
 # A small archive may unpack to more than fits into memory.
 MAX_UNPACKED = 1 << 30
@@ -160,7 +161,7 @@ def image_axes(spec: InputSpec) -> str:
     """
     if len(spec.shape) == 3 and spec.batch == 1:
         return "NHW"
-    fits = [axes for axes in IMAGE_AXES if len(spec.shape) == 4 and _channels(spec, axes) in (1, 3)]
+    fits = layouts(spec)
     if not fits:
         msg = (
             f"The model's input {spec} is not made for pictures of 1 or 3 channels; write "
@@ -177,6 +178,12 @@ def image_axes(spec: InputSpec) -> str:
         f"{usable}."
     )
     raise CalibError(msg)
+
+
+def layouts(spec: InputSpec, channels: Collection[int] = PICTURE_CHANNELS) -> list[str]:
+    """The layouts in which an input of four dimensions may take pictures of so many channels."""
+    four = len(spec.shape) == len("NCHW")
+    return [axes for axes in IMAGE_AXES if four and _channels(spec, axes) in channels]
 
 
 def _channels(spec: InputSpec, axes: str) -> int:
@@ -220,7 +227,7 @@ def _turn(spec: InputSpec) -> tuple[int, ...] | None:
     """
     if spec.layout is None or len(spec.shape) != 4:
         return None
-    fits = [axes for axes in IMAGE_AXES if _channels(spec, axes) in (1, 3)]
+    fits = layouts(spec)
     if len(fits) == 2:
         return None  # which of the two is what the user says
     own = fits[0] if fits else IMAGE_AXES[0]

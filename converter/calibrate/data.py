@@ -15,7 +15,7 @@ from calib.images import ImageOptions
 from calib.samples import Dataset, InputSpec, open_dataset, sources_of
 from calib.scenes import scene
 from calib.session import CPU_PROVIDERS
-from calib.sources import IMAGE_AXES as LAYOUTS
+from calib.sources import layouts
 from converter.calibrate.runs import opened
 from converter.calibrate.states import Recurrent, first_states, growing_axes, states_of, streamed
 from converter.config import DataPreprocessParam
@@ -216,7 +216,7 @@ def _random(
 
 def _picture(spec: InputSpec) -> str | None:
     """The axes of an input that takes pictures of three colours."""
-    fits = [axes for axes in LAYOUTS if len(spec.shape) == 4 and spec.shape[axes.index("C")] == 3]
+    fits = layouts(spec, (3,))
     return fits[0] if len(fits) == 1 else None
 
 

@@ -27,7 +27,7 @@ from converter.learn.blocked import block_convolutions
 from converter.learn.gradients import Gap, gradient_model
 from converter.learn.likeness import OTHERS, OWN, TARGET, Likeness, targets
 from converter.learn.spectrum import Spectrum
-from converter.learn.steps import Adam
+from converter.learn.steps import Adam, cosine
 from converter.learn.terms import NoGradientError, shape_of
 
 # Steps for every sample, and the first one in coordinates.
@@ -118,7 +118,7 @@ class Distiller:
 
         adams = [Adam() for _ in learned]
         for done in watch.track(range(STEPS), "Distilling samples", STEPS):
-            rates = dict.fromkeys(spectra, RATE * (1 + math.cos(math.pi * (done + 1) / STEPS)) / 2)
+            rates = dict.fromkeys(spectra, RATE * cosine((done + 1) / STEPS))
             # All before any is moved.
             steps = list(over_samples(self._count, step, threads))
             for i, (gradients, moments) in enumerate(steps):

@@ -37,7 +37,7 @@ from converter.learn.losses import (
     total,
 )
 from converter.learn.restored import restored
-from converter.learn.steps import Adam
+from converter.learn.steps import Adam, cosine
 from converter.learn.student import POINT, STORED, Arrays, Learnable, Student
 from converter.plan.plan import QuantPlan
 
@@ -147,24 +147,23 @@ class Lesson:
         self._gradients = dict[Shapes, tuple[Gradients, InferenceSession]]()
         self._judges = dict[Shapes, InferenceSession]()
 
-    def slopes(self, chunks: Sequence[Arrays], learned: Arrays) -> tuple[float, Arrays]:
-        """The loss and the gradients of what is learned, the mean over chunks."""
+    def slopes(self, chunks: Sequence[Arrays], learned: Arrays) -> Arrays:
+        """The gradients of what is learned, the mean over chunks."""
         rounded = self.student.rounded(learned)
         constants = self.student.values(learned, rounded)
         opened = [self._graded(chunk) for chunk in chunks]
 
         def graded(index: int) -> Arrays:
             gradients, session = opened[index]
-            wanted = [gradients.loss, *gradients.outputs.values()]
+            wanted = list(gradients.outputs.values())
             found = run(session, wanted, {**chunks[index], **constants})
-            named = {name: found[output] for name, output in gradients.outputs.items()}
-            return {LOSS: found[gradients.loss], **named}
+            return {name: found[output] for name, output in gradients.outputs.items()}
 
-        sums = {name: np.zeros_like(x) for name, x in constants.items()} | {LOSS: np.zeros(())}
+        sums = {name: np.zeros_like(x) for name, x in constants.items()}
         for found in over_samples(len(chunks), graded, self._threads):
             for name, slope in found.items():
                 sums[name] = sums[name] + slope / len(chunks)
-        return float(sums.pop(LOSS)), self.student.slopes(sums, rounded)
+        return self.student.slopes(sums, rounded)
 
     def judged(self, plan: QuantPlan, chunks: Sequence[Arrays]) -> float:
         """The mean loss of a plan as it would be stored."""
@@ -263,14 +262,14 @@ class _Course:
 
     def steps(self) -> Iterator[int]:
         """The steps that are left, until the time is over."""
-        while self._adam.done < self.total and self._spent < self._seconds:
+        while self._goes_on():
             yield self._adam.done
 
     def step(self) -> None:
         """One step, and now and then a look at what it has brought."""
         start = self._training.clock()
         chunks = self._supply.batch(self._rng)
-        _, slopes = self._lesson.slopes(chunks, self._learned)
+        slopes = self._lesson.slopes(chunks, self._learned)
         self._adam.step(self._learned, slopes, self._rates())
         self._lesson.student.bounded(self._learned)
         self._spent += self._training.clock() - start
@@ -288,9 +287,7 @@ class _Course:
             self.total = max(TIMED, min(self.total, fit))
 
     def _rates(self) -> dict[str, float]:
-        """A cosine from the first rate to none: Loshchilov and Hutter (arXiv 1608.03983)."""
-        done = min(1.0, self._adam.done / self.total)
-        rate = self._rate * (1 + math.cos(math.pi * done)) / 2
+        rate = self._rate * cosine(min(1.0, self._adam.done / self.total))
         return {
             name: rate * (POINT_RATE if name.endswith(POINT) else 1.0) for name in self._learned
         }

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from calib.affine import Array
 from calib.samples import Dataset, Sample
-from calib.sources import IMAGE_AXES, InputSpec
+from calib.sources import InputSpec, layouts
 from converter.calibrate.data import resources_of, spec_of, synthetic_data
 from converter.calibrate.states import growing_axes
 from converter.config import DataPreprocessParam
@@ -26,8 +26,6 @@ from converter.prepare.fold_affine import Moments
 
 # What a pixel can be.
 LEAST_PIXEL, LARGEST_PIXEL = 0.0, 255.0
-# Channels of pictures, by which one axis is told from others.
-PICTURE_CHANNELS = (1, 3)
 # Real samples whose least and largest values bound those that are made beside them.
 SEEN = 8
 # Tokens of a random sample, where a model takes any number.
@@ -215,7 +213,4 @@ def _whole(learned: Mapping[str, Array], fixed: Sample) -> Sample:
 
 def _layout(spec: InputSpec) -> str:
     """The meaning of the axes of an input that takes pictures; empty for others."""
-    if len(spec.shape) != len("NCHW"):
-        return ""
-    fits = [axes for axes in IMAGE_AXES if spec.shape[axes.index("C")] in PICTURE_CHANNELS]
-    return spec.layout or next(iter(fits), "")
+    return spec.layout or next(iter(layouts(spec)), "")

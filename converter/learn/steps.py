@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 
@@ -45,6 +46,13 @@ class Adam:
             rate = rates[name] / (1 - KEPT**self.done)
             root = np.sqrt(square / (1 - KEPT_SQUARES**self.done))
             now -= rate * mean / (root + TINY)
+
+
+def cosine(done: float) -> float:
+    """The share of the first rate when a share of all steps is done: Loshchilov and Hutter (arXiv
+    1608.03983).
+    """
+    return (1 + math.cos(math.pi * done)) / 2
 
 
 def _moved(means: dict[str, Array], name: str, new: Array, kept: float) -> Array:

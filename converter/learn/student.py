@@ -147,9 +147,9 @@ class Student:
             self._add_bias(node, unit)
         self._ranges = self._groups() if may.ranges else {}
         self.constants = (*self._weights, *self._biases, *self._ranges)
-        self._zeros = {name: _meant_zeros(w) for name, w in self._weights.items()}
         rounds = self._weights if may.points else {}
         self._rounds = {name: w for name, w in rounds.items() if w.points_move}
+        self._zeros = {name: _meant_zeros(w) for name, w in self._rounds.items()}
 
     def _add_weights(self, node: ir.Node, unit: NodePlan) -> None:
         for weight in unit.weights:
