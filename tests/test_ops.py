@@ -81,7 +81,12 @@ WITHIN = {
     "ReduceMax": "y = ReduceMax (x)",
     "ReduceMean": "y = ReduceMean (x)",
     "ReduceMin": "y = ReduceMin (x)",
+    "Tanh": "y = Tanh (x)",
+    "Gelu": "y = Gelu (x)",
+    "HardSwish": "y = HardSwish (x)",
 }
+# The opset that has an operator first, where that is a later one.
+LATER = {"HardSwish": 14, "Gelu": 20}
 
 # Operators that compute on all or on their first input.
 OTHERS = {
@@ -211,12 +216,40 @@ def test_moves_only_hand_on_values(op):
 @pytest.mark.parametrize("far", [-3.0, 0.0, 3.0])
 def test_outputs_lie_within_inputs_and_zero(op, far):
     x, u = normal(2, 4, 6, 6) + np.float32(far), normal(2, 4, 6, 6, seed=1) * 4
-    y = run(build(f"{IMAGE} {{ {WITHIN[op]} }}", u=u, **SETTINGS), {"x": x})["y"]
+    text = f"{IMAGE} {{ {WITHIN[op]} }}"
+    model = build(text, max(13, LATER.get(op, 0)), u=u, **SETTINGS)
+    y = run(model, {"x": x})["y"]
     read = [x, u] if OPS[op].data is None else [x]
     assert min(0, *(a.min() for a in read)) <= y.min()
     assert y.max() <= max(0, *(a.max() for a in read))
     if OPS[op].joins:
         assert sorted(y.flat) == sorted([*x.flat, *u.flat])
+
+
+# Bounds of what an operator makes and needs, where x lies in -2..5, u in 1..3 and y in -1..4.
+SPANS = {
+    "y = Add (x, u)": ((-1, 8), None),
+    "y = Sub (x, u)": ((-5, 4), None),
+    "y = Mul (x, u)": ((-6, 15), None),
+    "y = Clip (x, low, some)": ((-0.5, 0.5), None),
+    "y = Clip (x, low)": (None, None),
+    "y = Softmax (x)": ((0, 1), None),
+    "y = Tanh (x)": ((-1, 1), None),
+    "y = Sigmoid (x)": ((0, 1), (-8, 8)),
+    "y = HardSigmoid <alpha=0.25, beta=0.5> (x)": ((0, 1), (-2, 2)),
+    "y = HardSwish (x)": (None, (-3, 4)),
+    "y = LeakyRelu <alpha=0.5> (x)": (None, (-2, 4)),
+    "y = Exp (x)": (None, None),
+}
+
+
+@pytest.mark.parametrize("text", SPANS)
+def test_bounds_of_what_is_made_and_needed(text):
+    node = only_node("g (float[2,4,6,6] x, float[2,4,6,6] u) => (float[] y)", text, **SETTINGS)
+    made, needed = SPANS[text]
+    read = [(-2.0, 5.0), (1.0, 3.0)][: 2 if OPS[node.op_type].data is None else 1]
+    assert OPS[node.op_type].makes(node, read) == made
+    assert OPS[node.op_type].needs(node, (-1.0, 4.0)) == needed
 
 
 @pytest.mark.parametrize(

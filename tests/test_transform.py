@@ -635,7 +635,7 @@ def test_without_data_what_has_no_range_stays_float_and_is_named(tmp_path):
     reasons = {
         node.op_type: node.reason for node in outcome.plan.nodes.values() if not node.quantized
     }
-    assert reasons["Conv"] == "training left the range of 'p' open, and there is no data"
+    assert reasons["Conv"] == "training left the range of 'p' open; input_type = SYNTHETIC finds it"
     assert not outcome.plan.units()
 
 
@@ -701,6 +701,90 @@ def test_a_range_goes_through_what_keeps_it(tmp_path):
     assert constant(read.inputs[1]) == F(0.03)
     (wanted,), (found,) = run(before, {"x": X}).values(), run(after, {"x": X}).values()
     assert np.abs(found - wanted).max() < 0.03 * 8
+
+
+# Ranges in front of convolutions alone, as Paddle trains; what stands between has none.
+BETWEEN = {
+    "Relu": "o = Relu(c)",
+    "HardSwish": "o = HardSwish(c)",
+    "HardSwish in parts": "h = HardSigmoid<alpha=0.1666667, beta=0.5>(c) o = Mul(c, h)",
+    "SiLU": "h = Sigmoid(c) o = Mul(c, h)",
+    "HardSigmoid": "o = HardSigmoid<alpha=0.25, beta=0.5>(c)",
+    "Relu6": "o = Clip(c, low, high)",
+    "LeakyRelu": "o = LeakyRelu<alpha=0.25>(c)",
+    "residual": "m = Add(c, xd) o = Relu(m)",
+    "residual of another sign": "m = Add(xd, c) n = MaxPool<kernel_shape=[1,1]>(m) o = Relu(n)",
+}
+SPARSE = """g (float[N,4,6,6] x) => (float[N,4,6,6] y) {{
+    xq = QuantizeLinear(x, s, z)
+    xd = DequantizeLinear(xq, s, z)
+    w = DequantizeLinear<axis=0>(W, t, zs)
+    c = Conv<pads=[1,1,1,1]>(xd, w, b)
+    {between}
+    oq = QuantizeLinear(o, u, z)
+    od = DequantizeLinear(oq, u, z)
+    v = DequantizeLinear<axis=0>(V, t, zs)
+    d = Conv<pads=[1,1,1,1]>(od, v, b)
+    dq = QuantizeLinear(d, s, z)
+    y = DequantizeLinear(dq, s, z)
+}}"""
+
+
+@pytest.mark.parametrize("name", BETWEEN)
+def test_a_range_between_two_that_were_trained_follows_from_them(tmp_path, name):
+    """What it cuts off changes nothing behind: that is cut off there, or level."""
+    constants = {
+        "s": F(1 / 32),
+        "u": F(1 / 64),
+        "z": np.int8(0),
+        "W": codes(4, 4, 3, 3).astype(np.int8),
+        "V": codes(4, 4, 3, 3, seed=2).astype(np.int8),
+        "t": (positive(4, seed=1) / 150).astype(F),
+        "zs": np.zeros(4, np.int8),
+        "b": normal(4, seed=2),
+        "low": F(0),
+        "high": F(6),
+    }
+    model = build(SPARSE.format(between=BETWEEN[name]), opset=14, **constants)
+    before = frozen(model)
+    job = task(tmp_path, model)
+    settings = replace(job.config.full_quant, only_where_it_pays=False)
+    job = replace(job, config=replace(job.config, full_quant=settings))
+    outcome = convert(job, Ear())
+    convolutions = [node for node in outcome.plan.units() if node.op_type == "Conv"]
+    assert len(convolutions) == 2
+    after, loud = load(job.output, tmp_path / "none"), np.clip(4 * X, -3.9, 3.9)
+    (wanted,) = run(before, {"x": loud}).values()
+    for optimize in (False, True):
+        (found,) = run(after, {"x": loud}, optimize).values()
+        # Codes of some steps more or less in between, never what a range of its own would cut off.
+        error = np.square(found - wanted).mean() / np.square(wanted).mean()
+        assert error < 1e-3
+        assert np.abs(found - wanted).max() < 8 / 32
+
+
+def test_with_data_what_training_left_open_is_calibrated_not_bounded(tmp_path):
+    text = SPARSE.format(between="m = Add(c, xd) o = Relu(m)")
+    constants = {
+        "s": F(1 / 32),
+        "u": F(1 / 64),
+        "z": np.int8(0),
+        "W": codes(4, 4, 3, 3).astype(np.int8),
+        "V": codes(4, 4, 3, 3, seed=2).astype(np.int8),
+        "t": F([0.0001] * 4),
+        "zs": np.zeros(4, np.int8),
+        "b": normal(4, seed=2) / 100,
+    }
+    scales = []
+    for folder, data in (("data", X), ("none", None)):
+        (tmp_path / folder).mkdir()
+        job = task(tmp_path / folder, build(text, **constants), data)
+        settings = replace(job.config.full_quant, only_where_it_pays=False)
+        plan = convert(replace(job, config=replace(job.config, full_quant=settings)), Ear()).plan
+        scales.append(float(plan.params("c").scale))
+    # From (127 / 64 + 4) down to -4, without data.
+    assert scales[1] == pytest.approx((127 / 64 + 128 / 32 + 127 / 32 + 2) / 255, rel=0.05)
+    assert scales[0] < scales[1] / 10
 
 
 def test_nothing_trained_and_no_data(tmp_path):

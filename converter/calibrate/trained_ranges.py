@@ -73,5 +73,5 @@ def untrained(plan: QuantPlan, constants: Collection[str]) -> dict[str, str]:
         for u in plan.units()
         if unknown & set(u.outputs)
     }
-    reason = "training left the range of '{}' open, and there is no data"
+    reason = "training left the range of '{}' open; input_type = SYNTHETIC finds it"
     return {name: reason.format(tensor) for name, tensor in (readers or makers).items()}

@@ -350,7 +350,8 @@ def _planned(model: ir.Model, trained: Trained, config: Config, choice: Choice) 
     plan = build_plan(model.graph, _target(config), _wishes(config, choice))
     if config.fine_tune.in_few_bits and not trained:
         plan = _in_bits(plan, config.fine_tune)
-    plan = with_trained_ranges(plan, trained.tensors, config.full_quant.power_of_two_scale)
+    known = {**({} if config.has_samples else trained.follows), **trained.tensors}
+    plan = with_trained_ranges(plan, known, config.full_quant.power_of_two_scale)
     if config.has_samples:
         return plan
     values = values_by_name(model.graph)

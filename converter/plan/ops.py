@@ -32,6 +32,7 @@ from converter.plan.matrices import View, conv_view, no_view, product_view
 
 Obstacle = Callable[[ir.Node], str | None]
 Axis = Callable[[ir.Node], int | None]
+Span = tuple[float, float]
 Row = TypeVar("Row")
 
 # How many times as high as wide a table of words is at the least.
@@ -58,6 +59,10 @@ class OpRule:
     inputs and zero. `floor`: what it cuts values off at from below, and it does nothing else to
     them than cut off. `probabilities`: outputs from 0 to 1 that vanish for small inputs.
 
+    `makes`: bounds of its output, from those of all it reads, None for what is not known. `needs`:
+    bounds of its first input, outside of which its output changes no more or leaves the bounds that
+    are given.
+
     `knees`: where it has levelled off, so that inputs beyond count as if they were there. `line`:
     slope and offset where it is clip(slope x + offset, 0, 1), which integers compute as a sum.
 
@@ -82,6 +87,8 @@ class OpRule:
     within: bool = False
     floor: Callable[[ir.Node], float | None] | None = None
     probabilities: bool = False
+    makes: Callable[[ir.Node, Sequence[Span | None]], Span | None] = lambda node, read: None
+    needs: Callable[[ir.Node, Span], Span | None] = lambda node, made: None
     adds: bool = False
     multiplies: bool = False
     merges: bool = False
@@ -213,7 +220,7 @@ def _not_depthwise(node: ir.Node, shape: Sequence[int]) -> bool:
     return tuple(shape[:2]) != (node.attributes.get_int("group", 1), 1)
 
 
-def _always(node: ir.Node, shape: Sequence[int]) -> bool:
+def _any_shape(node: ir.Node, shape: Sequence[int]) -> bool:
     return True
 
 
@@ -252,6 +259,43 @@ def _hard_sigmoid_knees(node: ir.Node) -> tuple[float, float]:
 
 _CHECKED = _all_of(_weight_unusable, _bias_unusable)
 
+
+def _sum_of(signs: Span) -> Callable[[ir.Node, Sequence[Span | None]], Span | None]:
+    def makes(node: ir.Node, read: Sequence[Span | None]) -> Span | None:
+        known = [np.multiply(span, sign) for span, sign in zip(read, signs, strict=False) if span]
+        if len(known) < len(read):
+            return None
+        return float(sum(map(min, known))), float(sum(map(max, known)))
+
+    return makes
+
+
+def _product_of(node: ir.Node, read: Sequence[Span | None]) -> Span | None:
+    known = [span for span in read if span]
+    if len(known) < 2:
+        return None
+    corners = [one * other for one in known[0] for other in known[1]]
+    return min(corners), max(corners)
+
+
+def _always(low: float, high: float) -> Callable[[ir.Node, Sequence[Span | None]], Span | None]:
+    return lambda node, read: (low, high)
+
+
+def _clip_bounds(node: ir.Node, read: Sequence[Span | None]) -> Span | None:
+    low, high = operand(node, 1), operand(node, 2)
+    return None if low is None or high is None else (float(low.item()), float(high.item()))
+
+
+def _level(node: ir.Node, made: Span) -> Span | None:
+    return rule_of(node).knees(node)
+
+
+def _leaky_needs(node: ir.Node, made: Span) -> Span | None:
+    slope = node.attributes.get_float("alpha", 0.01)
+    return (made[0] / slope, made[1]) if slope > 0 else None
+
+
 _BOUNDED = OpRule(within=True)
 _MOVED = OpRule(moves=True)
 
@@ -281,7 +325,7 @@ OPS: dict[str, OpRule] = {
         bias=2,
         channel_axis=_gemm_axis,
         view=product_view,
-        pairs=_always,
+        pairs=_any_shape,
         obstacle=_all_of(_gemm_attributes, _CHECKED, _gemm_bias),
     ),
     "MatMul": OpRule(
@@ -290,11 +334,11 @@ OPS: dict[str, OpRule] = {
         channel_axis=_matmul_axis,
         output_axis=-1,
         view=product_view,
-        pairs=_always,
+        pairs=_any_shape,
         obstacle=_matmul_weight,
     ),
-    "Add": OpRule(data=None, adds=True, merges=True),
-    "Sub": OpRule(data=None, merges=True),
+    "Add": OpRule(data=None, adds=True, merges=True, makes=_sum_of((1, 1))),
+    "Sub": OpRule(data=None, merges=True, makes=_sum_of((1, -1))),
     "Concat": OpRule(data=None, joins=True, within=True, merges=True),
     "LayerNormalization": OpRule(
         weight=1,
@@ -305,23 +349,33 @@ OPS: dict[str, OpRule] = {
         obstacle=_all_of(_row_unusable, _bias_unusable, _more_outputs),
     ),
     **_rows("Max Min", OpRule(data=None, within=True, merges=True)),
-    "Mul": OpRule(data=None, multiplies=True),
+    "Mul": OpRule(data=None, multiplies=True, makes=_product_of),
     **_rows("Div PRelu Pow", OpRule(data=None)),
     "Relu": OpRule(floor=lambda node: 0.0, within=True),
-    "Clip": OpRule(floor=_clip_floor, within=True),
+    "Clip": OpRule(floor=_clip_floor, within=True, makes=_clip_bounds),
     "AveragePool": OpRule(within=True, obstacle=_dilations, obstacle_spreads=True),
     **_rows("GlobalAveragePool ReduceMax ReduceMean ReduceMin", _BOUNDED),
-    "Softmax": OpRule(probabilities=True),
-    **_rows("ReduceSum Tanh LeakyRelu Abs Ceil Exp Floor Neg Round Sqrt", OpRule()),
-    **_rows("Elu Gelu HardSwish Log", OpRule()),
+    "Softmax": OpRule(probabilities=True, makes=_always(0, 1)),
+    "Tanh": OpRule(within=True, makes=_always(-1, 1)),
+    # Below -3 it is 0, from 3 on what it reads.
+    "HardSwish": OpRule(within=True, needs=lambda node, made: (-3.0, max(made[1], 3.0))),
+    "LeakyRelu": OpRule(needs=_leaky_needs),
+    "Gelu": OpRule(within=True),
+    **_rows("ReduceSum Abs Ceil Exp Floor Neg Round Sqrt Elu Log", OpRule()),
     "BatchNormalization": OpRule(remembers=True),
     "InstanceNormalization": OpRule(),
     **_rows("MaxPool Reshape Flatten Squeeze Unsqueeze Transpose Slice Split", _MOVED),
     **_rows("DepthToSpace SpaceToDepth Tile", _MOVED),
     # A byte between 0 and 1 has no code for what is left beyond 8: 0.0003.
-    "Sigmoid": OpRule(knees=lambda node: (-8.0, 8.0)),
+    "Sigmoid": OpRule(knees=lambda node: (-8.0, 8.0), makes=_always(0, 1), needs=_level),
     # Emitted as a sum, the bounds being those of the integers: 0.2 ns a value, in floats 0.4.
-    "HardSigmoid": OpRule(obstacle=_rises, knees=_hard_sigmoid_knees, line=hard_sigmoid_line),
+    "HardSigmoid": OpRule(
+        obstacle=_rises,
+        knees=_hard_sigmoid_knees,
+        line=hard_sigmoid_line,
+        makes=_always(0, 1),
+        needs=_level,
+    ),
     "Gather": OpRule(moves=True, picks={0: lambda node: node.attributes.get_int("axis", 0)}),
     "Pad": OpRule(moves=True, fill=2, obstacle=_pad_mode),
     "Resize": OpRule(moves=True, obstacle=_resize_mode),

@@ -32,18 +32,20 @@ from converter.plan.ops import rule_of
 from converter.plan.plan import QuantizedWeight
 from converter.prepare import prepare
 from converter.prepare.fake_quant_chains import Chain, chain_from, format_of
-from converter.prepare.fake_quant_ranges import same, spread
+from converter.prepare.fake_quant_ranges import following, same, spread
 from converter.prepare.fold_affine import Moments
 
 
 @dataclass(frozen=True)
 class Trained:
     """What training found: parameters of activations by tensor, weights by the node that multiplies
-    with them.
+    with them. `follows` are parameters of tensors that training left open, from bounds that follow
+    from the others: data knows better.
     """
 
     tensors: Mapping[str, QParams] = field(default_factory=dict)
     weights: Mapping[str, QuantizedWeight] = field(default_factory=dict)
+    follows: Mapping[str, QParams] = field(default_factory=dict)
 
     def __bool__(self) -> bool:
         return bool(self.tensors or self.weights)
@@ -64,7 +66,8 @@ def take_trained(
         return trained
     common.RemoveUnusedNodesPass()(model)
     prepare(model)
-    return replace(trained, tensors=spread(model.graph, trained.tensors))
+    tensors = spread(model.graph, trained.tensors)
+    return replace(trained, tensors=tensors, follows=following(model.graph, tensors))
 
 
 @dataclass(frozen=True)
