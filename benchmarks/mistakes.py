@@ -1,45 +1,42 @@
 #!/usr/bin/env python3
-"""Mistakes of preprocessing, made on purpose on real classifiers: are they named, by the checks of
-a conversion and by `qconvert doctor`?
+"""Mistakes of preprocessing, made on purpose on real models: are they named, by the checks of a
+conversion and by `qconvert doctor`?
 
-    python benchmarks/mistakes.py [MODEL ...]
+    python benchmarks/mistakes.py [MODEL ...] [--samples N] [--only NAME ...]
 
-`right` must find nothing. A mistake that changes nothing (mean and std exchanged where they are
+Models are those of `fed.py` that are there. `right` must find nothing. A mistake that changes nothing (mean and std exchanged where they are
 equal) is left out. Each is made with labels and without.
 """
 
 from __future__ import annotations
 
 import argparse
-import csv
 import tempfile
+import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import fed
 import numpy as np
-from common import CLASSIFIERS, DATA, Classifier
+from fed import HALF, IMAGENET, PICTURED, Numbers, Pictured
 from PIL import Image
 
 from converter.config import Config, load_config
 from converter.config.rules import DATA_RULES
-from converter.doctor.examine import examine, findings
+from converter.doctor.examine import examine
 from converter.errors import DataError
 from converter.job import Job, Watch
-
-Numbers = tuple[float, ...]
-IMAGENET = (123.675, 116.28, 103.53), (58.395, 57.12, 57.375)
-HALF = (127.5,) * 3, (127.5,) * 3
 
 
 @dataclass(frozen=True)
 class Case:
-    """A classifier as it is fed: its pictures, how many, and labels, None for no label file."""
+    """A model as it is fed: its pictures, how many, and labels, None for no label file."""
 
-    classifier: Classifier
+    model: Pictured
     folder: Path
     labels: dict[str, int] | None
-    size: int = 100
+    size: int
 
 
 def right(case: Case, _: Path) -> Case:
@@ -47,28 +44,33 @@ def right(case: Case, _: Path) -> Case:
     return case
 
 
-def fed(mean: Numbers, std: Numbers) -> Callable[[Case, Path], Case]:
-    """Other constants."""
-    return lambda case, _: replace(case, classifier=replace(case.classifier, mean=mean, std=std))
+def scaled(mean: Numbers, std: Numbers) -> Callable[[Case, Path], Case]:
+    """Other constants, as many as there are channels."""
+
+    def made(case: Case, _: Path) -> Case:
+        channels = len(case.model.scaling[0])
+        return _with(case, scaling=(mean[:channels], std[:channels]))
+
+    return made
+
+
+def _with(case: Case, **changed: object) -> Case:
+    return replace(case, model=replace(case.model, **changed))
 
 
 def constants_of_unit(case: Case, _: Path) -> Case:
     """Constants for pixels of 0..1."""
-    mean, std = (tuple(x / 255 for x in v) for v in (case.classifier.mean, case.classifier.std))
-    return replace(case, classifier=replace(case.classifier, mean=mean, std=std))
+    return _with(case, scaling=tuple(tuple(x / 255 for x in v) for v in case.model.scaling))
 
 
 def exchanged(case: Case, _: Path) -> Case:
     """Mean and std exchanged."""
-    c = case.classifier
-    return replace(case, classifier=replace(c, mean=c.std, std=c.mean))
+    return _with(case, scaling=case.model.scaling[::-1])
 
 
 def other_order(case: Case, _: Path) -> Case:
     """BGR for RGB, and the other way round."""
-    c = case.classifier
-    order = {"RGB": "BGR", "BGR": "RGB"}[c.format]
-    return replace(case, classifier=replace(c, format=order))
+    return _with(case, format={"RGB": "BGR", "BGR": "RGB"}[case.model.format])
 
 
 def offset(step: int) -> Callable[[Case, Path], Case]:
@@ -131,11 +133,11 @@ def tiny(image: Image.Image, _: int) -> Image.Image:
 MISTAKES: dict[str, Callable[[Case, Path], Case]] = {
     "right": right,
     "constants of 0..1": constants_of_unit,
-    "no normalisation": fed((0.0,) * 3, (1.0,) * 3),
-    "pixels of 0..1": fed((0.0,) * 3, (255.0,) * 3),
-    "pixels of -1..1": fed(*HALF),
-    "ImageNet's constants": fed(*IMAGENET),
-    "mean alone": fed(IMAGENET[0], (1.0,) * 3),
+    "no normalisation": scaled(*fed.RAW),
+    "pixels of 0..1": scaled(*fed.UNIT),
+    "pixels of -1..1": scaled(*HALF),
+    "ImageNet's constants": scaled(*IMAGENET),
+    "mean alone": scaled(IMAGENET[0], (1.0,) * 3),
     "other channel order": other_order,
     "mean and std exchanged": exchanged,
     "labels 1 too small": offset(-1),
@@ -152,27 +154,37 @@ MISTAKES: dict[str, Callable[[Case, Path], Case]] = {
 OF_LABELS = [name for name in MISTAKES if "label" in name]
 
 
-def cases(classifier: Classifier) -> Iterator[tuple[str, str, Callable[[Case, Path], Case]]]:
+def cases(model: Pictured) -> Iterator[tuple[str, str, Callable[[Case, Path], Case]]]:
     """Every mistake with and without labels, but for those that change nothing."""
-    same_constants = classifier.mean == classifier.std
-    unchanged = {"mean and std exchanged"} if same_constants else set()
-    for name, constants in (("pixels of -1..1", HALF), ("ImageNet's constants", IMAGENET)):
-        if (classifier.mean, classifier.std) == constants:
-            unchanged.add(name)
-    if classifier.std == (1.0,) * 3:
-        unchanged.add("mean alone")
+    start = Case(model, Path(), {}, 0)
     for name, make in MISTAKES.items():
-        for labelled in ("labels", "none"):
-            if name not in unchanged and (labelled == "labels" or name not in OF_LABELS):
-                yield name, labelled, make
+        if name != "right" and not _changes(name, start):
+            continue
+        if model.labels is not None:
+            yield name, "labels", make
+        if name not in OF_LABELS:
+            yield name, "none", make
+
+
+def _changes(name: str, start: Case) -> bool:
+    """Whether a mistake is one: other constants that are the same, or twice one channel, are
+    none.
+    """
+    if name == "other channel order":
+        return len(start.model.scaling[0]) == 3
+    if name not in OF_CONSTANTS:
+        return True
+    wrong = MISTAKES[name](start, Path()).model.scaling
+    return not (0 in wrong[1] or np.allclose(wrong, start.model.scaling, rtol=0.05, atol=1))
+
+
+OF_CONSTANTS = [*list(MISTAKES)[1:7], "mean and std exchanged"]
 
 
 def configured(case: Case, folder: Path) -> Config:
     """The config of a case."""
-    c, changed = case.classifier, {}
-    path = c.config(folder, "FULL_QUANT", case.size)
-    given = DATA / "images" / c.images / "calib"
-    path.write_text(path.read_text().replace(f"'{given}'", f"'{case.folder}'"))
+    path, changed = folder / "c.cfg", {}
+    path.write_text(fed.section(fed.picture_lines(case.model, case.folder, case.size)))
     if case.labels is not None:
         rows = "".join(f"{file},{label}\n" for file, label in case.labels.items())
         (folder / "labels.csv").write_text(f"file,label\n{rows}")
@@ -180,39 +192,35 @@ def configured(case: Case, folder: Path) -> Config:
     return load_config(path, changed, rules=DATA_RULES)
 
 
-def labels_of(classifier: Classifier) -> dict[str, int]:
-    """The class of every picture."""
-    with (DATA / "images" / classifier.images / "calib.csv").open(newline="") as file:
-        return {r["file"]: int(r["label"]) + classifier.first_label for r in csv.DictReader(file)}
-
-
-def row(
-    name: str, labelled: str, classifier: Classifier, make: Callable[[Case, Path], Case]
+def made(
+    name: str, mistake: str, labelled: str, make: Callable[[Case, Path], Case], n: int
 ) -> None:
     """Makes one mistake and prints what is found."""
+    model, path = PICTURED[name], fed.found(name)
     with tempfile.TemporaryDirectory() as text:
         folder = Path(text)
         pictures = folder / "pictures"
         pictures.mkdir()
-        labels = labels_of(classifier) if labelled == "labels" else None
-        start = Case(classifier, DATA / "images" / classifier.images / "calib", labels)
-        config = configured(make(start, pictures), folder)
-        job = Job(classifier.path, folder / "out.onnx", config)
+        labels = model.classes() if labelled == "labels" else None
+        start = Case(model, model.folder(folder, n), labels, n)
+        job = Job(path, folder / "out.onnx", configured(make(start, pictures), folder))
         for title, cheap in (("conversion", True), ("doctor", False)):
-            found = look(job, cheap)
-            words = " | ".join(" ".join(str(f).split())[:150] for f in found) or "-"
+            began = time.process_time()
+            words = " | ".join(look(job, cheap)) or "-"
+            spent = f"{time.process_time() - began:5.1f}"
             print(
-                f"{classifier.name[:12]:12s} {name:23s} {labelled:6s} {title:10s} {words}",
-                flush=True,
+                f"{name[:12]:12} {mistake:22} {labelled:6} {title:10} {spent} {words}", flush=True
             )
 
 
-def look(job: Job, cheap: bool) -> list[object]:
-    """What is found, or why the data cannot be used."""
+def look(job: Job, cheap: bool) -> list[str]:
+    """What is found, by its check, or why the data cannot be used."""
     try:
-        return [*findings(examine(job, Watch(), cheap))]
+        examined = examine(job, Watch(), cheap)
     except DataError as error:
-        return [error]
+        return [str(error)[:150]]
+    found = [(check.title, one) for check, each in examined for one in each]
+    return [f"{title}: {' '.join(str(one).split())[:150]}" for title, one in found]
 
 
 def main() -> None:
@@ -220,10 +228,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("models", nargs="*", default=list(CLASSIFIERS))
-    for model in parser.parse_args().models:
-        for name, labelled, make in cases(CLASSIFIERS[model]):
-            row(name, labelled, CLASSIFIERS[model], make)
+    parser.add_argument("models", nargs="*", default=list(PICTURED), metavar="MODEL")
+    parser.add_argument("--samples", type=int, default=100, metavar="N", help="N at the most")
+    parser.add_argument("--only", nargs="+", default=list(MISTAKES), help="these mistakes")
+    args = parser.parse_args()
+    for name in (name for name in args.models if fed.found(name)):
+        for mistake, labelled, make in cases(PICTURED[name]):
+            if mistake in args.only:
+                made(name, mistake, labelled, make, args.samples)
 
 
 if __name__ == "__main__":

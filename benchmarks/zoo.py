@@ -138,13 +138,13 @@ GTCRN = Stream(
 )
 STREAMS = {"dtln_2": DTLN, "gtcrn_stream": GTCRN}
 
-_NANODET = ([103.53, 116.28, 123.675], [57.375, 57.12, 58.395])
+NANODET = ([103.53, 116.28, 123.675], [57.375, 57.12, 58.395])
 _IMAGENET = ([123.675, 116.28, 103.53], [58.395, 57.12, 57.375])
-_SINET = (
+SINET = (
     [102.890434, 111.25247, 126.91212],
     [62.93292 * 255, 62.82138 * 255, 66.355705 * 255],
 )
-_DEEPLAB = "MobilenetV2/MobilenetV2/input:0"
+DEEPLAB = "MobilenetV2/MobilenetV2/input:0"
 
 
 def _decoder(split: str, count: int) -> list[feeds.Sample]:
@@ -172,7 +172,7 @@ ROWS = {
     ),
     "nanodet_m": Row(
         "nanodet_m.onnx",
-        feeds.pictures("input.1", (416, 416), _NANODET),
+        feeds.pictures("input.1", (416, 416), NANODET),
         tasks.boxes(tasks.distances(416, (8, 16, 32), range(3), range(3, 6))),
         dev=400,
     ),
@@ -204,13 +204,13 @@ ROWS = {
     ),
     "sinet_portrait": Row(
         "sinet_portrait.onnx",
-        feeds.pictures("data", (320, 320), _SINET, faces=True),
+        feeds.pictures("data", (320, 320), SINET, faces=True),
         tasks.masks(tasks.best_class),
         calib=90,
     ),
     "deeplab_nchw": Row(
         "deeplab_nchw.onnx",
-        feeds.pictures(_DEEPLAB, (513, 513), feeds.MONO, "RGB", faces=True),
+        feeds.pictures(DEEPLAB, (513, 513), feeds.MONO, "RGB", faces=True),
         tasks.masks(tasks.best_class),
         calib=40,
         dev=40,
@@ -229,7 +229,7 @@ ROWS = {
     ),
     "efficientnet_lite0": Row(
         "efficientnet_lite0.onnx",
-        feeds.crops("input", 224, *_IMAGENET),
+        feeds.crops("input", 224, *feeds.MONO),
         tasks.classes([label for _, label in feeds.labelled("dev")]),
         {"FULL_QUANT": "", "WEIGHT_QUANT": "bit_num=8"},
         dev=400,

@@ -278,7 +278,7 @@ def _others(seen: Evidence) -> list[Way]:
 
 
 def _better(seen: Evidence, ways: Sequence[Way]) -> Iterator[Finding]:
-    if seen.seen is None or not ways:
+    if seen.seen is None or not ways or not seen.seen.judged:
         return
     picture, labels = seen.pictures[0], seen.known_labels
     given = _Trial.of(picture.given, seen.seen, labels)
@@ -323,8 +323,10 @@ class _Trial:
 
     @property
     def rank(self) -> tuple[float, float, float]:
-        """Greater is better."""
-        fit = -max(self.fit.doublings / DOUBLINGS, self.fit.shift / SHIFT) if self.fit else 0.0
+        """Greater is better. What fits fits: the order of channels hardly shows there."""
+        fit = 0.0
+        if self.fit:
+            fit = -max(1.0, self.fit.doublings / DOUBLINGS, self.fit.shift / SHIFT)
         right = 0.0 if self.right is None else round(float(self.right.mean()), 2)
         return right, fit, 0.0 if self.says is None else float(self.says.mean())
 

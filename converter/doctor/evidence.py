@@ -63,6 +63,11 @@ class Seen:
     scores: Array | None
     fit: Fit | None
 
+    @property
+    def judged(self) -> bool:
+        """Whether anything tells one way to feed the model from another."""
+        return self.scores is not None or self.fit is not None
+
 
 @dataclass(frozen=True)
 class Summary:
