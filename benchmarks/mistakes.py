@@ -4,8 +4,9 @@ conversion and by `qconvert doctor`?
 
     python benchmarks/mistakes.py [MODEL ...] [--samples N] [--only NAME ...]
 
-Models are those of `fed.py` that are there. `right` must find nothing. A mistake that changes nothing (mean and std exchanged where they are
-equal) is left out. Each is made with labels and without.
+Models are those of `fed.py` that are there. `right` must find nothing. A mistake that changes
+nothing (mean and std exchanged where they are equal) is left out. Each is made with labels, where
+there are any, and without. A line has the processor seconds of the checks.
 """
 
 from __future__ import annotations
@@ -192,7 +193,7 @@ def configured(case: Case, folder: Path) -> Config:
     return load_config(path, changed, rules=DATA_RULES)
 
 
-def made(
+def tell(
     name: str, mistake: str, labelled: str, make: Callable[[Case, Path], Case], n: int
 ) -> None:
     """Makes one mistake and prints what is found."""
@@ -235,7 +236,7 @@ def main() -> None:
     for name in (name for name in args.models if fed.found(name)):
         for mistake, labelled, make in cases(PICTURED[name]):
             if mistake in args.only:
-                made(name, mistake, labelled, make, args.samples)
+                tell(name, mistake, labelled, make, args.samples)
 
 
 if __name__ == "__main__":

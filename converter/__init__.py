@@ -4,16 +4,15 @@
 >>> outcome = convert("model.onnx", "full_quant.cfg", "model_int8.onnx")
 """
 
-from importlib import import_module
-from typing import TYPE_CHECKING, Any
-
+# Nothing is imported here before it is asked for: the command begins with this package, and an
+# interrupt in its first moments must find it ready.
+TYPE_CHECKING = False
 if TYPE_CHECKING:
     from converter.api import convert
     from converter.errors import QConvertError, UsageError
     from converter.version import __version__
 
 __all__ = ["QConvertError", "UsageError", "__version__", "convert"]
-# Imported when they are asked for: the command begins with this package.
 _HOMES = {
     "convert": "converter.api",
     "QConvertError": "converter.errors",
@@ -22,8 +21,10 @@ _HOMES = {
 }
 
 
-def __getattr__(name: str) -> Any:
+def __getattr__(name: str) -> object:
     if name not in _HOMES:
         msg = f"module 'converter' has no attribute {name!r}"
         raise AttributeError(msg)
+    from importlib import import_module
+
     return getattr(import_module(_HOMES[name]), name)

@@ -1,21 +1,32 @@
 """Entry point of the command: light, so that an interrupt in its first moments finds it ready."""
 
-from __future__ import annotations
-
-import os
+import os  # which Python itself has imported
 import sys
 
 
 def main() -> None:
     """Runs the command; without a terminal's streams where they were closed."""
     try:
-        _open_streams()
-        from converter.cli import main as command  # takes long to import
+        import signal  # takes a while, too
 
+        # A shell has what runs in the background ignore it.
+        heard = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        if heard:
+            signal.signal(signal.SIGINT, _stop)
+        _open_streams()
+        from converter.cli import main as command  # takes long
+
+        if heard:
+            signal.signal(signal.SIGINT, signal.default_int_handler)
         command()
     except KeyboardInterrupt:
-        sys.stderr.write("ERROR: Interrupted; nothing was written.\n")
-        raise SystemExit(130) from None
+        _stop()
+
+
+def _stop(*_: object) -> None:
+    """Ends the process at once: what is half imported may take an exception for its own."""
+    os.write(2, b"ERROR: Interrupted; nothing was written.\n")
+    os._exit(130)
 
 
 def _open_streams() -> None:

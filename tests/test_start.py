@@ -11,22 +11,39 @@ from pathlib import Path
 import pytest
 from command_line import CONFIG, MODEL, changed
 
-from converter import start
 from converter.cli.terminal import Terminal
 
 DRY = (f"--modelFile={MODEL}", f"--configFile={CONFIG}", "--dry-run")
 
 
-def test_an_interrupt_before_the_command_is_there_is_one_sentence(monkeypatch, capsys):
-    def interrupted(*args, **kwargs):
-        raise KeyboardInterrupt
-
-    monkeypatch.setitem(sys.modules, "converter.cli", None)
-    monkeypatch.setattr(start, "_open_streams", interrupted)
-    with pytest.raises(SystemExit) as stop:
+def test_an_interrupt_before_the_command_is_there_is_one_sentence():
+    """Also one that what is half imported would take for its own."""
+    importing = """if True:
+        import os, signal, sys
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        from converter import start
+        def interrupted():
+            try:
+                os.kill(os.getpid(), signal.SIGINT)
+            except BaseException:
+                print("swallowed")
+        start._open_streams = interrupted
         start.main()
-    assert stop.value.code == 130
-    assert capsys.readouterr().err == "ERROR: Interrupted; nothing was written.\n"
+    """
+    done = subprocess.run([sys.executable, "-c", importing], capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (130, ""), done.stderr
+    assert done.stderr == "ERROR: Interrupted; nothing was written.\n"
+
+
+def test_nothing_is_imported_before_an_interrupt_is_heard():
+    program = """if True:
+        import os, sys
+        before = set(sys.modules)
+        import converter.start
+        print(sorted(set(sys.modules) - before))
+    """
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.stdout == "['converter', 'converter.start']\n"
 
 
 @pytest.mark.parametrize("closed", [0, 1, 2])
