@@ -110,15 +110,6 @@ def _as_samples(arrays: Callable[[int], Iterable[dict[str, np.ndarray]]]) -> zoo
     return lambda split, count: list(arrays(count))
 
 
-def _spoken(count: int) -> Iterable[dict[str, np.ndarray]]:
-    """Coefficients of sound: the first are the largest, and they change slowly."""
-    rng = np.random.default_rng(5)
-    spread = 60.0 / (1 + np.arange(10.0))
-    for _ in range(count):
-        steps = rng.normal(size=(49, 10)).cumsum(axis=0) / 4
-        yield {"input_1": (steps * spread)[None, ..., None].astype(np.float32)}
-
-
 def _sentences(count: int) -> Iterable[dict[str, np.ndarray]]:
     with np.load(DATA / "sts" / "sts_dev.npz") as table:
         ids, mask = (table[f"a_{name}"] for name in ("input_ids", "attention_mask"))
@@ -190,7 +181,6 @@ PICTURED: dict[str, Pictured] = {
     "layout_cdla": Pictured("layout_cdla.onnx", "image", feeds.page(608, 800), IMAGENET, "BGR"),
 }
 HEARD: dict[str, Heard] = {
-    "kws_dscnn": Heard("mlperf_tiny_kws_dscnn.onnx", _as_samples(_spoken)),
     "minilm_l6": Heard("minilm_l6.onnx", _as_samples(_sentences)),
     "byte_lstm": Heard("byte_sb_bidi_lstm.onnx", _as_samples(_bytes)),
     **{

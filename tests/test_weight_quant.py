@@ -12,10 +12,13 @@ import onnx_ir as ir
 import onnxruntime as ort
 import pytest
 from graphs import build, frozen, normal, run
-from running import Ear
+from running import Ear, write_config
 from running import weights_converted as converted
 
 from calib.affine import dequantize
+from converter.config import load_config
+from converter.job import Job
+from converter.pipeline.convert import convert, make_plan
 
 CONV = """g (float[2,8,9,9] x) => (float[2,10] y) {
     a = Conv <pads=[1,1,1,1]> (x, w1, b1)  r = Relu (a)
@@ -224,3 +227,52 @@ def test_weights_that_no_walk_sees_say_so(tmp_path):
     reasons = {node.op_type: node.reason for node in outcome.plan.nodes.values()}
     assert reasons["ConvTranspose"] == "weights stored in 4 bits, rounded without data"
     assert reasons["Conv"] == "weights stored in 4 bits"
+
+
+# Words of two kinds: their table is small beside the model.
+KINDS = """g (int64[N] kind, float[N,384] x) => (float[N,384] y) {
+    k = Gather (kinds, kind)
+    s = Add (x, k)
+    y = MatMul (s, w) }"""
+
+
+@pytest.mark.parametrize("mode", ["WEIGHT_QUANT", "DYNAMIC_QUANT", "FULL_QUANT"])
+def test_a_table_that_saves_next_to_nothing_stays_float(tmp_path, mode):
+    kinds = normal(2, 384)
+    model = build(KINDS, kinds=kinds, w=normal(384, 384))
+    x, kind = normal(8, 384, seed=2), np.arange(8) % 2
+    config = write_config(
+        tmp_path / "c.cfg",
+        common_quant={"quant_type": mode, "bit_num": 8, "thread_num": 1},
+        data_preprocess={
+            "calibrate_path": f"x:{tmp_path / 'x.npy'},kind:{tmp_path / 'kind.npy'}",
+            "calibrate_size": 8,
+            "input_type": "NPY",
+        },
+    )
+    np.save(tmp_path / "x.npy", x)
+    np.save(tmp_path / "kind.npy", kind)
+    (tmp_path / "model.onnx").write_bytes(frozen(model))
+    task = Job(tmp_path / "model.onnx", tmp_path / "out.onnx", load_config(config), verify=False)
+    outcome = convert(task, Ear())
+    (table,) = [node for node in outcome.plan.outside if node.op_type == "Gather"]
+    assert not table.quantized
+    if mode != "FULL_QUANT":  # which has looked at the operator before
+        assert table.reason == "a table of 3.1 kB saves next to nothing"
+    stored = [onnx.numpy_helper.to_array(i) for i in onnx.load(task.output).graph.initializer]
+    assert any(np.array_equal(each, kinds) for each in stored)
+
+
+def test_a_small_table_is_stored_where_its_bits_are_asked_for_and_a_larger_one_always(tmp_path):
+    for rows, recipe, stored in (
+        (2, "", False),
+        (2, "[type:Gather]\nbit_num = 8\n", True),
+        (3, "", True),
+    ):
+        model = build(KINDS, kinds=normal(rows, 384), w=normal(384, 384))
+        keys = {"quant_type": "WEIGHT_QUANT", "bit_num": 4}
+        config = write_config(tmp_path / "c.cfg", common_quant=keys)
+        config.write_text(config.read_text() + recipe)
+        (tmp_path / "m.onnx").write_bytes(frozen(model))
+        plan = make_plan(Job(tmp_path / "m.onnx", tmp_path / "o.onnx", load_config(config)), Ear())
+        assert [n.quantized for n in plan.outside if n.op_type == "Gather"] == [stored]

@@ -28,7 +28,7 @@ from converter.emit.dequantize import (
 from converter.emit.planes import PlaneWriter
 from converter.emit.stored import emit_stored
 from converter.errors import ConfigError, ModelError
-from converter.graph.edit import constant, nodes_of, not_none
+from converter.graph.edit import constant, initializers_of, nodes_of, not_none
 from converter.graph.files import accepting, refusal, save, saved
 from converter.graph.mapped import release
 from converter.job import Job, Watch
@@ -68,6 +68,8 @@ from converter.weights.stored import WIDEST, Storage
 WISHES = ("bit_num", "per_channel", "block_size", "quant_strategy")
 # The width in a plan whose widths are not found yet.
 UNKNOWN_BITS = 8
+# Tables of no more bytes, and no more of the whole model, stay float.
+SMALL_TABLE, SMALL_SHARE = 4096, 0.01
 
 
 def make_plan(prepared: Prepared, job: Job) -> QuantPlan:
@@ -77,15 +79,32 @@ def make_plan(prepared: Prepared, job: Job) -> QuantPlan:
 
 def _plan_of(model: ir.Model, job: Job) -> QuantPlan:
     nodes: dict[str, NodePlan] = {}
-    words = words_of(model)
+    words, small = words_of(model), _small_tables(model)
     for node in nodes_of(model):
-        unit = nodes.setdefault(node.name or "", _node_plan(node, words, job))
+        unit = _node_plan(node, words, job)
+        if unit.weight and not unit.weight.fixed and node.inputs[unit.weight.index] in small:
+            unit = NodePlan(unit.name, unit.op_type, False, small[node.inputs[unit.weight.index]])
+        nodes.setdefault(unit.name, unit)
         release(value for value in node.inputs if value is not None)
         for name in unit.absorbed:
             nodes[name] = NodePlan(
                 name, "Add", False, f"computed inside {unit.name}", inside=unit.name
             )
     return QuantPlan(nodes, {})
+
+
+def _small_tables(model: ir.Model) -> dict[ir.Value | None, str]:
+    """Tables that save next to nothing, with the reason to leave them float: all who read a row
+    read its error, as every word does that of its kind.
+    """
+    sizes = {value: array.nbytes for value in initializers_of(model) if (array := value.const_value)}
+    most = min(SMALL_TABLE, SMALL_SHARE * sum(sizes.values()))
+    tables = [node.inputs[0] for node in nodes_of(model) if picks_rows(node)]
+    return {
+        table: f"a table of {sizes[table] / 1000:.1f} kB saves next to nothing"
+        for table in tables
+        if table is not None and sizes.get(table, most + 1) <= most
+    }
 
 
 def storage_plan(model: ir.Model, job: Job) -> QuantPlan:
