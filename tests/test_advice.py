@@ -85,7 +85,10 @@ def test_what_is_set_is_not_advised(tmp_path: Path) -> None:
 
 def test_saturation(tmp_path: Path) -> None:
     unsafe = config(tmp_path, "FULL_QUANT", overflow_safe="false")
-    assert against_saturation(unsafe) == "set overflow_safe = true"
+    assert against_saturation(unsafe) == "write overflow_safe = true"
+    for target in ("ARM", "CPU_VNNI", "OPENVINO"):
+        other = config(tmp_path, "FULL_QUANT", target_device=target, overflow_safe="false")
+        assert "write target_device = CPU" in against_saturation(other)
     for mode in ("FULL_QUANT", "DYNAMIC_QUANT", "WEIGHT_QUANT"):
         assert "overflow_safe" not in against_saturation(config(tmp_path, mode))
     assert "reduce_range" in against_saturation(default_config())

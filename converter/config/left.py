@@ -29,6 +29,9 @@ def against_saturation(settings: Config) -> str:
     """What keeps sums exact on every processor, in words."""
     if settings.mode is None:
         return "convert with overflow_safe = true (in other tools: 7-bit weights, reduce_range)"
+    target = settings.full_quant.target_device
+    if settings.mode == "FULL_QUANT" and target not in (None, "CPU"):
+        return f"target {target} computes exactly; for those processors write target_device = CPU"
     if left(settings, "full_quant_param.overflow_safe", True):
-        return "set overflow_safe = true"
+        return "write overflow_safe = true"
     return "the model came with these integers: start from the float one"

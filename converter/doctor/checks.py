@@ -170,9 +170,9 @@ def _normalised_twice(seen: Evidence) -> Iterator[Finding]:
 
 
 # Doublings of a variance: from data to data it differs by half of one, and the least of wrong
-# constants, 0..1 for -1..1, halves it twice. From data to data a mean moves by a sixth of a
-# standard deviation, and where it is forgotten mostly by one and more.
-DOUBLINGS, SHIFT = 1.25, 0.5
+# constants, 0..1 for -1..1, halves it twice. A mean moves by a sixth of a standard deviation, of
+# drawn pages by half of one, and where it is forgotten mostly by one and more.
+DOUBLINGS, SHIFT = 1.25, 0.7
 
 
 def fits(fit: Fit) -> bool:

@@ -97,7 +97,8 @@ def _small_tables(model: ir.Model) -> dict[ir.Value | None, str]:
     """Tables that save next to nothing, with the reason to leave them float: all who read a row
     read its error, as every word does that of its kind.
     """
-    sizes = {value: array.nbytes for value in initializers_of(model) if (array := value.const_value)}
+    weights = [value for value in initializers_of(model) if value.const_value is not None]
+    sizes = {value: not_none(value.const_value).nbytes for value in weights}
     most = min(SMALL_TABLE, SMALL_SHARE * sum(sizes.values()))
     tables = [node.inputs[0] for node in nodes_of(model) if picks_rows(node)]
     return {

@@ -64,7 +64,8 @@ def _advice(
         ways = [*more_bits, f"leave it float, {skip_line([node.name], settings)}"]
         yield f"It alone makes {node.share:.0%} of the error: {' or '.join(ways)}"
     elif node.own is not None and node.own.sqnr_db < NOISY_DB:
-        method = ["try another activation_quant_method"] if left(settings, *ANY_METHOD) else []
+        other = _other_method(settings)
+        method = [f"try activation_quant_method = {other}"] if left(settings, *ANY_METHOD) else []
         float_one = f"leave it float, {skip_line([node.name], settings)}"
         ways = [*(method if ranged else more_bits), float_one]
         yield f"Its output is noisy ({node.own.sqnr_db:.1f} dB): {', or '.join(ways)}"
@@ -79,6 +80,11 @@ def skip_line(names: Sequence[str], settings: Config) -> str:
     held = [item for item in items if item is not None]
     whole = f"skip_quant_node = {','.join(held)}"
     return whole if len(held) == len(items) else "skip_quant_node with a pattern for its name"
+
+
+def _other_method(settings: Config) -> str:
+    """A range method that is not the given one."""
+    return "PERCENTILE" if settings.full_quant.activation_quant_method == "MSE" else "MSE"
 
 
 def _more_bits(node: NodeFinding, settings: Config) -> list[str]:
