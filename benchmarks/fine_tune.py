@@ -5,8 +5,8 @@
 
 Rows: v1_8x, v1_3bits, v1_2bits, v2_8x, resnet20_2bits, and qat, which trains weights and
 activations of examples/qat_digits to 2, 3 and 4 bits. Columns: top-1 and agreement with the float
-model's best class on the dev split, times smaller, seconds and processor seconds of the
-conversion. Everything is learned from `calib` alone.
+model's best class on the dev split, times smaller, seconds, processor seconds and peak memory in
+megabytes of the conversion. Everything is learned from `calib` alone.
 """
 
 from __future__ import annotations
@@ -59,7 +59,7 @@ def classifier_row(name: str, minutes: float, how: str, folder: Path) -> None:
         ratio = classifier.path.stat().st_size / out.stat().st_size
         print(
             f"{name:15} {label:11} {top1:.4f} {agreement:.4f} {ratio:6.2f} {cost.seconds:6.0f} "
-            f"{cost.cpu:6.0f}",
+            f"{cost.cpu:6.0f} {cost.megabytes:6.0f}",
             flush=True,
         )
 
@@ -98,7 +98,7 @@ def main() -> None:
     parser.add_argument("--minutes", type=float, default=15)
     parser.add_argument("--how", default="AUTO", choices=["BLOCK", "END_TO_END", "AUTO"])
     wanted = parser.parse_args()
-    print(f"{'':27} top-1  agree   ratio seconds    CPU")
+    print(f"{'':27} top-1  agree   ratio seconds    CPU     MB")
     for name in chosen(wanted.rows):
         with tempfile.TemporaryDirectory() as folder:
             if name == "qat":
