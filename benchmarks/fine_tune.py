@@ -3,9 +3,11 @@
 
     python benchmarks/fine_tune.py [ROW ...] [--minutes 15] [--how AUTO]
 
-Rows: v1_8x, v1_3bits, v1_2bits, v2_8x, resnet20_2bits, and qat, which trains weights and
-activations of examples/qat_digits to 2, 3 and 4 bits. Columns: top-1 and agreement with the float
-model's best class on the dev split, times smaller, seconds and processor seconds of the
+Rows: v1_8x, v1_3bits, v1_2bits, v2_8x, resnet20_2bits; minilm, a sentence transformer whose weights
+and tables have 4 bits; and qat, which trains weights and activations of examples/qat_digits to 2, 3
+and 4 bits. Columns: top-1 and agreement with the float model's best class on the dev split (of
+minilm the rank correlation with human scores, and the mean cosine with the float model's
+embeddings), times smaller, seconds, processor seconds and peak memory in megabytes of the
 conversion. Everything is learned from `calib` alone.
 """
 
@@ -13,11 +15,14 @@ from __future__ import annotations
 
 import argparse
 import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
 from common import CLASSIFIERS, outputs, qconvert, score
+from sixteen_bits import transformer
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "qat_digits"
 V1, V2, RESNET = "mobilenet_v1_0.75_224", "mobilenet_v2_1.0_224", "resnet20_cifar10"
@@ -39,27 +44,70 @@ ROWS = {
 }
 
 
+# Sentences that the transformer is calibrated with, and how it is stored.
+SENTENCES = 120
+FOUR_BITS = (
+    "[common_quant_param]\nquant_type=WEIGHT_QUANT\nbit_num=4\n"
+    "[weight_quant_param]\ntable_bit_num=4\n"
+)
+
+
 def tuned(how: str, minutes: float, *more: str) -> str:
     """The section that asks for it."""
     return "\n".join(["", "[fine_tune_param]", f"fine_tune={how}", f"time_limit={minutes}", *more])
 
 
-def classifier_row(name: str, minutes: float, how: str, folder: Path) -> None:
-    """Prints a row before and after."""
+@dataclass(frozen=True)
+class Trial:
+    """A model, how a config is written with more lines, and what tells how good a file is."""
+
+    model: Path
+    config: Callable[[str], Path]
+    judge: Callable[[Path], tuple[float, float]]
+
+
+def classifier_trial(name: str, folder: Path) -> Trial:
+    """Of a row with pictures."""
     model, size, keys = ROWS[name]
     classifier = CLASSIFIERS[model]
     data, labels = classifier.samples("dev")
     reference = outputs(classifier.path, data)
-    for label, more in (("as it is", ""), (how, tuned(how, minutes))):
-        out = folder / f"{name}.onnx"
+
+    def config(more: str) -> Path:
         extra = f"min_quant_weight_channel=0\n{keys}{more}"
-        config = classifier.config(folder, "WEIGHT_QUANT", size, extra)
-        cost = qconvert(classifier.path, config, out, "--quiet")
-        top1, agreement = score(reference, outputs(out, data), labels)
-        ratio = classifier.path.stat().st_size / out.stat().st_size
+        return classifier.config(folder, "WEIGHT_QUANT", size, extra)
+
+    return Trial(classifier.path, config, lambda out: score(reference, outputs(out, data), labels))
+
+
+def sentence_trial(folder: Path) -> Trial:
+    """Of the sentence transformer."""
+    counts = argparse.Namespace(calib=SENTENCES // 3, pictures=400)
+    model, data, judge = transformer("minilm_l6", folder, counts)
+
+    def config(more: str) -> Path:
+        path = folder / "c.cfg"
+        path.write_text(f"{FOUR_BITS}{data}{more}\n")
+        return path
+
+    def judged(out: Path) -> tuple[float, float]:
+        left = judge(out)
+        return left.task, left.agreement
+
+    return Trial(model, config, judged)
+
+
+def row(name: str, minutes: float, how: str, folder: Path) -> None:
+    """Prints a row before and after."""
+    trial = sentence_trial(folder) if name == "minilm" else classifier_trial(name, folder)
+    out = folder / f"{name}.onnx"
+    for label, more in (("as it is", ""), (how, tuned(how, minutes))):
+        cost = qconvert(trial.model, trial.config(more), out, "--quiet")
+        top1, agreement = trial.judge(out)
+        ratio = trial.model.stat().st_size / out.stat().st_size
         print(
             f"{name:15} {label:11} {top1:.4f} {agreement:.4f} {ratio:6.2f} {cost.seconds:6.0f} "
-            f"{cost.cpu:6.0f}",
+            f"{cost.cpu:6.0f} {cost.megabytes:6.0f}",
             flush=True,
         )
 
@@ -88,23 +136,23 @@ def example_rows(minutes: float, how: str, folder: Path) -> None:
 
 def chosen(names: list[str]) -> list[str]:
     """The rows asked for, or all."""
-    return names or [*ROWS, "qat"]
+    return names or [*ROWS, "minilm", "qat"]
 
 
 def main() -> None:
     """Reads the arguments and prints a table."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("rows", nargs="*", choices=[*ROWS, "qat", []])
+    parser.add_argument("rows", nargs="*", choices=[*chosen([]), []])
     parser.add_argument("--minutes", type=float, default=15)
     parser.add_argument("--how", default="AUTO", choices=["BLOCK", "END_TO_END", "AUTO"])
     wanted = parser.parse_args()
-    print(f"{'':27} top-1  agree   ratio seconds    CPU")
+    print(f"{'':27} top-1  agree   ratio seconds    CPU     MB")
     for name in chosen(wanted.rows):
         with tempfile.TemporaryDirectory() as folder:
             if name == "qat":
                 example_rows(wanted.minutes, wanted.how, Path(folder))
             else:
-                classifier_row(name, wanted.minutes, wanted.how, Path(folder))
+                row(name, wanted.minutes, wanted.how, Path(folder))
 
 
 if __name__ == "__main__":

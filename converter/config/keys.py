@@ -407,8 +407,8 @@ class FineTuneParam:
     fine_tune: Literal["OFF", "BLOCK", "END_TO_END", "AUTO"] = _choice(
         "Learn scales, biases and, where codes are stored, rounding from the float model on the "
         "calibration data: END_TO_END from its outputs, BLOCK from what blocks of layers hand on, "
-        "AUTO both in turn. A fifth of the samples is held back and judges: what is no better "
-        "there is not kept.",
+        "AUTO from outputs that tell classes, and else both in turn. A fifth of the samples is "
+        "held back and judges: what is no better there is not kept.",
         "OFF",
     )
     time_limit: float = _key(
@@ -418,7 +418,7 @@ class FineTuneParam:
         _TUNED,
     )
     epochs: int = _key(
-        kinds.integer(1, 65535, 100), "How often every sample is learned from.", 100, _TUNED
+        kinds.integer(1, 65535, 400), "How often every sample is learned from.", 400, _TUNED
     )
     batch_size: int = _key(
         kinds.integer(1, 4096, 32), "Samples that one step of learning looks at.", 32, _TUNED

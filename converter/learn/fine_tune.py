@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Protocol
 
@@ -38,7 +38,7 @@ from converter.learn.losses import (
 )
 from converter.learn.restored import restored
 from converter.learn.steps import Adam, cosine
-from converter.learn.student import POINT, STORED, Arrays, Learnable, Student
+from converter.learn.student import POINT, STORED, Arrays, Learnable, Rounded, Student
 from converter.plan.plan import QuantPlan
 
 Shapes = tuple[tuple[str, tuple[int, ...]], ...]
@@ -51,6 +51,11 @@ TOGETHER = 16
 MANY = 2000
 # How often the best is looked for.
 CHECKS = 20
+# Steps that weights keep their codes for: few change at any, and to find them takes its time.
+ROUNDED = 5
+# By how much a loss is more than the least from which on steps lead astray: they begin there again,
+# and so much smaller.
+ASTRAY, SLOWER = 1.2, 3.0
 # Points move by the rate times this many codes, as they must go half a code before one changes.
 POINT_RATE = 30.0
 # The share of a batch that enters a block as the float model hands it on: Wei et al., "QDrop"
@@ -147,9 +152,10 @@ class Lesson:
         self._gradients = dict[Shapes, tuple[Gradients, InferenceSession]]()
         self._judges = dict[Shapes, InferenceSession]()
 
-    def slopes(self, chunks: Sequence[Arrays], learned: Arrays) -> Arrays:
-        """The gradients of what is learned, the mean over chunks."""
-        rounded = self.student.rounded(learned)
+    def slopes(
+        self, chunks: Sequence[Arrays], learned: Arrays, rounded: Mapping[str, Rounded]
+    ) -> Arrays:
+        """The gradients of what is learned and `rounded`, the mean over chunks."""
         constants = self.student.values(learned, rounded)
         opened = [self._graded(chunk) for chunk in chunks]
 
@@ -255,6 +261,7 @@ class _Course:
         self._adam = Adam(points)
         many = sum(x.size for name, x in self._learned.items() if name not in points)
         self._rate = self._options.rate * min(1.0, (MANY / max(1, many)) ** 0.5)
+        self._rounded = dict[str, Rounded]()
         self._best: Arrays | None = None
         self._before, self._least, self._spent = math.nan, math.nan, 0.0
         if not self._resumed():
@@ -269,9 +276,12 @@ class _Course:
         """One step, and now and then a look at what it has brought."""
         start = self._training.clock()
         chunks = self._supply.batch(self._rng)
-        slopes = self._lesson.slopes(chunks, self._learned)
+        student = self._lesson.student
+        last = self._rounded if self._adam.done % ROUNDED else None
+        self._rounded = student.rounded(self._learned, last)
+        slopes = self._lesson.slopes(chunks, self._learned, self._rounded)
         self._adam.step(self._learned, slopes, self._rates())
-        self._lesson.student.bounded(self._learned)
+        student.bounded(self._learned)
         self._spent += self._training.clock() - start
         self._plan_ahead()
         if self._adam.done % max(1, self.total // CHECKS) == 0 or not self._goes_on():
@@ -302,7 +312,17 @@ class _Course:
             self._best = {name: x.copy() for name, x in self._learned.items()}
             if self._keep_plan is not None:
                 self._keep_plan(plan)
+        elif loss > ASTRAY * self._least:
+            self._back()
+        self._rounded = {}  # as if the course went on from what is kept
         self._keep()
+
+    def _back(self) -> None:
+        """To the best so far, and from there with smaller steps."""
+        best = self._best or self._lesson.student.start()
+        self._learned = {name: x.copy() for name, x in best.items()}
+        self._adam.means.clear()
+        self._rate /= SLOWER
 
     def _keep(self) -> None:
         groups = {
@@ -318,6 +338,7 @@ class _Course:
             "before": self._before,
             "least": self._least,
             "spent": self._spent,
+            "rate": self._rate,
             "random": self._rng.bit_generator.state,
         }
         self._training.checkpoint.save(self._stage, State(numbers, arrays))
@@ -329,6 +350,7 @@ class _Course:
             return False
         known = state.numbers
         self.total, self._spent = known["total"], known["spent"]
+        self._rate = known["rate"]
         self._before, self._least = known["before"], known["least"]
         self._rng.bit_generator.state = known["random"]
         self._learned = state.group("learned")

@@ -190,16 +190,25 @@ class Student:
         ranges = {name: np.zeros(()) for name in self._ranges}
         return {**found, **points, **biases, **ranges}
 
-    def rounded(self, learned: Mapping[str, Array]) -> dict[str, Rounded]:
-        """What weights are after rounding."""
-        return {name: self._rounded(name, w, learned) for name, w in self._weights.items()}
+    def rounded(
+        self, learned: Mapping[str, Array], last: Mapping[str, Rounded] | None = None
+    ) -> dict[str, Rounded]:
+        """What weights are after rounding; with the codes of the `last` one where it is given."""
+        weights = self._weights.items()
+        return {
+            name: self._rounded(name, w, learned, (last or {}).get(name)) for name, w in weights
+        }
 
-    def _rounded(self, name: str, weight: _Weight, learned: Mapping[str, Array]) -> Rounded:
+    def _rounded(
+        self, name: str, weight: _Weight, learned: Mapping[str, Array], last: Rounded | None
+    ) -> Rounded:
         old = weight.grid.scale.astype(np.float64)
         scale = old * (1 + learned[f"{name} {SCALE}"])
         offset = -scale * weight.grid.zero_point.astype(np.float64)
         if weight.zero_moves:
             offset = offset + old * learned[f"{name} {ZERO}"]
+        if last is not None:
+            return replace(last, scale=scale, offset=offset)
         if name not in self._rounds:
             return Rounded(weight.stored.codes, weight.points, scale, offset)
         codes, points = weight.rounded(learned[f"{name} {POINT}"], scale)

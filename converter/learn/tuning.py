@@ -16,6 +16,7 @@ from converter.graph.files import fed_inputs
 from converter.job import Job, Watch
 from converter.learn.checkpoint import Checkpoint
 from converter.learn.fine_tune import Keep, Options, Outcome, Samples, Training, Vary, fine_tuned
+from converter.learn.losses import tells_classes
 from converter.learn.pictures import varied
 from converter.learn.student import STORED, Learnable
 from converter.plan.plan import QuantPlan
@@ -79,6 +80,9 @@ class Tuning:
 
     def _options(self, model: ir.Model) -> Options:
         wanted = self.job.config.fine_tune
+        automatic = wanted.fine_tune == "AUTO"
+        # What classes are told by says more of what counts than what any block hands on.
+        sure = any(tells_classes(value) for value in model.graph.outputs)
         return Options(
             epochs=wanted.epochs,
             batch=wanted.batch_size,
@@ -86,8 +90,8 @@ class Tuning:
             seconds=60 * wanted.time_limit,
             seed=wanted.seed,
             threads=resources_of(self.job).threads,
-            blocks=wanted.fine_tune in {"BLOCK", "AUTO"},
-            whole=wanted.fine_tune in {"END_TO_END", "AUTO"},
+            blocks=wanted.fine_tune == "BLOCK" or (automatic and not sure),
+            whole=wanted.fine_tune == "END_TO_END" or automatic,
             may=self.may,
             vary=self._vary(model),
         )

@@ -131,7 +131,9 @@ def quantize(prepared: Prepared, job: Job, watch: Watch) -> Quantized:
     if not job.config.common.bit_num and _searches(job):
         judges = parted(data, False, watch)
         data = judges.fitted
-    parts = tuning.parted(data)
+    # What judged the search was not seen by rounding either.
+    apart = judges.judges is not judges.fitted
+    parts = (data, judges.judges) if apart and tuning.wanted else tuning.parted(data)
     resources = resources_of(job)
     given = job.config.has_samples and not data.random
     plan, pareto = make_plan(prepared, job), tuple[Tradeoff, ...]()

@@ -22,9 +22,11 @@ from converter.weights.grids import Grids, Rows, fit, with_variance
 from converter.weights.moments import second_moments
 
 # Share of the inputs' mean second moment that holds a layer's target near its float weights.
-RIDGE = 1.0
-# The most that is added to second moments of few inputs, as a share of their mean.
-MOST_SHRINKAGE = 4.0
+RIDGE = 0.1
+# What is added to second moments, as a share of their mean: at the least, as inputs from one sample
+# are alike, and at the most, of few inputs. At 2 bits the divergence of unseen outputs of resnet20
+# is .143 with 0 and a ridge of 1, .105 so; of mobilenet_v1 1.87 and 1.60 (three draws of samples).
+LEAST_SHRINKAGE, MOST_SHRINKAGE = 0.3, 4.0
 # The most bits that a relative error is turned into.
 WIDEST = 16
 # Numbers whose moments are taken at a time.
@@ -153,8 +155,9 @@ def _shrinkage(moments: Array, drawn: int) -> Array:
     together.
     """
     size = moments.shape[1]
-    share = min((size / drawn) ** 2, MOST_SHRINKAGE) * np.einsum("gkk->g", moments) / size
-    return np.asarray(share[:, None, None] * np.eye(size))
+    share = np.clip((size / drawn) ** 2, LEAST_SHRINKAGE, MOST_SHRINKAGE)
+    added = share * np.einsum("gkk->g", moments) / size
+    return np.asarray(added[:, None, None] * np.eye(size))
 
 
 def _target(weight: Array, moments: Array, cross: Array) -> Array:
