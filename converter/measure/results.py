@@ -190,10 +190,29 @@ class TensorFinding:
 
 
 @dataclass(frozen=True)
+class LayerTime:
+    """What ONNX Runtime computes in one go in one of the two models: nodes of the float model, and
+    what a run takes in both, in microseconds.
+
+    `node` is the one that the layer is called by, empty where kernels compute none, as conversions
+    between types or layouts do; `kernels` are the operators that the float and the quantized model
+    are executed with.
+    """
+
+    node: str
+    op_type: str
+    nodes: tuple[str, ...]
+    before: float
+    after: float
+    kernels: tuple[str, str]
+
+
+@dataclass(frozen=True)
 class Findings:
     """Everything a report says: `facts` are named figures in words, `advice` sentences on what to
     do next, `errors` those of outputs and tensors inside, as far as they were measured on the way,
-    `edges` pairs of nodes of which the second reads what the first makes.
+    `edges` pairs of nodes of which the second reads what the first makes, `layers` what the runtime
+    spends its time on, in the order of the graph.
     """
 
     facts: Mapping[str, str]
@@ -204,6 +223,7 @@ class Findings:
     advice: tuple[str, ...] = ()
     errors: tuple[TensorError, ...] = ()
     edges: tuple[tuple[str, str], ...] = ()
+    layers: tuple[LayerTime, ...] = ()
 
     @property
     def ranked(self) -> list[NodeFinding]:
