@@ -176,7 +176,10 @@ class TensorFinding:
     `high`) and its range.
 
     `range` are the least and greatest value that the quantized tensor can hold; `clipped` is the
-    share of the float values that lie farther outside of it than rounding moves them.
+    share of the float values that lie farther outside of it than rounding moves them. `restored`
+    counts what became of the values, in the same bins, None where the quantized model lacks the
+    tensor. `channels` are the least and greatest float value of each channel (channels, 2), None
+    where there are none, `held` those of a weight once quantized. `nodes` read or make it.
     """
 
     name: str
@@ -187,6 +190,10 @@ class TensorFinding:
     high: float
     range: tuple[float, float]
     clipped: float
+    restored: Array | None = None
+    channels: Array | None = None
+    held: Array | None = None
+    nodes: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
