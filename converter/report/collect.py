@@ -25,7 +25,7 @@ from converter.measure.both import Both
 from converter.measure.errors import Tally, error_of
 from converter.measure.pairing import Pairing, Place
 from converter.measure.results import Findings, LayerTime, NodeFinding, Verification
-from converter.measure.sensitivity import Alone, alone
+from converter.measure.sensitivity import RANKED_ON, Alone, alone
 from converter.measure.times import layer_times
 from converter.measure.verify import COMPARED_SAMPLES
 from converter.plan.plan import NodePlan
@@ -48,8 +48,6 @@ from converter.report.tables import (
 WORST = 10
 # Samples that histograms and, where no tables are wanted, figures are made of.
 SHOWN_SAMPLES = 8
-# Samples that tell what a node alone costs the outputs.
-COSTED_ON = 4
 # Samples that the tables have a file for.
 MOST_ROUNDS = 12
 # So much above the signal is all noise.
@@ -134,7 +132,7 @@ def findings(both: Both, given: Findings, tables: Path | None = None) -> Finding
     totals = {key: replace(figures, clip=figures.clip / count) for key, figures in totals.items()}
     threads = both.resources.threads
     by_itself = (
-        {} if both.big else alone(pairing, both.floats, data, count=COSTED_ON, threads=threads)
+        {} if both.big else alone(pairing, both.floats, data, count=RANKED_ON, threads=threads)
     )
     nodes = _nodes(pairing, result, totals, by_itself=by_itself, verification=given.verification)
     told = replace(
