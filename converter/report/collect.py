@@ -93,10 +93,11 @@ def write_reports(folder: Path, title: str, both: Both, given: Findings) -> Find
 def _summary(told: Findings) -> str:
     """For programs; a number that is not finite is null."""
     before, after = told.sizes
+    found = told.verification
     content = {
         "facts": dict(told.facts),
         "bytes": {"before": before, "after": after},
-        "verification": asdict(told.verification) if told.verification else None,
+        "verification": asdict(replace(found, views=())) if found else None,
         "worst_nodes": [asdict(node) for node in told.ranked[:WORST]],
         "advice": told.advice,
     }
