@@ -135,24 +135,33 @@ class Kernel:
     time: float
 
 
-def timed(model: ir.Model, sample: Sample, runs: int) -> list[Kernel]:
-    """What executes `model`, with the times of some runs behind a first one that does not count;
-    CalibError if it fails on the sample.
+def timed(models: Sequence[ir.Model], sample: Sample, runs: int) -> list[list[Kernel]]:
+    """What executes each model, with the times of some runs in turn, behind a first one that does
+    not count; CalibError if one fails on the sample.
     """
-    names = _outputs(model)
-    with saved(model) as path, TemporaryDirectory(prefix="qconvert-") as folder:
-        optimized = Path(folder) / "optimized.onnx"
-        session = open_session(path, optimized=optimized, profile=Path(folder) / "profile")
+    with TemporaryDirectory(prefix="qconvert-") as path:
+        folders = [Path(path) / str(number) for number, _ in enumerate(models)]
+        both = [_profiled(*each) for each in zip(models, folders, strict=True)]
         for _ in range(1 + runs):
-            run(session, names, sample)
-        events = json.loads(Path(session.end_profiling()).read_bytes())
-        nodes = nodes_in(optimized)
+            for model in both:
+                model.answer(sample)
+        return [_kernels(*each) for each in zip(both, folders, strict=True)]
+
+
+def _profiled(model: ir.Model, folder: Path) -> Opened:
+    folder.mkdir()
+    with saved(model) as path:
+        optimized, profile = folder / "optimized.onnx", folder / "profile"
+        return Opened(open_session(path, optimized=optimized, profile=profile), _outputs(model))
+
+
+def _kernels(model: Opened, folder: Path) -> list[Kernel]:
     times = defaultdict[str, list[float]](list)
-    for event in events:
+    for event in json.loads(Path(model.session.end_profiling()).read_bytes()):
         if event["cat"] == "Node" and event["name"].endswith(TIMED):
             times[event["name"].removesuffix(TIMED)].append(event["dur"])
-    executed_ones = (node for node in nodes if node[0] in times)
-    return [Kernel(*node, statistics.median(times[node[0]][1:])) for node in executed_ones]
+    nodes = (node for node in nodes_in(folder / "optimized.onnx") if node[0] in times)
+    return [Kernel(*node, statistics.median(times[node[0]][1:])) for node in nodes]
 
 
 @dataclass(frozen=True)

@@ -21,11 +21,11 @@ from converter.measure.results import LayerTime
 from converter.plan.ops import may_have_weight, rule_of
 
 # Runs whose median counts.
-RUNS = 9
-# What the runtime puts behind a name: of a node or tensor that it copies, and, behind that of an
-# output, of a convolution in blocks of channels, which a batch normalization becomes as well.
+RUNS = 15
+# What the runtime puts behind a name: of a node or tensor that it copies or fuses, and, behind that
+# of an output, of a convolution in blocks of channels, which a batch normalization becomes as well.
 COPIED, BLOCKED = (
-    re.compile(r"(_token_\d+|_nhwc)+$"),
+    re.compile(r"(_token_\d+|_nhwc|/\w*Fusion/?)+$"),
     re.compile(r"((.*?)(?:_bn)?)_nchwc(?:_token_\d+)?$"),
 )
 # Operators that the runtime puts between layouts.
@@ -50,9 +50,8 @@ def layer_times(reference: ir.Model, other: ir.Model, data: Dataset) -> list[Lay
     """
     names = [node.name or "" for node in reference.graph]
     makers = _makers(reference)
-    sides = []
-    for model in (reference, other):
-        kernels = timed(model, data.sample(0), RUNS)
+    models, sides = (reference, other), []
+    for model, kernels in zip(models, timed(models, data.sample(0), RUNS), strict=True):
         same = {node.name or "": _same(node, names, makers) for node in model.graph}
         inside = contents(kernels, model)
         sides.append(_Side(kernels, [_known(nodes, same) for nodes in inside]))
@@ -113,7 +112,7 @@ def contents(kernels: Sequence[Kernel], model: ir.Model) -> list[list[str]]:
 
 def _adds(kernel: Kernel) -> bool:
     """Whether a kernel adds another tensor to its product."""
-    return kernel.op_type == "Conv" and BLOCKED.match(kernel.name) is not None
+    return BLOCKED.match(kernel.name) is not None
 
 
 def _adopt(

@@ -305,9 +305,9 @@ def _changed(
 
 def _views(seen: _Seen, data: Dataset, result: Quantized) -> Iterator[Views]:
     """What a report shows of the outputs, where there is to be one."""
-    settings = result.settings
-    if settings.common.debug_info_save_path and not data.random:
-        yield from views(seen.names, seen.before, seen.after, data, settings.preprocess)
+    wanted = result.settings.preprocess
+    if result.settings.common.debug_info_save_path and not data.random:
+        yield from views(seen.names, seen.before, seen.after, data, wanted=wanted)
 
 
 def _top(scores: Array) -> tuple[tuple[int, float], ...]:

@@ -32,6 +32,7 @@ def views(
     before: Outputs,
     after: Outputs,
     data: Dataset,
+    *,
     wanted: DataPreprocessParam,
 ) -> Iterator[Views]:
     """What can be looked at of the outputs of both models for the samples of `data`."""

@@ -20,8 +20,9 @@ CLASSES = np.array(
     [(79, 134, 247), (239, 138, 76), (60, 180, 110), (190, 90, 210), (220, 190, 40), (40, 190, 200)]
 )
 DIFFERENT = (229, 72, 77)
-# How much of a mask lies over the picture, and how many times a difference is enlarged.
-OVER, ENLARGED = 0.55, 8
+# How much of a mask lies over the picture; how many times a difference is enlarged at most, and the
+# share of its values that become no more than white.
+OVER, ENLARGED, LOUD = 0.55, 64, 0.999
 
 
 def drawn(kind: str, view: View) -> Iterator[tuple[str, str]]:
@@ -45,8 +46,9 @@ def _as_pictures(view: View) -> Iterator[tuple[str, Array]]:
     yield "Float", _rgb(view.before)
     yield "Quantized", _rgb(view.after)
     if view.before.shape == view.after.shape:
-        error = np.abs(np.subtract(view.before, view.after, dtype=np.int32)) * ENLARGED
-        yield f"Difference, {ENLARGED} times", _rgb(error.clip(0, 255).astype(np.uint8))
+        error = np.abs(np.subtract(view.before, view.after, dtype=np.int32))
+        times = int(np.clip(255 / max(np.quantile(error, LOUD), 1), 1, ENLARGED))
+        yield f"Difference, {times} times", _rgb((error * times).clip(0, 255).astype(np.uint8))
 
 
 def _as_masks(view: View) -> Iterator[tuple[str, Array]]:
