@@ -31,13 +31,15 @@ def open_session(
     optimized: Path | None = None,
     pack: bool = True,
     same_sizes: bool = False,
+    profile: Path | None = None,
 ) -> ort.InferenceSession:
     """An ONNX Runtime session of a model file or serialized model; CalibError if the runtime
     refuses it.
 
     What the runtime makes of the model is written to `optimized`. Without `pack` it holds no copies
     of weights in the order that its kernels like, so that those in other files stay there. Where
-    all runs have the `same_sizes`, memory is kept from one to the next.
+    all runs have the `same_sizes`, memory is kept from one to the next. `end_profiling` writes what
+    each node took to a file whose name begins with `profile`.
     """
     options = ort.SessionOptions()
     options.log_severity_level = 4
@@ -50,6 +52,9 @@ def open_session(
         options.graph_optimization_level = ort.GraphOptimizationLevel.ORT_DISABLE_ALL
     if optimized:
         options.optimized_model_filepath = str(optimized)
+    if profile:
+        options.enable_profiling = True
+        options.profile_file_prefix = str(profile)
     source = model if isinstance(model, bytes) else str(model)
     try:
         return ort.InferenceSession(source, options, providers=list(providers))

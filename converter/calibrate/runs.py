@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import json
+import statistics
+from collections import defaultdict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import onnx_ir as ir
 from onnxruntime import InferenceSession
@@ -21,6 +25,8 @@ PROBED = 32
 # Bytes of weights that make a model big: it is compared on one sample and not timed, which would
 # take longer than the conversion, and held in memory once.
 BIG = 500_000_000
+# How ONNX Runtime's profiler ends the name of what tells the time of a node.
+TIMED = "_kernel_time"
 
 
 @dataclass(frozen=True)
@@ -112,9 +118,50 @@ def executed(model: ir.Model, look: bool) -> Executed:
         optimized = path.with_name("optimized.onnx") if look else None
         session = open_session(path, optimized=optimized, pack=not is_big(model))
         here = Opened(session, _outputs(model))
-        nodes = nodes_in(optimized) if optimized else []
+        nodes = [node[:2] for node in nodes_in(optimized)] if optimized else []
     other = exact_here(model)
     return Executed(here, here if other is model else opened(other, optimize=True), nodes)
+
+
+@dataclass(frozen=True)
+class Kernel:
+    """A node that ONNX Runtime executes after its optimizations: its name there, operator type and
+    outputs, and the median time of a run in microseconds.
+    """
+
+    name: str
+    op_type: str
+    outputs: tuple[str, ...]
+    time: float
+
+
+def timed(models: Sequence[ir.Model], sample: Sample, runs: int) -> list[list[Kernel]]:
+    """What executes each model, with the times of some runs in turn, behind a first one that does
+    not count; CalibError if one fails on the sample.
+    """
+    with TemporaryDirectory(prefix="qconvert-") as path:
+        folders = [Path(path) / str(number) for number, _ in enumerate(models)]
+        both = [_profiled(*each) for each in zip(models, folders, strict=True)]
+        for _ in range(1 + runs):
+            for model in both:
+                model.answer(sample)
+        return [_kernels(*each) for each in zip(both, folders, strict=True)]
+
+
+def _profiled(model: ir.Model, folder: Path) -> Opened:
+    folder.mkdir()
+    with saved(model) as path:
+        optimized, profile = folder / "optimized.onnx", folder / "profile"
+        return Opened(open_session(path, optimized=optimized, profile=profile), _outputs(model))
+
+
+def _kernels(model: Opened, folder: Path) -> list[Kernel]:
+    times = defaultdict[str, list[float]](list)
+    for event in json.loads(Path(model.session.end_profiling()).read_bytes()):
+        if event["cat"] == "Node" and event["name"].endswith(TIMED):
+            times[event["name"].removesuffix(TIMED)].append(event["dur"])
+    nodes = (node for node in nodes_in(folder / "optimized.onnx") if node[0] in times)
+    return [Kernel(*node, statistics.median(times[node[0]][1:])) for node in nodes]
 
 
 @dataclass(frozen=True)

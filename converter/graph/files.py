@@ -581,12 +581,12 @@ def file_bytes(path: Path) -> int:
     )
 
 
-def nodes_in(path: Path) -> list[tuple[str, str]]:
-    """Name and operator type of the main graph's nodes in a file that is read as it stands,
-    unchecked and without its weights.
+def nodes_in(path: Path) -> list[tuple[str, str, tuple[str, ...]]]:
+    """Name, operator type and outputs of the main graph's nodes in a file that is read as it
+    stands, unchecked and without its weights.
     """
     graph = onnx.load(path, load_external_data=False).graph
-    return [(node.name, node.op_type) for node in graph.node]
+    return [(node.name, node.op_type, tuple(node.output)) for node in graph.node]
 
 
 def external_files(path: Path) -> list[Path]:

@@ -37,6 +37,34 @@ class Changed:
 
 
 @dataclass(frozen=True)
+class View:
+    """An output for a sample, to look at: what the sample is called, the picture that the model is
+    fed, uint8 (height, width, channels), what both models make of it, and how alike that is.
+
+    Pictures are uint8 (height, width, channels), masks classes (height, width), boxes rows of left,
+    top, right, bottom in parts of the picture, score and class.
+    """
+
+    name: str
+    source: Array
+    before: Array
+    after: Array
+    figure: str
+
+
+@dataclass(frozen=True)
+class Views:
+    """An output that can be looked at, as `kind` says: picture, mask or boxes, which take all
+    outputs together; the samples that changed most, and how much all did, in words.
+    """
+
+    output: str
+    kind: str
+    overall: str
+    shown: tuple[View, ...]
+
+
+@dataclass(frozen=True)
 class Verification:
     """Both models run on the same samples.
 
@@ -46,13 +74,13 @@ class Verification:
     output's largest value; `speed`, `top1` and `agreement` (shares from 0 to 1, of samples with an
     answer) are None where they were not measured, `drop` is the 95 % interval of the share of right
     answers that is lost. `given` says that nothing was fitted to any sample, `changed` are the
-    first samples with another answer. `kernels` counts the operators that the runtime really
-    executes by name, `conversions` names the Q/DQ nodes among them that stayed on their own, and
-    `saturated` the nodes whose weights let kernels of some processors that the model is for
-    saturate. `random` says that there was no data, `distilled` that all samples were made of the
-    model, `closed_loop` that samples are frames and each model was fed its own states. All figures
-    but `kernels`, `conversions` and `speed` are those of exact kernels; `here` has this
-    processor's, None where they are the same.
+    first samples with another answer, `views` outputs to look at. `kernels` counts the operators
+    that the runtime really executes by name, `conversions` names the Q/DQ nodes among them that
+    stayed on their own, and `saturated` the nodes whose weights let kernels of some processors that
+    the model is for saturate. `random` says that there was no data, `distilled` that all samples
+    were made of the model, `closed_loop` that samples are frames and each model was fed its own
+    states. All figures but `kernels`, `conversions` and `speed` are those of exact kernels; `here`
+    has this processor's, None where they are the same.
     """
 
     samples: int
@@ -73,6 +101,7 @@ class Verification:
     drop: Interval | None = None
     given: bool = False
     changed: tuple[Changed, ...] = ()
+    views: tuple[Views, ...] = ()
 
     @property
     def agreement_interval(self) -> Interval:
@@ -176,7 +205,10 @@ class TensorFinding:
     `high`) and its range.
 
     `range` are the least and greatest value that the quantized tensor can hold; `clipped` is the
-    share of the float values that lie farther outside of it than rounding moves them.
+    share of the float values that lie farther outside of it than rounding moves them. `restored`
+    counts what became of the values, in the same bins, None where the quantized model lacks the
+    tensor. `channels` are the least and greatest float value of each channel (channels, 2), None
+    where there are none, `held` those of a weight once quantized. `nodes` read or make it.
     """
 
     name: str
@@ -187,13 +219,37 @@ class TensorFinding:
     high: float
     range: tuple[float, float]
     clipped: float
+    restored: Array | None = None
+    channels: Array | None = None
+    held: Array | None = None
+    nodes: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True)
+class LayerTime:
+    """What ONNX Runtime computes in one go in one of the two models: nodes of the float model, and
+    what a run takes in both, in microseconds.
+
+    `node` is the one that the layer is called by, empty where kernels compute none, as conversions
+    between types or layouts do; `kernels` are the operators that the float and the quantized model
+    are executed with.
+    """
+
+    node: str
+    op_type: str
+    nodes: tuple[str, ...]
+    before: float
+    after: float
+    kernels: tuple[str, str]
 
 
 @dataclass(frozen=True)
 class Findings:
     """Everything a report says: `facts` are named figures in words, `advice` sentences on what to
     do next, `errors` those of outputs and tensors inside, as far as they were measured on the way,
-    `edges` pairs of nodes of which the second reads what the first makes.
+    `edges` pairs of nodes of which the second reads what the first makes, `layers` what the runtime
+    spends its time on, in the order of the graph, `recipe` the configuration that made the
+    quantized model with what was decided on the way, empty where that is not known.
     """
 
     facts: Mapping[str, str]
@@ -204,6 +260,8 @@ class Findings:
     advice: tuple[str, ...] = ()
     errors: tuple[TensorError, ...] = ()
     edges: tuple[tuple[str, str], ...] = ()
+    layers: tuple[LayerTime, ...] = ()
+    recipe: str = ""
 
     @property
     def ranked(self) -> list[NodeFinding]:

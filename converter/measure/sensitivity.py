@@ -4,13 +4,14 @@ bound.
 What each node costs by itself is found for all nodes at the price of as many float inferences: the
 quantized model is cut open, so that its nodes read what the float model computes and one inference
 tells what every node does wrong by itself. This error is then added to the float model, at one node
-at a time.
+at a time, which runs from about there on.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 
 import numpy as np
 import onnx_ir as ir
@@ -25,16 +26,20 @@ from converter.graph.edit import (
     constant,
     not_none,
     only_consumer,
+    submodel,
     values_by_name,
+    values_read,
 )
 from converter.graph.qdq import codes_behind, quantizes
-from converter.measure.errors import TensorError, error_of, errors_between, tally, worst_of
+from converter.measure.errors import NOTHING, TensorError, error_of, errors_between, tally, worst_of
 from converter.measure.pairing import Pairing
 from converter.plan.ops import rule_of
 from converter.plan.plan import NodePlan, QuantPlan
 
 # Samples that rank the nodes; the bound itself is measured on all.
 RANKED_ON = 8
+# Parts of the model whose nodes share one end of it to run.
+TAILS = 6
 
 
 @dataclass(frozen=True)
@@ -60,26 +65,30 @@ def alone(
     if not units or any(node.op_type.startswith("QLinear") for node in pairing.model.graph):
         return {}
     local, fed, taps = _cut(pairing, units, computed)
-    moved, deltas = injected(pairing.reference, taps)
     watched = [name for name, _ in taps.values()]
-    cut, runner = opened(local, watched), opened(moved, optimize=True)
+    cut, tails = opened(local, watched), list(_tails(pairing.reference, floats, units))
+    read = {name for tail in tails for name in tail.read}
 
     def step(index: int) -> Array:
         """Tallies (units, 1 + outputs, …): of the unit's own output, and of the graph's."""
         sample = data.sample(index)
-        x = floats.fetch([*taps, *fed], sample)
+        x = floats.fetch([*taps, *fed, *read], sample)
         y = cut.fetch(watched, {**sample, **{feed: x[name] for name, feed in fed.items()}})
         there = {
             leaf: y[name] if q is None else dequantize(quantize(y[name], q), q)
             for leaf, (name, q) in taps.items()
         }
-        still = {**sample, **dict.fromkeys(deltas.values(), np.zeros((), np.float32))}
-        before, rows = runner.answer(still), []
-        for leaves in units.values():
-            changes = {deltas[leaf]: _delta(x[leaf], there[leaf]) for leaf in leaves}
-            after = runner.answer({**still, **changes})
-            own = np.sum([tally(x[leaf], there[leaf]) for leaf in leaves], axis=0)
-            rows.append([own, *map(tally, before, after)])
+        rows = []
+        for tail in tails:
+            still = {name: x[name] for name in tail.read}
+            still |= dict.fromkeys(tail.deltas.values(), np.zeros((), np.float32))
+            before = tail.model.answer(still)
+            for leaves in tail.units:
+                changes = {tail.deltas[leaf]: _delta(x[leaf], there[leaf]) for leaf in leaves}
+                after = tail.model.answer({**still, **changes})
+                own = np.sum([tally(x[leaf], there[leaf]) for leaf in leaves], axis=0)
+                heard = dict(zip(tail.outputs, map(tally, before, after), strict=True))
+                rows.append([own, *(heard.get(name, NOTHING) for name in floats.outputs)])
         return np.array(rows)
 
     sums = sum(over_samples(min(count, len(data)), step, threads))
@@ -88,6 +97,45 @@ def alone(
         own, *outputs = map(error_of, [unit, *floats.outputs], rows)
         costs[unit] = Alone(own, _loudest(outputs, own))
     return costs
+
+
+@dataclass(frozen=True)
+class _Tail:
+    """The end of the float model that some neighbouring `units`, the leaves of each, are heard in.
+
+    `model` is fed the tensors `read` and, by `deltas`, what is added to each leaf; it gives those
+    `outputs` of the whole that are not made before.
+    """
+
+    model: Opened
+    outputs: tuple[str, ...]
+    read: tuple[str, ...]
+    deltas: Mapping[str, str]
+    units: Sequence[list[str]]
+
+
+def _tails(model: ir.Model, floats: Opened, units: Mapping[str, list[str]]) -> Iterator[_Tail]:
+    """All units in their order, in TAILS parts."""
+    nodes = list(model.graph)
+    order = {node.name: place for place, node in enumerate(nodes)}
+    known = {each.name for each in (*floats.session.get_outputs(), *floats.session.get_inputs())}
+    for part in np.array_split(np.array(list(units)), min(TAILS, len(units))):
+        own = [units[name] for name in part.tolist()]
+        end = nodes[order[part[0]] :]
+        if not all(value.type and value.name in known for value in _read_by(end)):
+            end = nodes
+        made = {value for node in end for value in node.outputs}
+        outputs = tuple(value.name or "" for value in model.graph.outputs if value in made)
+        read = tuple(not_none(value.name) for value in _read_by(end))
+        tail, deltas = injected(submodel(model, read, outputs), chain.from_iterable(own))
+        yield _Tail(opened(tail, optimize=True), outputs, read, deltas, own)
+
+
+def _read_by(nodes: Sequence[ir.Node]) -> list[ir.Value]:
+    """The tensors that nodes read, but for constants and what they make themselves."""
+    made = {value for node in nodes for value in node.outputs}
+    read = dict.fromkeys(value for node in nodes for value in values_read(node))
+    return [value for value in read if value not in made and value.const_value is None]
 
 
 def _loudest(outputs: Iterable[TensorError], own: TensorError) -> TensorError:

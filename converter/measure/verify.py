@@ -40,8 +40,9 @@ from converter.measure.errors import (
     worst_of,
 )
 from converter.measure.labels import read_labels
-from converter.measure.results import Changed, Here, Verification
+from converter.measure.results import Changed, Here, Verification, Views
 from converter.measure.slices import SHARE, comparable, few_of, judged_apart
+from converter.measure.views import views
 from converter.plan.ops import draws
 from converter.plan.result import Quantized
 
@@ -114,6 +115,7 @@ def verify(both: Both, label_file: Path | None) -> Verification:
         here=_here(seen, label_file is not None),
         given=not result.fitted,
         changed=tuple(_changed(seen, answers, data, label_file)),
+        views=tuple(_views(seen, data, result)),
     )
     samples = seen.after[: len(plain)], plain
     fused = [_errors(seen.names, _tallies(seen.before, x)) for x in samples]
@@ -299,6 +301,13 @@ def _changed(
         file = str(files[0]) if files else ""
         tops = (_top(outputs[index][0]) for outputs in (seen.before, seen.after))
         yield Changed(file, labels.get(file), *tops)
+
+
+def _views(seen: _Seen, data: Dataset, result: Quantized) -> Iterator[Views]:
+    """What a report shows of the outputs, where there is to be one."""
+    wanted = result.settings.preprocess
+    if result.settings.common.debug_info_save_path and not data.random:
+        yield from views(seen.names, seen.before, seen.after, data, wanted=wanted)
 
 
 def _top(scores: Array) -> tuple[tuple[int, float], ...]:

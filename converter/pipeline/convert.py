@@ -56,7 +56,7 @@ from converter.prepare.opset import (
 from converter.report.advice import listed
 from converter.report.collect import check_folder, write_reports
 from converter.report.provenance import provenance
-from converter.report.recipe import write_recipe
+from converter.report.recipe import how_made, write_recipe
 from converter.report.text import summary_lines
 
 INTEGER_ACTIVATIONS = {"FULL_QUANT", "DYNAMIC_QUANT"}
@@ -163,7 +163,7 @@ def _measured(job: Job, result: Quantized, sizes: tuple[int, int], watch: Watch)
 
         def report() -> Findings:
             facts = {**_facts(job, result), **provenance(job, result.data)}
-            known = Findings(facts, sizes, verification)
+            known = Findings(facts, sizes, verification, recipe=how_made(job, result))
             return write_reports(folder, job.output.name, both, known)
 
         reported = behind.attempt(UNREPORTED, report)

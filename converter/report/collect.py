@@ -11,13 +11,12 @@ from collections.abc import Iterator, Mapping
 from dataclasses import asdict, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from threading import Lock
 
 import numpy as np
 import onnx_ir as ir
 
-from calib.affine import Array, QParams
-from calib.stats import TensorStats
+from calib import CalibError
+from calib.samples import Dataset
 from converter.calibrate.data import synthetic_data
 from converter.errors import ConfigError
 from converter.graph.edit import not_none
@@ -25,21 +24,23 @@ from converter.graph.files import naming
 from converter.measure.both import Both
 from converter.measure.errors import Tally, error_of
 from converter.measure.pairing import Pairing, Place
-from converter.measure.results import Findings, NodeFinding, TensorFinding, Verification
+from converter.measure.results import Findings, LayerTime, NodeFinding, Verification
 from converter.measure.sensitivity import RANKED_ON, Alone, alone
+from converter.measure.times import layer_times
 from converter.measure.verify import COMPARED_SAMPLES
 from converter.plan.plan import NodePlan
 from converter.plan.result import Quantized
-from converter.prepare.fake_quant_ranges import span_of
 from converter.report.advice import advice_for, overall_advice
 from converter.report.page import page
 from converter.report.rounds import Figures, Key, Summary, key_of, rounds
+from converter.report.shown import Shown
 from converter.report.tables import (
     OUTPUTS,
     output_rows,
     parameter_rows,
     round_rows,
     sensitivity_rows,
+    time_rows,
     write_table,
 )
 
@@ -92,10 +93,11 @@ def write_reports(folder: Path, title: str, both: Both, given: Findings) -> Find
 def _summary(told: Findings) -> str:
     """For programs; a number that is not finite is null."""
     before, after = told.sizes
+    found = told.verification
     content = {
         "facts": dict(told.facts),
         "bytes": {"before": before, "after": after},
-        "verification": asdict(told.verification) if told.verification else None,
+        "verification": asdict(replace(found, views=())) if found else None,
         "worst_nodes": [asdict(node) for node in told.ranked[:WORST]],
         "advice": told.advice,
     }
@@ -112,7 +114,7 @@ def findings(both: Both, given: Findings, tables: Path | None = None) -> Finding
     pairing, result = both.pairing, both.result
     data = result.data if len(result.data) else synthetic_data(result.reference, 1)
     count = min(len(data), MOST_ROUNDS if tables else SHOWN_SAMPLES)
-    shown = _Shown(pairing, count // max(1, count // SHOWN_SAMPLES))
+    shown = Shown(pairing, SHOWN_SAMPLES)
     totals: dict[Key, Figures] = {}
     outputs, tallies = [OUTPUTS], list[list[Tally]]()
     # What was trained is held against another float model.
@@ -123,7 +125,10 @@ def findings(both: Both, given: Findings, tables: Path | None = None) -> Finding
         if index < COMPARED_SAMPLES:
             tallies.append([seen.tally(*pair) for pair in pairs.items()])
         if tables:
-            write_table(tables / f"round_{index}.csv", round_rows(pairing.places, seen.figures))
+            write_table(
+                tables / f"round_{index}.csv",
+                round_rows(pairing.places, seen.figures, first=not index),
+            )
             outputs += output_rows(index, seen.outputs)
     totals = {key: replace(figures, clip=figures.clip / count) for key, figures in totals.items()}
     threads = both.resources.threads
@@ -138,12 +143,26 @@ def findings(both: Both, given: Findings, tables: Path | None = None) -> Finding
         advice=tuple(overall_advice(nodes, given.verification, result.settings)),
         errors=tuple(map(error_of, pairs, np.sum(tallies, axis=0))),
         edges=tuple(_edges(pairing.reference)),
+        layers=tuple(_layers(both, data)) if tables else (),
     )
     if tables:
         write_table(tables / "output_summary.csv", outputs)
         write_table(tables / "quant_param.csv", parameter_rows(pairing.places, totals))
         write_table(tables / "sensitivity.csv", sensitivity_rows(told.ranked))
+        write_table(tables / "time.csv", time_rows(told.layers))
     return told
+
+
+def _layers(both: Both, data: Dataset) -> list[LayerTime]:
+    """What the runtime spends its time on; nothing, but a word, where it does not tell."""
+    if both.big:
+        both.watch.say("Time by layer is not measured: the model has too many weights.")
+        return []
+    try:
+        return layer_times(both.pairing.reference, both.result.model, data)
+    except CalibError as error:
+        both.watch.warn(f"Time by layer is not measured: {error}")
+        return []
 
 
 def _edges(model: ir.Model) -> Iterator[tuple[str, str]]:
@@ -239,48 +258,4 @@ def _bytes_after(place: Place) -> int:
         -(-weight.size * q.format.bits // 8) + q.scale.nbytes + q.zero_point.nbytes
         if q
         else weight.nbytes
-    )
-
-
-class _Shown:
-    """Histograms over the first samples of everything that became integers with known ranges."""
-
-    def __init__(self, pairing: Pairing, samples: int) -> None:
-        self.samples, self.lock = samples, Lock()
-        self.places = {place.name: place for place in pairing.places if place.bits}
-        self.statistics = {name: TensorStats(histogram=True) for name in self.places}
-        for name, place in self.places.items():
-            if place.weight is not None:
-                self.statistics[name].update(place.weight, 0)
-
-    def see(self, index: int, name: str, x: Array) -> None:
-        """Takes in a float tensor of a sample, in any order."""
-        if index < self.samples and name in self.statistics:
-            with self.lock:
-                self.statistics[name].update(x, index)
-
-    def findings(self) -> Iterator[TensorFinding]:
-        """What was seen."""
-        for name, place in self.places.items():
-            if self.statistics[name].count:
-                yield _tensor(place, not_none(place.qparams), self.statistics[name])
-
-
-def _tensor(place: Place, q: QParams, statistics: TensorStats) -> TensorFinding:
-    histogram = statistics.histogram()
-    edges, span = histogram.edges, span_of(q)
-    low, high = float(span.lo.min()), float(span.hi.max())
-    if q.format.trellis and place.restored is not None:
-        low, high = float(place.restored.min()), float(place.restored.max())
-    near = float(q.scale.max()) / 2  # rounding alone moves values so far
-    outside = histogram.counts[(edges[1:] <= low - near) | (edges[:-1] > high + near)].sum()
-    return TensorFinding(
-        place.name,
-        place.node,
-        q.format.bits,
-        histogram.counts,
-        float(edges[0]),
-        float(edges[-1]),
-        (low, high),
-        float(outside) / statistics.count,
     )

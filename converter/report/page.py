@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import math
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,32 @@ import numpy as np
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
 from markupsafe import Markup
 
+from calib.affine import Array
 from calib.images import thumbnail
-from converter.measure.results import Changed, Findings, NodeFinding, TensorFinding
+from converter.measure.results import (
+    Changed,
+    Findings,
+    LayerTime,
+    NodeFinding,
+    TensorFinding,
+    View,
+    Views,
+)
+from converter.report.drawn import drawn
 from converter.report.layout import placed
+from converter.report.recipe import lines_in
 from converter.version import __version__
 
 # More bars than this are not seen on a screen.
-MOST_BINS, MOST_BARS = 160, 12
+MOST_BINS, MOST_BARS, MOST_CHANNELS = 160, 12, 96
+# Bits from which on codes are not told apart, and bins then.
+MANY_CODES, BINS_OF_CODES = 7, 64
 # Constants of fewer bytes are a shape or a Clip's bounds, not weights.
 LEAST_BYTES = 64
 # Pixels of a picture whose answer changed.
 THUMBNAIL = 96
+# Pictures as data, by title.
+Drawn = list[tuple[str, str]]
 
 
 def page(findings: Findings, title: str) -> str:
@@ -44,7 +60,10 @@ def page(findings: Findings, title: str) -> str:
         least_bytes=LEAST_BYTES,
         infinity=math.inf,
         data=_drawn(findings),
+        layers={layer.node: layer for layer in findings.layers if layer.node},
         changed=_changes(findings),
+        looked_at=_looked_at(findings),
+        to_paste=lines_in(findings.advice),
         plotly=Markup(charts_library()),
     )
 
@@ -57,6 +76,12 @@ def _changes(findings: Findings) -> list[tuple[Changed, str]]:
     return list(zip(changed, encoded, strict=True))
 
 
+def _looked_at(findings: Findings) -> Iterator[tuple[Views, list[tuple[View, Drawn]]]]:
+    """Outputs with their samples, and pictures of each by title."""
+    for output in findings.verification.views if findings.verification else ():
+        yield output, [(view, list(drawn(output.kind, view))) for view in output.shown]
+
+
 def charts_library() -> str:
     """plotly.js, the part that draws bars and lines: plotly.js-basic-dist-min of its authors, under
     the MIT licence.
@@ -67,6 +92,7 @@ def charts_library() -> str:
 def _drawn(findings: Findings) -> dict[str, Any]:
     """What the charts show."""
     kernels = findings.verification.kernels if findings.verification else {}
+    numbers = {node.name: number for number, node in enumerate(findings.nodes)}
     note, ranked = _sensitivity(findings.nodes)
     layers = (node for node in findings.nodes if node.bytes_before >= LEAST_BYTES)
     return {
@@ -74,17 +100,26 @@ def _drawn(findings: Findings) -> dict[str, Any]:
         "kernels": sorted(kernels.items(), key=lambda item: (-item[1], item[0])),
         "sensitivity": ranked,
         "sensitivity_note": note,
-        "tensors": [_tensor(tensor) for tensor in findings.tensors],
-        "graph": _graph(findings),
+        "tensors": [
+            {**_tensor(tensor), "nodes": [numbers[n] for n in tensor.nodes if n in numbers]}
+            for tensor in findings.tensors
+        ],
+        "graph": _graph(findings, numbers),
+        "layers": [_layer(layer, numbers) for layer in findings.layers],
     }
 
 
-def _graph(findings: Findings) -> dict[str, Any]:
+def _layer(layer: LayerTime, numbers: Mapping[str, int]) -> list[Any]:
+    """Nodes by number, none for what computes none; microseconds and kernels of both models."""
+    nodes = [numbers[name] for name in layer.nodes if name in numbers]
+    return [numbers.get(layer.node), layer.op_type, nodes, layer.before, layer.after, layer.kernels]
+
+
+def _graph(findings: Findings, numbers: Mapping[str, int]) -> dict[str, Any]:
     """Every node with its place, kind, whether it is integer, and its noise in dB; and the edges by
     number.
     """
     nodes = {node.name: node for node in findings.nodes}
-    numbers = {name: number for number, name in enumerate(nodes)}
     edges = [edge for edge in dict.fromkeys(findings.edges) if numbers.keys() >= {*edge}]
     places, rows = placed(list(nodes), edges), []
     for name, node in nodes.items():
@@ -116,10 +151,10 @@ def _sensitivity(
 
 def _tensor(tensor: TensorFinding) -> dict[str, Any]:
     """The tensor with no more than MOST_BINS bins, neighbours added together."""
-    together = -(-tensor.counts.size // MOST_BINS)
-    counts = (
-        np.pad(tensor.counts, (0, -tensor.counts.size % together)).reshape(-1, together).sum(axis=1)
-    )
+    restored = tensor.restored
+    # Bins of hardly more than a code would hold now one of them, now two.
+    most = MOST_BINS if restored is None or tensor.bits < MANY_CODES else BINS_OF_CODES
+    together = -(-tensor.counts.size // most)
     width = (tensor.high - tensor.low) / tensor.counts.size * together
     return {
         "name": tensor.name,
@@ -129,5 +164,29 @@ def _tensor(tensor: TensorFinding) -> dict[str, Any]:
         "width": float(width),
         "clipped": float(tensor.clipped),
         "range": [float(end) for end in tensor.range],
-        "counts": counts.tolist(),
+        "counts": _added(tensor.counts, together),
+        "restored": None if restored is None else _added(restored, together),
+        **_channels(tensor),
     }
+
+
+def _added(counts: Array, together: int) -> list[int]:
+    """Counts with so many neighbours added together."""
+    padded = np.pad(counts, (0, -counts.size % together))
+    return list(padded.reshape(-1, together).sum(axis=1).tolist())
+
+
+def _channels(tensor: TensorFinding) -> dict[str, Any]:
+    """The ranges of no more than MOST_CHANNELS channels, of neighbours what holds them all."""
+    if tensor.channels is None or not np.isfinite(tensor.channels).all():
+        return {"channels": None}
+    together = -(-len(tensor.channels) // MOST_CHANNELS)
+    held = None if tensor.held is None else _widest(tensor.held, together)
+    return {"channels": _widest(tensor.channels, together), "held": held, "together": together}
+
+
+def _widest(spans: Array, together: int) -> list[list[float]]:
+    starts = np.arange(0, len(spans), together)
+    least = np.minimum.reduceat(spans[:, 0], starts).tolist()
+    most = np.maximum.reduceat(spans[:, 1], starts).tolist()
+    return [[float(f"{end:.4g}") for end in span] for span in zip(least, most, strict=True)]

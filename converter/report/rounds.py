@@ -4,7 +4,7 @@ are.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -19,6 +19,7 @@ from converter.measure.pairing import Pairing, Place
 
 Summary = tuple[float, ...]
 Key = tuple[str, str | int | None]
+Tensors = Mapping[str, Array]
 
 
 @dataclass(frozen=True)
@@ -93,12 +94,13 @@ def rounds(
     both: Both,
     data: Dataset,
     count: int,
-    see: Callable[[int, str, Array], None] = lambda *_: None,
+    see: Callable[[int, Sequence[str], Tensors, Tensors], None] = lambda *_: None,
 ) -> Iterator[Round]:
     """The figures of every place, and of the outputs, in each of the first samples; in memory are
     tensors that fit the budget only.
 
-    `see` is told the sample and the name of every float tensor, once, on several workers.
+    `see` is told the sample, the names of float tensors, each once, and what both models make, on
+    several workers.
     """
     pairing, floats, quantized = both.pairing, both.floats, both.quantized
     constants, parts = _constants(pairing), _parts(both, data)
@@ -114,8 +116,7 @@ def rounds(
             counterparts = [place.counterpart for place in places if place.counterpart]
             x = floats.fetch([*read, *wanted], sample)
             y = quantized.fetch([*counterparts, *wanted], sample)
-            for name in read:
-                see(index, name, x[name])
+            see(index, [*read], x, y)
             for place in places:
                 array = x[place.name] if place.weight is None else place.weight
                 if _has_figures(array):
