@@ -18,6 +18,7 @@ from converter.measure.errors import Speed, TensorError
 from converter.measure.pairing import Place
 from converter.measure.results import NodeFinding, Verification
 from converter.report.advice import advice_for, overall_advice, skip_line
+from converter.report.recipe import lines_in
 from converter.report.rounds import Figures
 
 KEYS = {name: key for section in SECTIONS.values() for name, key in section.keys.items()}
@@ -117,5 +118,24 @@ def test_a_line_can_be_pasted_and_keeps_what_is_skipped_already(
 
 
 def test_more_bits_are_advised_where_a_key_gives_them(tmp_path: Path) -> None:
-    assert "bit_num = 6" in all_advice(config(tmp_path, "WEIGHT_QUANT", bit_num=4), bits=4)
+    advice = all_advice(config(tmp_path, "WEIGHT_QUANT", bit_num=4), bits=4)
+    lines = next(lines for lines in lines_in([advice]) if "bit_num" in lines)
+    text = "[common_quant_param]\nquant_type = WEIGHT_QUANT\nbit_num = 4\n"
+    (tmp_path / "p.cfg").write_text(f"{text}{lines}\n")
+    (recipe,) = load_config(tmp_path / "p.cfg").recipes
+    assert recipe.wishes == {"bit_num": 6}
+
+
+def test_lines_of_a_sentence_are_told_with_their_sections() -> None:
+    sentence = (
+        "Its output is noisy (5.0 dB): try activation_quant_method = MSE, or leave it float, "
+        "skip_quant_node = a,b"
+    )
+    assert lines_in([sentence, sentence]) == [
+        "[full_quant_param]\nactivation_quant_method = MSE",
+        "[common_quant_param]\nskip_quant_node = a,b",
+    ]
+
+
+def test_integers_get_no_more_bits(tmp_path: Path) -> None:
     assert "more bits" not in all_advice(config(tmp_path, "FULL_QUANT"))

@@ -11,6 +11,7 @@ from converter.config.left import against_saturation, left
 from converter.measure.pairing import Place
 from converter.measure.results import NodeFinding, Verification
 from converter.plan.ops import rule
+from converter.plan.recipes import written
 from converter.report.rounds import Figures
 
 # How many times as large as others some inputs that share the codes of one range may be.
@@ -88,11 +89,12 @@ def _other_method(settings: Config) -> str:
 
 
 def _more_bits(node: NodeFinding, settings: Config) -> list[str]:
-    """The line that gives weights more bits, all of them: only stored ones may have any."""
+    """The line that gives a node's weights more bits: only stored ones may have any."""
     bits = settings.common.bit_num
     if settings.mode != "WEIGHT_QUANT" or not bits or (node.bits or 0) >= MOST_BITS:
         return []
-    return [f"give all weights more bits, bit_num = {min(MOST_BITS, bits + 2)}"]
+    more, section = min(MOST_BITS, (node.bits or bits) + 2), f"[node:{written(node.name)}]"
+    return [f"give it more bits, bit_num = {more} in a section {section}"]
 
 
 def _is_costly(node: NodeFinding) -> bool:

@@ -23,11 +23,12 @@ HEADER = """\
 
 
 # The section of every key, and a line that a sentence names: at its end, in brackets or before
-# another.
+# another; its section where that is another one.
 OWNERS = {key: name for name, section in SECTIONS.items() for key in section.keys}
 _KEYS = "|".join(OWNERS)
 LINE = re.compile(
-    rf"\b(?P<key>{_KEYS}) = (?P<value>.+?)(?=,? or (?:{_KEYS}) = |,? or leav|\) may be|\.?$)"
+    rf"\b(?P<key>{_KEYS}) = (?P<value>.+?)(?: in a section (?P<section>\[.+?\]))?"
+    rf"(?=,? or (?:{_KEYS}) = |,? or leav|\) may be|\.?$)"
 )
 
 
@@ -55,8 +56,11 @@ def how_made(job: Job, result: Quantized) -> str:
 def lines_in(advice: Iterable[str]) -> list[str]:
     """The lines of a configuration that advice names, each below its section, to be pasted."""
     found = (match for sentence in advice for match in LINE.finditer(sentence))
-    lines = [(match["key"], match["value"].strip()) for match in found]
-    return [f"[{OWNERS[key]}]\n{key} = {value}" for key, value in dict.fromkeys(lines)]
+    lines = [
+        (match["section"] or f"[{OWNERS[match['key']]}]", match["key"], match["value"].strip())
+        for match in found
+    ]
+    return [f"{section}\n{key} = {value}" for section, key, value in dict.fromkeys(lines)]
 
 
 def plan_as_json(plan: QuantPlan, decided: Mapping[str, Mapping[str, object]]) -> dict[str, object]:
