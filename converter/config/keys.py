@@ -418,7 +418,7 @@ class FineTuneParam:
         _TUNED,
     )
     epochs: int = _key(
-        kinds.integer(1, 65535, 400), "How often every sample is learned from.", 400, _TUNED
+        kinds.integer(1, 65535, 100), "How often every sample is learned from.", 100, _TUNED
     )
     batch_size: int = _key(
         kinds.integer(1, 4096, 32), "Samples that one step of learning looks at.", 32, _TUNED
