@@ -101,7 +101,10 @@ def qparams_of(
     hi = np.maximum(np.asarray(span.hi, np.float64), 0.0)
     middle = 0 if fmt.signed else 1 << (fmt.bits - 1)
     if symmetric:
-        scale = np.maximum(-lo / (middle - fmt.qmin), hi / (fmt.qmax - middle))
+        scale = np.maximum(
+            -lo / (middle - fmt.qmin),
+            hi / (fmt.qmax - middle),
+        )
     else:
         scale = (hi - lo) / (fmt.qmax - fmt.qmin)
     scale = np.where(scale < SMALLEST_SCALE, 1.0, scale)
@@ -112,7 +115,11 @@ def qparams_of(
         zero_point = np.full(scale.shape, middle)
     else:
         scale = scale if power_of_two else _not_beyond(scale, hi - lo, fmt)
-        zero_point = np.clip(np.rint(fmt.qmin - lo / scale), fmt.qmin, fmt.qmax)
+        zero_point = np.clip(
+            np.rint(fmt.qmin - lo / scale),
+            fmt.qmin,
+            fmt.qmax,
+        )
     return QParams(scale, zero_point.astype(fmt.dtype), fmt, axis)
 
 

@@ -99,7 +99,10 @@ def load_image(path: Path, options: ImageOptions, channels: int) -> Pixels:
     """
     options.check(channels)
     pixels = _convert(_decode(path), options.format_for(channels))
-    pixels = np.array(_crop(_resize(pixels, options, path), options, path), order="C")
+    pixels = np.array(
+        _crop(_resize(pixels, options, path), options, path),
+        order="C",
+    )
     if options.normalize_mean:
         pixels -= np.asarray(options.normalize_mean, np.float32)
     if options.normalize_std:

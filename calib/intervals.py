@@ -56,7 +56,11 @@ def ratio_interval(first: Sequence[float], second: Sequence[float]) -> Interval:
     """
     pairs = np.array([first, second])
     rng = np.random.default_rng(0)
-    drawn = rng.integers(0, pairs.shape[1], (RESAMPLED, pairs.shape[1]))
+    drawn = rng.integers(
+        0,
+        pairs.shape[1],
+        (RESAMPLED, pairs.shape[1]),
+    )
     over, under = np.median(pairs[:, drawn], axis=2)
     low, high = np.percentile(over / under, [2.5, 97.5])
     return float(low), float(high)

@@ -83,7 +83,12 @@ class Dataset:
     def with_made(self, samples: Sequence[Sample]) -> Dataset:
         """These, and behind them samples that are made and lie in memory."""
         made: list[Choice] = [(MADE, sample) for sample in samples]
-        return Dataset(self._sources, [*self._chosen, *made], self.warnings, self._fixed)
+        return Dataset(
+            self._sources,
+            [*self._chosen, *made],
+            self.warnings,
+            self._fixed,
+        )
 
     @property
     def real(self) -> Dataset:

@@ -65,14 +65,20 @@ class Histogram:
         that edge).
         """
         index = self.first + np.arange(self.counts.size)
-        counts = np.bincount(np.where(index < 0, -1 - index, index), self.counts)
+        counts = np.bincount(
+            np.where(index < 0, -1 - index, index),
+            self.counts,
+        )
         return Histogram(counts.astype(np.int64), 0, self.width, self.zeros)
 
     def quantile(self, fraction: float) -> float:
         """The value below which `fraction` (0 to 1) of the values lie, linear within a bin."""
         cumulative = np.cumsum(self.counts)
         rank = fraction * float(cumulative[-1])
-        i = min(int(np.searchsorted(cumulative, rank)), self.counts.size - 1)
+        i = min(
+            int(np.searchsorted(cumulative, rank)),
+            self.counts.size - 1,
+        )
         inside = (rank - float(cumulative[i] - self.counts[i])) / float(self.counts[i])
         return (self.first + i + inside) * self.width
 
@@ -161,7 +167,11 @@ class TensorStats:
             return
         self._lo, self._hi = min(self._lo, lo), max(self._hi, hi)
         if self._samples is not None:
-            self._samples = _widened(self._samples, index, np.array([[lo, hi]], np.float32))
+            self._samples = _widened(
+                self._samples,
+                index,
+                np.array([[lo, hi]], np.float32),
+            )
         if self._counts is not None:
             self.zero_count += values.size - int(np.count_nonzero(values))
             self._coarsen(_exponent_for(max(-lo, hi)))
@@ -279,7 +289,10 @@ def _widened(samples: Array, first: int, others: Array) -> Array:
     end = first + len(others)
     if end > len(samples):
         # Doubles, so that growing costs little.
-        grown = np.tile(np.array([np.inf, -np.inf], np.float32), (max(end, 2 * len(samples)), 1))
+        grown = np.tile(
+            np.array([np.inf, -np.inf], np.float32),
+            (max(end, 2 * len(samples)), 1),
+        )
         grown[: len(samples)] = samples
         samples = grown
     samples[first:end] = SIGNS * np.minimum(SIGNS * samples[first:end], SIGNS * others)

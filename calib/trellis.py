@@ -145,7 +145,10 @@ def points(codes: Array, bits: int) -> Array:
     lowest = (grouped & 1).astype(np.float32)
     added = lowest @ window_weights(bits).astype(np.float32)
     window = grouped + added.astype(np.int64)
-    result: Array = table(bits)[window].reshape(*codes.shape[:-1], -1)
+    result: Array = table(bits)[window].reshape(
+        *codes.shape[:-1],
+        -1,
+    )
     return result[..., :count]
 
 
@@ -205,5 +208,8 @@ def _grouped(numbers: Array) -> Array:
     leading = numbers.shape[:-1]
     spare = -numbers.shape[-1] % GROUP
     if spare:
-        numbers = np.pad(numbers, [(0, 0)] * len(leading) + [(0, spare)])
+        numbers = np.pad(
+            numbers,
+            [(0, 0)] * len(leading) + [(0, spare)],
+        )
     return numbers.reshape(*leading, -1, GROUP)

@@ -21,4 +21,7 @@ def auto(stats: TensorStats, spec: RangeSpec) -> Range:
     """
     histogram = stats.histogram()
     ranges = [method(stats, spec) for method in CANDIDATES]
-    return min(ranges, key=lambda span: float(squared_error(histogram, spec.qparams(span))))
+    return min(
+        ranges,
+        key=lambda span: float(squared_error(histogram, spec.qparams(span))),
+    )

@@ -21,7 +21,11 @@ def moving_average(stats: TensorStats, spec: RangeSpec) -> Range:
     c = spec.averaging_constant
     weights = (1 - c) ** np.arange(lows.size - 1, -1, -1.0)
     weights[1:] *= c
-    return within_data(stats, float((weights * lows).sum()), float((weights * highs).sum()))
+    return within_data(
+        stats,
+        float((weights * lows).sum()),
+        float((weights * highs).sum()),
+    )
 
 
 def range_abs_max(stats: TensorStats, spec: RangeSpec) -> Range:

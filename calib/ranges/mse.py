@@ -32,7 +32,12 @@ def mse(stats: TensorStats, spec: RangeSpec) -> Range:
         # Not moving comes first, so that on ties nothing moves.
         factors = 2.0 ** (step * np.array(sorted(range(-reach, reach + 1), key=abs)))
         if spec.symmetric or lo == 0 or hi == 0:
-            lo, hi = _best(stats, spec, -max(-lo, hi) * factors, max(-lo, hi) * factors)
+            lo, hi = _best(
+                stats,
+                spec,
+                -max(-lo, hi) * factors,
+                max(-lo, hi) * factors,
+            )
         else:
             lo, hi = _best(
                 stats,

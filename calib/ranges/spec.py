@@ -37,4 +37,7 @@ def within_data(stats: TensorStats, lo: float, hi: float) -> Range:
     """The part of [lo, hi] that the data reaches, with zero: every code outside the data would be
     lost.
     """
-    return Range(np.array(min(max(lo, stats.lo), 0.0)), np.array(max(min(hi, stats.hi), 0.0)))
+    return Range(
+        np.array(min(max(lo, stats.lo), 0.0)),
+        np.array(max(min(hi, stats.hi), 0.0)),
+    )

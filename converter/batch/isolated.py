@@ -150,7 +150,10 @@ def serve(temporary: str) -> None:
     megabytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024  # Linux counts in KB
     rmtree(temporary, ignore_errors=True)  # whoever made the folder may have died
     with answer:
-        pickle.dump(replace(result, megabytes=megabytes, warnings=tuple(notes.warnings)), answer)
+        pickle.dump(
+            replace(result, megabytes=megabytes, warnings=tuple(notes.warnings)),
+            answer,
+        )
 
 
 def _work(task: Task, notes: _Notes) -> Figures | None:

@@ -172,7 +172,10 @@ def _split(
 
 
 def _with(task: Task, **common: Any) -> Task:
-    config = replace(task.job.config, common=replace(task.job.config.common, **common))
+    config = replace(
+        task.job.config,
+        common=replace(task.job.config.common, **common),
+    )
     return replace(task, job=replace(task.job, config=config))
 
 

@@ -29,7 +29,10 @@ def identity(job: Job) -> str:
     config's values.
     """
     versions = [f"{name} {version(name)}" for name in LIBRARIES]
-    plain = replace(job, config=replace(job.config, path=Path(), warnings=(), lines={}))
+    plain = replace(
+        job,
+        config=replace(job.config, path=Path(), warnings=(), lines={}),
+    )
     return hashlib.sha256(f"qconvert {__version__} {versions} {plain}".encode()).hexdigest()
 
 

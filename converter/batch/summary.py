@@ -43,14 +43,21 @@ def row(record: Record) -> dict[str, Any]:
     }
     figures = asdict(result.figures) if result.figures else {}
     told = {"warnings": " ".join(result.warnings), "message": record.message}
-    about = {"name": entry.name, "status": record.status, "config": str(entry.config)}
+    about = {
+        "name": entry.name,
+        "status": record.status,
+        "config": str(entry.config),
+    }
     return {**about, **files, **cost, **figures, **told, **entry.settings}
 
 
 def write(records: Sequence[Record], folder: Path, junit: Path | None) -> None:
     """Writes batch_summary.json and batch_summary.csv into the folder, and JUnit XML."""
     rows = [row(record) for record in records]
-    (folder / "batch_summary.json").write_text(json.dumps(rows, indent=2) + "\n", encoding="utf-8")
+    (folder / "batch_summary.json").write_text(
+        json.dumps(rows, indent=2) + "\n",
+        encoding="utf-8",
+    )
     with (folder / "batch_summary.csv").open(
         "w", encoding="utf-8", errors="backslashreplace", newline=""
     ) as file:

@@ -191,7 +191,11 @@ def synthetic_data(model: ir.Model, count: int = 8, length: int = 1) -> Dataset:
             found[spec.name] = _random(spec, shape, _rows_indexed(value), rng).astype(spec.dtype)
         return found
 
-    return RandomSamples((), [(index, sample()) for index in range(count)], ())
+    return RandomSamples(
+        (),
+        [(index, sample()) for index in range(count)],
+        (),
+    )
 
 
 def _shape(spec: InputSpec, grows: Collection[int], length: int) -> list[int]:

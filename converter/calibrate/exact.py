@@ -115,7 +115,13 @@ def _multiplied(x: Array, w: Array) -> Array:
     ]
     node = ir.node("MatMulInteger", inputs)
     node.outputs[0].name, node.outputs[0].type = "y", ir.TensorType(ir.DataType.INT32)
-    graph = ir.Graph(inputs, node.outputs, nodes=[node], opset_imports={"": 13}, name="probe")
+    graph = ir.Graph(
+        inputs,
+        node.outputs,
+        nodes=[node],
+        opset_imports={"": 13},
+        name="probe",
+    )
     session = open_session(serialized(ir.Model(graph, ir_version=8)))
     return run(session, ["y"], {"x": x, "w": w})["y"]
 

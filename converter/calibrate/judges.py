@@ -47,7 +47,11 @@ def parted(data: Dataset, labelled: bool, watch: Watch) -> Parted:
         return Parted(data, data, data)
     start = len(data) - count
     watch.tell(f"The last {count} of {len(data)} samples judge the search: none is fitted to.")
-    return Parted(data.part(0, start), data.part(start, len(data)), data)
+    return Parted(
+        data.part(0, start),
+        data.part(start, len(data)),
+        data,
+    )
 
 
 def tells(count: int, bound: float) -> bool:

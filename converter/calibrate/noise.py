@@ -36,7 +36,10 @@ def product_spreads(
 
 
 def _spread(x: Array, axis: int) -> float:
-    rows = np.moveaxis(x, axis, 0).reshape(x.shape[axis], -1)
+    rows = np.moveaxis(x, axis, 0).reshape(
+        x.shape[axis],
+        -1,
+    )
     with np.errstate(over="ignore", invalid="ignore"):
         return float(rows.var(axis=1, dtype=np.float64).mean()) if x.size else 0.0
 

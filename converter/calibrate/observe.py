@@ -154,7 +154,11 @@ def _observe_group(
 
     totals = {mean: np.zeros(()) for mean in averaged}
     part = wanted.indices(len(data))
-    results = over_samples(len(part), lambda number: step(part[number]), resources.threads)
+    results = over_samples(
+        len(part),
+        lambda number: step(part[number]),
+        resources.threads,
+    )
     for sums in watch.track(results, "Calibrating", len(part)):
         totals.update((mean, totals[mean] + x) for mean, x in sums.items())
     stats = [idle.get() for _ in range(resources.threads)]
@@ -198,7 +202,10 @@ def channel_mean(x: Array, axis: int) -> Array:
     with np.errstate(over="ignore", invalid="ignore"):
         # float32, pairwise along contiguous memory.
         inner = moved.mean(axis=tuple(range(2, x.ndim)))
-        mean = np.asarray(inner.mean(axis=0, dtype=np.float64) if x.ndim > 1 else inner, np.float64)
+        mean = np.asarray(
+            inner.mean(axis=0, dtype=np.float64) if x.ndim > 1 else inner,
+            np.float64,
+        )
     if np.isfinite(mean).all():
         return mean
     return finite_mean(
@@ -231,7 +238,10 @@ def activation_qparams(
 
     def of(index: int) -> QParams:
         group, tensor = groups[index]
-        span = (spans or {}).get(group, (-math.inf, math.inf))
+        span = (spans or {}).get(
+            group,
+            (-math.inf, math.inf),
+        )
         own = (methods or {}).get(tensor.name, method)
         return _qparams(tensor, statistics[tensor.name], own, spec, span=span)
 
@@ -296,7 +306,10 @@ def masked_qparams(
             group = members[name].group if name in members else ""
             stats = statistics.get(groups[group].name) if group else None
             if stats is not None and stats.lo < MASKED:
-                span = Range(np.array(stats.hi - depth), np.array(stats.hi))
+                span = Range(
+                    np.array(stats.hi - depth),
+                    np.array(stats.hi),
+                )
                 qparams[group] = _spec_of(groups[group], spec).qparams(span)
 
     for softmax in (node for node in graph if rule_of(node).probabilities):
@@ -333,7 +346,11 @@ def fixed_qparams(plan: QuantPlan, target: Target) -> dict[str, QParams]:
         given = target.fixed.get((unit.op_type, fmt.bits))
         for name in unit.outputs if given else ():
             scale, zero = not_none(given)
-            q = QParams(np.array(scale, np.float32), np.array(zero, fmt.dtype), fmt)
+            q = QParams(
+                np.array(scale, np.float32),
+                np.array(zero, fmt.dtype),
+                fmt,
+            )
             qparams[plan.tensors[name].group] = q
     return qparams
 

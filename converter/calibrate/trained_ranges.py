@@ -21,7 +21,10 @@ def with_trained_ranges(
         if (name := tensor.name) in trained:
             qparams.setdefault(tensor.group, in_format(trained[name], tensor, power_of_two))
     plan = plan.with_qparams(qparams)
-    return replace(plan, nodes={name: _with_room(unit, plan) for name, unit in plan.nodes.items()})
+    return replace(
+        plan,
+        nodes={name: _with_room(unit, plan) for name, unit in plan.nodes.items()},
+    )
 
 
 def _with_room(unit: NodePlan, plan: QuantPlan) -> NodePlan:
@@ -51,7 +54,11 @@ def in_format(q: QParams, tensor: TensorPlan, power_of_two: bool = False) -> QPa
         and not (tensor.symmetric and zero.any())
     )
     if fits and not (power_of_two and np.frexp(q.scale)[0] != 0.5):
-        return QParams(q.scale.astype(np.float32), zero.astype(fmt.dtype), fmt)
+        return QParams(
+            q.scale.astype(np.float32),
+            zero.astype(fmt.dtype),
+            fmt,
+        )
     return qparams_of(span_of(q), tensor.format, tensor.symmetric, power_of_two=power_of_two)
 
 

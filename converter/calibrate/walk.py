@@ -234,11 +234,20 @@ class Walk:
         def work(index: int) -> Array:
             x = self._input(index, unit, plan)
             # Drawn by the sample's own generator: the same for any number of workers.
-            drawn = view.columns(x, -(-count // len(chosen)), zero, np.random.default_rng(index))
+            drawn = view.columns(
+                x,
+                -(-count // len(chosen)),
+                zero,
+                np.random.default_rng(index),
+            )
             return drawn.astype(np.float32) - np.float32(zero)
 
         chosen = samples or range(self.count)
-        drawn = over_samples(len(chosen), lambda number: work(chosen[number]), self.threads)
+        drawn = over_samples(
+            len(chosen),
+            lambda number: work(chosen[number]),
+            self.threads,
+        )
         return np.concatenate(list(drawn), axis=1), scale
 
     def mean_squares(self, unit: NodePlan, view: View, plan: QuantPlan) -> Array:
@@ -282,7 +291,11 @@ class Walk:
         if view and view.input_axis is not None and name in self._codes:
             q, along = plan.read_params(unit, name), view.input_axis
             mean = self._mean(lambda i: channel_mean(self._input(i, unit, plan), along))
-            return product_of_mean(view, weight, (mean - float(q.zero_point)) * float(q.scale))
+            return product_of_mean(
+                view,
+                weight,
+                (mean - float(q.zero_point)) * float(q.scale),
+            )
         model = self._product(unit, weight, plan)
         output = model.graph.outputs[0].name or ""
         session = open_session(serialized(exact_here(model)), optimize=False)
@@ -296,7 +309,10 @@ class Walk:
 
     def _mean(self, work: Callable[[int], Array]) -> Array:
         """The mean a channel over the samples that have one; NaN where none has."""
-        return finite_mean(np.stack(list(over_samples(self.count, work, self.threads))), 0)
+        return finite_mean(
+            np.stack(list(over_samples(self.count, work, self.threads))),
+            0,
+        )
 
     def _product(self, unit: NodePlan, weight: Array, plan: QuantPlan) -> ir.Model:
         """The unit's weighted node alone, without bias, on another weight and its quantized
@@ -305,14 +321,24 @@ class Walk:
         assert unit.weight is not None
         name = unit.inputs[0]
         node = self._nodes[unit.name]
-        part = submodel(self.model, [name], [node.outputs[0].name or ""])
+        part = submodel(
+            self.model,
+            [name],
+            [node.outputs[0].name or ""],
+        )
         bias, alone = OPS[unit.op_type].bias, part.graph[0]
         if bias is not None and bias < len(node.inputs):
             alone.replace_input_with(bias, None)
         operand = alone.inputs[unit.weight.index]
         assert operand is not None
         operand.const_value = ir.tensor(weight, name=operand.name)
-        only_input = replace(unit, weight=None, bias=None, outputs=(), absorbed=())
+        only_input = replace(
+            unit,
+            weight=None,
+            bias=None,
+            outputs=(),
+            absorbed=(),
+        )
         emit(part, replace(plan.part([only_input]), biases={}))
         if name in self._codes:
             feed_integers(part.graph, name)
@@ -342,7 +368,10 @@ class Walk:
 
     def _session(self, step: Step, plan: QuantPlan) -> InferenceSession:
         model = submodel(self.model, step.reads, step.writes)
-        self._write(model, plan.part([plan.nodes[name] for name in step.nodes], step.reads))
+        self._write(
+            model,
+            plan.part([plan.nodes[name] for name in step.nodes], step.reads),
+        )
         for name in sorted(self._codes.keys() & step.reads):
             feed_integers(model.graph, name)
         for name in sorted(self._codes.keys() & step.writes):

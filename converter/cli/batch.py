@@ -101,7 +101,11 @@ def batch_command(
             "the others."
         )
         raise StoppedError(msg) from None
-    _report(sorted(records, key=lambda record: entries.index(record.entry)), folder, junit)
+    _report(
+        sorted(records, key=lambda record: entries.index(record.entry)),
+        folder,
+        junit,
+    )
 
 
 def _report(records: list[Record], folder: Path, junit: Path | None) -> None:

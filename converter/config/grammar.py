@@ -65,7 +65,10 @@ class Document:
         """Return the place of a key; one that is not set belongs at its section's line, if there is
         one.
         """
-        header = self.places.get((section, ""), Place(self.file, section=section))
+        header = self.places.get(
+            (section, ""),
+            Place(self.file, section=section),
+        )
         return self.places.get((section, key)) or replace(header, key=key)
 
     def add(self, place: Place) -> None:
@@ -107,7 +110,10 @@ def mask(text: str) -> str:
     """Return `text` with quoted parts overwritten by NUL, which no file holds: a separator left in
     it is a real one.
     """
-    return _QUOTED.sub(lambda match: match[1] + "\0" * len(match[2]), text)
+    return _QUOTED.sub(
+        lambda match: match[1] + "\0" * len(match[2]),
+        text,
+    )
 
 
 def unquote(text: str) -> str:

@@ -741,7 +741,12 @@ def _keys_of(table: type[Any], scope: Scope) -> dict[str, Key]:
     for key in fields(table):
         about = key.metadata
         kind = about["kind"] or _implied(hints[key.name])
-        keys[key.name] = Key(kind, about["meaning"], key.default, about["scope"] or scope)
+        keys[key.name] = Key(
+            kind,
+            about["meaning"],
+            key.default,
+            about["scope"] or scope,
+        )
     return keys
 
 

@@ -52,7 +52,10 @@ def load_config(
         _check_section(place)
     keys = {name: _key_at(place) for name, place in document.places.items() if place.key}
     values = {name: _value(key, document.places[name]) for name, key in keys.items()}
-    config = Config(path=path, **{row.attribute: _fill(row, values) for row in SECTIONS.values()})
+    config = Config(
+        path=path,
+        **{row.attribute: _fill(row, values) for row in SECTIONS.values()},
+    )
     config = replace(config, recipes=tuple(_recipes(config, keys, document, values)))
     for complaint in (complaint for rule in rules for complaint in rule(config)):
         document.place(complaint.section, complaint.key).reject(complaint.problem, complaint.advice)

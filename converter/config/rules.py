@@ -113,7 +113,10 @@ def _channels_agree(config: Config) -> Iterator[Complaint]:
             f"must have as many numbers as normalize_mean, {mean}",
             "write as many",
         )
-    channels = {"GRAY": 1, "RGB": 3, "BGR": 3}.get(data.image_to_format or "", mean)
+    channels = {"GRAY": 1, "RGB": 3, "BGR": 3}.get(
+        data.image_to_format or "",
+        mean,
+    )
     if mean and mean != channels:
         problem = f"must have the {channels} channels of image_to_format = {data.image_to_format}"
         yield Complaint(_DATA, "normalize_mean", problem, "write one number a channel")

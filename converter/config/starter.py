@@ -52,7 +52,11 @@ def starter_config(known: Known, mode: QuantType) -> str:
     Raises ModelError for an input whose name cannot be written in a configuration.
     """
     data, text = _data_values(known), _HEADER.format(mode=mode)
-    values = {"quant_type": mode, **known.job, **(data if mode == "FULL_QUANT" else {})}
+    values = {
+        "quant_type": mode,
+        **known.job,
+        **(data if mode == "FULL_QUANT" else {}),
+    }
     remarks = dict(_FILL_IN)
     if known.scaling:
         remarks["normalize_mean"] = known.scaling.reason

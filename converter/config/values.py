@@ -161,7 +161,11 @@ def _items(text: str) -> list[str]:
     """Split at the commas outside quotes; ValueError if an item, which keeps its quotes, is
     empty.
     """
-    cuts = [-1, *(i for i, char in enumerate(mask(text)) if char == ","), len(text)]
+    cuts = [
+        -1,
+        *(i for i, char in enumerate(mask(text)) if char == ","),
+        len(text),
+    ]
     items = [text[start + 1 : end].strip() for start, end in pairwise(cuts)]
     if not all(unquote(item) for item in items):
         raise ValueError

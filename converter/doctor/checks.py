@@ -285,7 +285,11 @@ def _better(seen: Evidence, ways: Sequence[Way]) -> Iterator[Finding]:
 
     def tried(way: Way, count: int) -> _Trial:
         change = Change(picture.given, way, picture.axis)
-        return _Trial.of(way, seen.see({picture.name: change}, count), labels)
+        return _Trial.of(
+            way,
+            seen.see({picture.name: change}, count),
+            labels,
+        )
 
     hopeful = [tried(way, SCREENED) for way in ways]
     hopeful.sort(key=lambda trial: trial.rank, reverse=True)

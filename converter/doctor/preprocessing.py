@@ -165,4 +165,7 @@ def pixels(x: Array, given: Way, axis: int) -> Array:
 
 
 def _along(numbers: Numbers, rank: int, axis: int) -> Array:
-    return np.reshape(numbers, [len(numbers) if k == axis else 1 for k in range(rank)])
+    return np.reshape(
+        numbers,
+        [len(numbers) if k == axis else 1 for k in range(rank)],
+    )

@@ -32,14 +32,25 @@ def suited(model: ir.Model, spec: InputSpec) -> Way | None:
         return None
     channels = spec.shape[axes.index("C")] or 1 if "C" in axes else 1
     axis = axes.index("C") if "C" in axes else len(axes) - 1
-    evidence = Evidence(_nothing_asked(), model, _scenes(spec, axes, channels), (), 1)
+    evidence = Evidence(
+        _nothing_asked(),
+        model,
+        _scenes(spec, axes, channels),
+        (),
+        1,
+    )
     if not evidence.norms or evidence.float_model is None:
         return None
     order = "RGB" if channels == 3 else "GRAY"
     raw, found = Way("", order, (0.0,) * channels, (1.0,) * channels), []
     for scaling in CONVENTIONS:
         if scaling.suits(channels):
-            way = Way(scaling.title, order, scaling.mean[:channels], scaling.std[:channels])
+            way = Way(
+                scaling.title,
+                order,
+                scaling.mean[:channels],
+                scaling.std[:channels],
+            )
             fit = evidence.see({spec.name: Change(raw, way, axis)}, SCENES).fit
             found += [way] if fit is not None and fits(fit) else []
     return found[0] if len(found) == 1 else None

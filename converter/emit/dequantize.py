@@ -247,7 +247,10 @@ def _as_signed(weight: QuantizedWeight) -> QuantizedWeight:
     q, fmt = weight.qparams, replace(weight.qparams.format, signed=True)
     middle = (q.format.qmax + 1) // 2
     codes = (weight.codes.astype(np.int16) - middle).astype(np.int8)
-    return QuantizedWeight(codes, replace(q, zero_point=np.zeros_like(q.zero_point), format=fmt))
+    return QuantizedWeight(
+        codes,
+        replace(q, zero_point=np.zeros_like(q.zero_point), format=fmt),
+    )
 
 
 def _by_row(numbers: Array, rows: int) -> Array:

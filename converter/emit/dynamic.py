@@ -96,7 +96,12 @@ class _Emitter:
         return self.activations[key]
 
     def _tensor(self, x: ir.Value) -> Sequence[ir.Value]:
-        node = self.names.node("DynamicQuantizeLinear", [x], not_none(self.at.name), count=3)
+        node = self.names.node(
+            "DynamicQuantizeLinear",
+            [x],
+            not_none(self.at.name),
+            count=3,
+        )
         graph_of(self.at).insert_before(self.at, node)
         return node.outputs
 
@@ -125,11 +130,23 @@ class _Emitter:
         return self.names.constant(f"{weight.name}_{what}", array)
 
     def _node(self, op_type: str, *inputs: ir.Value | None, **attributes: Any) -> ir.Value:
-        node = self.names.node(op_type, inputs, not_none(self.at.name), attributes=attributes)
+        node = self.names.node(
+            op_type,
+            inputs,
+            not_none(self.at.name),
+            attributes=attributes,
+        )
         graph_of(self.at).insert_before(self.at, node)
         return node.outputs[0]
 
     def _replace(self, y: ir.Value) -> None:
         """Lets `y` stand for the node's output, under its name."""
         graph, node = graph_of(self.at), self.at
-        ir.convenience.replace_nodes_and_values(graph, node, [node], [], node.outputs, [y])
+        ir.convenience.replace_nodes_and_values(
+            graph,
+            node,
+            [node],
+            [],
+            node.outputs,
+            [y],
+        )

@@ -57,7 +57,11 @@ def _dequantize_input(model: ir.Model, value: ir.Value, kind: str, q: QParams) -
     names, name = Names(model), not_none(value.name)
     shift = 128 if kind == "INT8" else 0
     zero = (q.zero_point.astype(np.int64) - shift).astype(TYPES[kind].numpy())
-    fed = ir.Value(name=name, shape=value.shape, type=ir.TensorType(TYPES[kind]))
+    fed = ir.Value(
+        name=name,
+        shape=value.shape,
+        type=ir.TensorType(TYPES[kind]),
+    )
     value.name = names.fresh(f"{name}_float")
     parameters = (
         names.constant(f"{name}_pixel_scale", q.scale),

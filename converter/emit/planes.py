@@ -113,7 +113,10 @@ class PlaneWriter:
         codes = np.moveaxis(codes, axis, -1)
         channels = codes.shape[-1]
         missing = -channels % trellis.GROUP
-        filled = np.pad(codes, [(0, 0)] * last + [(0, missing)])
+        filled = np.pad(
+            codes,
+            [(0, 0)] * last + [(0, missing)],
+        )
         value = self._cast(f"{name}_codes", to_planes(filled, bits))
         value = self._chain(value, _unpacking(bits, trellis.window_weights(bits)))
         value = self._node("Cast", [value], to=ir.DataType.INT32)
@@ -177,14 +180,20 @@ class PlaneWriter:
         group = 8 * GROUP
         padded = np.zeros(-(-mask.size // group) * group, np.uint8)
         padded[: mask.size] = mask.reshape(-1)
-        counted = padded.reshape(-1, group).sum(axis=1, dtype=np.int32)
+        counted = padded.reshape(-1, group).sum(
+            axis=1,
+            dtype=np.int32,
+        )
         # Positions start at 0, so one less than the ones up to here; before the first one Gather
         # takes the last code.
         start = np.cumsum(counted) - counted - 1
         start = start.astype(np.int32).reshape(-1, 1, 1)
         bits = self._cast(f"{name}_mask", to_planes(padded, 1))
         bits = self._chain(bits, _unpacking(1))
-        bits = self._chain(bits, [("Reshape", np.array([-1, GROUP, 8]))])
+        bits = self._chain(
+            bits,
+            [("Reshape", np.array([-1, GROUP, 8]))],
+        )
         where = self._node("Add", [*self._ones_before(bits)])
         where = self._node("Cast", [where], to=ir.DataType.INT32)
         shaping = tuple(_shaping(mask.size, group, mask.shape))

@@ -184,10 +184,19 @@ class _Emitter:
             like=gate.outputs[0],
         )
         zero = np.array(0 if offset > 0 else fmt.qmax)
-        whole = QParams(np.array(abs(offset) / fmt.qmax, np.float32), zero, fmt)
+        whole = QParams(
+            np.array(abs(offset) / fmt.qmax, np.float32),
+            zero,
+            fmt,
+        )
         code = quantize(np.array(offset, np.float32), whole)
         added = self._dequantized(f"{name}_offset", code, whole)
-        total = ir.node("Add", [line.outputs[0], added], name=name, outputs=[ir.Value()])
+        total = ir.node(
+            "Add",
+            [line.outputs[0], added],
+            name=name,
+            outputs=[ir.Value()],
+        )
         total.outputs[0].shape = gate.outputs[0].shape
         total.outputs[0].type = gate.outputs[0].type
         ir.convenience.replace_nodes_and_values(
@@ -274,4 +283,9 @@ def _restores(node: ir.Node, q: QParams) -> bool:
 def bias_qparams(data: QParams, weight: QuantizedWeight, size: int) -> QParams:
     """int32 parameters of a bias: scale = data scale * weight scale, as integer kernels require."""
     scale = (data.scale * weight.qparams.scale).astype(np.float32)
-    return QParams(np.broadcast_to(scale, (size,)).copy(), np.zeros(size, np.int32), INT32, axis=0)
+    return QParams(
+        np.broadcast_to(scale, (size,)).copy(),
+        np.zeros(size, np.int32),
+        INT32,
+        axis=0,
+    )

@@ -74,7 +74,12 @@ def _unpack(product: ir.Node, names: Names) -> None:
     shape, numbers = not_none(constant(codes)).shape, not_none(scale)
     by = numbers if numbers.ndim == 0 else along(numbers, axis, shape)
     wish = not_none(product.name)
-    cast = names.node("Cast", [codes], wish, attributes={"to": ir.DataType.FLOAT})
+    cast = names.node(
+        "Cast",
+        [codes],
+        wish,
+        attributes={"to": ir.DataType.FLOAT},
+    )
     scales = names.constant(f"{codes.name}_by", by)
     floats = names.node("Mul", [cast.outputs[0], scales], wish)
     graph_of(product).insert_before(product, [cast, floats])

@@ -147,7 +147,11 @@ class Names:
         """
         key = (wish, array.dtype.str, array.shape, array.tobytes())
         if key not in self._constants:
-            self._constants[key] = add_constant(self._main, self.fresh(wish), np.asarray(array))
+            self._constants[key] = add_constant(
+                self._main,
+                self.fresh(wish),
+                np.asarray(array),
+            )
         return self._constants[key]
 
     def node(

@@ -43,7 +43,13 @@ def own_tensor(tensor: ir.ExternalTensor, path: Path) -> OwnTensor:
     """What a reference to the file at `path` stands for."""
     file = path.resolve()
     place, shape = (file.name, tensor.offset, tensor.length), ir.Shape(list(tensor.shape))
-    return OwnTensor(*place, tensor.dtype, shape=shape, name=tensor.name, base_dir=file.parent)
+    return OwnTensor(
+        *place,
+        tensor.dtype,
+        shape=shape,
+        name=tensor.name,
+        base_dir=file.parent,
+    )
 
 
 def release(values: Iterable[ir.Value]) -> None:

@@ -61,10 +61,25 @@ def _tried(model: ir.Model, x: Array, w: Array) -> Array:
 def _one() -> ir.Model:
     """One convolution whose weight is an input."""
     kind = ir.TensorType(ir.DataType.FLOAT)
-    shapes = {"x": (1, 16, 5, 5), "w": (16, 16, 3, 3), "y": (1, 16, 3, 3)}
+    shapes = {
+        "x": (1, 16, 5, 5),
+        "w": (16, 16, 3, 3),
+        "y": (1, 16, 3, 3),
+    }
     x, w, y = (ir.Value(name=k, shape=ir.Shape(s), type=kind) for k, s in shapes.items())
-    node = ir.node("Conv", [x, w], name="conv", outputs=[y])
-    graph = ir.Graph([x, w], [y], nodes=[node], opset_imports={"": 16}, name="one")
+    node = ir.node(
+        "Conv",
+        [x, w],
+        name="conv",
+        outputs=[y],
+    )
+    graph = ir.Graph(
+        [x, w],
+        [y],
+        nodes=[node],
+        opset_imports={"": 16},
+        name="one",
+    )
     return ir.Model(graph, ir_version=8)
 
 
@@ -121,7 +136,14 @@ class _Chain:
     ) -> ir.Value:
         name = self._names.fresh(f"{self._wish}_{op_type}")
         out = ir.Value(name=name)
-        node = ir.node(op_type, inputs, attributes, domain=domain, name=name, outputs=[out])
+        node = ir.node(
+            op_type,
+            inputs,
+            attributes,
+            domain=domain,
+            name=name,
+            outputs=[out],
+        )
         self.nodes.append(node)
         return out
 
@@ -144,7 +166,10 @@ def _weight_blocks(chain: _Chain, weight: ir.Value, shape: Shape, size: int) -> 
     Axis by axis, as the runtime moves one axis fast and two at once one number at a time.
     """
     out, inner, *kernel = shape
-    moved = chain.moved(weight, (out // size, size, inner * math.prod(kernel)))
+    moved = chain.moved(
+        weight,
+        (out // size, size, inner * math.prod(kernel)),
+    )
     if inner > 1:
         blocks = out // size * inner // size
         moved = chain.moved(moved, (blocks, size, math.prod(kernel), size))

@@ -54,9 +54,20 @@ def _flipped(window: Window) -> Window:
 
 def spread_back(dy: Term, weight: Term, window: Window, shape: Shape) -> Term:
     """A transposed convolution to `shape`."""
-    axes = zip(dy.shape[2:], window.strides, reach(window), strict=True)
+    axes = zip(
+        dy.shape[2:],
+        window.strides,
+        reach(window),
+        strict=True,
+    )
     full = [(o - 1) * s + r for o, s, r in axes]
-    sides = zip(shape[2:], full, window.before, window.after, strict=True)
+    sides = zip(
+        shape[2:],
+        full,
+        window.before,
+        window.after,
+        strict=True,
+    )
     more = [n + b + a - f for n, f, b, a in sides]
     attributes = {**window.attributes(), "output_padding": more}
     return dy.scribe.op("ConvTranspose", [dy, weight], shape, **attributes)
@@ -65,7 +76,12 @@ def spread_back(dy: Term, weight: Term, window: Window, shape: Shape) -> Term:
 def conv_weight(site: Site) -> Term:
     """The gradient of Conv's weight."""
     x = site.x(0)
-    return weight_gradient(x, site.dy, _window(site, x), site.x(1).shape)
+    return weight_gradient(
+        x,
+        site.dy,
+        _window(site, x),
+        site.x(1).shape,
+    )
 
 
 def transposed_input(site: Site) -> Term:
@@ -78,7 +94,12 @@ def transposed_weight(site: Site) -> Term:
     """The gradient of ConvTranspose's weight: as of the convolution from its output to its
     input.
     """
-    return weight_gradient(site.dy, site.x(0), _transposed_window(site), site.x(1).shape)
+    return weight_gradient(
+        site.dy,
+        site.x(0),
+        _transposed_window(site),
+        site.x(1).shape,
+    )
 
 
 def _transposed_window(site: Site) -> Window:
@@ -110,12 +131,23 @@ def _shared_out(site: Site, window: Window) -> Window:
 
 def _places(window: Window, size: Shape) -> Shape:
     """How many places a window takes over `size`."""
-    axes = zip(size, window.before, window.after, reach(window), window.strides, strict=True)
+    axes = zip(
+        size,
+        window.before,
+        window.after,
+        reach(window),
+        window.strides,
+        strict=True,
+    )
     return tuple((n + b + a - r) // s + 1 for n, b, a, r, s in axes)
 
 
 def _window(site: Site, x: Term) -> Window:
-    return window_of(site, site.x(1).shape[2:], x.shape[2:])
+    return window_of(
+        site,
+        site.x(1).shape[2:],
+        x.shape[2:],
+    )
 
 
 RULES: dict[str, Rule] = {

@@ -50,10 +50,23 @@ class Place:
         """Its coordinates; `reach` and `middle` count where there are no bounds."""
         if self.bounds is None:
             ends = np.array(-np.inf), np.array(np.inf)
-            return Spectrum(self.shape, self.axes, np.array(middle), np.array(reach), *ends)
+            return Spectrum(
+                self.shape,
+                self.axes,
+                np.array(middle),
+                np.array(reach),
+                *ends,
+            )
         low, high = self.bounds
         # Pictures vary by about a quarter of what they can hold.
-        return Spectrum(self.shape, self.axes, (low + high) / 2, (high - low) / 4, low, high)
+        return Spectrum(
+            self.shape,
+            self.axes,
+            (low + high) / 2,
+            (high - low) / 4,
+            low,
+            high,
+        )
 
 
 def noise(spectra: Mapping[str, Spectrum], number: int) -> dict[str, Array]:
@@ -168,7 +181,11 @@ class Distiller:
         feeds |= {n: targets(s, self._task.first + number) for n, s in self._targets.items()}
         if self._own:
             feeds[OTHERS] = others.astype(np.float32)
-        return run(self._session, [self._loss, *self._gradients.values(), *self._own], feeds)
+        return run(
+            self._session,
+            [self._loss, *self._gradients.values(), *self._own],
+            feeds,
+        )
 
 
 def values_of(spectra: Mapping[str, Spectrum], learned: Mapping[str, Array]) -> dict[str, Array]:

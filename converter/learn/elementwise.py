@@ -33,13 +33,19 @@ def leaky(site: Site) -> Term:
 
 def elu(site: Site) -> Term:
     """Derivative of Elu: alpha e^x = y + alpha where x is negative."""
-    return (site.x() > 0).chosen(site.dy.like(1), site.y + site.real("alpha", 1.0))
+    return (site.x() > 0).chosen(
+        site.dy.like(1),
+        site.y + site.real("alpha", 1.0),
+    )
 
 
 def selu(site: Site) -> Term:
     """Derivative of Selu."""
     alpha, gamma = site.real("alpha", SELU_ALPHA), site.real("gamma", SELU_GAMMA)
-    return (site.x() > 0).chosen(site.dy.like(gamma), site.y + alpha * gamma)
+    return (site.x() > 0).chosen(
+        site.dy.like(gamma),
+        site.y + alpha * gamma,
+    )
 
 
 def prelu_slope(site: Site) -> Term:

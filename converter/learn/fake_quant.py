@@ -75,7 +75,15 @@ def _inside(site: Site) -> Term:
 
 
 def _scale(site: Site) -> Term:
-    code = _moved(site).op("Round").op("Max", site.x(3)).op("Min", site.x(4))
+    code = (
+        _moved(site)
+        .op("Round")
+        .op("Max", site.x(3))
+        .op(
+            "Min",
+            site.x(4),
+        )
+    )
     return site.dy * (code - site.x(2) - site.x(0) / site.x(1) * _inside(site))
 
 

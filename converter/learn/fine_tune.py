@@ -129,7 +129,10 @@ def outputs_alike(model: ir.Model) -> Aim:
     losses = [divergence(value.name or "") for value in floats if tells_classes(value)]
     plain = [value.name or "" for value in floats if not is_distribution(value)]
     share = BESIDE if losses else 1.0
-    return Aim(total([*losses, *([scaled(error(plain), share)] if plain else [])]), names)
+    return Aim(
+        total([*losses, *([scaled(error(plain), share)] if plain else [])]),
+        names,
+    )
 
 
 class Supply(Protocol):
@@ -465,12 +468,18 @@ class InsideSupply:
         self._size = min(options.batch, len(self._fit))
         self._width = min(width, self._size)
         self.batches = max(1, len(self._fit) // self._size)
-        self.held = joined([sample.feeds() for sample in samples[-held:]], 1)
+        self.held = joined(
+            [sample.feeds() for sample in samples[-held:]],
+            1,
+        )
 
     def batch(self, rng: np.random.Generator) -> list[Arrays]:
         """Some of the samples; a few numbers of each are the float model's."""
         chosen = rng.permutation(len(self._fit))[: self._size]
-        return joined([self._fit[i].dropped(rng) for i in chosen], self._width)
+        return joined(
+            [self._fit[i].dropped(rng) for i in chosen],
+            self._width,
+        )
 
 
 # --- what is learned
@@ -517,7 +526,11 @@ def by_blocks(model: ir.Model, plan: QuantPlan, samples: Samples, training: Trai
         taught = _run_all(block.model, block.ends, _with(reference, beside), threads)
         named = [{f"{name}_teacher": x for name, x in some.items()} for some in taught]
         inside = [_Inside(*four) for four in zip(own, reference, named, beside, strict=True)]
-        lesson = Lesson(Student(block.model, plan, options.may), error(block.ends), threads)
+        lesson = Lesson(
+            Student(block.model, plan, options.may),
+            error(block.ends),
+            threads,
+        )
         supply = InsideSupply(inside, held, width, options)
         seconds = (end - training.clock()) / (len(blocks) - number + 1)
         stage = f"block {number} of {len(blocks)}"

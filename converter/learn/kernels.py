@@ -36,7 +36,10 @@ def weight_gradient(x: Term, dy: Term, window: Window, shape: Shape) -> Term:
     meet = _shifted if window.dense else _strided
     places = itertools.product(*map(range, window.kernel))
     found = [rows.product(*meet(x, dy, window, place)) for place in places]
-    by_place = x.scribe.concat([part.reshape(1, *shape[:2]) for part in found], 0)
+    by_place = x.scribe.concat(
+        [part.reshape(1, *shape[:2]) for part in found],
+        0,
+    )
     return by_place.transpose(1, 2, 0).reshape(*shape)
 
 
@@ -59,7 +62,11 @@ class _Rows:
         shape = terms[0].shape
         parts = [term.reshape(*shape[:axis], 1, *shape[axis:]) for term in terms]
         stack = terms[0].scribe.concat(parts, axis)
-        return stack.reshape(*shape[: axis - 1], -1, *shape[axis:])
+        return stack.reshape(
+            *shape[: axis - 1],
+            -1,
+            *shape[axis:],
+        )
 
     def product(self, dy: Term, x: Term) -> Term:
         """The sum over samples and places of every channel of dy with every one of x of its group:
@@ -163,16 +170,35 @@ def _column_shifted(x: Term, dy: Term, window: Window, column: int) -> Term:
 
 def _row_shifted(dy: Term, x: Term, window: Window, place: Shape) -> Term:
     """dy where x is that the kernel's `place`, but for the column, meets."""
-    axes = zip(place, window.dilations[:-1], window.before[:-1], strict=True)
-    before = [0, 0, *(k * d - b for k, d, b in axes), 0]
+    axes = zip(
+        place,
+        window.dilations[:-1],
+        window.before[:-1],
+        strict=True,
+    )
+    before = [
+        0,
+        0,
+        *(k * d - b for k, d, b in axes),
+        0,
+    ]
     after = [n - m - b for n, m, b in zip(x.shape, dy.shape, before, strict=True)]
     return dy.pad(before, [0, 0, *after[2:-1], 0])
 
 
 def _strided(x: Term, dy: Term, window: Window, place: Shape) -> tuple[Term, Term]:
     """dy and x as they meet at a place of a kernel with strides."""
-    padded = x.pad([0, 0, *window.before], [0, 0, *window.after])
-    steps = zip(place, window.dilations, dy.shape[2:], window.strides, strict=True)
+    padded = x.pad(
+        [0, 0, *window.before],
+        [0, 0, *window.after],
+    )
+    steps = zip(
+        place,
+        window.dilations,
+        dy.shape[2:],
+        window.strides,
+        strict=True,
+    )
     met = padded.slice({i + 2: (k * d, n, s) for i, (k, d, n, s) in enumerate(steps)})
     return dy, met
 
@@ -182,9 +208,19 @@ def _as_kernel(x: Term, dy: Term, window: Window, shape: Shape) -> Term:
     place.
     """
     size, samples = x.shape[2:], x.shape[0]
-    axes = zip(dy.shape[2:], window.strides, reach(window), size, window.before, strict=True)
+    axes = zip(
+        dy.shape[2:],
+        window.strides,
+        reach(window),
+        size,
+        window.before,
+        strict=True,
+    )
     after = [(o - 1) * s + r - n - b for o, s, r, n, b in axes]
-    x = x.pad([0] * x.rank, [0, 0, *(min(a, 0) for a in after)])
+    x = x.pad(
+        [0] * x.rank,
+        [0, 0, *(min(a, 0) for a in after)],
+    )
     swapped = Window(
         kernel=dy.shape[2:],
         strides=window.dilations,

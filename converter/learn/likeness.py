@@ -122,13 +122,21 @@ def _weights(known: Moments) -> Array:
 def _normal(y: Term, known: Moments) -> Term:
     """A tensor as deviations from its mean, 0 where it does not vary."""
     usable, shape = _usable(known), (1, -1) + (1,) * (y.rank - 2)
-    slope = np.divide(1, known.deviation, out=np.zeros_like(known.deviation), where=usable)
+    slope = np.divide(
+        1,
+        known.deviation,
+        out=np.zeros_like(known.deviation),
+        where=usable,
+    )
     return (y - y.like(known.mean.reshape(shape))) * y.like(slope.reshape(shape))
 
 
 def _means(x: Term) -> Term:
     """Of every channel: (1, channels)."""
-    return x.mean([0, *range(2, x.rank)]).reshape(1, -1)
+    return x.mean([0, *range(2, x.rank)]).reshape(
+        1,
+        -1,
+    )
 
 
 def _rows(moments: Term) -> Iterator[Term]:
@@ -150,7 +158,10 @@ def targets(shape: Shape, number: int) -> Array:
     """For sample `number`, one number of every row of `shape`: 1 there, else 0. Each has its turn
     before one comes again.
     """
-    rows = np.zeros((shape[0], math.prod(shape[1:])), np.float32)
+    rows = np.zeros(
+        (shape[0], math.prod(shape[1:])),
+        np.float32,
+    )
     order = np.random.default_rng(0).permutation(rows.shape[1])
     chosen = order[(number * len(rows) + np.arange(len(rows))) % len(order)]
     rows[np.arange(len(rows)), chosen] = 1

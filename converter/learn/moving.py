@@ -66,7 +66,10 @@ def spread(term: Term, axis: int, step: int) -> Term:
     outer, count, inner = term.shape[:axis], term.shape[axis], term.shape[axis + 1 :]
     zeros = term.like(0).expand(*outer, count, step - 1, *inner)
     # Concat, as Pad is slow where the last axis is short.
-    apart = term.scribe.concat([term.reshape(*outer, count, 1, *inner), zeros], axis + 1)
+    apart = term.scribe.concat(
+        [term.reshape(*outer, count, 1, *inner), zeros],
+        axis + 1,
+    )
     line = apart.reshape(*outer, count * step, *inner)
     return line.slice({axis: (0, (count - 1) * step + 1, 1)})
 
@@ -101,7 +104,10 @@ def pad(site: Site) -> Term:
     dy = site.dy
     for axis, (before_, after_) in pairs.items():
         if before_ or after_:
-            dy = dy.along(axis, _copies(x.shape[axis], before_, after_, mode).T)
+            dy = dy.along(
+                axis,
+                _copies(x.shape[axis], before_, after_, mode).T,
+            )
     return dy
 
 
@@ -110,7 +116,11 @@ def _copies(size: int, before: int, after: int, mode: str) -> Array:
     if min(before, after) < 0:
         msg = f"it cuts off with mode {mode}"
         raise NoGradientError(msg)
-    rows = np.pad(np.arange(size), (before, after), mode=PAD_MODES[mode])  # type: ignore[call-overload]
+    rows = np.pad(
+        np.arange(size),
+        (before, after),
+        mode=PAD_MODES[mode],
+    )  # type: ignore[call-overload]
     return np.asarray(np.eye(size)[rows])
 
 
@@ -120,13 +130,30 @@ def gather(site: Site) -> Term:
     outer, row = data.shape[:axis], data.shape[axis + 1 :]
     # The axis that is read comes first, as ScatterND wants it; those before it are part of a row.
     order = range(axis, axis + indices.rank)
-    dy = site.dy.transpose(*order, *range(axis), *range(axis + indices.rank, site.dy.rank))
+    dy = site.dy.transpose(
+        *order,
+        *range(axis),
+        *range(axis + indices.rank, site.dy.rank),
+    )
     updates = dy.reshape(indices.size, *outer, *row)
-    zeros = data.like(0).expand(data.shape[axis], *outer, *row)
+    zeros = data.like(0).expand(
+        data.shape[axis],
+        *outer,
+        *row,
+    )
     places = indices.reshape(indices.size, 1).cast(INT64)
     # ScatterND counts negative indices from the end, as Gather does.
-    summed = site.scribe.op("ScatterND", [zeros, places, updates], zeros.shape, reduction="add")
-    return summed.transpose(*range(1, axis + 1), 0, *range(axis + 1, data.rank))
+    summed = site.scribe.op(
+        "ScatterND",
+        [zeros, places, updates],
+        zeros.shape,
+        reduction="add",
+    )
+    return summed.transpose(
+        *range(1, axis + 1),
+        0,
+        *range(axis + 1, data.rank),
+    )
 
 
 def tile(site: Site) -> Term:
@@ -139,7 +166,14 @@ def tile(site: Site) -> Term:
 def depth_to_space(site: Site) -> Term:
     """The blocks of pixels become channels again."""
     (n, c, h, w), size = site.x().shape, site.whole("blocksize", 1)
-    blocks = site.dy.reshape(n, c // size**2, h, size, w, size)
+    blocks = site.dy.reshape(
+        n,
+        c // size**2,
+        h,
+        size,
+        w,
+        size,
+    )
     order = (0, 3, 5, 1, 2, 4) if site.text("mode", "DCR") == "DCR" else (0, 1, 3, 5, 2, 4)
     return blocks.transpose(*order).reshape(n, c, h, w)
 
@@ -147,8 +181,20 @@ def depth_to_space(site: Site) -> Term:
 def space_to_depth(site: Site) -> Term:
     """The channels become blocks of pixels again."""
     (n, c, h, w), size = site.x().shape, site.whole("blocksize", 1)
-    blocks = site.dy.reshape(n, size, size, c, h // size, w // size)
-    return blocks.transpose(0, 3, 4, 1, 5, 2).reshape(n, c, h, w)
+    blocks = site.dy.reshape(
+        n,
+        size,
+        size,
+        c,
+        h // size,
+        w // size,
+    )
+    return blocks.transpose(0, 3, 4, 1, 5, 2).reshape(
+        n,
+        c,
+        h,
+        w,
+    )
 
 
 _RESHAPING: Callable[[Site, int], Term] = by_input(reshaped)

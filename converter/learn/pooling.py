@@ -44,7 +44,13 @@ def max_pool(site: Site) -> Term:
     taken = site.scribe.read(site.node.outputs[1]).reshape(-1)
     zeros = x.like(0).expand(x.size)
     operands = [zeros, taken, site.dy.reshape(-1)]
-    found = x.scribe.op("ScatterElements", operands, zeros.shape, axis=0, reduction="add")
+    found = x.scribe.op(
+        "ScatterElements",
+        operands,
+        zeros.shape,
+        axis=0,
+        reduction="add",
+    )
     return found.reshape(*x.shape)
 
 
@@ -82,7 +88,10 @@ def resize(site: Site) -> Term:
     scales = _scales(site)
     for axis, (size, new) in enumerate(zip(x.shape, dy.shape, strict=True)):
         if size != new or scales[axis] != 1:
-            dy = dy.along(axis, _matrix(site, size, kept, _along(scales[axis], size, new)).T)
+            dy = dy.along(
+                axis,
+                _matrix(site, size, kept, _along(scales[axis], size, new)).T,
+            )
     return dy
 
 
@@ -110,7 +119,11 @@ def _matrix(
     constants: Mapping[int, Array] | None = None,
 ) -> Array:
     """What the operator makes of each of the unit vectors of `size` numbers: (new size, size)."""
-    x = ir.val("x", ir.DataType.FLOAT, ir.Shape([1, 1, size, size]))
+    x = ir.val(
+        "x",
+        ir.DataType.FLOAT,
+        ir.Shape([1, 1, size, size]),
+    )
     values: list[ir.Value | None] = [x]
     initializers = list[ir.Value]()
     for index, array in (constants or {}).items():

@@ -39,7 +39,10 @@ def _summed(product: Term, operand: Term) -> Term:
 def gemm_left(site: Site) -> Term:
     """alpha dy B', with A and B as the attributes turn them."""
     right = _turned(site, 1, "transB")
-    found = _scaled(site.dy.matmul(right.swapped()), site.real("alpha", 1.0))
+    found = _scaled(
+        site.dy.matmul(right.swapped()),
+        site.real("alpha", 1.0),
+    )
     return found.swapped() if site.whole("transA", 0) else found
 
 
@@ -53,7 +56,10 @@ def gemm_right(site: Site) -> Term:
 
 def gemm_bias(site: Site) -> Term:
     """beta dy, summed where the bias was broadcast."""
-    return _scaled(site.dy.sum_to(site.x(2).shape), site.real("beta", 1.0))
+    return _scaled(
+        site.dy.sum_to(site.x(2).shape),
+        site.real("beta", 1.0),
+    )
 
 
 def _turned(site: Site, index: int, attribute: str) -> Term:

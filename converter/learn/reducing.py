@@ -111,12 +111,21 @@ def instance_norm(site: Site) -> Term:
     """The gradient of InstanceNormalization's input."""
     x, axes = site.x(), _positions(site)
     normal, scale = _standardized(x, axes, site.real("epsilon", 1e-5))
-    return _through(site.dy * _by_channel(site.x(1), x), normal, scale, axes)
+    return _through(
+        site.dy * _by_channel(site.x(1), x),
+        normal,
+        scale,
+        axes,
+    )
 
 
 def instance_norm_scale(site: Site) -> Term:
     """The gradient of InstanceNormalization's scale."""
-    normal, _ = _standardized(site.x(), _positions(site), site.real("epsilon", 1e-5))
+    normal, _ = _standardized(
+        site.x(),
+        _positions(site),
+        site.real("epsilon", 1e-5),
+    )
     return channel_sum(site.dy * normal)
 
 

@@ -78,7 +78,11 @@ class _Weight:
             codes = np.clip(np.rint(aims), fmt.qmin, fmt.qmax)
             return codes.astype(fmt.dtype), codes
         axis = not_none(self.grid.axis)
-        codes = trellis.nearest(np.moveaxis(aims, axis, -1), np.square(scale), fmt.bits)
+        codes = trellis.nearest(
+            np.moveaxis(aims, axis, -1),
+            np.square(scale),
+            fmt.bits,
+        )
         points = trellis.points(codes, fmt.bits).astype(np.float32)
         return np.moveaxis(codes, -1, axis), np.moveaxis(points, -1, axis)
 
@@ -167,7 +171,10 @@ class Student:
         owner, index = bias_place(node, unit)
         value = not_none(owner.inputs[index])
         if value.graph is self.model.graph:
-            self._biases[value.name or ""] = _Bias(unit.name, bias.astype(np.float64))
+            self._biases[value.name or ""] = _Bias(
+                unit.name,
+                bias.astype(np.float64),
+            )
 
     def _groups(self) -> dict[str, str]:
         """The groups of activations that are all inside, by the constant that is their scale."""
@@ -284,7 +291,10 @@ class Student:
     def _qparams(self, learned: Mapping[str, Array]) -> dict[str, QParams]:
         found = {}
         for name, group in self._ranges.items():
-            scale = np.asarray(self._scale(name) * (1 + learned[name]), np.float32)
+            scale = np.asarray(
+                self._scale(name) * (1 + learned[name]),
+                np.float32,
+            )
             found[group] = replace(self.plan.qparams[group], scale=scale)
         return found
 
@@ -296,7 +306,11 @@ def _made(graph: ir.Graph) -> Iterator[ir.Value]:
 def _points(stored: QuantizedWeight) -> Array:
     """What codes stand for on a grid of scale 1 and zero 0."""
     q = stored.qparams
-    plain = replace(q, scale=np.ones_like(q.scale), zero_point=np.zeros_like(q.zero_point))
+    plain = replace(
+        q,
+        scale=np.ones_like(q.scale),
+        zero_point=np.zeros_like(q.zero_point),
+    )
     return dequantize(stored.codes, plain)
 
 

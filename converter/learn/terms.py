@@ -88,7 +88,11 @@ class Scribe:
         """A value of its own, named `wish` where that is free, that equals a term."""
         name = self._names.fresh(wish)
         kind = ir.TensorType(term.dtype)
-        out = ir.Value(name=name, shape=ir.Shape(term.shape), type=kind)
+        out = ir.Value(
+            name=name,
+            shape=ir.Shape(term.shape),
+            type=kind,
+        )
         self.model.graph.append(ir.node("Identity", [term.value], name=name, outputs=[out]))
         return out
 
@@ -96,7 +100,11 @@ class Scribe:
         """An input of the graph; one of each wish."""
         if wish not in self._fed:
             kind = ir.TensorType(dtype)
-            value = ir.Value(name=self._names.fresh(wish), shape=ir.Shape(shape), type=kind)
+            value = ir.Value(
+                name=self._names.fresh(wish),
+                shape=ir.Shape(shape),
+                type=kind,
+            )
             self.model.graph.inputs.append(value)
             self._fed[wish] = Term(value, self, shape)
         return self._fed[wish]
@@ -216,7 +224,10 @@ class Term:
 
     def matmul(self, other: Term) -> Term:
         """Products of matrices, at least two axes each."""
-        batch = np.broadcast_shapes(self.shape[:-2], other.shape[:-2])
+        batch = np.broadcast_shapes(
+            self.shape[:-2],
+            other.shape[:-2],
+        )
         shape = (*batch, self.shape[-2], other.shape[-1])
         return self.scribe.op("MatMul", [self, other], shape)
 
@@ -227,7 +238,11 @@ class Term:
             shape = tuple(self.size // rest if d == -1 else d for d in shape)
         if shape == self.shape:
             return self
-        return self.scribe.op("Reshape", [self, self.scribe.ints(shape)], shape)
+        return self.scribe.op(
+            "Reshape",
+            [self, self.scribe.ints(shape)],
+            shape,
+        )
 
     def transpose(self, *order: int) -> Term:
         """The axes in another order."""
@@ -238,7 +253,11 @@ class Term:
 
     def swapped(self) -> Term:
         """The last two axes swapped."""
-        return self.transpose(*range(self.rank - 2), self.rank - 1, self.rank - 2)
+        return self.transpose(
+            *range(self.rank - 2),
+            self.rank - 1,
+            self.rank - 2,
+        )
 
     def sum(self, axes: Iterable[int], keep: bool = False) -> Term:
         """The sum over axes."""
@@ -266,7 +285,11 @@ class Term:
         """Repeated along axes of size 1."""
         if shape == self.shape:
             return self
-        return self.scribe.op("Expand", [self, self.scribe.ints(shape)], shape)
+        return self.scribe.op(
+            "Expand",
+            [self, self.scribe.ints(shape)],
+            shape,
+        )
 
     def slice(self, ranges: dict[int, tuple[int, int, int]]) -> Term:
         """Along each axis named: `count` numbers from `start` on, `step` apart: (start, count,
@@ -286,7 +309,11 @@ class Term:
         if not any(before) and not any(after):
             return self
         shape = tuple(b + d + a for b, d, a in zip(before, self.shape, after, strict=True))
-        return self.scribe.op("Pad", [self, self.scribe.ints([*before, *after])], shape)
+        return self.scribe.op(
+            "Pad",
+            [self, self.scribe.ints([*before, *after])],
+            shape,
+        )
 
     def along(self, axis: int, matrix: Array) -> Term:
         """Every line along an axis multiplied by a constant matrix from the left."""

@@ -64,7 +64,12 @@ def reach(window: Window) -> list[int]:
 
 def convolved(x: Term, weight: Term, window: Window, shape: Shape) -> Term:
     """A convolution whose output has a `shape`."""
-    return x.scribe.op("Conv", [x, weight], shape, **window.attributes())
+    return x.scribe.op(
+        "Conv",
+        [x, weight],
+        shape,
+        **window.attributes(),
+    )
 
 
 def is_depthwise(shape: Shape, group: int) -> bool:

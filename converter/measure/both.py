@@ -50,13 +50,19 @@ class Both:
     @cached_property
     def floats(self) -> Opened:
         """The float model whose tensors `pairing` has."""
-        return opened(self.pairing.reference, [*self.result.tensors, *self.pairing.tensors])
+        return opened(
+            self.pairing.reference,
+            [*self.result.tensors, *self.pairing.tensors],
+        )
 
     @cached_property
     def quantized(self) -> Opened:
         """The quantized model, with floats for all its integers."""
         others = [place.counterpart for place in self.pairing.places if place.counterpart]
-        return opened(self.pairing.model, [*self.result.tensors.values(), *others])
+        return opened(
+            self.pairing.model,
+            [*self.result.tensors.values(), *others],
+        )
 
 
 def paired(result: Quantized, *, inside: bool) -> Pairing:

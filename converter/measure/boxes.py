@@ -38,7 +38,10 @@ def boxes(outputs: Sequence[Array], size: tuple[int, int]) -> Array | None:
         sure = scores.max(axis=1, initial=0) >= SURE
         if (np.abs(around[sure] - 0.5) > 0.5 + OUTSIDE).any():
             continue
-        best = np.stack([scores.max(axis=1), scores.argmax(axis=1)], axis=1)
+        best = np.stack(
+            [scores.max(axis=1), scores.argmax(axis=1)],
+            axis=1,
+        )
         return _apart(np.concatenate([around, best], axis=1)[sure])
     return None
 

@@ -211,7 +211,11 @@ def worst_of(errors: Iterable[TensorError]) -> TensorError | None:
     first.
     """
     compared = (error for error in errors if error.compared)
-    return min(compared, key=lambda error: (not error.ruined, error.cosine), default=None)
+    return min(
+        compared,
+        key=lambda error: (not error.ruined, error.cosine),
+        default=None,
+    )
 
 
 @dataclass(frozen=True)
@@ -246,7 +250,10 @@ def speedup(reference: Opened, other: Opened, sample: Sample) -> Speed | None:
     first, second = (sorted(taken[1:])[len(taken) // 2] for taken in times)
     if first < LEAST_SECONDS or not second:
         return None
-    return Speed(first / second, *ratio_interval(times[0][1:], times[1][1:]))
+    return Speed(
+        first / second,
+        *ratio_interval(times[0][1:], times[1][1:]),
+    )
 
 
 def _is_enough(times: tuple[list[float], list[float]]) -> bool:
@@ -255,7 +262,10 @@ def _is_enough(times: tuple[list[float], list[float]]) -> bool:
         return False
     if spent >= TIMED_SECONDS or min(min(taken[1:]) for taken in times) <= 0:
         return True
-    low, high = ratio_interval(times[0][1:], times[1][1:])
+    low, high = ratio_interval(
+        times[0][1:],
+        times[1][1:],
+    )
     return high <= NARROW * low
 
 
@@ -328,7 +338,10 @@ def extent(x: object, y: object) -> tuple[float, float]:
     """
     if (pairs := side_by_side(x, y)) is None:
         return 0.0, np.inf
-    largest, difference = np.max([(0.0, 0.0), *(_extents(*both) for both in pairs)], axis=0)
+    largest, difference = np.max(
+        [(0.0, 0.0), *(_extents(*both) for both in pairs)],
+        axis=0,
+    )
     return float(largest), float(difference)
 
 

@@ -105,7 +105,10 @@ class _Finder:
         self.codes = {codes: by for _, codes, by in integers}
         for node in (node for node in model.graph if rule_of(node).moves):
             if node.inputs[0] in self.codes:
-                self.codes.setdefault(node.outputs[0], self.codes[node.inputs[0]])
+                self.codes.setdefault(
+                    node.outputs[0],
+                    self.codes[node.inputs[0]],
+                )
 
     def places(self, node: ir.Node) -> Iterator[Place]:
         twin = self.twins.get(node.name)

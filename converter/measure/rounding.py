@@ -26,7 +26,10 @@ def rounding_costs(
     computed = [name for names in leaves.values() for name in names if name not in fed]
     moved, deltas = injected(model, computed)
     floats, runner = opened(model, computed), opened(moved, optimize=True)
-    still = dict.fromkeys(deltas.values(), np.zeros((), np.float32))
+    still = dict.fromkeys(
+        deltas.values(),
+        np.zeros((), np.float32),
+    )
 
     def step(index: int) -> Array:
         sample = data.sample(index)
@@ -40,7 +43,10 @@ def rounding_costs(
             noises.append(_noise(before, runner.answer({**sample, **still, **added, **inputs})))
         return np.array(noises)
 
-    total = sum(over_samples(min(count, len(data)), step, threads), np.zeros(len(leaves)))
+    total = sum(
+        over_samples(min(count, len(data)), step, threads),
+        np.zeros(len(leaves)),
+    )
     return dict(zip(leaves, total.tolist(), strict=True))
 
 
@@ -69,7 +75,11 @@ def _alike(plan: QuantPlan, name: str, other: str) -> bool:
 
 def _rounding(x: Array, plan: QuantPlan, name: str) -> Array:
     q = plan.params(name)
-    return np.where(np.isfinite(x), dequantize(quantize(x, q), q) - x, np.float32(0))
+    return np.where(
+        np.isfinite(x),
+        dequantize(quantize(x, q), q) - x,
+        np.float32(0),
+    )
 
 
 def _noise(before: list[Array], after: list[Array]) -> float:

@@ -73,7 +73,10 @@ def alone(
         """Tallies (units, 1 + outputs, …): of the unit's own output, and of the graph's."""
         sample = data.sample(index)
         x = floats.fetch([*taps, *fed, *read], sample)
-        y = cut.fetch(watched, {**sample, **{feed: x[name] for name, feed in fed.items()}})
+        y = cut.fetch(
+            watched,
+            {**sample, **{feed: x[name] for name, feed in fed.items()}},
+        )
         there = {
             leaf: y[name] if q is None else dequantize(quantize(y[name], q), q)
             for leaf, (name, q) in taps.items()
@@ -86,7 +89,10 @@ def alone(
             for leaves in tail.units:
                 changes = {tail.deltas[leaf]: _delta(x[leaf], there[leaf]) for leaf in leaves}
                 after = tail.model.answer({**still, **changes})
-                own = np.sum([tally(x[leaf], there[leaf]) for leaf in leaves], axis=0)
+                own = np.sum(
+                    [tally(x[leaf], there[leaf]) for leaf in leaves],
+                    axis=0,
+                )
                 heard = dict(zip(tail.outputs, map(tally, before, after), strict=True))
                 rows.append([own, *(heard.get(name, NOTHING) for name in floats.outputs)])
         return np.array(rows)
@@ -148,7 +154,12 @@ def _delta(x: Array, y: Array) -> Array:
     """What is added to `x` to make it `y`; nothing where `x` is not finite or of another shape."""
     if x.shape != y.shape:
         return np.zeros((), np.float32)
-    return np.subtract(y, x, out=np.zeros_like(x), where=np.isfinite(x))
+    return np.subtract(
+        y,
+        x,
+        out=np.zeros_like(x),
+        where=np.isfinite(x),
+    )
 
 
 def _float_tensors(model: ir.Model, floats: Opened) -> set[str]:

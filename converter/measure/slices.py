@@ -164,7 +164,10 @@ def _apart(left: _Run, right: _Run) -> bool:
     """
     if not _outdone(left.mean, right.mean):
         return False
-    louder = _outdone(left.peak.max(axis=0), right.peak.max(axis=0))
+    louder = _outdone(
+        left.peak.max(axis=0),
+        right.peak.max(axis=0),
+    )
     differ = left.rare != right.rare
     if left.shares and right.shares:
         return differ and not louder

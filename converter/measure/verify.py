@@ -175,10 +175,17 @@ def _outputs(model: Opened, data: Dataset, most: int, both: Both) -> Outputs:
 
     first = step(0)
     held = sum(getattr(x, "nbytes", 0) for x in first)
-    count = max(1, min(most, len(data), both.resources.memory // max(1, 3 * held)))
+    count = max(
+        1,
+        min(most, len(data), both.resources.memory // max(1, 3 * held)),
+    )
     if data.states:
         return list(_closed_loop(model, data, count))
-    rest = over_samples(count - 1, lambda index: step(index + 1), both.resources.threads)
+    rest = over_samples(
+        count - 1,
+        lambda index: step(index + 1),
+        both.resources.threads,
+    )
     return [first, *rest]
 
 
@@ -213,7 +220,10 @@ def _judged(
     for number, name in enumerate(names):
         pairs = [(x[number], y[number]) for x, y in zip(before, after, strict=True)]
         alike = [pair for pair in pairs if comparable(*pair)]
-        error = error_of(name, np.sum([tally(*pair) for pair in pairs], axis=0))
+        error = error_of(
+            name,
+            np.sum([tally(*pair) for pair in pairs], axis=0),
+        )
         outputs.append(replace(error, few=few_of(alike)))
         slices += judged_apart(name, alike)
     return tuple(outputs), tuple(slices)

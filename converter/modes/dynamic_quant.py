@@ -164,7 +164,13 @@ def _smooth(
     data = data if len(data) else token_data(model, count, RANDOM_LENGTH)
     products = [unit for node in model.graph if _is_integer(unit := plan.nodes[node.name or ""])]
     try:
-        smooth(model, products if len(data) else (), data, threads=resources.threads, watch=watch)
+        smooth(
+            model,
+            products if len(data) else (),
+            data,
+            threads=resources.threads,
+            watch=watch,
+        )
     except CalibError as error:
         watch.warn(f"Channels that stand out stay, as the model cannot be probed{hint}: {error}")
 
@@ -219,7 +225,14 @@ def _by_outputs(
         first=walk.count,
     )
     means = observe(model, wanted, data, resources=resources, watch=watch).means
-    decided = decide_weights(model, part, walk, means=means, rounding=Rounding(), watch=watch)
+    decided = decide_weights(
+        model,
+        part,
+        walk,
+        means=means,
+        rounding=Rounding(),
+        watch=watch,
+    )
     return plan.with_weights(decided.weights, decided.biases)
 
 

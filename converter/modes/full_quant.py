@@ -201,7 +201,12 @@ class Setup:
 
     def planned(self, choice: Choice) -> QuantPlan:
         """The plan without numbers of what is decided."""
-        return _planned(self.model, self.trained, self.job.config, Choice(self.slow) | choice)
+        return _planned(
+            self.model,
+            self.trained,
+            self.job.config,
+            Choice(self.slow) | choice,
+        )
 
     @cached_property
     def spreads(self) -> Mapping[str, float]:
@@ -262,7 +267,15 @@ def set_up(prepared: Prepared, job: Job, watch: Watch) -> Setup:
         equalize(model)
     data, held = Tuning(job, watch).parted(data)
     parts = data, held, judges
-    setup = Setup(model, job, _target(job.config), trained, *parts, pixels, resources)
+    setup = Setup(
+        model,
+        job,
+        _target(job.config),
+        trained,
+        *parts,
+        pixels,
+        resources,
+    )
     if len(data) and not trained:
         smooth(
             model,
@@ -356,7 +369,10 @@ def _planned(model: ir.Model, trained: Trained, config: Config, choice: Choice) 
         return plan
     values = values_by_name(model.graph)
     groups = plan.groups().items()
-    left = untrained(plan, {name for name, t in groups if constant(values[t.name]) is not None})
+    left = untrained(
+        plan,
+        {name for name, t in groups if constant(values[t.name]) is not None},
+    )
     return _planned(model, trained, config, choice | Choice(left)) if left else plan
 
 
@@ -433,7 +449,13 @@ def within_drop(setup: Setup, evidence: Evidence, watch: Watch) -> Attempt:
         return first
     pairing = pair(setup.model, first.model, first.plan)
     floats = opened(setup.model, pairing.tensors)
-    costs = alone(pairing, floats, setup.data, count=RANKED_ON, threads=setup.resources.threads)
+    costs = alone(
+        pairing,
+        floats,
+        setup.data,
+        count=RANKED_ON,
+        threads=setup.resources.threads,
+    )
     # What only moves values has its neighbours' integers, or none where they are float.
     units = [unit.name for unit in first.plan.units() if not rule(unit.op_type).moves]
     leaves = {name: costs[name].output.sqnr_db if name in costs else math.inf for name in units}
@@ -524,7 +546,13 @@ def attempt(setup: Setup, evidence: Evidence, choice: Choice, watch: Watch) -> A
     choice, plan = _fitting(setup, evidence, choice)
     plan, _ = setup.with_trained_weights(plan)
     if any(unit.weight and unit.name not in plan.weights for unit in plan.units()):
-        walk = Walk(setup.model, plan, setup.data, setup.resources, samples=evidence.first)
+        walk = Walk(
+            setup.model,
+            plan,
+            setup.data,
+            setup.resources,
+            samples=evidence.first,
+        )
         watch.say(f"Weights are decided on {walk.count} of {len(setup.data)} samples.")
         compensate = setup.wanted.weight_rounding == "GPTQ"
         rounding = Rounding(compensate, setup.wanted.power_of_two_scale)
@@ -562,7 +590,12 @@ def fine_tuned(setup: Setup, found: Attempt, watch: Watch) -> Attempt:
     if not tuning.wanted:
         return found
     parts = setup.data, setup.held
-    learned = tuning.tuned(setup.model, as_stored(found.plan), parts, lambda plan: None)
+    learned = tuning.tuned(
+        setup.model,
+        as_stored(found.plan),
+        parts,
+        lambda plan: None,
+    )
     plan = with_integers(found.plan, learned)
     plan = _for_kernels(setup, plan) if may.points else plan
     return _emitted(setup, plan, found.choice)

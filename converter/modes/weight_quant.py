@@ -83,7 +83,12 @@ def _plan_of(model: ir.Model, job: Job) -> QuantPlan:
     for node in nodes_of(model):
         unit = _node_plan(node, words, job)
         if unit.weight and not unit.weight.fixed and node.inputs[unit.weight.index] in small:
-            unit = NodePlan(unit.name, unit.op_type, False, small[node.inputs[unit.weight.index]])
+            unit = NodePlan(
+                unit.name,
+                unit.op_type,
+                False,
+                small[node.inputs[unit.weight.index]],
+            )
         nodes.setdefault(unit.name, unit)
         release(value for value in node.inputs if value is not None)
         for name in unit.absorbed:
@@ -180,7 +185,11 @@ def _newest_opset(model: ir.Model, job: Job, watch: Watch) -> int:
     wishes = [recipe.wishes for recipe in job.config.recipes]
     sized = [job.config.weight_quant.block_size, *(own.get("block_size") for own in wishes)]
     blocks = any(size is not None for size in sized)
-    widths = [bits or 1, bits or WIDEST, *(own["bit_num"] for own in wishes if "bit_num" in own)]
+    widths = [
+        bits or 1,
+        bits or WIDEST,
+        *(own["bit_num"] for own in wishes if "bit_num" in own),
+    ]
     narrow, wide = min(widths), max(widths)
     signed = stores_signed(job.config)
     wanted = not_none(type_for(narrow, blocks, NEWEST_OPSET, signed))[1]

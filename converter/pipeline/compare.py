@@ -64,7 +64,15 @@ def _opened(job: Job, watch: Watch) -> Quantized:
     data = open_data(reference, job, watch)
     plan = QuantPlan({}, {})
     like, settings = _like(reference, other), job.config
-    return Quantized(like, other, plan, data, settings=settings, source=job.model, fitted=False)
+    return Quantized(
+        like,
+        other,
+        plan,
+        data,
+        settings=settings,
+        source=job.model,
+        fitted=False,
+    )
 
 
 def _check_same(what: str, job: Job, before: Sequence[ir.Value], after: Sequence[ir.Value]) -> None:

@@ -153,7 +153,12 @@ def _measured(job: Job, result: Quantized, sizes: tuple[int, int], watch: Watch)
     if recipe := job.config.common.export_recipe:
         behind.attempt("The recipe is not written", lambda: write_recipe(recipe, result))
     inside = behind.attempt(UNREPORTED, lambda: paired(result, inside=bool(folder)))
-    both = Both(result, inside or paired(result, inside=False), resources_of(job), watch)
+    both = Both(
+        result,
+        inside or paired(result, inside=False),
+        resources_of(job),
+        watch,
+    )
     labels, verification = job.config.preprocess.label_file, None
     if job.verify:
         verification = behind.attempt("The result is not verified", lambda: verify(both, labels))

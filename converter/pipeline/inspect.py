@@ -59,7 +59,10 @@ def inspect(path: Path) -> dict[str, int | str | list[Row]]:
 
 def _defaults(mode: QuantType) -> Config:
     """The default settings, and data as if there were some."""
-    return replace(default_config(mode), preprocess=DataPreprocessParam((("", Path()),)))
+    return replace(
+        default_config(mode),
+        preprocess=DataPreprocessParam((("", Path()),)),
+    )
 
 
 def _tensor(value: ir.Value) -> Row:

@@ -31,7 +31,11 @@ def known_of(path: Path, config: Path) -> Known:
         f"Found from what the first BatchNorm remembers of training: pixels scaled to {way.title}. "
         "Whether the channels are in order RGB or BGR does not show."
     )
-    return Known(inputs, job, Scaling(as_list(way.mean), as_list(way.std), reason))
+    return Known(
+        inputs,
+        job,
+        Scaling(as_list(way.mean), as_list(way.std), reason),
+    )
 
 
 def _files(path: Path, config: Path) -> dict[str, str]:

@@ -105,7 +105,10 @@ def _convolution(node: ir.Node, made: tuple[int, ...]) -> Cost:
     shape, groups = _weight(node), max(1, node.attributes.get_int("group", 1))
     if len(shape) < 3 or not made:
         return Cost(NODE, NODE)
-    return _position(shape, groups).times(made[0] * prod(made[2:]), CONVOLUTION)
+    return _position(shape, groups).times(
+        made[0] * prod(made[2:]),
+        CONVOLUTION,
+    )
 
 
 def _position(shape: tuple[int, ...], groups: int) -> Cost:

@@ -59,7 +59,11 @@ class ConvView:
     def matrix(self, weight: Array) -> Array:
         """Rows are the output channels of a group."""
         rows = self.shape[0] // self.groups
-        return np.moveaxis(weight, 1, -1).reshape(self.groups, rows, -1)
+        return np.moveaxis(weight, 1, -1).reshape(
+            self.groups,
+            rows,
+            -1,
+        )
 
     def weight(self, matrix: Array) -> Array:
         """The inverse of `matrix`."""
@@ -74,7 +78,10 @@ class ConvView:
         outputs = (batches, *sizes)
         drawn = _drawn(math.prod(outputs), count, rng)
         batch, *positions = np.unravel_index(drawn, outputs)
-        taps = np.indices(self.shape[2:]).reshape(len(sizes), -1)
+        taps = np.indices(self.shape[2:]).reshape(
+            len(sizes),
+            -1,
+        )
         inside = np.ones((batch.size, taps.shape[1]), bool)
         index = []
         for axis in axes:
@@ -87,7 +94,11 @@ class ConvView:
         values = x[(batch[:, None], slice(None), *index)]
         values[~inside] = zero
         grouped = values.reshape(*inside.shape, self.groups, -1)
-        return grouped.transpose(2, 0, 1, 3).reshape(self.groups, batch.size, -1)
+        return grouped.transpose(2, 0, 1, 3).reshape(
+            self.groups,
+            batch.size,
+            -1,
+        )
 
     def means(self, values: Array) -> Array:
         """Of values (batch, channels, *space)."""
@@ -187,7 +198,11 @@ def plain_matrix(weight: Array, axis: int | None) -> Array:
     """(1, channels of `axis`, rest) of any weight, or (1, 1, all) where `axis` is None."""
     if axis is None:
         return weight.reshape(1, 1, -1)
-    return np.moveaxis(weight, axis, 0).reshape(1, weight.shape[axis], -1)
+    return np.moveaxis(weight, axis, 0).reshape(
+        1,
+        weight.shape[axis],
+        -1,
+    )
 
 
 def plain_weight(matrix: Array, shape: Sequence[int], axis: int | None) -> Array:

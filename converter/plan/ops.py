@@ -381,7 +381,10 @@ OPS: dict[str, OpRule] = {
     "Resize": OpRule(moves=True, obstacle=_resize_mode),
 }
 # What no target computes on integers, and still has weights.
-_OTHERS = _rows("LSTM GRU RNN", OpRule(picks={1: lambda node: 1, 2: lambda node: 1}))
+_OTHERS = _rows(
+    "LSTM GRU RNN",
+    OpRule(picks={1: lambda node: 1, 2: lambda node: 1}),
+)
 _NO_ROW = OpRule()
 
 

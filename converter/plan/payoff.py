@@ -123,7 +123,11 @@ class _Choice:
             # conversion behind a pool before it.
             codes = name, node.outputs[0].name
             self._apart(name, codes, NEVER)
-            self._apart(codes, source, PLAIN_POOL * window * self._count(node.outputs[0]))
+            self._apart(
+                codes,
+                source,
+                PLAIN_POOL * window * self._count(node.outputs[0]),
+            )
 
     def _add_value(self, value: ir.Value, name: str, node: ir.Node) -> None:
         reorder = REORDER * self._count(value)

@@ -99,7 +99,10 @@ def build_plan(graph: ir.Graph, target: Target, wishes: Wishes) -> QuantPlan:
     moved = _moved_into_bodies(graph)
     pooled = _behind_dilated_pools(graph)
     open_ = _reading_defaults(graph)
-    wishes = replace(wishes, kept_float={**moved, **pooled, **open_, **wishes.kept_float})
+    wishes = replace(
+        wishes,
+        kept_float={**moved, **pooled, **open_, **wishes.kept_float},
+    )
     units, reasons = _candidates(graph, target, wishes)
     if not target.all_pays:
         _drop(
@@ -143,7 +146,12 @@ def _candidates(
                 reasons.update((inner, reason) for inner in _absorbed(node, target, wishes))
             continue
         absorbed = tuple(_absorbed(node, target, wishes))
-        units[node] = _Unit(node, rule_of(node), absorbed, _activation(node, target, wishes))
+        units[node] = _Unit(
+            node,
+            rule_of(node),
+            absorbed,
+            _activation(node, target, wishes),
+        )
         reasons.update((inner, f"computed inside {node.name}") for inner in units[node].absorbed)
     return units, reasons
 
@@ -371,7 +379,11 @@ class _Tensors:
         for unit in units:
             for value in unit.data:
                 known = self.widest.get(value, unit.activation)
-                self.widest[value] = max(known, unit.activation, key=lambda fmt: fmt.bits)
+                self.widest[value] = max(
+                    known,
+                    unit.activation,
+                    key=lambda fmt: fmt.bits,
+                )
         for unit in units:
             self._add_read(unit)
             self._add_made(unit)

@@ -204,7 +204,11 @@ class QuantPlan:
         self, weights: Mapping[str, QuantizedWeight], biases: Mapping[str, Array]
     ) -> QuantPlan:
         """A copy with more weights and biases."""
-        return replace(self, weights={**self.weights, **weights}, biases={**self.biases, **biases})
+        return replace(
+            self,
+            weights={**self.weights, **weights},
+            biases={**self.biases, **biases},
+        )
 
     def with_bits(self, bits: Mapping[str, int]) -> QuantPlan:
         """A copy in which the weights of the nodes named have other widths."""

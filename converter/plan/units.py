@@ -41,7 +41,14 @@ def weighted_of(unit: NodePlan, node: ir.Node, bias: Array | None) -> Weighted:
     wanted = not_none(unit.weight)
     weight = not_none(operand(node, wanted.index))
     row = None if bias is None else bias.reshape(-1).astype(np.float64)
-    return Weighted(unit, node, wanted, weight, row, view_of(node, weight.shape, wanted.index))
+    return Weighted(
+        unit,
+        node,
+        wanted,
+        weight,
+        row,
+        view_of(node, weight.shape, wanted.index),
+    )
 
 
 def planned(model: ir.Model, plan: QuantPlan) -> Iterator[tuple[ir.Node, NodePlan]]:

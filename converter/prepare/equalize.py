@@ -73,7 +73,12 @@ def _equalize(first: ir.Node, second: ir.Node, names: Names) -> None:
     usable = (out_range > 0) & (in_range > 0)
     scale = np.sqrt(np.divide(out_range, in_range, out=np.ones_like(out_range), where=usable))
     by_input *= along(scale, 0, by_input.shape)
-    replace_constant(first, 1, (left / along(scale, 0, left.shape)).astype(left.dtype), names)
+    replace_constant(
+        first,
+        1,
+        (left / along(scale, 0, left.shape)).astype(left.dtype),
+        names,
+    )
     if bias is not None:
         replace_constant(first, 2, (bias / scale).astype(bias.dtype), names)
     replace_constant(second, 1, right, names)

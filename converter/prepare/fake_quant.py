@@ -204,7 +204,10 @@ class _Taker:
         """Keeps the codes of a weight, also of one that is transposed on its way."""
         if node.op_type == "Transpose":
             order = list(node.attributes.get_ints("perm", range(codes.ndim)[::-1]))
-            turned = replace(q, axis=None if q.axis is None else order.index(q.axis % codes.ndim))
+            turned = replace(
+                q,
+                axis=None if q.axis is None else order.index(q.axis % codes.ndim),
+            )
             for use in node.outputs[0].uses():
                 self._weight(use.node, use.idx, codes.transpose(order), turned)
         elif rule_of(node).weight == index:

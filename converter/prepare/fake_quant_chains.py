@@ -77,7 +77,10 @@ def _grid(first: Line, last: Line) -> QParams | None:
     # A symmetric range in signed codes, any other from 0 on.
     shift = 0 if low < 0 and format_of(low, high) else -low
     fmt = format_of(low + shift, high + shift)
-    scale = np.array(last.factor if last.factor != 1 else 1 / first.factor, np.float32)
+    scale = np.array(
+        last.factor if last.factor != 1 else 1 / first.factor,
+        np.float32,
+    )
     return QParams(scale, np.array(zero + shift), fmt) if fmt else None
 
 
@@ -91,7 +94,10 @@ def _before(node: ir.Node) -> _Stages:
         if all(bounded):
             break  # an activation function of its own
         value, node = before[0], maker
-        stages.insert(0, (value, before[1].then(stages[0][1])))
+        stages.insert(
+            0,
+            (value, before[1].then(stages[0][1])),
+        )
     return stages
 
 
@@ -103,7 +109,10 @@ def _behind(node: ir.Node) -> _Stages:
         and (after := _step(reader))
         and after[0] is stages[0][0]
     ):
-        stages.insert(0, (reader.outputs[0], stages[0][1].then(after[1])))
+        stages.insert(
+            0,
+            (reader.outputs[0], stages[0][1].then(after[1])),
+        )
     return stages
 
 

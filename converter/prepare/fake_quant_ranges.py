@@ -148,4 +148,7 @@ def same(first: QParams | None, second: QParams) -> bool:
 def span_of(q: QParams) -> Range:
     """The least and the greatest value that the parameters can express."""
     zero, scale = q.zero_point.astype(np.int64), q.scale.astype(np.float64)
-    return Range((q.format.qmin - zero) * scale, (q.format.qmax - zero) * scale)
+    return Range(
+        (q.format.qmin - zero) * scale,
+        (q.format.qmax - zero) * scale,
+    )

@@ -182,5 +182,8 @@ def _by_channel(node: ir.Node, weight: Array) -> Array:
     """A view of the weight with the axes (groups, output channels of a group, …)."""
     if node.op_type == "ConvTranspose":
         groups = node.attributes.get_int("group", 1)
-        return weight.reshape(groups, -1, *weight.shape[1:]).swapaxes(1, 2)
+        return weight.reshape(groups, -1, *weight.shape[1:]).swapaxes(
+            1,
+            2,
+        )
     return np.moveaxis(weight, rule_of(node).channel_axis(node) or 0, 0)[None]

@@ -21,7 +21,11 @@ def _number(node: ir.Node, name: str, default: float = 1.0) -> Array:
 
 
 def _image_scaler(node: ir.Node) -> list[Step]:
-    bias = np.array(node.attributes.get_floats("bias", ()), np.float32).reshape(-1, 1, 1)
+    bias = np.array(node.attributes.get_floats("bias", ()), np.float32).reshape(
+        -1,
+        1,
+        1,
+    )
     return [("Mul", _number(node, "scale")), ("Add", bias)]
 
 
@@ -53,7 +57,12 @@ def write_out_former_operators(model: ir.Model) -> None:
     for node in [n for n in model.graph.all_nodes() if not n.domain and n.op_type in FORMER]:
         steps, x = FORMER[node.op_type](node), not_none(node.inputs[0])
         for op_type, operand in steps[:-1]:
-            made = names.node(op_type, _operands(x, operand, names), node.name or "", like=x)
+            made = names.node(
+                op_type,
+                _operands(x, operand, names),
+                node.name or "",
+                like=x,
+            )
             graph_of(node).insert_before(node, made)
             x = made.outputs[0]
         node.op_type, operand = steps[-1]

@@ -61,7 +61,12 @@ def _spell_swish(node: ir.Node) -> None:
     x = not_none(node.inputs[0])
     y = node.outputs[0]
     gate = _hard_sigmoid(x, 1 / 6, 0.5, name=f"{node.name}_gate", like=y)
-    product = ir.node("Mul", [x, gate.outputs[0]], name=node.name, outputs=[_like(y)])
+    product = ir.node(
+        "Mul",
+        [x, gate.outputs[0]],
+        name=node.name,
+        outputs=[_like(y)],
+    )
     _replace(node, [node], [gate, product], product.outputs[0])
 
 
@@ -78,10 +83,25 @@ def _spell_behind_product(node: ir.Node, names: Names) -> None:
         return
     numbers = [np.float32(number) for number in (*hard_sigmoid_line(node), 0, 1)]
     a, b, low, high = (names.constant(f"{node.name}_number", number) for number in numbers)
-    scaled = names.node("Mul", [x, a], node.name or "", like=y)
-    moved = names.node("Add", [scaled.outputs[0], b], node.name or "", like=y)
+    scaled = names.node(
+        "Mul",
+        [x, a],
+        node.name or "",
+        like=y,
+    )
+    moved = names.node(
+        "Add",
+        [scaled.outputs[0], b],
+        node.name or "",
+        like=y,
+    )
     inputs = [moved.outputs[0], low, high]
-    clip = ir.node("Clip", inputs, name=node.name, outputs=[_like(y)])
+    clip = ir.node(
+        "Clip",
+        inputs,
+        name=node.name,
+        outputs=[_like(y)],
+    )
     _replace(node, [node], [scaled, moved, clip], clip.outputs[0])
 
 
@@ -101,12 +121,23 @@ def _name(clip: ir.Node) -> None:
     nodes, name, x = scaled
     slope = line.slope / top
     offset = line.offset / top
-    gate = _hard_sigmoid(line.source, slope, offset, name=clip.name or "", like=clip.outputs[0])
+    gate = _hard_sigmoid(
+        line.source,
+        slope,
+        offset,
+        name=clip.name or "",
+        like=clip.outputs[0],
+    )
     new = [gate]
     if x is not None:
         output = _like(nodes[0].outputs[0])
         new.append(ir.node("Mul", [x, gate.outputs[0]], name=name, outputs=[output]))
-    _replace(nodes[0], [*nodes, *line.nodes], new, new[-1].outputs[0])
+    _replace(
+        nodes[0],
+        [*nodes, *line.nodes],
+        new,
+        new[-1].outputs[0],
+    )
 
 
 _Scaled = tuple[list[ir.Node], str | None, ir.Value | None]
@@ -181,7 +212,13 @@ def _hard_sigmoid(
     x: ir.Value, slope: float, offset: float, *, name: str, like: ir.Value
 ) -> ir.Node:
     attributes = {"alpha": slope, "beta": offset}
-    return ir.node("HardSigmoid", [x], attributes, name=name, outputs=[_like(like)])
+    return ir.node(
+        "HardSigmoid",
+        [x],
+        attributes,
+        name=name,
+        outputs=[_like(like)],
+    )
 
 
 def _like(value: ir.Value) -> ir.Value:
@@ -190,4 +227,11 @@ def _like(value: ir.Value) -> ir.Value:
 
 def _replace(last: ir.Node, old: list[ir.Node], new: list[ir.Node], output: ir.Value) -> None:
     """Puts `new` nodes in the place of `old` ones, of which `last` made the output."""
-    ir.convenience.replace_nodes_and_values(graph_of(last), last, old, new, last.outputs, [output])
+    ir.convenience.replace_nodes_and_values(
+        graph_of(last),
+        last,
+        old,
+        new,
+        last.outputs,
+        [output],
+    )

@@ -40,7 +40,12 @@ def _join(matmul: ir.Node, names: Names) -> None:
     if add is None or x.dtype != ir.DataType.FLOAT or x.shape is None or x.shape.rank() != 2:
         return
     bias = next(value for value in add.inputs if value is not matmul.outputs[0])
-    gemm = ir.node("Gemm", [*matmul.inputs, bias], name=matmul.name, outputs=[ir.Value()])
+    gemm = ir.node(
+        "Gemm",
+        [*matmul.inputs, bias],
+        name=matmul.name,
+        outputs=[ir.Value()],
+    )
     graph = graph_of(matmul)
     ir.convenience.replace_nodes_and_values(
         graph, add, [matmul, add], [gemm], add.outputs, gemm.outputs
@@ -56,9 +61,17 @@ def _scale(gemm: ir.Node, names: Names) -> None:
     alpha, beta = (gemm.attributes.get_float(name, 1.0) for name in ("alpha", "beta"))
     columns = weight.shape[0 if is_transposed(gemm) else 1]
     if alpha != 1.0:
-        replace_constant(gemm, 1, (weight * np.float64(alpha)).astype(weight.dtype), names)
+        replace_constant(
+            gemm,
+            1,
+            (weight * np.float64(alpha)).astype(weight.dtype),
+            names,
+        )
     if bias is not None and (beta != 1.0 or bias.shape != (columns,)):
-        scaled = np.broadcast_to(bias.reshape(-1) * np.float64(beta), (columns,))
+        scaled = np.broadcast_to(
+            bias.reshape(-1) * np.float64(beta),
+            (columns,),
+        )
         replace_constant(gemm, 2, scaled.astype(weight.dtype), names)
     gemm.attributes.pop("alpha", None)
     gemm.attributes.pop("beta", None)

@@ -24,7 +24,14 @@ from converter.prepare.former_ops import write_out_former_operators
 # opset 13.
 LEAST_OPSET = 13
 # The file formats that go with opsets; from version 4 on, initializers need not be inputs.
-IR_VERSIONS = {LEAST_OPSET: 7, 21: 10, 23: 11, 24: 12, 25: 13, 28: 14}
+IR_VERSIONS = {
+    LEAST_OPSET: 7,
+    21: 10,
+    23: 11,
+    24: 12,
+    25: 13,
+    28: 14,
+}
 
 # The domain of nodes that the converter shall pass on as they are.
 HIDDEN = "kept.as.it.is"
@@ -55,7 +62,10 @@ def runtime_knows(opset: int) -> bool:
     graph = ir.Graph(
         [x, scale], node.outputs, nodes=[node], opset_imports={"": opset}, name="probe"
     )
-    model = ir.Model(graph, ir_version=max(v for o, v in IR_VERSIONS.items() if o <= opset))
+    model = ir.Model(
+        graph,
+        ir_version=max(v for o, v in IR_VERSIONS.items() if o <= opset),
+    )
     with saved(model) as path:
         return refusal(path, optimize=False) is None
 

@@ -51,12 +51,26 @@ def fold_normalisation(model: ir.Model, wanted: DataPreprocessParam) -> Pixels:
         )
     readers = [conv for value in model.graph.inputs for conv in _first_convolutions(value)]
     if not whole and any(map(_is_padded, readers)):
-        return _nearest_pixel(readers, np.array(mean), np.array(std), Names(model))
+        return _nearest_pixel(
+            readers,
+            np.array(mean),
+            np.array(std),
+            Names(model),
+        )
     names = Names(model)
     for conv in readers:
-        _fold(conv, np.zeros(len(mean)) if whole else np.array(mean), np.array(std), names)
+        _fold(
+            conv,
+            np.zeros(len(mean)) if whole else np.array(mean),
+            np.array(std),
+            names,
+        )
     if whole:
-        return Pixels(_pixel_qparams(1.0, mean[0]), mean, (1.0,) * len(mean))
+        return Pixels(
+            _pixel_qparams(1.0, mean[0]),
+            mean,
+            (1.0,) * len(mean),
+        )
     return Pixels(_pixel_qparams(1.0, 0.0), (), ())
 
 
@@ -68,7 +82,12 @@ def _nearest_pixel(readers: list[ir.Node], mean: Array, std: Array, names: Names
     for conv in readers:
         _fold(conv, mean - pixel, std, names)
     off = float(np.abs((mean - pixel) / std).max())
-    return Pixels(_pixel_qparams(1.0, pixel), (pixel,) * len(mean), (1.0,) * len(mean), off)
+    return Pixels(
+        _pixel_qparams(1.0, pixel),
+        (pixel,) * len(mean),
+        (1.0,) * len(mean),
+        off,
+    )
 
 
 def trained_pixels(wanted: TransformQuantParam, watch: Watch) -> Pixels | None:
@@ -88,7 +107,11 @@ def trained_pixels(wanted: TransformQuantParam, watch: Watch) -> Pixels | None:
 
 
 def _pixel_qparams(scale: float, zero_point: float) -> QParams:
-    return QParams(np.array(scale, np.float32), np.array(zero_point, np.uint8), UINT8)
+    return QParams(
+        np.array(scale, np.float32),
+        np.array(zero_point, np.uint8),
+        UINT8,
+    )
 
 
 def _first_convolutions(value: ir.Value) -> list[ir.Node]:
@@ -141,4 +164,9 @@ def _fold(conv: ir.Node, mean: Array, std: Array, names: Names) -> None:
     scaled = weight.astype(np.float64) / along(std, 1, weight.shape)
     shift = (scaled * along(mean, 1, weight.shape)).sum(axis=tuple(range(1, weight.ndim)))
     replace_constant(conv, 1, scaled.astype(np.float32), names)
-    replace_constant(conv, 2, ((0.0 if bias is None else bias) - shift).astype(np.float32), names)
+    replace_constant(
+        conv,
+        2,
+        ((0.0 if bias is None else bias) - shift).astype(np.float32),
+        names,
+    )

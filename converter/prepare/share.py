@@ -29,7 +29,10 @@ def share_shapes(model: ir.Model) -> None:
         for node in (node for node in graph if node.op_type == "Shape" and not node.domain):
             x = not_none(node.inputs[0])
             if x.shape is not None and not x.shape.has_unknown_dim():
-                node.replace_input_with(0, first.setdefault(tuple(map(str, x.shape)), x))
+                node.replace_input_with(
+                    0,
+                    first.setdefault(tuple(map(str, x.shape)), x),
+                )
 
 
 def share_constants(model: ir.Model) -> None:
@@ -54,7 +57,10 @@ def share_constants(model: ir.Model) -> None:
             value.graph is not first.graph for value in others
         ):
             others.append(first)
-            first = names.constant(not_none(first.name), not_none(first.const_value).numpy())
+            first = names.constant(
+                not_none(first.name),
+                not_none(first.const_value).numpy(),
+            )
         for value in others:
             value.replace_all_uses_with(first)
             del graph_of(value).initializers[not_none(value.name)]

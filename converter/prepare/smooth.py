@@ -88,7 +88,11 @@ def _constants_of(x: ir.Value | None, readers: set[ir.Node], size: int) -> list[
     if linear and node.attributes.get_int("axis", -1) == -1:
         return constants if operands[1:] == [index for _, index in constants] else []
     if rule_of(node).adds and len(constants) == 1:
-        before = _constants_of(node.inputs[1 - constants[0][1]], {node}, size)
+        before = _constants_of(
+            node.inputs[1 - constants[0][1]],
+            {node},
+            size,
+        )
         return [*before, *constants] if before else []
     part = _parting(node, size) if node.op_type == "Reshape" else None
     return _constants_of(part.inputs[0], {part}, size) if part else []

@@ -70,13 +70,22 @@ def _read(table: ir.Value, sizes: tuple[int, ...], product: ir.Node, names: Name
         return names.constant(f"{product.name}_{what}", np.array(numbers))
 
     def floats(columns: int) -> ir.Value:
-        return ir.Value(shape=ir.Shape([None, columns]), type=table.type)
+        return ir.Value(
+            shape=ir.Shape([None, columns]),
+            type=table.type,
+        )
 
     outputs, inputs = sizes
     flat = ints("rows", -1, inputs)
     rows = tape.op("Reshape", [x, flat], output=floats(inputs))
     transposed = {"transB": 1}
-    y = tape.op("Gemm", [rows, table], transposed, name=product.name, output=floats(outputs))
+    y = tape.op(
+        "Gemm",
+        [rows, table],
+        transposed,
+        name=product.name,
+        output=floats(outputs),
+    )
     shape = tape.op("Shape", [x])
     first = ints("first", 0)
     last = ints("last", -1)

@@ -104,7 +104,10 @@ def _widened(attribute: ir.Attr) -> ir.Attr | None:
     if name in TYPE_ATTRIBUTES and value in NARROW:
         return ir.AttrInt64(name, ir.DataType.FLOAT)
     if attribute.type == ir.AttributeType.TENSOR and value.dtype in NARROW:
-        return ir.AttrTensor(name, ir.tensor(value.numpy().astype(np.float32)))
+        return ir.AttrTensor(
+            name,
+            ir.tensor(value.numpy().astype(np.float32)),
+        )
     if attribute.type == ir.AttributeType.TYPE_PROTO and _is_narrow(value.type):
         return ir.AttrTypeProto(name, ir.TypeAndShape(_wide(value.type), value.shape))
     return None

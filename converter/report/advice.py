@@ -141,7 +141,10 @@ def overall_advice(
         float_ones = f"leaving them float may, {skip_line(cut[:NAMED], settings)}"
         way = f"{wider} may be better." if left(settings, *WIDEST) else float_ones
         yield f"Much is cut off at {listed(cut)}: {way}"
-    costly = sorted(filter(_is_costly, nodes), key=lambda n: -(n.share or 0))
+    costly = sorted(
+        filter(_is_costly, nodes),
+        key=lambda n: -(n.share or 0),
+    )
     if costly:
         names = [node.name for node in costly]
         yield f"Most of the outputs' error comes from {listed(names)}: {_floats(names, settings)}"

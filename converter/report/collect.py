@@ -220,7 +220,12 @@ def _nodes(
         cost, unit = by_itself.get(name), result.plan.nodes.get(name)
         node = _node(name, own_places, unit, totals)
         if cost:
-            node = replace(node, own=cost.own, output=cost.output, share=noise[name] / whole)
+            node = replace(
+                node,
+                own=cost.own,
+                output=cost.output,
+                share=noise[name] / whole,
+            )
         inputs = [(place, totals[key_of(place)]) for place in own_places if key_of(place) in totals]
         advice = advice_for(node, inputs, name in saturated, result.settings)
         nodes.append(replace(node, advice=advice))

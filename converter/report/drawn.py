@@ -62,7 +62,10 @@ def _as_masks(view: View) -> Iterator[tuple[str, Array]]:
 def _over(source: Array, mask: Array, colors: Array) -> Array:
     """The picture, darker, with the mask's classes but 0 over it."""
     size = mask.shape[1], mask.shape[0]
-    below = np.asarray(Image.fromarray(_rgb(source)).resize(size), np.float32)
+    below = np.asarray(
+        Image.fromarray(_rgb(source)).resize(size),
+        np.float32,
+    )
     above = colors[(mask - 1) % len(colors)]
     share = np.where(mask != 0, OVER, 0.0)[..., None]
     return np.asarray(below * (1 - share) + above * share).astype(np.uint8)

@@ -112,7 +112,14 @@ def _drawn(findings: Findings) -> dict[str, Any]:
 def _layer(layer: LayerTime, numbers: Mapping[str, int]) -> list[Any]:
     """Nodes by number, none for what computes none; microseconds and kernels of both models."""
     nodes = [numbers[name] for name in layer.nodes if name in numbers]
-    return [numbers.get(layer.node), layer.op_type, nodes, layer.before, layer.after, layer.kernels]
+    return [
+        numbers.get(layer.node),
+        layer.op_type,
+        nodes,
+        layer.before,
+        layer.after,
+        layer.kernels,
+    ]
 
 
 def _graph(findings: Findings, numbers: Mapping[str, int]) -> dict[str, Any]:

@@ -36,7 +36,10 @@ def write_recipe(path: Path, result: Quantized) -> None:
     """Writes the sections to `path` and the plan beside it, with the suffix .json."""
     path.write_text(HEADER + "\n".join(recipe_text(result.decided)), encoding="utf-8")
     plan = plan_as_json(result.plan, result.decided)
-    path.with_suffix(".json").write_text(json.dumps(plan, indent=1), encoding="utf-8")
+    path.with_suffix(".json").write_text(
+        json.dumps(plan, indent=1),
+        encoding="utf-8",
+    )
 
 
 def how_made(job: Job, result: Quantized) -> str:

@@ -66,7 +66,11 @@ def summary(x: Array) -> Summary:
     flat = np.sort(x[np.isfinite(x)], axis=None)
     if not flat.size:
         return (np.nan,) * 8
-    ranks = [0, *(k * flat.size // 4 for k in (1, 2, 3)), -1]
+    ranks = [
+        0,
+        *(k * flat.size // 4 for k in (1, 2, 3)),
+        -1,
+    ]
     mean = flat.mean(dtype=np.float64)
     variance = np.square(flat - mean).mean()
     zeros = 1 - np.count_nonzero(flat) / flat.size
@@ -77,10 +81,22 @@ def figures_of(x: Array, y: Array | None) -> Figures:
     """The figures of a tensor and what became of it."""
     origin = summary(x)
     if y is None or y.shape != x.shape:
-        return Figures(origin, None, 0.0, tally(x, x) if y is None else APART, x.shape)
+        return Figures(
+            origin,
+            None,
+            0.0,
+            tally(x, x) if y is None else APART,
+            x.shape,
+        )
     dequant = summary(y)
     outside = np.isfinite(x) & ((x < dequant[0]) | (x > dequant[4]))
-    return Figures(origin, dequant, np.count_nonzero(outside) / x.size, tally(x, y), x.shape)
+    return Figures(
+        origin,
+        dequant,
+        np.count_nonzero(outside) / x.size,
+        tally(x, y),
+        x.shape,
+    )
 
 
 def key_of(place: Place) -> Key:

@@ -104,7 +104,10 @@ def _spans(x: Array, axis: int) -> Array:
     if x.ndim == 0 or not x.size:
         return np.zeros((0, 2), np.float32)
     others = tuple(k for k in range(x.ndim) if k != axis % x.ndim)
-    return np.stack([x.min(axis=others), x.max(axis=others)], axis=1)
+    return np.stack(
+        [x.min(axis=others), x.max(axis=others)],
+        axis=1,
+    )
 
 
 def _wider(first: Array, second: Array) -> Array:
@@ -112,7 +115,10 @@ def _wider(first: Array, second: Array) -> Array:
     if first.shape != second.shape:
         return np.zeros((0, 2), np.float32)
     least = np.minimum(first[:, 0], second[:, 0])
-    return np.stack([least, np.maximum(first[:, 1], second[:, 1])], axis=1)
+    return np.stack(
+        [least, np.maximum(first[:, 1], second[:, 1])],
+        axis=1,
+    )
 
 
 def _counted(histogram: Histogram, edges: Array) -> Array:

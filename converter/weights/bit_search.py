@@ -64,7 +64,11 @@ def _divergence(x: Array, y: Array) -> float:
 def _are_probabilities(x: Array) -> bool:
     if not x.ndim or x.min(initial=0) < 0:
         return False
-    return np.allclose(x.sum(axis=-1, dtype=np.float64), 1, atol=1e-3)
+    return np.allclose(
+        x.sum(axis=-1, dtype=np.float64),
+        1,
+        atol=1e-3,
+    )
 
 
 @dataclass(frozen=True)
@@ -165,7 +169,11 @@ class Search:
             self.plan.with_bits({u.name: MEASURED_BITS for u in self.plan.units()}),
             alone=True,
         )
-        units = self.fitter.watch.track(plan.units(), "Ranking nodes", len(plan.units()))
+        units = self.fitter.watch.track(
+            plan.units(),
+            "Ranking nodes",
+            len(plan.units()),
+        )
         return {unit.name: self._divergence(only(plan, unit)) for unit in units}
 
     def _measured(self, widths: Mapping[str, int]) -> float:

@@ -70,7 +70,10 @@ def fitted(weight: Array, wanted: WeightPlan, importance: Array | None) -> Quant
     """
     axis = wanted.axis or 0
     fmt = wanted.format
-    matrix = np.moveaxis(weight, axis, -1).reshape(-1, weight.shape[axis])
+    matrix = np.moveaxis(weight, axis, -1).reshape(
+        -1,
+        weight.shape[axis],
+    )
     size = len(matrix)
     if isinstance(wanted.granularity, PerBlock):
         size = wanted.granularity.size
@@ -223,7 +226,11 @@ def _with_exact(part: Array, grid: _Grid, fmt: IntFormat, divisors: Array) -> _G
     zero = grid.zero[:, 0].copy()
     block, channel = np.nonzero(np.ones(scale.shape, bool))
     for divisor in divisors:
-        exact, unit, lowest = _exact(part[block, :, channel], int(divisor), fmt)
+        exact, unit, lowest = _exact(
+            part[block, :, channel],
+            int(divisor),
+            fmt,
+        )
         found = block[exact], channel[exact]
         scale[found] = unit[exact]
         zero[found] = fmt.qmin - lowest[exact]

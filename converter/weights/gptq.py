@@ -121,7 +121,10 @@ def _errors(weight: Array, importance: Array, scales: Array, grid: Grid) -> Arra
     same shape.
     """
     errors = np.empty(scales.shape)
-    step = max(1, CHUNK // (weight.shape[0] * weight.shape[2]))
+    step = max(
+        1,
+        CHUNK // (weight.shape[0] * weight.shape[2]),
+    )
     for start in range(0, weight.shape[1], step):
         rows = slice(start, start + step)
         for i, scale in enumerate(scales[:, :, rows]):
@@ -221,7 +224,10 @@ def compensated(
         partner = ((0, 0), (0, 0), (0, 1))
         weight = np.pad(weight, partner)
         codes = np.pad(codes, partner)
-        moments = np.pad(moments, ((0, 0), (0, 1), (0, 1)))
+        moments = np.pad(
+            moments,
+            ((0, 0), (0, 1), (0, 1)),
+        )
     order = _order(np.einsum("gkk->gk", moments), width)
     group = np.arange(len(order))
     column = order.T
@@ -229,7 +235,13 @@ def compensated(
     scaled = (weight / scale[..., None])[group, :, column]
     given = codes[group, :, column]
     root = _root(moments, order, damping)
-    codes[group, :, column] = _sequential(scaled, given, scale=scale, root=root, grid=grid)
+    codes[group, :, column] = _sequential(
+        scaled,
+        given,
+        scale=scale,
+        root=root,
+        grid=grid,
+    )
     return codes[:, :, :columns]
 
 
@@ -239,7 +251,10 @@ def _order(diagonal: Array, width: int) -> Array:
     """
     pairs = diagonal.reshape(len(diagonal), -1, width)
     largest = pairs.max(axis=2).repeat(width, axis=1)
-    pair = np.broadcast_to(np.arange(diagonal.shape[1]) // width, diagonal.shape)
+    pair = np.broadcast_to(
+        np.arange(diagonal.shape[1]) // width,
+        diagonal.shape,
+    )
     return np.lexsort((-diagonal, pair, -largest), axis=1)
 
 
@@ -270,7 +285,10 @@ def _sequential(scaled: Array, codes: Array, *, scale: Array, root: Array, grid:
     for start in range(0, len(scaled), BLOCK):
         block = slice(start, start + BLOCK)
         before = errors[:start].swapaxes(0, 1)
-        carried = np.matmul(ratio[:, :start, block].swapaxes(1, 2), before)
+        carried = np.matmul(
+            ratio[:, :start, block].swapaxes(1, 2),
+            before,
+        )
         within = ratio[:, block, block].transpose(1, 2, 0)[..., None]
         weights = [np.square(scale * step[:, None]) for step in diagonal[:, block].T]
         _fill(
@@ -328,5 +346,9 @@ def _fill(
             point = chosen(target, weights[k], fmt)
         else:
             point = np.clip(np.rint(target), low, high)
-        codes[k] = np.where(np.isnan(codes[k]), point, codes[k])
+        codes[k] = np.where(
+            np.isnan(codes[k]),
+            point,
+            codes[k],
+        )
         aim[k + 1 :] += ratio[k, k + 1 :] * (scaled[k] - codes[k])

@@ -95,7 +95,10 @@ def fit(weight: Array, moments: Array | None, grids: Grids, kept: Array | None =
     formats = [replace(grids.format, trellis=way) for way in {grids.format.trellis, False}]
     ways = [replace(grids, format=fmt) for fmt in formats]
     firsts = [_first(weight, moments, way) for way in ways]
-    best = min(range(len(ways)), key=lambda i: firsts[i][0])
+    best = min(
+        range(len(ways)),
+        key=lambda i: firsts[i][0],
+    )
     grids = ways[best]
     _, scale, zero = firsts[best]
     moments = None if moments is None else _damped(moments)
@@ -103,7 +106,12 @@ def fit(weight: Array, moments: Array | None, grids: Grids, kept: Array | None =
     def better(part: slice) -> Rows:
         some = weight[:, part]
         free = None if kept is None else kept[:, part]
-        first = _on(some, scale[:, part], zero[:, part], grids.format)
+        first = _on(
+            some,
+            scale[:, part],
+            zero[:, part],
+            grids.format,
+        )
         return _bettered(some, moments, _zeroed(first, free), grids, kept=free)
 
     alone = moments is None and grids.per_row
@@ -208,7 +216,11 @@ def _first(weight: Array, moments: Array | None, grids: Grids) -> tuple[float, A
 
 def _on(weight: Array, scale: Array, zero: Array, fmt: IntFormat) -> Rows:
     """The nearest points on the grids `scale`, `zero`."""
-    aims = np.moveaxis(weight / scale[..., None] + zero[..., None], 2, 0)
+    aims = np.moveaxis(
+        weight / scale[..., None] + zero[..., None],
+        2,
+        0,
+    )
     points = chosen(aims, scale**2, fmt)
     return Rows(np.moveaxis(points, 0, 2), scale, zero, fmt)
 
@@ -277,7 +289,11 @@ def _refitted(weight: Array, moments: Array | None, rows: Rows, grids: Grids) ->
 def _rescaled(rows: Rows, cross: Array, power: Array, grids: Grids) -> Rows:
     """The same points with the scale of least error, `cross` over `power`, the zero staying."""
     safe = (power > SMALLEST_SCALE) & (cross > SMALLEST_SCALE * power)
-    scale = np.where(safe, cross / np.where(safe, power, 1.0), rows.scale)
+    scale = np.where(
+        safe,
+        cross / np.where(safe, power, 1.0),
+        rows.scale,
+    )
     scale, zero = _storable(scale, rows.zero, grids)
     return Rows(rows.points, scale, zero, grids.format)
 
@@ -290,11 +306,18 @@ def _descended(weight: Array, moments: Array | None, rows: Rows, kept: Array | N
     errors = np.moveaxis(weight - rows.values(), 2, 0).copy()
     points = np.moveaxis(rows.points, 2, 0).copy()
     step = rows.scale
-    aim = np.moveaxis(weight / step[..., None] + rows.zero[..., None], 2, 0)
+    aim = np.moveaxis(
+        weight / step[..., None] + rows.zero[..., None],
+        2,
+        0,
+    )
     by_column = np.ascontiguousarray(moments.transpose(1, 0, 2))
     for start in range(0, len(points), BLOCK):
         block = slice(start, min(start + BLOCK, len(points)))
-        gradient = np.matmul(errors.transpose(1, 2, 0), moments[:, :, block])
+        gradient = np.matmul(
+            errors.transpose(1, 2, 0),
+            moments[:, :, block],
+        )
         gradient = gradient.transpose(2, 0, 1).copy()
         for k in range(block.start, block.stop):
             row = by_column[k][:, block].T[..., None]

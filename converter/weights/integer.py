@@ -102,6 +102,14 @@ def packed(codes: Array, scale: Array, wanted: WeightPlan) -> QuantizedWeight:
     """Whole-number `codes` in the weight's shape with the scales (groups, rows) of the rows they
     are columns of.
     """
-    scales = np.asarray(scale.reshape(-1) if wanted.axis is not None else scale.flat[0], np.float32)
-    q = QParams(scales, np.zeros(scales.shape, wanted.format.dtype), wanted.format, wanted.axis)
+    scales = np.asarray(
+        scale.reshape(-1) if wanted.axis is not None else scale.flat[0],
+        np.float32,
+    )
+    q = QParams(
+        scales,
+        np.zeros(scales.shape, wanted.format.dtype),
+        wanted.format,
+        wanted.axis,
+    )
     return QuantizedWeight(np.ascontiguousarray(codes).astype(wanted.format.dtype), q)

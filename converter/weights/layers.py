@@ -190,7 +190,10 @@ def _rounded(
     layer = twins[0]
     wanted, view = layer.wanted, layer.view
     matrix = _matrix(layer).astype(np.float64)
-    least = np.max([_least(each, plan, matrix.shape[:2]) for each in twins], axis=0)
+    least = np.max(
+        [_least(each, plan, matrix.shape[:2]) for each in twins],
+        axis=0,
+    )
     if view is None:
         codes, scale = integer.rounded(matrix, None, wanted, least=least, rounding=rounding)
         codes = plain_weight(codes, layer.weight.shape, wanted.axis)
@@ -275,7 +278,13 @@ class Fitter:
         counts: Mapping[ir.Value, Array] = {}
         if self.storage.integer_zero:
             threads = self.resources.threads
-            counts = importance_of(self.model, plan, self.data, threads=threads, watch=self.watch)
+            counts = importance_of(
+                self.model,
+                plan,
+                self.data,
+                threads=threads,
+                watch=self.watch,
+            )
         return store_by_weights(
             self.model, plan, self.storage, watch=self.watch, but=but, counts=counts
         )
@@ -404,7 +413,11 @@ class _StoredLayers:
         there are none, the inputs stand for themselves.
         """
         name = unit.inputs[0]
-        shapes = zip(self.walk.shapes(name), self.float_walk.shapes(name), strict=True)
+        shapes = zip(
+            self.walk.shapes(name),
+            self.float_walk.shapes(name),
+            strict=True,
+        )
         alike = [i for i, (own, other) in enumerate(shapes) if own == other]
         x, _ = self.walk.draw(unit, view, count, plan, samples=alike)
         if not alike:

@@ -36,7 +36,10 @@ def smooth(
     """Moves the channels that stand out in what `products` of the main graph read into their
     weights, in place.
     """
-    readers = _readers(model.graph, {unit.name: unit.inputs[0] for unit in products})
+    readers = _readers(
+        model.graph,
+        {unit.name: unit.inputs[0] for unit in products},
+    )
     if not readers:
         return
     channels = observe_channels(model, list(readers), data, threads)

@@ -51,9 +51,16 @@ def channels_of(x: Array) -> Channels:
 
 def joined(parts: Iterable[Channels]) -> Channels:
     """The channels of all samples."""
-    columns = zip(*((part.lo, part.hi, part.square) for part in parts), strict=True)
+    columns = zip(
+        *((part.lo, part.hi, part.square) for part in parts),
+        strict=True,
+    )
     lo, hi, square = (np.stack(column) for column in columns)
-    return Channels(lo.min(axis=0), hi.max(axis=0), square.mean(axis=0))
+    return Channels(
+        lo.min(axis=0),
+        hi.max(axis=0),
+        square.mean(axis=0),
+    )
 
 
 def smoothing_factors(channels: Channels, weight: Array, free: bool = False) -> Array | None:
@@ -96,7 +103,11 @@ class _Columns:
     def of(cls, weight: Array) -> _Columns:
         """What all errors of a weight have in common."""
         energy = np.einsum("kn,kn->k", weight, weight, dtype=np.float64)
-        return cls(weight, energy, np.maximum(weight.max(axis=0), -weight.min(axis=0)))
+        return cls(
+            weight,
+            energy,
+            np.maximum(weight.max(axis=0), -weight.min(axis=0)),
+        )
 
     def expected_error(self, channels: Channels, factors: Array) -> float:
         """See the function of that name."""
@@ -111,4 +122,7 @@ class _Columns:
         """Of the columns of s W: those that factors leave alone are known."""
         moved = factors > 1
         scaled = np.abs(self.weight[moved]) * factors[moved, None].astype(self.weight.dtype)
-        return np.asarray(np.maximum(self.largest, scaled.max(axis=0, initial=0)), np.float64)
+        return np.asarray(
+            np.maximum(self.largest, scaled.max(axis=0, initial=0)),
+            np.float64,
+        )

@@ -70,7 +70,11 @@ def fitted_alone(
     rows = _fewest_bits(matrix, None, wanted, storage, kept=kept)
     if storage.correct and not storage.integer_zero and kept is None:
         rows = with_variance(matrix, rows, Grids(rows.format))
-    return packed(rows, plain_weight(rows.codes(), weight.shape, wanted.axis), wanted)
+    return packed(
+        rows,
+        plain_weight(rows.codes(), weight.shape, wanted.axis),
+        wanted,
+    )
 
 
 def fitted_to_outputs(
@@ -142,7 +146,10 @@ def _joint(pair: Inputs, threads: int) -> tuple[Array, Array]:
 
 
 def _joint_part(pair: Inputs, groups: slice, threads: int) -> Array:
-    both = np.concatenate([pair.own[groups], pair.reference[groups]], axis=2)
+    both = np.concatenate(
+        [pair.own[groups], pair.reference[groups]],
+        axis=2,
+    )
     if pair.centered:
         both -= both.mean(axis=1, keepdims=True)
     # One product of an array with itself: BLAS has a fast way for it, for many small groups above

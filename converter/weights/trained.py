@@ -173,7 +173,12 @@ def _as_taught(matrix: Array, codes: Array, trained: Array) -> tuple[Array, Arra
     power = np.square(codes).sum(axis=2)
     scale = trained[..., 0]
     shared = (matrix * codes).sum(axis=2)
-    ratio = np.divide(shared, power, out=scale.copy(), where=power > 0)
+    ratio = np.divide(
+        shared,
+        power,
+        out=scale.copy(),
+        where=power > 0,
+    )
     size = np.abs(ratio)
     error = np.abs(matrix - ratio[..., None] * codes).max(axis=2)
     right = error <= CLOSE * size
