@@ -99,6 +99,16 @@ def test_a_search_tells_what_can_be_had(tmp_path):
     assert bits["c"] > bits["b"]
 
 
+@pytest.mark.parametrize(
+    ("mixed", "apart"),
+    [(SENSITIVITY, False), ({"search": "SENSITIVITY", "min_cosine": 0.9}, True)],
+)
+def test_samples_are_kept_apart_where_a_bound_is_judged(tmp_path, mixed, apart):
+    ear = Ear()
+    converted(tmp_path, layers(), normal(40, 32), {"bit_num": 0}, mixed=mixed, watch=ear)
+    assert any("judge the search" in line for line in ear.told) == apart
+
+
 def test_an_interrupted_search_goes_on(tmp_path):
     files = [(tmp_path / name, tmp_path / name / "out.onnx") for name in ("whole", "halted")]
     for folder, _ in files:

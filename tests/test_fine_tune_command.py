@@ -142,3 +142,13 @@ def test_an_interrupted_tuning_keeps_the_best_and_goes_on(command, tmp_path, mon
     assert command.convert(config, out).code == 0
     assert out.read_bytes() == (tmp_path / "whole.onnx").read_bytes()
     assert not (tmp_path / "q.onnx.fine_tune").exists()
+
+
+def test_where_nothing_is_gained_all_samples_are_rounded_on(command, tmp_path):
+    plain, out = tmp_path / "plain.onnx", tmp_path / "tuned.onnx"
+    off = tuned(tmp_path / "off.cfg", "fine_tune = OFF", weights=True)
+    assert command.convert(off, plain).code == 0
+    lines = ("fine_tune = END_TO_END", "epochs = 1", "learning_rate = 0.9")
+    result = command.convert(tuned(tmp_path / "t.cfg", *lines, weights=True), out)
+    assert "nothing gained" in result.out
+    assert onnx.load(out).graph == onnx.load(plain).graph

@@ -133,7 +133,7 @@ def quantize(prepared: Prepared, job: Job, watch: Watch) -> Quantized:
     wanted = job.config.weight_quant
     data, tuning = _data(prepared, job, watch), Tuning(job, watch)
     judges = Parted(data, data, data)
-    if not job.config.common.bit_num and _searches(job):
+    if not job.config.common.bit_num and _is_bounded(job):
         judges = parted(data, False, watch)
         data = judges.fitted
     # What judged the search was not seen by rounding either.
@@ -153,7 +153,12 @@ def quantize(prepared: Prepared, job: Job, watch: Watch) -> Quantized:
     else:
         plan, pareto = _searched(fitter, judges.judges, plan, job, newest=newest)
     if tuning.wanted:
-        plan = tuning.tuned(model, plan, parts, _keeping(model, job, newest))
+        learned = tuning.tuned(model, plan, parts, _keeping(model, job, newest))
+        same_widths = job.config.common.bit_num or job.config.mixed_bit.search == "SENSITIVITY"
+        if learned is plan and same_widths:
+            # Then nothing has to judge any more.
+            learned = replace(fitter, data=data).fitted(plan)
+        plan = learned
     widths = Counter(weight.qparams.format.bits for weight in plan.stored.values())
     watch.tell(
         "Bits of weights: "
@@ -263,6 +268,14 @@ def _emitted(
 def _searches(job: Job) -> bool:
     """Whether outputs are compared to find widths."""
     return job.config.mixed_bit.auto_tune or job.config.mixed_bit.search == "SENSITIVITY"
+
+
+def _is_bounded(job: Job) -> bool:
+    """Whether widths are found that keep a bound, which samples apart must judge; what compares
+    widths of one size sets some aside for that alone.
+    """
+    mixed = job.config.mixed_bit
+    return mixed.target_ratio is None if mixed.search == "SENSITIVITY" else mixed.auto_tune
 
 
 def _searched(
