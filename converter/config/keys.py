@@ -407,8 +407,8 @@ class FineTuneParam:
     fine_tune: Literal["OFF", "BLOCK", "END_TO_END", "AUTO"] = _choice(
         "Learn scales, biases and, where codes are stored, rounding from the float model on the "
         "calibration data: END_TO_END from its outputs, BLOCK from what blocks of layers hand on, "
-        "AUTO from outputs that tell classes, and else both in turn. A fifth of the samples is "
-        "held back and judges: what is no better there is not kept.",
+        "AUTO both in turn, or from outputs alone where stored weights tell classes. A fifth of "
+        "the samples is held back and judges: what is no better there is not kept.",
         "OFF",
     )
     time_limit: float = _key(

@@ -81,8 +81,10 @@ class Tuning:
     def _options(self, model: ir.Model) -> Options:
         wanted = self.job.config.fine_tune
         automatic = wanted.fine_tune == "AUTO"
-        # What classes are told by says more of what counts than what any block hands on.
-        sure = any(tells_classes(value) for value in model.graph.outputs)
+        # What classes are told by says more of what counts than what any block hands on, where the
+        # start is near; integers of few bits come near by blocks.
+        near = not self.may.ranges
+        sure = near and any(tells_classes(value) for value in model.graph.outputs)
         return Options(
             epochs=wanted.epochs,
             batch=wanted.batch_size,
