@@ -9,7 +9,7 @@ after decoding, so normalising before the resize would give the same pixels; CUB
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from io import BytesIO
@@ -22,6 +22,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from PIL.Image import DecompressionBombError, DecompressionBombWarning, Resampling
 
 from calib import CalibError
+from calib.affine import Array, along
 
 Pixels = NDArray[np.float32]
 
@@ -127,6 +128,14 @@ def thumbnail(path: Path, side: int) -> bytes | None:
     except Exception:  # decoders raise almost any type on broken bytes
         return None
     return stream.getvalue()
+
+
+def denormalized(x: Array, mean: Sequence[float], std: Sequence[float], axis: int) -> Array:
+    """The pixels of 0..255, float64, that were normalized to `x`, with channels along `axis`; no
+    mean or no std changed nothing.
+    """
+    scale, shift = (along(np.array(v), axis, x.shape) for v in (std or (1.0,), mean or (0.0,)))
+    return np.asarray(x.astype(np.float64) * scale + shift)
 
 
 def enlarged(options: ImageOptions, width: int, height: int) -> float:

@@ -155,6 +155,17 @@ def image_source(spec: InputSpec, folder: Path, image: ImageOptions) -> Source:
     )
 
 
+def channels_of(spec: InputSpec) -> tuple[int, int]:
+    """The axis of a picture's channels, and how many there are: the last axis and 1 where it has no
+    such axis. Raises CalibError where that is not clear.
+    """
+    axes = image_axes(spec)
+    if "C" not in axes:
+        return len(axes) - 1, 1
+    axis = axes.index("C")
+    return axis, spec.shape[axis] or 1
+
+
 def image_axes(spec: InputSpec) -> str:
     """The meaning of the axes of an input that takes pictures: NCHW, NHWC or, for grey ones without
     a channel axis, NHW. Raises CalibError where that is not clear.

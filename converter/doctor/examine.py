@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import onnx_ir as ir
 
 from calib import CalibError
-from calib.sources import image_axes
+from calib.sources import channels_of
 from converter.calibrate.data import image_options, open_data, resources_of, spec_of
 from converter.doctor.checks import CHECKS, Check, Finding
 from converter.doctor.evidence import Evidence, Pictures
@@ -61,8 +61,6 @@ def _pictures(model: ir.Model, job: Job) -> list[Pictures]:
     folders, found = dict(wanted.calibrate_path), []
     for value in (v for v in model.graph.inputs if v.name in folders):
         spec = spec_of(value, job.input_format)
-        axes = image_axes(spec)
-        channels = 1 if "C" not in axes else spec.shape[axes.index("C")] or 1
-        axis = axes.index("C") if "C" in axes else len(axes) - 1
+        axis, channels = channels_of(spec)
         found.append(Pictures(spec.name, axis, given_way(options, channels), spec.dtype))
     return found

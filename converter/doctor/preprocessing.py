@@ -9,8 +9,8 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from calib.affine import Array
-from calib.images import FORMAT_CHANNELS, ImageOptions
+from calib.affine import Array, along
+from calib.images import FORMAT_CHANNELS, ImageOptions, denormalized
 
 Numbers = tuple[float, ...]
 # Constants that differ less are the same: frameworks round them.
@@ -154,18 +154,11 @@ class Change:
         found = pixels(x, self.given, self.axis)
         if self.given.order != self.other.order:
             found = np.flip(found, self.axis)
-        mean, std = (_along(v, x.ndim, self.axis) for v in (self.other.mean, self.other.std))
+        constants = (self.other.mean, self.other.std)
+        mean, std = (along(np.array(v), self.axis, x.shape) for v in constants)
         return np.ascontiguousarray((found - mean) / std, dtype=x.dtype)
 
 
 def pixels(x: Array, given: Way, axis: int) -> Array:
     """The pixels of 0..255, float64, that were fed the given way, with channels along `axis`."""
-    mean, std = (_along(v, x.ndim, axis) for v in (given.mean, given.std))
-    return np.asarray(x.astype(np.float64) * std + mean)
-
-
-def _along(numbers: Numbers, rank: int, axis: int) -> Array:
-    return np.reshape(
-        numbers,
-        [len(numbers) if k == axis else 1 for k in range(rank)],
-    )
+    return denormalized(x, given.mean, given.std, axis)

@@ -12,7 +12,7 @@ import onnx_ir as ir
 from calib import CalibError
 from calib.samples import Dataset, InputSpec
 from calib.scenes import scene
-from calib.sources import image_axes
+from calib.sources import channels_of, image_axes
 from converter.config.keys import default_config
 from converter.doctor.checks import fits
 from converter.doctor.evidence import Evidence
@@ -27,11 +27,9 @@ def suited(model: ir.Model, spec: InputSpec) -> Way | None:
     training; None where none or several suit. What the order of channels is does not show.
     """
     try:
-        axes = image_axes(spec)
+        axes, (axis, channels) = image_axes(spec), channels_of(spec)
     except CalibError:
         return None
-    channels = spec.shape[axes.index("C")] or 1 if "C" in axes else 1
-    axis = axes.index("C") if "C" in axes else len(axes) - 1
     evidence = Evidence(
         _nothing_asked(),
         model,

@@ -31,7 +31,15 @@ from converter.graph.edit import (
     values_read,
 )
 from converter.graph.qdq import codes_behind, quantizes
-from converter.measure.errors import NOTHING, TensorError, error_of, errors_between, tally, worst_of
+from converter.measure.errors import (
+    NOTHING,
+    Tally,
+    TensorError,
+    error_of,
+    errors_between,
+    tally,
+    worst_of,
+)
 from converter.measure.pairing import Pairing
 from converter.plan.ops import rule_of
 from converter.plan.plan import NodePlan, QuantPlan
@@ -81,21 +89,7 @@ def alone(
             leaf: y[name] if q is None else dequantize(quantize(y[name], q), q)
             for leaf, (name, q) in taps.items()
         }
-        rows = []
-        for tail in tails:
-            still = {name: x[name] for name in tail.read}
-            still |= dict.fromkeys(tail.deltas.values(), np.zeros((), np.float32))
-            before = tail.model.answer(still)
-            for leaves in tail.units:
-                changes = {tail.deltas[leaf]: _delta(x[leaf], there[leaf]) for leaf in leaves}
-                after = tail.model.answer({**still, **changes})
-                own = np.sum(
-                    [tally(x[leaf], there[leaf]) for leaf in leaves],
-                    axis=0,
-                )
-                heard = dict(zip(tail.outputs, map(tally, before, after), strict=True))
-                rows.append([own, *(heard.get(name, NOTHING) for name in floats.outputs)])
-        return np.array(rows)
+        return np.array([row for tail in tails for row in tail.heard(x, there, floats.outputs)])
 
     sums = sum(over_samples(min(count, len(data)), step, threads))
     costs = {}
@@ -118,6 +112,25 @@ class _Tail:
     read: tuple[str, ...]
     deltas: Mapping[str, str]
     units: Sequence[list[str]]
+
+    def heard(
+        self, x: Mapping[str, Array], there: Mapping[str, Array], outputs: Sequence[str]
+    ) -> Iterator[list[Tally]]:
+        """For each unit the tallies of its own output and of all `outputs`, where its leaves are
+        `there` instead of the float `x`.
+        """
+        still = {name: x[name] for name in self.read}
+        still |= dict.fromkeys(self.deltas.values(), np.zeros((), np.float32))
+        before = self.model.answer(still)
+        for leaves in self.units:
+            changes = {self.deltas[leaf]: _delta(x[leaf], there[leaf]) for leaf in leaves}
+            after = self.model.answer({**still, **changes})
+            own = np.sum(
+                [tally(x[leaf], there[leaf]) for leaf in leaves],
+                axis=0,
+            )
+            found = dict(zip(self.outputs, map(tally, before, after), strict=True))
+            yield [own, *(found.get(name, NOTHING) for name in outputs)]
 
 
 def _tails(model: ir.Model, floats: Opened, units: Mapping[str, list[str]]) -> Iterator[_Tail]:

@@ -6,8 +6,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from itertools import chain
 from pathlib import Path
@@ -94,7 +93,8 @@ def verify(both: Both, label_file: Path | None) -> Verification:
         seen = replace(_run(both, data), speed=None)
     plain = _outputs(both.quantized, data, PLAIN_SAMPLES, both) if len(seen.before) > 1 else []
     answers = _answers(seen.before, seen.after, label_file is not None)
-    top1, drop = _top1(answers, data, label_file, watch)
+    labels = _labels(answers, data, label_file, watch)
+    top1, drop = _top1(answers, data, labels)
     outputs, slices = _judged(seen.names, seen.before, seen.after)
     found = Verification(
         samples=len(seen.before),
@@ -114,7 +114,7 @@ def verify(both: Both, label_file: Path | None) -> Verification:
         closed_loop=bool(data.states),
         here=_here(seen, label_file is not None),
         given=not result.fitted,
-        changed=tuple(_changed(seen, answers, data, label_file)),
+        changed=tuple(_changed(seen, answers, data, labels or {})),
         views=tuple(_views(seen, data, result)),
     )
     samples = seen.after[: len(plain)], plain
@@ -271,24 +271,34 @@ def _here(seen: _Seen, labelled: bool) -> Here | None:
     return Here(worst, _agreement(_answers(seen.before, seen.here, labelled)))
 
 
-def _top1(
+def _labels(
     answers: Array | None, data: Dataset, label_file: Path | None, watch: Watch
-) -> tuple[tuple[float, float] | None, Interval | None]:
-    """The share of right answers of both models, and the interval of what is lost; None where they
-    are not known.
+) -> Mapping[str, int] | None:
+    """The class of every sample; None where no labels are given and, which is said, where they
+    cannot be read or no answer can be compared with them.
     """
     if label_file is None:
-        return None, None
+        return None
     if answers is None:
         watch.warn(
             "Right answers are not counted: the first output holds no score for each class, one "
             "row a sample."
         )
-        return None, None
+        return None
     try:
-        labels = read_labels(label_file, data)
+        return read_labels(label_file, data)
     except DataError as error:
         watch.warn(f"Right answers are not counted: {error}")
+        return None
+
+
+def _top1(
+    answers: Array | None, data: Dataset, labels: Mapping[str, int] | None
+) -> tuple[tuple[float, float] | None, Interval | None]:
+    """The share of right answers of both models, and the interval of what is lost; None where they
+    are not known.
+    """
+    if answers is None or labels is None:
         return None, None
     wanted = [[labels[str(data.files(index)[0])]] for index in range(len(answers))]
     right = answers == wanted
@@ -298,14 +308,11 @@ def _top1(
 
 
 def _changed(
-    seen: _Seen, answers: Array | None, data: Dataset, label_file: Path | None
+    seen: _Seen, answers: Array | None, data: Dataset, labels: Mapping[str, int]
 ) -> Iterator[Changed]:
     """The first samples whose answer changed."""
     if answers is None:
         return
-    labels = dict[str, int]()
-    with suppress(DataError):  # which was said
-        labels = read_labels(label_file, data) if label_file else {}
     for index in np.flatnonzero(answers[:, 0] != answers[:, 1])[:SHOWN_CHANGES].tolist():
         files = data.files(index)
         file = str(files[0]) if files else ""

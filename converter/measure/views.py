@@ -7,6 +7,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 
 from calib.affine import Array
+from calib.images import denormalized
 from calib.samples import Dataset, Sample
 from calib.sources import PICTURE_CHANNELS
 from converter.config import DataPreprocessParam
@@ -130,7 +131,7 @@ def pixels_of(sample: Sample, wanted: DataPreprocessParam) -> Array:
     x, axis = _picture(sample) or (np.zeros((1, 1, 1, 1)), 1)
     pixels = np.moveaxis(x[0], axis - 1, -1).astype(np.float32)
     if x.dtype.kind == "f" and wanted.input_type == "IMAGE":
-        pixels = pixels * np.array(wanted.normalize_std or 1) + np.array(wanted.normalize_mean or 0)
+        pixels = denormalized(pixels, wanted.normalize_mean, wanted.normalize_std, axis=-1)
     elif x.dtype.kind == "f":
         least = float(pixels.min())
         pixels = (pixels - least) * np.float32(255 / max(float(pixels.max()) - least, 1e-9))

@@ -81,15 +81,7 @@ def _plan_of(model: ir.Model, job: Job) -> QuantPlan:
     nodes: dict[str, NodePlan] = {}
     words, small = words_of(model), _small_tables(model)
     for node in nodes_of(model):
-        unit = _node_plan(node, words, job)
-        if unit.weight and not unit.weight.fixed and node.inputs[unit.weight.index] in small:
-            unit = NodePlan(
-                unit.name,
-                unit.op_type,
-                False,
-                small[node.inputs[unit.weight.index]],
-            )
-        nodes.setdefault(unit.name, unit)
+        unit = nodes.setdefault(node.name or "", _node_plan(node, words, small, job))
         release(value for value in node.inputs if value is not None)
         for name in unit.absorbed:
             nodes[name] = NodePlan(
@@ -132,10 +124,9 @@ def quantize(prepared: Prepared, job: Job, watch: Watch) -> Quantized:
     model = prepared.model
     wanted = job.config.weight_quant
     data, tuning = _data(prepared, job, watch), Tuning(job, watch)
-    judges = Parted(data, data, data)
-    if not job.config.common.bit_num and _is_bounded(job):
-        judges = parted(data, False, watch)
-        data = judges.fitted
+    bounded = not job.config.common.bit_num and _is_bounded(job)
+    judges = parted(data, False, watch) if bounded else Parted(data, data, data)
+    data = judges.fitted
     # What judged the search was not seen by rounding either.
     apart = judges.judges is not judges.fitted
     parts = (data, judges.judges) if apart and tuning.wanted else tuning.parted(data)
@@ -333,7 +324,12 @@ def _data(prepared: Prepared, job: Job, watch: Watch) -> Dataset:
     return synthetic_data(model)
 
 
-def _node_plan(node: ir.Node, words: Collection[ir.Value], job: Job) -> NodePlan:
+def _node_plan(
+    node: ir.Node,
+    words: Collection[ir.Value],
+    small: Mapping[ir.Value | None, str],
+    job: Job,
+) -> NodePlan:
     common, name, axes = job.config.common, node.name or "", weights_of(node)
     own = wishes_for(job.config.recipes, name, node.op_type)
     weights = [
@@ -346,6 +342,8 @@ def _node_plan(node: ir.Node, words: Collection[ir.Value], job: Job) -> NodePlan
     reason = skipped(node, wishes) or next(
         filter(None, reasons), None if weights else _without_weight(node)
     )
+    if weights and not weights[0].fixed:
+        reason = reason or small.get(node.inputs[weights[0].index])
     if reason:
         return NodePlan(name, node.op_type, False, reason)
     add = bias_add(node)
