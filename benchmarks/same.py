@@ -23,8 +23,8 @@ ROOT = Path(__file__).resolve().parents[1]
 DATA = Path(os.environ.get("QCONVERT_DATA", ROOT.parent / "shared" / "data"))
 DIGITS, TRAINED = ROOT / "examples" / "digits", ROOT / "examples" / "qat_digits"
 TARGETS = ("CPU", "CPU_VNNI", "ARM", "OPENVINO", "NVGPU", "DSP")
-# Lines that say how long something took.
-TIMED = re.compile(r"^(Speed|.*(slower|seconds))")
+# What lines and which file hold times.
+TIMES, TIMED = "time.csv", re.compile(r"^(Speed|.*(slower|seconds))")
 
 
 @dataclass(frozen=True)
@@ -95,9 +95,9 @@ def outcome(tree: Path, case: Case, folder: Path) -> dict[str, bytes]:
     """What the version in `tree` makes of a case: every model and CSV file, and what it prints."""
     folder.mkdir()
     (folder / "job.cfg").write_text(case.config, encoding="utf-8")
-    files = (f"--modelFile={case.model}", "--configFile=job.cfg", "--outputFile=out.onnx")
+    flags = (f"--modelFile={case.model}", "--configFile=job.cfg", "--outputFile=out.onnx")
     ran = subprocess.run(
-        [sys.executable, "-m", "converter", *files, *case.flags],
+        [sys.executable, "-m", "converter", *flags, *case.flags],
         cwd=folder,
         env={**os.environ, "PYTHONPATH": str(tree)},
         capture_output=True,
@@ -105,7 +105,8 @@ def outcome(tree: Path, case: Case, folder: Path) -> dict[str, bytes]:
         check=False,
     )
     said = [line for line in (ran.stdout + ran.stderr).splitlines() if not TIMED.match(line)]
-    kept = (path for path in sorted(folder.rglob("*")) if path.suffix in {".onnx", ".csv"})
+    files = (path for path in sorted(folder.rglob("*")) if path.suffix in {".onnx", ".csv"})
+    kept = (path for path in files if path.name != TIMES)
     made = {str(path.relative_to(folder)): path.read_bytes() for path in kept}
     return {**made, "printed": "\n".join([f"exit code {ran.returncode}", *said]).encode()}
 
