@@ -126,6 +126,16 @@ def test_copies_of_a_model_share_one_file_of_weights(tmp_path):
         np.testing.assert_array_equal(found, run(wanted, FEEDS)["y"])
 
 
+@pytest.mark.usefixtures("all_large")
+def test_weights_are_read_while_arrays_of_them_are_in_use(tmp_path):
+    model = load(written(tmp_path, apart=False))
+    table = model.graph.initializers["table"].const_value.numpy()
+    outputs = run(files.serialized(model), FEEDS)
+    np.testing.assert_array_equal(outputs["y"], run(build(TEXT, **CONSTANTS), FEEDS)["y"])
+    np.testing.assert_array_equal(table, CONSTANTS["table"])
+    assert not mapped_weights(model)
+
+
 def frozen_at(path: Path) -> bytes:
     return bytes(onnx.load(path).SerializeToString())
 

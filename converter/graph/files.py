@@ -434,7 +434,7 @@ def _write(model: ir.Model, path: Path, data: str | None = None) -> None:
         ir.save(model, path, external_data=data or f"{path.name}.data")
     else:
         # What is still in the float model's data file would be written as a reference to it.
-        ir.save(ir.external_data.load_to_model(model), path)
+        ir.save(mapped.in_memory(model), path)
     _complete(path, model)
 
 
@@ -560,7 +560,7 @@ _WEIGHTS: ContextVar[_Weights | None] = ContextVar("weights", default=None)
 
 def serialized(model: ir.Model) -> bytes:
     """The model as bytes; it must be small."""
-    return bytes(ir.to_proto(ir.external_data.load_to_model(model)).SerializeToString())
+    return bytes(ir.to_proto(mapped.in_memory(model)).SerializeToString())
 
 
 def _parts(model: ir.Model) -> Iterator[bytes]:

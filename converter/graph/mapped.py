@@ -16,6 +16,8 @@ from pathlib import Path
 import onnx
 import onnx_ir as ir
 
+from converter.graph.edit import initializers_of
+
 # Smaller files are read as a whole, and smaller weights are part of what is parsed.
 MAPPED_ABOVE, LEAST_MAPPED = 64 << 20, 1 << 12
 # Field numbers of onnx.proto, and the types of contents: a number, 8 bytes, bytes, 4 bytes.
@@ -60,6 +62,17 @@ def release(values: Iterable[ir.Value]) -> None:
         if isinstance(tensor, ir.ExternalTensor):
             with contextlib.suppress(BufferError):
                 tensor.release()
+
+
+def in_memory(model: ir.Model) -> ir.Model:
+    """The model with its weights read, where onnx_ir refuses if arrays of them are in use."""
+    for value in initializers_of(model):
+        tensor = value.const_value
+        if isinstance(tensor, ir.ExternalTensor):
+            value.const_value = ir.Tensor(tensor.numpy().copy(), tensor.dtype, name=tensor.name)
+            with contextlib.suppress(BufferError):
+                tensor.release()
+    return model
 
 
 def _without_weights(data: mmap.mmap) -> Iterator[bytes]:
