@@ -225,12 +225,12 @@ ROWS = {
     "ppocr_cls": Row(
         "ppocr_mobile_v2_cls.onnx",
         feeds.drawn("x", feeds.line_of_text(192, 48, turned=True), feeds.MONO),
-        tasks.classes([0, 1]),
+        tasks.classes(lambda: [0, 1]),
     ),
     "efficientnet_lite0": Row(
         "efficientnet_lite0.onnx",
         feeds.crops("input", 224, *feeds.MONO),
-        tasks.classes([label for _, label in feeds.labelled("dev")]),
+        tasks.classes(lambda: [label for _, label in feeds.labelled("dev")]),
         {"FULL_QUANT": "", "WEIGHT_QUANT": "bit_num=8"},
         dev=400,
     ),

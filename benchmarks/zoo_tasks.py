@@ -212,12 +212,12 @@ def likely(output: np.ndarray) -> np.ndarray:
     return output[0, 0] > 0.3
 
 
-def classes(labels: Sequence[int]) -> Judge:
+def classes(labels: Callable[[], Sequence[int]]) -> Judge:
     """Right answers, and answers that are the float model's; labels start over at their end."""
 
     def judge(answers: Iterable[Answer]) -> Figures:
         best = np.array([[x[0].argmax() for x in (a.wanted, a.given)] for a in answers])
-        right = np.resize(labels, len(best))
+        right = np.resize(labels(), len(best))
         wanted, given = best.T
         return {
             "top-1": float((given == right).mean()),

@@ -26,13 +26,13 @@ class IntFormat:
     """An integer format: `bits` wide; `narrow` gives up the lowest code so that a signed range is
     symmetric.
 
-    Codes of a `trellis` stand for levels that `calib.trellis` tells.
+    Codes of a `trellis` stand for levels that `calib.trellis` tells: its memory, 0 for none.
     """
 
     bits: int
     signed: bool
     narrow: bool = False
-    trellis: bool = False
+    trellis: int = 0
 
     @property
     def qmin(self) -> int:
@@ -167,9 +167,8 @@ def dequantize(codes: Array, q: QParams) -> Array:
     """Real values (float32) of integer `codes`; a trellis runs along the axis of the scales."""
     if q.format.trellis:
         assert q.axis is not None
-        codes = np.moveaxis(
-            trellis.points(np.moveaxis(codes, q.axis, -1), q.format.bits), -1, q.axis
-        )
+        codes = np.moveaxis(codes, q.axis, -1)
+        codes = np.moveaxis(trellis.points(codes, q.format.bits, q.format.trellis), -1, q.axis)
     scale = along(q.scale, q.axis, codes.shape)
     zero_point = along(q.zero_point, q.axis, codes.shape)
     return ((codes.astype(np.float64) - zero_point) * scale.astype(np.float64)).astype(np.float32)

@@ -1,11 +1,12 @@
 """Trellis codes: k bits a number, and the error of up to three quarters of a bit more.
 
-Numbers go in groups of GROUP. Their levels are parted into four subsets in turn; a number's subset
-follows from the lowest bit of its own code and of the MEMORY codes before it in the group, which is
-seen as a ring, and the other bits choose a level of the subset. So each number has k bits and
-2^(k+1) levels to come near it: Marcellin and Fischer, "Trellis Coded Quantization of Memoryless and
-Gauss-Markov Sources" (1990), with Ungerboeck's code of four states. As a group is short, all paths
-through its halves are tried, and how they fit together.
+Levels are parted into four subsets in turn; a number's subset follows from the lowest bit of its
+own code and of a few codes before it, the memory, and the other bits choose a level of the subset.
+So each number has k bits and 2^(k+1) levels to come near it: Marcellin and Fischer, "Trellis Coded
+Quantization of Memoryless and Gauss-Markov Sources" (1990), with Ungerboeck's codes of four and
+eight states. Numbers stand in rings, where the first follow from the last: with the SHORT memory
+groups of GROUP, with the LONG one whole rows. The best codes of a ring are found exactly: STEP
+numbers make a matrix of costs from state to state, and neighbours are joined until one is left.
 """
 
 from __future__ import annotations
@@ -19,13 +20,19 @@ from numpy.typing import NDArray
 
 Array = NDArray[Any]
 
+# Numbers whose bits make whole bytes.
 GROUP = 8
-MEMORY = 2
+SHORT, LONG = 2, 3
+# The codes whose lowest bits make those of a subset: 0 is a number's own, i the i-th before it.
+# Ungerboeck, "Channel Coding with Multilevel/Phase Signals" (1982): parity checks 5, 2 and 13, 4.
+TAPS = {SHORT: ((1,), (0, 2)), LONG: ((2,), (0, 1, 3))}
 SUBSETS = 4
 # The outermost level, where 1 is half the width of a uniform grid of as many bits.
 REACH = 1.2
-# Numbers whose paths are tried at a time.
-CHUNK = 1 << 15
+# Numbers that make one matrix, no fewer than the memory, and numbers whose paths are sought at a
+# time.
+STEP = 4
+CHUNK = 1 << 13
 
 
 @cache
@@ -45,32 +52,21 @@ def levels(bits: int) -> Array:
     return result
 
 
-def _subset(u: Array, before: Array, second: Array) -> Array:
-    """The subset of a number by its own lowest bit and those of the two codes before."""
-    return 2 * (u ^ second) + before
+def _subset(lowest: Array, memory: int) -> Array:
+    """The subset of a number by the lowest bits (memory + 1, ...) of its code and those before."""
+    low, high = (np.bitwise_xor.reduce(lowest[list(taps)]) for taps in TAPS[memory])
+    return np.asarray(2 * high + low)
 
 
 @cache
-def table(bits: int) -> Array:
-    """The level of every window: a code plus what `window_weights` adds for the codes before."""
-    window = np.arange(1 << (bits + MEMORY))
+def table(bits: int, memory: int) -> Array:
+    """The level of every window: a code, and above it the lowest bits of the codes before it."""
+    window = np.arange(1 << (bits + memory))
     code = window % (1 << bits)
-    before = window >> bits & 1
-    second = window >> (bits + 1)
-    subset = _subset(code & 1, before, second)
+    places = np.array([0, *range(bits, bits + memory)])
+    subset = _subset(window >> places[:, None] & 1, memory)
     result: Array = levels(bits)[SUBSETS * (code >> 1) + subset]
     return result
-
-
-def window_weights(bits: int) -> Array:
-    """What the lowest bit of every number (rows) of a group adds to the window of every number
-    (columns).
-    """
-    added = np.zeros((GROUP, GROUP))
-    for i in range(MEMORY):
-        follower = np.roll(np.eye(GROUP), i + 1, axis=1)
-        added += 2.0 ** (bits + i) * follower
-    return added
 
 
 @cache
@@ -113,103 +109,128 @@ def _cell(aims: Array, bits: int) -> Array:
     return cell
 
 
-@cache
-def _paths() -> tuple[Array, Array]:
-    """The lowest bits of every path through a group, and its subsets; both (paths, GROUP)."""
-    low = np.arange(1 << GROUP)[:, None] >> np.arange(GROUP) & 1
-    before = np.roll(low, 1, axis=1)
-    second = np.roll(low, 2, axis=1)
-    return low, _subset(low, before, second)
-
-
-@cache
-def _halves() -> tuple[Array, Array]:
-    """Which numbers and subsets the halves of paths meet (2, halves, GROUP / 2 * SUBSETS), and
-    which path they are of.
-
-    The first four numbers follow from all lowest bits but 4 and 5, the others from all but 0 and 1.
-    """
-    path = np.arange(1 << GROUP)
-    number = np.stack([path[path & 0b110000 == 0], path[path & 0b11 == 0]])
-    _, subsets = _paths()
-    half = GROUP // 2
-    subset = np.stack([subsets[number[0], :half], subsets[number[1], half:]])
-    met = subset[..., None] == np.arange(SUBSETS)
-    return met.reshape(*number.shape, -1).astype(np.float32), number
-
-
-def points(codes: Array, bits: int) -> Array:
+def points(codes: Array, bits: int, memory: int) -> Array:
     """The levels of `codes` (..., numbers); zeros make up the last group."""
-    count = codes.shape[-1]
-    grouped = _grouped(codes.astype(np.int64))
-    lowest = (grouped & 1).astype(np.float32)
-    added = lowest @ window_weights(bits).astype(np.float32)
-    window = grouped + added.astype(np.int64)
-    result: Array = table(bits)[window].reshape(
-        *codes.shape[:-1],
-        -1,
-    )
-    return result[..., :count]
+    rings = _rings(codes.astype(np.int64), memory)
+    window = rings.copy()
+    for i in range(memory):
+        window += (np.roll(rings, i + 1, axis=-1) & 1) << (bits + i)
+    result: Array = table(bits, memory)[window].reshape(*codes.shape[:-1], -1)
+    return result[..., : codes.shape[-1]]
 
 
-def nearest(aims: Array, weights: Array, bits: int) -> Array:
+def nearest(aims: Array, weights: Array, bits: int, memory: int) -> Array:
     """The codes whose levels are nearest to `aims` (..., numbers), squared errors counting as
     `weights` (numbers,).
     """
     rows = aims.reshape(-1, aims.shape[-1])
     count = min(len(rows), -(-rows.size // CHUNK)) or 1
     relative = (weights / weights.max()).astype(np.float32)
-    parts = [_nearest(part, relative, bits) for part in np.array_split(rows, count)]
+    parts = [_nearest(part, relative, bits, memory) for part in np.array_split(rows, count)]
     return np.concatenate(parts).reshape(aims.shape)
 
 
-def _nearest(aims: Array, weights: Array, bits: int) -> Array:
-    """Of all paths p through each group the one with the least sum over k of w_k (x_k - q_k)^2, q_k
-    the nearest to x_k of the subset that p passes at k: the best halves that agree in the two pairs
-    of bits they share.
+def _nearest(aims: Array, weights: Array, bits: int, memory: int) -> Array:
+    """Of all paths p around each ring the one with the least sum over k of w_k (x_k - q_k)^2, q_k
+    the nearest to x_k of the subset that p passes at k.
     """
     _, which, near = _cells(bits)
-    grouped = _grouped(aims)
-    cell = _cell(grouped.reshape(-1), bits)
-    errors = near.take(cell, axis=0) - grouped.reshape(-1, 1)
-    errors = np.square(errors, dtype=np.float32, casting="same_kind")
-    errors = errors.reshape(*grouped.shape, SUBSETS)
-    errors *= _grouped(weights)[..., None]
-    met, halves = _halves()
-    by_half = errors.reshape(-1, 2, met.shape[2])
-    costs = np.matmul(met, by_half.transpose(1, 2, 0))
-    if spare := -aims.shape[1] % GROUP:
-        last = costs.reshape(*halves.shape, *grouped.shape[:2])[..., -1]
-        last[halves >> (GROUP - spare) > 0] = np.inf
-    path = _best_path(costs)
-    low, subset = _paths()
-    level = which[cell, subset[path].reshape(-1)]
-    codes = 2 * level + low[path].reshape(-1)
+    rings = _rings(aims, memory)
+    flat = rings.reshape(-1, 1)
+    cell = _cell(flat[:, 0], bits)
+    errors = np.square(near.take(cell, axis=0) - flat, dtype=np.float32, casting="same_kind")
+    errors = errors.reshape(*rings.shape, SUBSETS)
+    errors *= _rings(weights, memory)[..., None]
+    costs = _costs(errors.reshape(-1, STEP, SUBSETS), memory)
+    _end_with_zeros(costs, aims.shape[1])
+    state, path = _cheapest(costs, rings.shape[-1] // STEP)
+    low, subset = (numbers[state, path].reshape(-1) for numbers in _steps(memory))
+    codes = 2 * which[cell, subset] + low
     codes = codes.astype(np.uint8).reshape(len(aims), -1)
     return codes[:, : aims.shape[1]]
 
 
-def _best_path(costs: Array) -> Array:
-    """The cheapest path of each group, for the costs (2, halves, groups) of its halves."""
-    # Pairs of bits, the highest first: 67, 23, 01 of the one half and 67, 45, 23 of the other.
-    first, second = costs.reshape(2, 4, 4, 4, -1)
-    joined = first.min(axis=2) + second.min(axis=1)
-    joint = joined.reshape(16, -1).argmin(axis=0)
-    high = joint >> 2
-    low = joint & 3
-    group = np.arange(len(joint))
-    lowest = first[high, low, :, group].argmin(axis=1)
-    middle = second[high, :, low, group].argmin(axis=1)
-    return np.asarray(lowest + (low << 2) + (middle << 4) + (high << 6))
+@cache
+def _steps(memory: int) -> tuple[Array, Array]:
+    """The lowest bits of STEP numbers and their subsets, both (states, paths, STEP).
+
+    Bit i of a path is that of number i, bit i of the state before it that of number i - memory.
+    """
+    state, path = np.arange(1 << memory)[:, None], np.arange(1 << STEP)
+    lowest = (state + (path << memory)) >> np.arange(memory + STEP)[:, None, None] & 1
+    subsets = [_subset(lowest[i : i + memory + 1][::-1], memory) for i in range(STEP)]
+    return np.stack(list(lowest[memory:]), axis=-1), np.stack(subsets, axis=-1)
 
 
-def _grouped(numbers: Array) -> Array:
-    """`numbers` (..., n) as (..., groups, GROUP), filled up with zeros."""
+def _costs(errors: Array, memory: int) -> Array:
+    """What each path costs: `errors` (steps, STEP, SUBSETS) as (states, paths, steps)."""
+    _, subsets = _steps(memory)
+    by_number = np.ascontiguousarray(errors.transpose(1, 2, 0))
+    costs: Array = by_number[0].take(subsets[..., 0], axis=0)
+    for i in range(1, STEP):
+        costs += by_number[i].take(subsets[..., i], axis=0)
+    return costs
+
+
+def _end_with_zeros(costs: Array, count: int) -> None:
+    """Leaves codes behind the `count` numbers of a row no choice but 0."""
+    steps = -(-count // GROUP) * GROUP // STEP
+    by_row = costs.reshape(*costs.shape[:2], -1, steps)
+    for step in range(count // STEP, steps):
+        inside = max(0, count - step * STEP)
+        by_row[:, 1 << inside :, :, step] = np.inf
+
+
+def _cheapest(costs: Array, steps: int) -> tuple[Array, Array]:
+    """The state before every step, and the path through it, that cost the least around rings of
+    `steps`.
+    """
+    states = len(costs)
+    # The state behind a path is its last bits.
+    by_end = costs.reshape(states, states, -1, costs.shape[-1])
+    joined = [by_end.min(axis=2).reshape(states, states, -1, steps)]
+    while joined[-1].shape[-1] > 1:
+        joined.append(_joined(joined[-1]))
+    around = np.einsum("iirk->irk", joined[-1])
+    start = end = around.argmin(axis=0)
+    for matrices in joined[-2::-1]:
+        start, end = _parted(matrices, start, end)
+    start, end = start.reshape(-1), end.reshape(-1)
+    first = by_end[start, end, :, np.arange(len(start))].argmin(axis=1)
+    return start, end * by_end.shape[2] + first
+
+
+def _pairs(matrices: Array) -> tuple[Array, Array]:
+    even = matrices.shape[-1] // 2 * 2
+    return matrices[..., 0:even:2], matrices[..., 1:even:2]
+
+
+def _joined(matrices: Array) -> Array:
+    """The costs (from, to, rings, steps) of two steps each; a last one without a partner stays."""
+    left, right = _pairs(matrices)
+    pairs = (left[:, :, None] + right).min(axis=1)
+    return np.concatenate([pairs, matrices[..., 2 * pairs.shape[-1] :]], axis=-1)
+
+
+def _parted(matrices: Array, start: Array, end: Array) -> tuple[Array, Array]:
+    """The states before and behind every step, from those (rings, pairs) of pairs of steps."""
+    left, right = _pairs(matrices)
+    rings, pairs = np.ogrid[: left.shape[2], : left.shape[3]]
+    first, last = start[:, : left.shape[3]], end[:, : left.shape[3]]
+    through = left[first, :, rings, pairs] + np.moveaxis(right[:, last, rings, pairs], 0, -1)
+    middle = through.argmin(axis=-1)
+    starts, ends = (np.empty((len(start), matrices.shape[-1]), int) for _ in "ab")
+    even = 2 * left.shape[3]
+    starts[:, 0:even:2], starts[:, 1:even:2] = first, middle
+    ends[:, 0:even:2], ends[:, 1:even:2] = middle, last
+    starts[:, even:], ends[:, even:] = start[:, left.shape[3] :], end[:, left.shape[3] :]
+    return starts, ends
+
+
+def _rings(numbers: Array, memory: int) -> Array:
+    """`numbers` (..., n) as (..., rings, numbers of a ring), filled up with zeros."""
     leading = numbers.shape[:-1]
-    spare = -numbers.shape[-1] % GROUP
-    if spare:
-        numbers = np.pad(
-            numbers,
-            [(0, 0)] * len(leading) + [(0, spare)],
-        )
-    return numbers.reshape(*leading, -1, GROUP)
+    if spare := -numbers.shape[-1] % GROUP:
+        numbers = np.pad(numbers, [(0, 0)] * len(leading) + [(0, spare)])
+    size = GROUP if memory == SHORT else numbers.shape[-1]
+    return numbers.reshape(*leading, -1, size)

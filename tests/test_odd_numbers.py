@@ -140,9 +140,12 @@ def test_no_number_becomes_zero() -> None:
 
 def test_more_numbers_than_a_chunk_in_one_row() -> None:
     aims = np.random.default_rng(0).normal(7.5, 4, (1, 40_001))
-    codes = trellis.nearest(aims, np.ones(40_001), 4)
+    codes = trellis.nearest(aims, np.ones(40_001), 4, trellis.SHORT)
     assert codes.shape == aims.shape
-    parts = [trellis.nearest(aims[:, i : i + 8], np.ones(8), 4) for i in range(0, 40_000, 8)]
+    parts = [
+        trellis.nearest(aims[:, i : i + 8], np.ones(8), 4, trellis.SHORT)
+        for i in range(0, 40_000, 8)
+    ]
     np.testing.assert_array_equal(codes[:, :40_000], np.concatenate(parts, axis=1))
 
 

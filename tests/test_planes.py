@@ -14,6 +14,7 @@ from graphs import build, run
 from hypothesis import given
 from hypothesis import strategies as st
 
+from calib import trellis
 from calib.affine import IntFormat, QParams, dequantize
 from converter.emit.planes import PlaneWriter, to_planes
 from converter.graph.edit import weight_bytes
@@ -67,20 +68,23 @@ def test_the_runtime_restores_every_weight(bits, shape, axis):
         np.testing.assert_allclose(found, meaning(weight), rtol=2e-7, atol=0)
 
 
-def coded(weight):
+MEMORIES = [trellis.SHORT, trellis.LONG]
+
+
+def coded(weight, memory):
     """The same codes, as those of a trellis."""
-    return replace(
-        weight, qparams=replace(weight.qparams, format=replace(weight.qparams.format, trellis=True))
-    )
+    q = weight.qparams
+    return replace(weight, qparams=replace(q, format=replace(q.format, trellis=memory)))
 
 
 @pytest.mark.parametrize(
     ("shape", "axis"),
     [((24, 10), 1), ((16, 24), 1), ((10, 24), 0), ((44, 3, 3, 3), 0), ((5, 7, 3), 1)],
 )
+@pytest.mark.parametrize("memory", MEMORIES)
 @pytest.mark.parametrize("bits", range(2, 8))
-def test_the_runtime_looks_up_the_levels_of_a_trellis(bits, shape, axis):
-    weight = coded(weight_of(bits, shape, axis))
+def test_the_runtime_looks_up_the_levels_of_a_trellis(bits, memory, shape, axis):
+    weight = coded(weight_of(bits, shape, axis), memory)
     expected = dequantize(
         weight.codes, weight.qparams
     )  # held against the definition in test_trellis
@@ -89,9 +93,11 @@ def test_the_runtime_looks_up_the_levels_of_a_trellis(bits, shape, axis):
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
-def test_a_trellis_takes_its_bits_in_the_file():
-    shared = 4 * (8 + 64 * 4 + 64) + 2 * 64  # the same as below, and a table
-    size = weight_bytes(written(coded(weight_of(4, (64, 64), 0))))
+@pytest.mark.parametrize("memory", MEMORIES)
+def test_a_trellis_takes_its_bits_in_the_file(memory):
+    # The same as below, but that there may be twice the planes, a table and the order of bytes.
+    shared = 4 * (8 + 2 * 64 * 4 + 64) + 2 * (16 << memory) + 4 * 8
+    size = weight_bytes(written(coded(weight_of(4, (64, 64), 0), memory)))
     assert 64 * 64 / 2 < size <= 64 * 64 / 2 + 64 * (4 + 2) + shared
 
 

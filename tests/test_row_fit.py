@@ -122,12 +122,13 @@ def test_variance_correction_gives_mean_and_deviation_back():
 
 
 @pytest.mark.parametrize("bits", [2, 3, 4, 5])
+@pytest.mark.parametrize("memory", [trellis.SHORT, trellis.LONG])
 @pytest.mark.parametrize("data", [True, False])
-def test_a_trellis_lowers_the_error(bits, data):
+def test_a_trellis_lowers_the_error(bits, data, memory):
     with_trellis = without = 0.0
     for seed in range(4):
         weight, moments = problem(seed, rows=24, columns=200, samples=400)
-        for coded in (True, False):
+        for coded in (memory, 0):
             wanted = Grids(IntFormat(bits, signed=False, trellis=coded))
             rows = fit(weight, moments if data else None, wanted)
             found = errors(weight, rows, moments if data else np.eye(200)[None]).sum()
@@ -139,13 +140,15 @@ def test_a_trellis_lowers_the_error(bits, data):
 
 def test_short_rows_keep_a_uniform_grid():
     weight = np.random.default_rng(0).normal(size=(16, 1, 9))
-    assert not fit(weight, None, Grids(IntFormat(4, signed=False, trellis=True))).format.trellis
+    fmt = IntFormat(4, signed=False, trellis=trellis.SHORT)
+    assert not fit(weight, None, Grids(fmt)).format.trellis
 
 
-def test_codes_of_a_trellis_stand_for_its_points():
+@pytest.mark.parametrize("memory", [trellis.SHORT, trellis.LONG])
+def test_codes_of_a_trellis_stand_for_its_points(memory):
     weight, moments = problem(3, rows=13, columns=64)
-    rows = fit(weight, moments, Grids(IntFormat(3, signed=False, trellis=True)))
-    np.testing.assert_array_equal(trellis.points(rows.codes()[0].T, 3).T, rows.points[0])
+    rows = fit(weight, moments, Grids(IntFormat(3, signed=False, trellis=memory)))
+    np.testing.assert_array_equal(trellis.points(rows.codes()[0].T, 3, memory).T, rows.points[0])
 
 
 @pytest.mark.parametrize("data", [False, True])

@@ -15,7 +15,7 @@ as they are.
 Where it makes the file smaller, codes are thinned out first. A weight of many zeros is a mask of
 one bit a weight and the other codes alone, put back by a Gather; codes of few distinct values are
 indices into a table. Both fold as well. Codes of a trellis stand with the channels last; the MatMul
-makes windows of them, whose levels a Gather looks up.
+makes windows of them, of a long memory with the byte before, whose levels a Gather looks up.
 """
 
 from __future__ import annotations
@@ -110,6 +110,7 @@ class PlaneWriter:
         bits = q.format.bits
         axis = q.axis or 0
         last = codes.ndim - 1
+        memory = q.format.trellis
         codes = np.moveaxis(codes, axis, -1)
         channels = codes.shape[-1]
         missing = -channels % trellis.GROUP
@@ -117,10 +118,14 @@ class PlaneWriter:
             codes,
             [(0, 0)] * last + [(0, missing)],
         )
-        value = self._cast(f"{name}_codes", to_planes(filled, bits))
-        value = self._chain(value, _unpacking(bits, trellis.window_weights(bits)))
+        planes = to_planes(filled, bits)
+        if memory == trellis.LONG:
+            value = self._with_bytes_before(name, planes, filled.shape[-1] // 8)
+        else:
+            value = self._cast(f"{name}_codes", planes)
+        value = self._chain(value, _unpacking(_windows(bits, memory)))
         value = self._node("Cast", [value], to=ir.DataType.INT32)
-        table = self._cast(f"levels_{bits}", trellis.table(bits).astype(np.float16))
+        table = self._cast(f"levels_{bits}", trellis.table(bits, memory).astype(np.float16))
         value = self._node("Gather", [table, value])
         value = self._chain(value, [("Reshape", np.array(filled.shape))])
         if missing:
@@ -133,6 +138,15 @@ class PlaneWriter:
             return value
         order = [*range(axis), last, *range(axis, last)]
         return self._node("Transpose", [value], perm=order)
+
+    def _with_bytes_before(self, name: str, planes: Array, ring: int) -> ir.Value:
+        """Behind the planes of every byte those of the byte before it in its ring."""
+        bits = planes.shape[1]
+        value = self._cast(f"{name}_codes", planes.reshape(-1, ring, bits))
+        before = self._store(f"before_{ring}", np.roll(np.arange(ring, dtype=np.int32), 1))
+        others = self._node("Gather", [value, before], axis=1)
+        both = self._node("Concat", [value, others], axis=2)
+        return self._chain(both, [("Reshape", np.array([-1, 2 * bits, 1]))])
 
     def _scaled(
         self,
@@ -170,7 +184,7 @@ class PlaneWriter:
         if bits in PLAIN_BITS:
             return self._cast(f"{name}_codes", codes)
         value = self._cast(f"{name}_codes", to_planes(codes, bits))
-        value = self._chain(value, _unpacking(bits))
+        value = self._chain(value, _unpacking(_sums(bits)))
         return self._chain(value, _shaping(codes.size, 8, codes.shape))
 
     def _mask(self, name: str, mask: Array) -> tuple[ir.Value, ir.Value]:
@@ -189,7 +203,7 @@ class PlaneWriter:
         start = np.cumsum(counted) - counted - 1
         start = start.astype(np.int32).reshape(-1, 1, 1)
         bits = self._cast(f"{name}_mask", to_planes(padded, 1))
-        bits = self._chain(bits, _unpacking(1))
+        bits = self._chain(bits, _unpacking(_sums(1)))
         bits = self._chain(
             bits,
             [("Reshape", np.array([-1, GROUP, 8]))],
@@ -262,17 +276,33 @@ def _content(array: Array) -> Content:
     return array.dtype.str, array.shape, digest
 
 
-def _unpacking(bits: int, before: Array | float = 0.0) -> Iterator[Step]:
-    """Operators with their constant operands, from planes to codes, eight a row; plus `before`
-    times lowest bits.
+def _unpacking(weights: Array) -> Iterator[Step]:
+    """Operators with their constant operands from planes to eight sums a row, where bit i of plane
+    p counts `weights[p, i]` (planes, 8, 8).
     """
     difference = np.eye(8) - 2 * np.eye(8, k=-1)
     yield "Mul", 0.5 ** np.arange(8, dtype=np.float32)
     yield ("Floor",)
-    yield "Reshape", np.array([-1, 8 * bits])
-    weights = np.kron(2.0 ** np.arange(bits)[:, None], difference)
-    weights[:8] += difference @ (before * np.ones((8, 8)))
-    yield "MatMul", weights.astype(np.float32)
+    yield "Reshape", np.array([-1, 8 * len(weights)])
+    yield "MatMul", (difference @ weights).reshape(-1, 8).astype(np.float32)
+
+
+def _sums(bits: int) -> Array:
+    """What makes codes of their planes."""
+    return 2.0 ** np.arange(bits)[:, None, None] * np.eye(8)
+
+
+def _windows(bits: int, memory: int) -> Array:
+    """What makes windows of the planes of a byte and, with a long memory, of the byte before it."""
+    weights = np.concatenate([_sums(bits), np.zeros((bits, 8, 8))])
+    for i in range(1, memory + 1):
+        weights[0] += 2.0 ** (bits + i - 1) * np.eye(8, k=i)
+        weights[bits] += 2.0 ** (bits + i - 1) * np.eye(8, k=i - 8)
+    if memory == trellis.SHORT:
+        # The byte is its own ring.
+        weights[0] += weights[bits]
+        return weights[:bits]
+    return weights
 
 
 def _shaping(size: int, multiple: int, shape: tuple[int, ...]) -> Iterator[Step]:

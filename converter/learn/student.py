@@ -78,12 +78,9 @@ class _Weight:
             codes = np.clip(np.rint(aims), fmt.qmin, fmt.qmax)
             return codes.astype(fmt.dtype), codes
         axis = not_none(self.grid.axis)
-        codes = trellis.nearest(
-            np.moveaxis(aims, axis, -1),
-            np.square(scale),
-            fmt.bits,
-        )
-        points = trellis.points(codes, fmt.bits).astype(np.float32)
+        last = np.moveaxis(aims, axis, -1)
+        codes = trellis.nearest(last, np.square(scale), fmt.bits, fmt.trellis)
+        points = trellis.points(codes, fmt.bits, fmt.trellis).astype(np.float32)
         return np.moveaxis(codes, -1, axis), np.moveaxis(points, -1, axis)
 
     def summed(self, slope: Array) -> Array:

@@ -200,8 +200,8 @@ def chosen(aims: Array, weights: Array, fmt: IntFormat) -> Array:
     if not fmt.trellis:
         return np.clip(np.rint(aims), fmt.qmin, fmt.qmax)
     flat = aims.reshape(*aims.shape[:-2], -1)
-    codes = trellis.nearest(flat, weights.reshape(-1), fmt.bits)
-    return trellis.points(codes, fmt.bits).reshape(aims.shape)
+    codes = trellis.nearest(flat, weights.reshape(-1), fmt.bits, fmt.trellis)
+    return trellis.points(codes, fmt.bits, fmt.trellis).reshape(aims.shape)
 
 
 def compensated(

@@ -52,7 +52,7 @@ class Rows:
             return self.points
         flat = self.points.reshape(-1, self.points.shape[2]).T
         alike = np.ones(flat.shape[1])
-        codes = trellis.nearest(flat, alike, self.format.bits)
+        codes = trellis.nearest(flat, alike, self.format.bits, self.format.trellis)
         return codes.T.reshape(self.points.shape)
 
     def relative_error(self, weight: Array, moments: Array | None) -> float:
@@ -92,7 +92,7 @@ def fit(weight: Array, moments: Array | None, grids: Grids, kept: Array | None =
     Where `kept` is false, weights become exact zeros; grids must have integer ones then. Where a
     trellis is wanted, rows may still be too short for it: then codes stand for themselves.
     """
-    formats = [replace(grids.format, trellis=way) for way in {grids.format.trellis, False}]
+    formats = [replace(grids.format, trellis=way) for way in {grids.format.trellis, 0}]
     ways = [replace(grids, format=fmt) for fmt in formats]
     firsts = [_first(weight, moments, way) for way in ways]
     best = min(
@@ -215,13 +215,17 @@ def _first(weight: Array, moments: Array | None, grids: Grids) -> tuple[float, A
 
 
 def _on(weight: Array, scale: Array, zero: Array, fmt: IntFormat) -> Rows:
-    """The nearest points on the grids `scale`, `zero`."""
+    """The nearest points on the grids `scale`, `zero`.
+
+    All rows of a trellis count alike, each in its own steps: a table looks up one at a time, and a
+    quiet one shall not pay for the others.
+    """
     aims = np.moveaxis(
         weight / scale[..., None] + zero[..., None],
         2,
         0,
     )
-    points = chosen(aims, scale**2, fmt)
+    points = chosen(aims, np.ones_like(scale), fmt)
     return Rows(np.moveaxis(points, 0, 2), scale, zero, fmt)
 
 

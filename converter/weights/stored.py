@@ -6,6 +6,7 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
+from calib import trellis
 from calib.affine import Array, QParams
 from calib.search import fewest
 from converter.plan.matrices import plain_matrix, plain_weight
@@ -33,6 +34,8 @@ WIDEST = 16
 JOINED = 1 << 20
 # A trellis may pay for codes of these widths, where most weights differ.
 TRELLIS_BITS = range(2, 8)
+# Weights from which a long memory saves more bytes than the nodes that undo it take.
+LONG_PAYS = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -117,9 +120,12 @@ def _fewest_bits(
     bound, integer_zero = _for(wanted, storage).max_error, storage.integer_zero or kept is not None
     grids = Grids(wanted.format, wanted.axis is not None, integer_zero, storage.symmetric)
     varied = grids.per_row and not integer_zero and _varied(weight)
+    long = moments is not None and weight.size >= LONG_PAYS
+    memory = trellis.LONG if long else trellis.SHORT
 
     def fitted(bits: int) -> Rows:
-        fmt = replace(wanted.format, bits=bits, trellis=varied and bits in TRELLIS_BITS)
+        coded = memory if varied and bits in TRELLIS_BITS else 0
+        fmt = replace(wanted.format, bits=bits, trellis=coded)
         return fit(weight, moments, replace(grids, format=fmt), kept)
 
     def within(bits: int) -> Rows | None:
