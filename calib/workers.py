@@ -14,13 +14,15 @@ Result = TypeVar("Result")
 SLICE = 16
 
 
-def over_samples(count: int, step: Callable[[int], Result], threads: int) -> Iterator[Result]:
-    """step(0), step(1), … step(count - 1), computed on `threads` workers and handed out in this
-    order.
+def over_samples(
+    count: int, step: Callable[[int], Result], threads: int, *, most: int = SLICE
+) -> Iterator[Result]:
+    """step(0), step(1), … step(count - 1), computed on `threads` workers, `most` of them at a time,
+    and handed out in this order.
 
     `step` must not call over_samples itself.
     """
-    width = max(1, min(SLICE, count // threads))
+    width = max(1, min(most, count // threads))
     slices = [range(start, min(start + width, count)) for start in range(0, count, width)]
     # A wave bounds how many results wait for a slow one before them.
     for start in range(0, len(slices), 2 * threads):

@@ -15,7 +15,7 @@ from converter.weights.bit_search import divergence
 from converter.weights.journal import Journal
 from converter.weights.mixed_bits import WIDTHS, allocation, path
 
-SENSITIVITY = {"search": "SENSITIVITY", "target_ratio": 5}
+SENSITIVITY = {"search": "SENSITIVITY", "target_ratio": 4}
 X = normal(12, 32)
 
 
@@ -59,7 +59,7 @@ def test_no_allocation_beats_a_step_of_the_path(seed):
 def test_an_allocation_uses_its_room(seed, average):
     worth, sizes = problem(seed)
     most = average * sum(sizes.values())
-    bits = allocation(path(worth, sizes), sizes, most)
+    bits = allocation(path(worth, sizes), sizes, lambda name, n: n * sizes[name], most)
     size, _ = total(worth, sizes, bits)
     assert size <= most
     assert all(size + sizes[name] > most for name in sizes if bits[name] < WIDTHS[-1])
@@ -67,7 +67,19 @@ def test_an_allocation_uses_its_room(seed, average):
 
 def test_worth_as_the_size_means_equal_bits():
     sizes = {"a": 10, "b": 300, "c": 7}
-    assert set(allocation(path(dict(sizes), sizes), sizes, 5 * 317).values()) == {5}
+    steps = path(dict(sizes), sizes)
+    bits = allocation(steps, sizes, lambda name, n: n * sizes[name], 5 * 317)
+    assert set(bits.values()) == {5}
+
+
+def test_an_allocation_counts_what_a_width_takes_beside_its_codes():
+    sizes = {"a": 100, "b": 100}
+    steps = path({"a": 2.0, "b": 1.0}, sizes)
+
+    def cost(name, bits):
+        return bits * sizes[name] + (1000 if bits > 2 and name == "a" else 0)
+
+    assert allocation(steps, sizes, cost, 900) == {"a": 2, "b": 7}
 
 
 def test_divergence_of_probabilities_and_of_anything_else():
@@ -89,14 +101,33 @@ class Impatient(Ear):
 
 def test_a_search_tells_what_can_be_had(tmp_path):
     ear = Ear()
-    outcome, data = converted(tmp_path, layers(), X, {"bit_num": 0}, mixed=SENSITIVITY, watch=ear)
+    outcome, _ = converted(tmp_path, layers(), X, {"bit_num": 0}, mixed=SENSITIVITY, watch=ear)
     rows = [line for line in ear.told if line.startswith("Could be had")]
     assert len(rows) > 6
     assert [float(row.split()[3]) for row in rows] == sorted(float(row.split()[3]) for row in rows)
     assert sum("measured" in row for row in rows) in {2, 3}
-    assert len(data) < 0.33 * (tmp_path / "model.onnx").stat().st_size
     bits = {name: stored.qparams.format.bits for (name, _), stored in outcome.plan.stored.items()}
     assert bits["c"] > bits["b"]
+
+
+def test_a_ratio_out_of_reach_is_said(tmp_path):
+    ear, mixed = Ear(), {"search": "SENSITIVITY", "target_ratio": 15.9}
+    converted(tmp_path, layers(), X, {"bit_num": 0}, mixed=mixed, watch=ear)
+    assert any("target_ratio = 15.9 is out of reach" in line for line in ear.warned)
+
+
+@pytest.mark.parametrize("ratio", [6, 9.5, 11])
+def test_the_file_is_so_many_times_smaller(tmp_path, ratio):
+    weights = {f"w{i}": normal(256, 256, seed=i) for i in range(4)}
+    steps = " ".join(f"h{i + 1} = MatMul (h{i}, w{i})" for i in range(4))
+    model = build(
+        f"g (float[1,256] x) => (float[1,256] h4) {{ h0 = Relu (x)  {steps} }}", **weights
+    )
+    mixed = {"search": "SENSITIVITY", "target_ratio": ratio}
+    _, data = converted(tmp_path, model, normal(12, 256), {"bit_num": 0}, mixed=mixed)
+    # One more bit for a weight would be too many.
+    most = (tmp_path / "model.onnx").stat().st_size / ratio
+    assert most - 256 * 256 / 8 - 300 < len(data) <= most + 300
 
 
 @pytest.mark.parametrize(

@@ -62,6 +62,22 @@ def test_runtimes_unpack_when_they_load(tmp_path):
     assert not {"Floor", "Cast", "Sub", "Mul", "DequantizeLinear"} & set(optimized(tmp_path, data))
 
 
+@pytest.mark.parametrize(("bits", "large", "halved"), [(4, 1, 1), (8, 1, 0), (4, 1e6, 0)])
+def test_biases_beside_few_bits_take_half_the_bytes(tmp_path, bits, large, halved):
+    bias = normal(96) * large
+    text = "g (float[1,64] x) => (float[1,96] y) { y = Gemm (x, w, b) }"
+    model = build(text, w=normal(64, 96), b=bias)
+    _, data = converted(tmp_path, model, common={"bit_num": bits})
+    stored = onnx.load_from_string(data).graph.initializer
+    types = [x.data_type for x in stored if x.name.startswith("b")]
+    assert (onnx.TensorProto.FLOAT16 in types) == halved
+    # What stands in for the bias is within float16's precision of it.
+    found, exact = (
+        run(x, {"x": np.zeros((1, 64), np.float32)}, optimize=True)["y"] for x in (data, model)
+    )
+    np.testing.assert_allclose(found, exact, rtol=2.0**-11)
+
+
 def test_data_lowers_the_error(tmp_path):
     model, x = build(CONV, **WEIGHTS), np.abs(normal(16, 8, 9, 9)) + 1
     errors = {}

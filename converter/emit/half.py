@@ -8,15 +8,19 @@ import numpy as np
 import onnx_ir as ir
 
 from calib.affine import Array
-from converter.graph.edit import Names, add_constant, constant, not_none
+from converter.graph.edit import Names, add_constant, constant, graph_of, input_at, not_none
 from converter.graph.qdq import is_conversion
 from converter.plan.ops import draws
+from converter.plan.plan import NodePlan, QuantPlan
+from converter.plan.units import bias_place, planned
 
 # Below this many elements the Cast costs more bytes than float16 saves.
 LEAST_SIZE = 64
 # The most relative error of a number, and of the energy of a channel of weights: float16 rounds to
 # 2^-11, but below 6e-5 in steps of 6e-8.
 MOST_ERROR, MOST_CHANNEL_ERROR = 2.0**-9, 2.0**-16
+# Weights of fewer bits than this lose so much more that float16 does for the biases beside them.
+FULL_BITS = 8
 
 
 def store_constants_as_half(model: ir.Model) -> list[str]:
@@ -33,6 +37,24 @@ def store_constants_as_half(model: ir.Model) -> list[str]:
             else:
                 kept.append(value.name or "")
     return kept
+
+
+def store_biases_as_half(model: ir.Model, plan: QuantPlan) -> None:
+    """Changes the model, in which `plan` is emitted, in place: the biases beside weights of few
+    bits.
+    """
+    names = Names(model)
+    for node, unit in planned(model, plan):
+        value = input_at(*bias_place(node, unit))
+        if value is None or not (_worthwhile(value) and _narrow(unit, plan)):
+            continue
+        if _fits(not_none(constant(value))):
+            _store(graph_of(value), value, names)
+
+
+def _narrow(unit: NodePlan, plan: QuantPlan) -> bool:
+    stored = [plan.stored[unit.name, weight.index] for weight in unit.weights]
+    return all(weight.qparams.format.bits < FULL_BITS for weight in stored)
 
 
 def _worthwhile(value: ir.Value) -> bool:

@@ -256,7 +256,7 @@ class PlaneWriter:
 
     def _node(self, op_type: str, inputs: list[ir.Value], **attributes: Any) -> ir.Value:
         # Short names: a file of few bits is small, and they stand in it three times.
-        name = self.names.fresh(f"unpack{next(self._numbers)}")
+        name = self.names.fresh(f"u{next(self._numbers)}")
         output = ir.Value(name=name)
         node = ir.node(op_type, inputs, attributes, name=name, outputs=[output])
         self._nodes.append(node)

@@ -16,6 +16,7 @@ from contextvars import ContextVar
 from functools import partial
 from pathlib import Path
 
+import numpy as np
 import onnx
 import onnx_ir as ir
 import onnx_ir.passes.common as common
@@ -572,6 +573,14 @@ def _parts(model: ir.Model) -> Iterator[bytes]:
         for name, value in graph.initializers.items():
             yield (name or "").encode()
             yield value.const_value.tobytes() if value.const_value else b""
+
+
+def model_bytes(model: ir.Model) -> int:
+    """Bytes of a model's file, within a few for each weight."""
+    graph = model.clone()
+    for value in initializers_of(graph):
+        value.const_value = ir.tensor(np.empty(0, np.uint8), name=value.name)
+    return len(serialized(graph)) + weight_bytes(model)
 
 
 def file_bytes(path: Path) -> int:

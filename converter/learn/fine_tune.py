@@ -492,7 +492,8 @@ def fine_tuned(model: ir.Model, plan: QuantPlan, samples: Samples, training: Tra
     supply = WholeSupply(model, samples, aim.taught, options)
 
     def lesson(plan: QuantPlan) -> Lesson:
-        return Lesson(Student(model, plan, options.may), aim.loss, options.threads)
+        student = Student(model, plan, options.may, threads=options.threads)
+        return Lesson(student, aim.loss, options.threads)
 
     before = least = lesson(plan).judged(plan, supply.held)
     steps = wanted = 0
@@ -528,7 +529,7 @@ def by_blocks(model: ir.Model, plan: QuantPlan, samples: Samples, training: Trai
         named = [{f"{name}_teacher": x for name, x in some.items()} for some in taught]
         inside = [_Inside(*four) for four in zip(own, reference, named, beside, strict=True)]
         lesson = Lesson(
-            Student(block.model, plan, options.may),
+            Student(block.model, plan, options.may, threads=options.threads),
             error(block.ends),
             threads,
         )

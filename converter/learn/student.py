@@ -19,6 +19,7 @@ import onnx_ir as ir
 
 from calib import trellis
 from calib.affine import Array, QParams, along, dequantize
+from calib.workers import over_samples
 from converter.emit.planes import half_if_exact
 from converter.graph.edit import not_none
 from converter.learn.restored import restored, scale_of
@@ -140,8 +141,10 @@ class Student:
     those that gradients are wanted for.
     """
 
-    def __init__(self, model: ir.Model, plan: QuantPlan, may: Learnable = STORED) -> None:
-        self.model, self.plan = restored(model, plan), plan
+    def __init__(
+        self, model: ir.Model, plan: QuantPlan, may: Learnable = STORED, *, threads: int = 1
+    ) -> None:
+        self.model, self.plan, self._threads = restored(model, plan), plan, threads
         self._weights, self._biases = dict[str, _Weight](), dict[str, _Bias]()
         for node, unit in planned(self.model, plan):
             self._add_weights(node, unit)
@@ -198,10 +201,14 @@ class Student:
         self, learned: Mapping[str, Array], last: Mapping[str, Rounded] | None = None
     ) -> dict[str, Rounded]:
         """What weights are after rounding; with the codes of the `last` one where it is given."""
-        weights = self._weights.items()
-        return {
-            name: self._rounded(name, w, learned, (last or {}).get(name)) for name, w in weights
-        }
+        weights = list(self._weights.items())
+
+        def one(index: int) -> Rounded:
+            name, weight = weights[index]
+            return self._rounded(name, weight, learned, (last or {}).get(name))
+
+        found = over_samples(len(weights), one, self._threads, most=1)
+        return {name: now for (name, _), now in zip(weights, found, strict=True)}
 
     def _rounded(
         self, name: str, weight: _Weight, learned: Mapping[str, Array], last: Rounded | None

@@ -25,11 +25,12 @@ from converter.emit.dequantize import (
     opset_for,
     type_for,
 )
+from converter.emit.half import store_biases_as_half
 from converter.emit.planes import PlaneWriter
 from converter.emit.stored import emit_stored
 from converter.errors import ConfigError, ModelError
 from converter.graph.edit import constant, initializers_of, nodes_of, not_none
-from converter.graph.files import accepting, refusal, save, saved
+from converter.graph.files import accepting, file_bytes, refusal, save, saved
 from converter.graph.mapped import release
 from converter.job import Job, Watch
 from converter.learn.own_data import with_distilled
@@ -157,7 +158,7 @@ def quantize(prepared: Prepared, job: Job, watch: Watch) -> Quantized:
     )
     for found in pareto:
         measured = "" if found.measured is None else f", {found.measured:.2g} measured"
-        size = f"{found.ratio:.2f} times smaller weights, {found.bits:.2f} bits each"
+        size = f"{found.ratio:.2f} times smaller, {found.bits:.2f} bits a weight"
         watch.tell(f"Could be had: {size}: loss of {found.expected:.2g} expected{measured}.")
     quantized = _emitted(model, plan, newest, signed)
     used, last = (data, judges.last) if given else (Dataset((), (), ()), None)
@@ -246,6 +247,7 @@ def _emitted(
     quantized = model.clone()
     if newest is None:
         emit_stored(quantized, plan, PlaneWriter(quantized))
+        store_biases_as_half(quantized, plan)
         return quantized
     opsets = [opset_for(weight, newest, signed) for weight in plan.stored.values()]
     quantized = raise_opset(quantized, max(opsets, default=0))
@@ -283,6 +285,9 @@ def _searched(
         save_best(found)
         kept = True
 
+    def emitted(found: QuantPlan) -> ir.Model:
+        return _emitted(fitter.model, found, newest, stores_signed(job.config))
+
     config = job.config
     told = (
         f"{fingerprint_of(fitter.model, fitter.data)} {config.common} {config.mixed_bit} "
@@ -290,7 +295,9 @@ def _searched(
     )
     journal = Journal(job.output.with_name(f"{job.output.name}.search.json"), told)
     try:
-        found = Search(fitter, judges, plan, config.mixed_bit, journal, keep).mixed()
+        before = file_bytes(job.model)
+        search = Search(fitter, judges, plan, config.mixed_bit, journal, keep, emitted, before)
+        found = search.mixed()
     except KeyboardInterrupt:
         there = f"{job.output} holds the best so far" if kept else "no output is written yet"
         msg = f"Interrupted; {there}, and the same command goes on where the search was."

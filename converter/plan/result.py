@@ -17,7 +17,7 @@ from converter.plan.plan import QuantPlan
 
 @dataclass(frozen=True)
 class Tradeoff:
-    """What a search found can be had: weights `ratio` times smaller, with `bits` a weight on
+    """What a search found can be had: a file `ratio` times smaller, with `bits` a weight on
     average.
 
     `expected` is what the outputs lose as far as single layers tell, `measured` what they lost;

@@ -6,6 +6,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from itertools import chain
+from typing import Any
 
 import numpy as np
 import onnx_ir as ir
@@ -17,7 +18,8 @@ from calib.workers import over_samples
 from converter.calibrate.runs import opened
 from converter.config.keys import MixedBitWeightQuantParam
 from converter.emit.stored import as_floats, emit_stored
-from converter.graph.edit import constant, weight_bytes
+from converter.graph.edit import constant
+from converter.graph.files import model_bytes
 from converter.measure.errors import side_by_side
 from converter.measure.sensitivity import only, output_drop
 from converter.plan.plan import QuantPlan, stored_bytes
@@ -75,6 +77,9 @@ def _are_probabilities(x: Array) -> bool:
 class Search:
     """The search that a config wants for the widths of a plan, judged on samples that nothing is
     fitted to; `keep` is handed every plan better than those before.
+
+    `emitted` makes a plan the model whose file shall be so many times smaller than `before`, in
+    bytes.
     """
 
     fitter: Fitter
@@ -83,6 +88,8 @@ class Search:
     wanted: MixedBitWeightQuantParam
     journal: Journal
     keep: Callable[[QuantPlan], None]
+    emitted: Callable[[QuantPlan], ir.Model]
+    before: int
 
     def mixed(self) -> tuple[QuantPlan, tuple[Tradeoff, ...]]:
         """The plan with the widths found, and what else could be had."""
@@ -128,11 +135,20 @@ class Search:
         ]
         if self.wanted.target_ratio is None:
             steps = path(budget.worth, budget.sizes)
-            narrow = [allocation(steps[:n], budget.sizes, np.inf) for n in range(len(steps) + 1)]
+            narrow = [
+                allocation(steps[:n], budget.sizes, budget.cost, np.inf)
+                for n in range(len(steps) + 1)
+            ]
             return self._least(
                 len(steps), lambda n: fitter.fitted(self.plan.with_bits(narrow[n]))
             ), tuple(table)
-        tried = [budget.within(self.wanted.target_ratio, blend) for blend in BLENDS]
+        most = budget.ratio(dict.fromkeys(budget.sizes, WIDTHS[0]))
+        if most < (wanted := self.wanted.target_ratio):
+            fitter.watch.warn(
+                f"target_ratio = {wanted:g} is out of reach: in {WIDTHS[0]} bits the file is "
+                f"{most:.1f} times smaller."
+            )
+        tried = [budget.within(wanted, blend) for blend in BLENDS]
         measured = [
             self._measured(widths)
             for widths in fitter.watch.track(tried, "Trying bits", len(tried))
@@ -147,24 +163,26 @@ class Search:
         """Sizes, and what every unit alone costs the outputs of samples that it was not fitted
         on.
         """
-        model, units = self.fitter.model, list(planned(self.fitter.model, self.plan))
         arrays = {
             u.name: [x for w in u.weights if (x := constant(n.inputs[w.index])) is not None]
-            for n, u in units
+            for n, u in planned(self.fitter.model, self.plan)
+            if not u.weights[0].fixed
         }
-        overhead = sum(
-            stored_bytes(0, len(x), WIDTHS[0]) for weights in arrays.values() for x in weights
-        )
         sizes = {name: sum(x.size for x in weights) for name, weights in arrays.items()}
-        for unit in self.plan.units():
-            if unit.weights[0].fixed:
-                size = sizes.pop(unit.name)
-                overhead += stored_bytes(size, 0, unit.weights[0].format.bits) - 4 * size
-        effects = self.journal.once("effects", self._effects)
-        worth = {name: max(effects[name], SMALLEST_SCALE) * 4.0**MEASURED_BITS for name in sizes}
-        return Budget(worth, sizes, weight_bytes(model), overhead)
 
-    def _effects(self) -> dict[str, float]:
+        def cost(name: str, bits: int) -> int:
+            return sum(stored_bytes(x.size, len(x), bits) for x in arrays[name])
+
+        ranked = self.journal.once("ranked", self._ranked)
+        rest = ranked["bytes"] - sum(cost(name, MEASURED_BITS) for name in sizes)
+        effects = ranked["effects"]
+        worth = {name: max(effects[name], SMALLEST_SCALE) * 4.0**MEASURED_BITS for name in sizes}
+        return Budget(worth, sizes, cost, self.before, rest)
+
+    def _ranked(self) -> dict[str, Any]:
+        """What every unit alone costs the outputs at one width, and the bytes of the file with it
+        everywhere.
+        """
         plan = self._on_a_part.fitted(
             self.plan.with_bits({u.name: MEASURED_BITS for u in self.plan.units()}),
             alone=True,
@@ -174,7 +192,8 @@ class Search:
             "Ranking nodes",
             len(plan.units()),
         )
-        return {unit.name: self._divergence(only(plan, unit)) for unit in units}
+        effects = {unit.name: self._divergence(only(plan, unit)) for unit in units}
+        return {"effects": effects, "bytes": model_bytes(self.emitted(plan))}
 
     def _measured(self, widths: Mapping[str, int]) -> float:
         """What the outputs lose with these widths; the plan is kept if no other lost less."""
@@ -182,7 +201,7 @@ class Search:
 
         def measure() -> float:
             before = min(
-                (v for k, v in self.journal.known.items() if k != "effects"),
+                (v for k, v in self.journal.known.items() if k != "ranked"),
                 default=np.inf,
             )
             plan = self._on_a_part.fitted(self.plan.with_bits(widths))

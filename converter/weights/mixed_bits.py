@@ -9,13 +9,16 @@ and equal bits for all are tried out as well: fitted on a part of the samples, j
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 
 from converter.plan.result import Tradeoff
 
 # Widths that a search by sensitivity may choose.
 WIDTHS = range(2, 11)
+
+# The bytes that a weight, by its name, takes in a width.
+Cost = Callable[[str, int], int]
 
 
 @dataclass(frozen=True)
@@ -42,12 +45,14 @@ def path(worth: Mapping[str, float], sizes: Mapping[str, int]) -> list[Step]:
     )
 
 
-def allocation(steps: Iterable[Step], sizes: Mapping[str, int], most: float) -> dict[str, int]:
-    """The widths after as many of the steps as take no more than `most` bits in all."""
-    widths = dict.fromkeys(sizes, WIDTHS[0])
-    room = most - sum(sizes.values()) * WIDTHS[0]
+def allocation(
+    steps: Iterable[Step], names: Iterable[str], cost: Cost, most: float
+) -> dict[str, int]:
+    """The widths after as many of the steps as take no more than `most` bytes in all."""
+    widths = dict.fromkeys(names, WIDTHS[0])
+    room = most - sum(cost(*pair) for pair in widths.items())
     for step in steps:
-        more = (step.bits - widths[step.name]) * sizes[step.name]
+        more = cost(step.name, step.bits) - cost(step.name, widths[step.name])
         if more <= room:
             widths[step.name], room = step.bits, room - more
     return widths
@@ -55,18 +60,19 @@ def allocation(steps: Iterable[Step], sizes: Mapping[str, int], most: float) -> 
 
 @dataclass(frozen=True)
 class Budget:
-    """Bytes of a model's weights: `before`, and what they take beside codes; `worth` and `sizes` as
-    in `path`.
+    """Bytes of a model's file: `before`, of each weight, and of all the `rest`; `worth` and `sizes`
+    as in `path`.
     """
 
     worth: Mapping[str, float]
     sizes: Mapping[str, int]
+    cost: Cost
     before: int
-    overhead: int
+    rest: int
 
     def ratio(self, widths: Mapping[str, int]) -> float:
-        """How many times smaller the weights become."""
-        return self.before / (self._rest() + self._bits(widths) / 8)
+        """How many times smaller the file becomes."""
+        return self.before / (self.rest + sum(self.cost(*pair) for pair in widths.items()))
 
     def within(self, ratio: float, blend: float = 1.0) -> dict[str, int]:
         """The widths for a file this many times smaller, by sensitivity as far as `blend` goes."""
@@ -74,11 +80,8 @@ class Budget:
             name: self.worth[name] ** blend * size ** (1 - blend)
             for name, size in self.sizes.items()
         }
-        return allocation(
-            path(blended, self.sizes),
-            self.sizes,
-            8 * (self.before / ratio - self._rest()),
-        )
+        most = self.before / ratio - self.rest
+        return allocation(path(blended, self.sizes), self.sizes, self.cost, most)
 
     def uniform(self) -> list[dict[str, int]]:
         """Equal bits for all."""
@@ -87,15 +90,5 @@ class Budget:
     def tradeoff(self, widths: Mapping[str, int], measured: float | None = None) -> Tradeoff:
         """A row of the table of what can be had."""
         expected = sum(self.worth[name] * 4.0**-width for name, width in widths.items())
-        return Tradeoff(
-            self.ratio(widths),
-            self._bits(widths) / sum(self.sizes.values()),
-            expected,
-            measured,
-        )
-
-    def _rest(self) -> int:
-        return self.before - 4 * sum(self.sizes.values()) + self.overhead
-
-    def _bits(self, widths: Mapping[str, int]) -> int:
-        return sum(self.sizes[name] * width for name, width in widths.items())
+        bits = sum(self.sizes[name] * width for name, width in widths.items())
+        return Tradeoff(self.ratio(widths), bits / sum(self.sizes.values()), expected, measured)
