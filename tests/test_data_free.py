@@ -110,14 +110,6 @@ def test_other_modes_fit_weights_on_distilled_samples(converted, tmp_path, mode)
     assert (tmp_path / "out.onnx").read_bytes() != (tmp_path / "plain.onnx").read_bytes()
 
 
-def test_distilled_samples_help_gptq(converted, tmp_path):
-    losses = {}
-    for name, text in {"alone": WEIGHT, "fitted": f"{WEIGHT}{SYNTHETIC}"}.items():
-        assert converted(text, MODEL, "--verify=off", output=f"{name}.onnx").code == 0
-        losses[name] = np.square(answers(tmp_path / f"{name}.onnx") - answers(MODEL)).mean()
-    assert losses["fitted"] < losses["alone"]
-
-
 def test_a_model_that_takes_pixels(converted, tmp_path):
     text = f"{FULL}{SYNTHETIC}{PIXELS.replace('mean = [127.5]', 'mean = [128]')}"
     result = converted(text, MODEL, "--inputDataType=UINT8")

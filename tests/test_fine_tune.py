@@ -19,7 +19,16 @@ from converter.graph.files import serialized
 from converter.job import Watch
 from converter.learn.blocks import blocks_of
 from converter.learn.checkpoint import Checkpoint, State
-from converter.learn.fine_tune import Options, Samples, Training, fine_tuned
+from converter.learn.fine_tune import (
+    Lesson,
+    Options,
+    Samples,
+    Training,
+    WholeSupply,
+    fine_tuned,
+    learned_again,
+    outputs_alike,
+)
 from converter.learn.losses import is_distribution, tells_classes
 from converter.learn.pictures import varied
 from converter.learn.restored import as_stored, restored, with_integers
@@ -401,6 +410,27 @@ def test_time_ends_learning_and_is_told():
     # Each step takes a second of this clock, and a tenth of the time is kept for looks.
     assert found.steps == 18
     assert found.wanted == 30
+
+
+@pytest.mark.parametrize("blocks", [False, True])
+def test_what_was_best_is_learned_again_from_all_samples(blocks):
+    model, plan = classifier()
+    training = Training(replace(OPTIONS, blocks=blocks), Checkpoint(None, ""), Watch())
+    found = fine_tuned(model, plan, samples(), training)
+    stages = {"end to end"} | ({"block 1 of 1"} if blocks else set())
+    assert set(found.reached) <= stages
+    assert 0 < found.reached["end to end"] <= found.steps
+    every = [*samples().fit, *samples().held]
+    again = learned_again(model, plan, every, replace(training, repeated=found.reached))
+    judge = Lesson(Student(model, plan), outputs_alike(model).loss, 1)
+    supply = WholeSupply(model, Samples(every, every), ["y"], OPTIONS)
+    assert judge.judged(again, supply.held) < judge.judged(plan, supply.held)
+
+
+def test_a_stage_that_gained_nothing_is_not_repeated():
+    model, plan = classifier()
+    training = Training(OPTIONS, Checkpoint(None, ""), Watch(), repeated={})
+    assert bytes_of(learned_again(model, plan, samples().fit, training)) == bytes_of(plan)
 
 
 def test_where_no_gradient_goes_is_told():

@@ -9,7 +9,7 @@ from command_line import Command, changed, digits, outputs
 
 from converter.learn.checkpoint import Checkpoint
 
-WEIGHTS = ("quant_type = FULL_QUANT\nbit_num = 8", "quant_type = WEIGHT_QUANT\nbit_num = 2")
+WEIGHTS = ("quant_type = FULL_QUANT\nbit_num = 8", "quant_type = WEIGHT_QUANT\nbit_num = 3")
 NARROW = ("[full_quant_param]", "min_quant_weight_channel = 0\n[full_quant_param]")
 
 
@@ -35,12 +35,14 @@ def test_stored_weights_are_tuned_in_as_many_bytes(command, tmp_path):
     plain, out = tmp_path / "plain.onnx", tmp_path / "tuned.onnx"
     off = tuned(tmp_path / "off.cfg", "fine_tune = OFF", weights=True)
     assert command.convert(off, plain).code == 0
-    lines = ("fine_tune = END_TO_END", "epochs = 8")
+    lines = ("fine_tune = END_TO_END", "epochs = 30", "learning_rate = 0.003")
     result = command.convert(tuned(tmp_path / "t.cfg", *lines, weights=True), out)
     assert result.code == 0
     (line,) = (line for line in result.lines if line.startswith("Fine-tuning"))
     assert "(END_TO_END)" in line
     assert "on 20 of 100 samples that were held back" in line
+    assert "->" in line
+    assert "What was gained is learned again from all 100 samples." in result.lines
     assert abs(out.stat().st_size - plain.stat().st_size) < 0.02 * plain.stat().st_size
     assert not (tmp_path / "tuned.onnx.fine_tune").exists()
     again = tmp_path / "again.onnx"
@@ -124,11 +126,12 @@ def test_keys_without_effect_are_told(command, tmp_path):
     assert "epochs" in result.err
 
 
-def test_an_interrupted_tuning_keeps_the_best_and_goes_on(command, tmp_path, monkeypatch):
-    lines = ("fine_tune = END_TO_END", "epochs = 8")
+@pytest.mark.parametrize("saved", [5, 22], ids=["judged", "again"])
+def test_an_interrupted_tuning_keeps_the_best_and_goes_on(command, tmp_path, monkeypatch, saved):
+    lines = ("fine_tune = END_TO_END", "epochs = 30", "learning_rate = 0.003")
     config, out = tuned(tmp_path / "t.cfg", *lines, weights=True), tmp_path / "q.onnx"
     assert command.convert(config, tmp_path / "whole.onnx").code == 0
-    save, left = Checkpoint.save, iter(range(5))
+    save, left = Checkpoint.save, iter(range(saved))
 
     def stopped(self, stage, state):
         save(self, stage, state)

@@ -133,3 +133,31 @@ def test_real_model(case: Case, capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert _cosine(plain, reference) > case.cosine
     assert _cosine(fused, reference) > case.cosine
     assert _cosine(plain, fused) > case.cosine
+
+
+STORED = "[common_quant_param]\nquant_type = WEIGHT_QUANT\nbit_num = 3\n"
+DISTILLED = "[data_preprocess_param]\ninput_type = SYNTHETIC\ncalibrate_size = 24\n"
+
+
+@pytest.mark.slow
+def test_distilled_samples_tell_how_weights_are_rounded(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path
+) -> None:
+    case = next(case for case in CASES if case.model == "resnet20_cifar10")
+    if not case.path.is_file():
+        pytest.skip(f"{case.path} is not there")
+    pictures = sorted((DATA / "images" / "cifar10" / "dev").iterdir())[:100]
+    mean, std = np.array([[123.675, 116.28, 103.53], [58.395, 57.12, 57.375]], np.float32)
+    images = (np.asarray(Image.open(path).convert("RGB"), np.float32) for path in pictures)
+    x = np.stack([((image - mean) / std).transpose(2, 0, 1) for image in images])
+
+    def answers(path: Path) -> np.ndarray:
+        return np.concatenate([outputs(path, {"input": y[None]}, True)[0] for y in x]).argmax(1)
+
+    same = []
+    for text in (STORED, STORED + DISTILLED):
+        config, output = tmp_path / "c.cfg", tmp_path / "q.onnx"
+        config.write_text(text)
+        assert Command(capsys).convert(config, output, case.path).code == 0
+        same.append(float((answers(output) == answers(case.path)).mean()))
+    assert same[1] > same[0] + 0.02

@@ -166,3 +166,22 @@ def test_pruned_weights_stay_zeros_and_the_others_make_up_for_it(bits, data):
         rounded = np.rint(pruned / step) * step - pruned
         nearest += np.einsum("grk,gkl,grl->gr", rounded, moments, rounded).sum()
     assert found < (0.6 if data else 1.0) * nearest
+
+
+@pytest.mark.parametrize("data", [False, True])
+def test_a_silent_row_does_not_take_float32_for_all(data):
+    weight, moments = problem(0, rows=24, columns=200, samples=400)
+    weight[:, 5] *= 1e-12
+    rows = fit(weight, moments if data else None, Grids(IntFormat(2, signed=False)))
+    np.testing.assert_array_equal(rows.scale.astype(np.float16), rows.scale)
+    np.testing.assert_array_equal(rows.zero.astype(np.float16), rows.zero)
+    assert np.abs(rows.values()[:, 5]).max() < 1e-3 * np.abs(weight).max()
+
+
+def test_quiet_rows_beside_quiet_ones_keep_their_scales():
+    weight, _ = problem(0, rows=24, columns=200, samples=400)
+    weight *= 1e-9
+    weight[:, 5] *= 1e-3
+    rows = fit(weight, None, Grids(IntFormat(4, signed=False)))
+    noise = np.linalg.norm(rows.values()[:, 5] - weight[:, 5])
+    assert noise < 0.3 * np.linalg.norm(weight[:, 5])

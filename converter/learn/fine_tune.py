@@ -11,7 +11,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 import numpy as np
@@ -66,8 +66,8 @@ DROPPED = 0.25
 TIMED, SPARE = 4, 0.1
 # How much the error of scores counts beside their divergence, which does not see what all share.
 BESIDE = 0.1
-# What a loss is called as an output.
-LOSS = "loss"
+# What a loss is called as an output, and the stage that is about the outputs.
+LOSS, WHOLE = "loss", "end to end"
 
 
 @dataclass(frozen=True)
@@ -102,7 +102,8 @@ class Samples:
 @dataclass(frozen=True)
 class Outcome:
     """The plan, and the loss of the outputs on the samples `held` back: before and after. Where
-    nothing was gained it is the old plan. `steps` were made of those that were `wanted`.
+    nothing was gained it is the old plan. `steps` were made of those that were `wanted`; `reached`
+    tells after how many each stage that gained was best.
     """
 
     plan: QuantPlan
@@ -111,6 +112,7 @@ class Outcome:
     steps: int = 0
     wanted: int = 0
     held: int = 0
+    reached: Mapping[str, int] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -211,13 +213,17 @@ def _shapes(chunk: Arrays) -> Shapes:
 
 @dataclass(frozen=True)
 class Training:
-    """What one stage of learning shares: how it is named, kept, shown and ended."""
+    """What one stage of learning shares: how it is named, kept, shown and ended.
+
+    `repeated` tells how far each stage goes where it has been found.
+    """
 
     options: Options
     checkpoint: Checkpoint
     watch: Watch
     keep: Keep = lambda plan: None
     clock: Callable[[], float] = time.monotonic
+    repeated: Mapping[str, int] | None = None
 
     def learned(
         self,
@@ -231,6 +237,8 @@ class Training:
         """The best that a lesson's student reaches within its steps and its time; `keep` is handed
         every plan better than those before.
         """
+        if self.repeated is not None and stage not in self.repeated:
+            return Outcome(lesson.student.plan, math.nan, math.nan)
         course = _Course(self, lesson, supply, stage=stage, seconds=seconds, keep=keep)
         for _ in self.watch.track(course.steps(), f"Fine-tuning {stage}", course.total):
             course.step()
@@ -256,9 +264,10 @@ class _Course:
     ) -> None:
         self._keep_plan = keep
         self._training, self._lesson, self._supply = training, lesson, supply
-        self._stage, self._seconds = stage, seconds
-        self._options = training.options
-        self.total = self._options.epochs * supply.batches
+        self._seconds, self._options = seconds, training.options
+        goal = (training.repeated or {}).get(stage)
+        self._stage = f"{stage}, all samples" if goal else stage
+        self.total = goal or self._options.epochs * supply.batches
         self._rng = np.random.default_rng(self._options.seed)
         self._learned = lesson.student.start()
         points = {name for name in self._learned if name.endswith(POINT)}
@@ -267,7 +276,7 @@ class _Course:
         self._rate = self._options.rate * min(1.0, (MANY / max(1, many)) ** 0.5)
         self._rounded = dict[str, Rounded]()
         self._best: Arrays | None = None
-        self._before, self._least, self._spent = math.nan, math.nan, 0.0
+        self._before, self._least, self._spent, self._reached = math.nan, math.nan, 0.0, 0
         if not self._resumed():
             self._before = self._least = lesson.judged(lesson.student.plan, supply.held)
 
@@ -314,6 +323,7 @@ class _Course:
         if loss < self._least:
             self._least = loss
             self._best = {name: x.copy() for name, x in self._learned.items()}
+            self._reached = self._adam.done
             if self._keep_plan is not None:
                 self._keep_plan(plan)
         elif loss > ASTRAY * self._least:
@@ -343,6 +353,7 @@ class _Course:
             "least": self._least,
             "spent": self._spent,
             "rate": self._rate,
+            "reached": self._reached,
             "random": self._rng.bit_generator.state,
         }
         self._training.checkpoint.save(self._stage, State(numbers, arrays))
@@ -354,7 +365,7 @@ class _Course:
             return False
         known = state.numbers
         self.total, self._spent = known["total"], known["spent"]
-        self._rate = known["rate"]
+        self._rate, self._reached = known["rate"], known["reached"]
         self._before, self._least = known["before"], known["least"]
         self._rng.bit_generator.state = known["random"]
         self._learned = state.group("learned")
@@ -372,7 +383,8 @@ class _Course:
         student = self._lesson.student
         plan = student.plan if self._best is None else student.plan_with(self._best)
         wanted = self._options.epochs * self._supply.batches
-        return Outcome(plan, self._before, self._least, self._adam.done, wanted)
+        reached = {self._stage: self._reached} if self._reached else {}
+        return Outcome(plan, self._before, self._least, self._adam.done, wanted, reached=reached)
 
 
 # --- what is learned from
@@ -496,33 +508,53 @@ def fine_tuned(model: ir.Model, plan: QuantPlan, samples: Samples, training: Tra
         return Lesson(student, aim.loss, options.threads)
 
     before = least = lesson(plan).judged(plan, supply.held)
-    steps = wanted = 0
+    steps, wanted, reached = 0, 0, dict[str, int]()
     if options.blocks:
-        found = by_blocks(model, plan, samples, training)
+        found, by_stage = by_blocks(model, plan, samples, training)
         loss = lesson(found).judged(found, supply.held)
         training.watch.say(
             f"Fine-tuning by blocks: {before:.4g} -> {loss:.4g} on samples held back."
         )
         if loss < least:
-            plan, least = found, loss
+            plan, least, reached = found, loss, by_stage
             training.keep(plan)
     if options.whole:
         seconds = options.seconds / 2 if options.blocks else options.seconds
-        stage, keep = "end to end", training.keep
-        result = training.learned(lesson(plan), supply, stage, seconds=seconds, keep=keep)
+        result = training.learned(lesson(plan), supply, WHOLE, seconds=seconds, keep=training.keep)
         plan, least, steps, wanted = result.plan, result.after, result.steps, result.wanted
-    return Outcome(plan, before, least, steps, wanted, len(supply.held))
+        reached = {**reached, **result.reached}
+    return Outcome(plan, before, least, steps, wanted, len(supply.held), reached)
 
 
-def by_blocks(model: ir.Model, plan: QuantPlan, samples: Samples, training: Training) -> QuantPlan:
-    """The plan whose blocks were learned one after the other; each hands on what it then makes."""
+def learned_again(
+    model: ir.Model, plan: QuantPlan, samples: Sequence[Sample], training: Training
+) -> QuantPlan:
+    """The plan after as many steps as were best before, from all samples, which judge as well: they
+    tell no more than whether learning went astray.
+    """
+    options, aim = training.options, outputs_alike(model)
+    every = Samples(samples, samples)
+    if set(training.repeated or {}) - {WHOLE}:
+        plan, _ = by_blocks(model, plan, every, training)
+    supply = WholeSupply(model, every, aim.taught, options)
+    student = Student(model, plan, options.may, threads=options.threads)
+    lesson = Lesson(student, aim.loss, options.threads)
+    return training.learned(lesson, supply, WHOLE, seconds=options.seconds).plan
+
+
+def by_blocks(
+    model: ir.Model, plan: QuantPlan, samples: Samples, training: Training
+) -> tuple[QuantPlan, dict[str, int]]:
+    """The plan whose blocks were learned one after the other, where each was best; each hands on
+    what it then makes.
+    """
     blocks, options = blocks_of(model, plan), training.options
     threads = options.threads
     views, held = _views(samples, options), len(samples.held)
     width = width_of(model, views, options.batch)
     end = training.clock() + options.seconds / (2 if options.whole else 1)
     own: list[Sample] = [{} for _ in views]
-    reference = own
+    reference, reached = own, dict[str, int]()
     for number, block in enumerate(blocks, 1):
         beside = _tapped(model, block.beside, views, threads)
         taught = _run_all(block.model, block.ends, _with(reference, beside), threads)
@@ -536,12 +568,14 @@ def by_blocks(model: ir.Model, plan: QuantPlan, samples: Samples, training: Trai
         supply = InsideSupply(inside, held, width, options)
         seconds = (end - training.clock()) / (len(blocks) - number + 1)
         stage = f"block {number} of {len(blocks)}"
-        plan = training.learned(lesson, supply, stage, seconds=seconds).plan
+        found = training.learned(lesson, supply, stage, seconds=seconds)
+        plan = found.plan
+        reached.update(found.reached)
         if number < len(blocks):
             quantized = restored(block.model, plan)
             own = _run_all(quantized, block.ends, _with(own, beside), threads)
             reference = taught
-    return plan
+    return plan, reached
 
 
 def _views(samples: Samples, options: Options) -> list[Sample]:

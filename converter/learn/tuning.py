@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import numpy as np
 import onnx_ir as ir
@@ -15,7 +16,16 @@ from converter.calibrate.data import resources_of, spec_of
 from converter.graph.files import fed_inputs
 from converter.job import Job, Watch
 from converter.learn.checkpoint import Checkpoint
-from converter.learn.fine_tune import Keep, Options, Outcome, Samples, Training, Vary, fine_tuned
+from converter.learn.fine_tune import (
+    Keep,
+    Options,
+    Outcome,
+    Samples,
+    Training,
+    Vary,
+    fine_tuned,
+    learned_again,
+)
 from converter.learn.losses import tells_classes
 from converter.learn.pictures import varied
 from converter.learn.student import STORED, Learnable
@@ -54,10 +64,19 @@ class Tuning:
         return learned, judging.part(fit, size)
 
     def tuned(
-        self, model: ir.Model, plan: QuantPlan, parts: tuple[Dataset, Dataset], keep: Keep
+        self,
+        model: ir.Model,
+        plan: QuantPlan,
+        parts: tuple[Dataset, Dataset],
+        *,
+        keep: Keep,
+        again: Callable[[], QuantPlan] | None = None,
     ) -> QuantPlan:
         """The plan after learning from two `parted` parts of the data; `keep` is handed every plan
         better than those before.
+
+        What judged knows better than any other sample what is still wrong, so where `again` rounds
+        on all, they are learned from as far as was best, or not at all.
         """
         fit, held = ([dict(part.sample(i)) for i in range(len(part))] for part in parts)
         if not fit or not held:
@@ -72,13 +91,22 @@ class Tuning:
         told = " ".join(map(str, (*known, *settings, config.mixed_bit)))
         folder = output.with_name(f"{output.name}.fine_tune")
         checkpoint = Checkpoint(folder, told)
-        training = Training(self._options(model), checkpoint, self.watch, keep)
+        options = self._options(model, passes=2 if again else 1)
+        training = Training(options, checkpoint, self.watch, keep)
         found = fine_tuned(model, plan, Samples(fit, held), training)
-        checkpoint.close()
         self._tell(found, len(fit) + len(held))
-        return found.plan
+        plan = found.plan
+        if again:
+            plan = again()
+            if found.reached:
+                every = [*fit, *held]
+                self.watch.tell(f"What was gained is learned again from all {len(every)} samples.")
+                repeating = replace(training, repeated=found.reached)
+                plan = learned_again(model, plan, every, repeating)
+        checkpoint.close()
+        return plan
 
-    def _options(self, model: ir.Model) -> Options:
+    def _options(self, model: ir.Model, passes: int) -> Options:
         wanted = self.job.config.fine_tune
         automatic = wanted.fine_tune == "AUTO"
         # What classes are told by says more of what counts than what any block hands on, where the
@@ -89,7 +117,7 @@ class Tuning:
             epochs=wanted.epochs,
             batch=wanted.batch_size,
             rate=wanted.learning_rate,
-            seconds=60 * wanted.time_limit,
+            seconds=60 * wanted.time_limit / passes,
             seed=wanted.seed,
             threads=resources_of(self.job).threads,
             blocks=wanted.fine_tune == "BLOCK" or (automatic and not sure),

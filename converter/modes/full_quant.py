@@ -594,7 +594,7 @@ def fine_tuned(setup: Setup, found: Attempt, watch: Watch) -> Attempt:
         setup.model,
         as_stored(found.plan),
         parts,
-        lambda plan: None,
+        keep=lambda plan: None,
     )
     plan = with_integers(found.plan, learned)
     plan = _for_kernels(setup, plan) if may.points else plan

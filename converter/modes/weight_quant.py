@@ -7,6 +7,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import onnx_ir as ir
@@ -145,12 +146,11 @@ def quantize(prepared: Prepared, job: Job, watch: Watch) -> Quantized:
     else:
         plan, pareto = _searched(fitter, judges.judges, plan, job, newest=newest)
     if tuning.wanted:
-        learned = tuning.tuned(model, plan, parts, _keeping(model, job, newest))
         same_widths = job.config.common.bit_num or job.config.mixed_bit.search == "SENSITIVITY"
-        if learned is plan and same_widths:
-            # Then nothing has to judge any more.
-            learned = replace(fitter, data=data).fitted(plan)
-        plan = learned
+        whole = partial(replace(fitter, data=data).fitted, plan)
+        again = whole if same_widths and not apart else None
+        keep = _keeping(model, job, newest)
+        plan = tuning.tuned(model, plan, parts, keep=keep, again=again)
     widths = Counter(weight.qparams.format.bits for weight in plan.stored.values())
     watch.tell(
         "Bits of weights: "

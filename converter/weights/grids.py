@@ -29,6 +29,9 @@ TRELLIS_SHARES = 0.8 ** np.arange(8)
 # find.
 ROUNDS, FEW_ROUNDS = 6, 2
 LONG_ROW = 128
+# In units of float16's least scale: rows with less than the first are as good as 0 where others
+# have more than the second.
+SILENT, LOUD = 2.0**-8, 2.0**10
 # Columns whose codes change before the others hear of it.
 BLOCK = 64
 
@@ -248,6 +251,11 @@ def _storable(scale: Array, zero: Array, grids: Grids) -> tuple[Array, Array]:
     elif grids.integer_zero:
         zero = np.clip(np.rint(zero), 0, grids.format.qmax)
     half = np.finfo(np.float16)
+    silent = scale < SILENT * half.smallest_normal
+    if scale.max() > LOUD * half.smallest_normal:
+        # One row that is as good as 0 does not take float32 for all.
+        raised = np.where(silent, half.smallest_normal, scale)
+        scale, zero = raised, zero * scale / raised
     largest = max(scale.max(), np.abs(zero).max())
     fits = half.smallest_normal <= scale.min() and largest <= half.max
     dtype = np.float16 if fits and grids.format.bits <= HALF_BITS else np.float32
