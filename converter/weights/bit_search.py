@@ -154,10 +154,22 @@ class Search:
             for widths in fitter.watch.track(tried, "Trying bits", len(tried))
         ]
         table += [budget.tradeoff(*pair) for pair in zip(tried, measured, strict=True)]
-        best = tried[int(np.argmin(measured))]
-        return fitter.fitted(self.plan.with_bits(best)), tuple(
-            sorted(table, key=lambda tradeoff: tradeoff.ratio)
-        )
+        best = BLENDS[int(np.argmin(measured))]
+        by_size = tuple(sorted(table, key=lambda tradeoff: tradeoff.ratio))
+        return self._sized(budget, wanted, best), by_size
+
+    def _sized(self, budget: Budget, ratio: float, blend: float) -> QuantPlan:
+        """The plan of an allocation; of a tighter one where its file is larger than was reckoned,
+        as every width has a table of its own.
+        """
+        widths = budget.within(ratio, blend)
+        plan = self.fitter.fitted(self.plan.with_bits(widths))
+        excess = model_bytes(self.emitted(plan)) - budget.before / ratio
+        tighter = replace(budget, rest=budget.rest + round(excess))
+        narrower = tighter.within(ratio, blend)
+        if excess <= 0 or narrower == widths:
+            return plan
+        return self.fitter.fitted(self.plan.with_bits(narrower))
 
     def _budget(self) -> Budget:
         """Sizes, and what every unit alone costs the outputs of samples that it was not fitted
