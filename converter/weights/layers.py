@@ -36,9 +36,13 @@ from converter.weights.moments import usable, usable_of
 from converter.weights.stored import Storage, fitted_alone, fitted_to_outputs
 
 # Inputs drawn for the second moments of an integer layer, a column and at the least and the most
-# over all samples, and of a stored one.
+# over all samples, and of a stored one. With four times as few for stored ones the divergence of
+# unseen outputs is 1.48 instead of 1.36 for a mobilenet_v1 in 2 bits, .136 instead of .107 for a
+# resnet20 (six and twelve draws of samples); with four times as many it is .113.
 INTEGER_DRAWS = (8, 1024, 8192)
-STORED_DRAWS = (16, 2048, 8192)
+STORED_DRAWS = (64, 16384, 65536)
+# The most numbers of inputs drawn for a stored layer, but for this many inputs.
+STORED_NUMBERS, LEAST_STORED = 1 << 25, 8192
 # How much of the shift that the errors of layers before cause is made up for: a shift of all
 # positions is little like what they did to a few, and activation functions let through more of it
 # than of the error. Of a PicoDet's boxes F1 is .24 with 1.0, .91 with 0.5, .79 with 0; of a
@@ -395,7 +399,9 @@ class _StoredLayers:
 
     def _fitted(self, layer: Weighted, view: View, plan: QuantPlan) -> QuantizedWeight:
         matrix = view.matrix(layer.weight.astype(np.float64))
-        count = _count(STORED_DRAWS, matrix.shape[2])
+        columns = matrix.shape[2]
+        room = max(LEAST_STORED, STORED_NUMBERS // columns)
+        count = min(_count(STORED_DRAWS, columns), room)
         drawn = self._drawn(layer.unit, view, count, plan)
         x, reference = usable_of(*drawn)
         pair = stored.Inputs(x, reference, self._corrects(layer.unit))
