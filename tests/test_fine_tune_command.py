@@ -9,7 +9,7 @@ from command_line import Command, changed, digits, outputs
 
 from converter.learn.checkpoint import Checkpoint
 
-WEIGHTS = ("quant_type = FULL_QUANT\nbit_num = 8", "quant_type = WEIGHT_QUANT\nbit_num = 3")
+WEIGHTS = ("quant_type = FULL_QUANT\nbit_num = 8", "quant_type = WEIGHT_QUANT\nbit_num = 2")
 NARROW = ("[full_quant_param]", "min_quant_weight_channel = 0\n[full_quant_param]")
 
 
@@ -22,7 +22,10 @@ def tuned(path, *lines, weights=False, more=()):
     """A config with [fine_tune_param]."""
     base = [WEIGHTS, NARROW] if weights else []
     config = changed(path, *base, *more)
-    config.write_text(config.read_text() + "\n".join(["\n[fine_tune_param]", *lines, ""]))
+    # Blocks start where there is much to gain.
+    stored = ["\n[weight_quant_param]", "block_size = 32"] if weights else []
+    text = "\n".join([*stored, "\n[fine_tune_param]", *lines, ""])
+    config.write_text(config.read_text() + text)
     return config
 
 
@@ -35,7 +38,7 @@ def test_stored_weights_are_tuned_in_as_many_bytes(command, tmp_path):
     plain, out = tmp_path / "plain.onnx", tmp_path / "tuned.onnx"
     off = tuned(tmp_path / "off.cfg", "fine_tune = OFF", weights=True)
     assert command.convert(off, plain).code == 0
-    lines = ("fine_tune = END_TO_END", "epochs = 30", "learning_rate = 0.003")
+    lines = ("fine_tune = END_TO_END", "epochs = 10")
     result = command.convert(tuned(tmp_path / "t.cfg", *lines, weights=True), out)
     assert result.code == 0
     (line,) = (line for line in result.lines if line.startswith("Fine-tuning"))
@@ -128,7 +131,7 @@ def test_keys_without_effect_are_told(command, tmp_path):
 
 @pytest.mark.parametrize("saved", [5, 22], ids=["judged", "again"])
 def test_an_interrupted_tuning_keeps_the_best_and_goes_on(command, tmp_path, monkeypatch, saved):
-    lines = ("fine_tune = END_TO_END", "epochs = 30", "learning_rate = 0.003")
+    lines = ("fine_tune = END_TO_END", "epochs = 10")
     config, out = tuned(tmp_path / "t.cfg", *lines, weights=True), tmp_path / "q.onnx"
     assert command.convert(config, tmp_path / "whole.onnx").code == 0
     save, left = Checkpoint.save, iter(range(saved))

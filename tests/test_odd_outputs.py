@@ -325,7 +325,7 @@ def test_only_samples_with_as_many_rows_stand_for_one_another(
         return original(matrix, pair, *rest, **named)
 
     monkeypatch.setattr(layers, "fitted_to_outputs", fitted)
-    config = configured("WEIGHT_QUANT", common_quant={"bit_num": 2})
+    config = configured("WEIGHT_QUANT", common_quant={"bit_num": 1})
     model = write_model("rows picked, then multiplied")
     result = qconvert.convert(config, Path("q.onnx"), model)
     assert result.code == 0, result.err

@@ -78,6 +78,15 @@ def test_biases_beside_few_bits_take_half_the_bytes(tmp_path, bits, large, halve
     np.testing.assert_allclose(found, exact, rtol=2.0**-11, atol=1e-7)
 
 
+@pytest.mark.parametrize("bits", [3, 8])
+def test_one_scale_a_weight_fits_outputs_as_well(tmp_path, bits):
+    model, x = build(CONV, **WEIGHTS), normal(16, 8, 9, 9)
+    common, weight = {"bit_num": bits}, {"per_channel": "false"}
+    outcome, data = converted(tmp_path, model, x, common=common, weight=weight)
+    assert {stored.qparams.scale.shape for stored in outcome.plan.stored.values()} == {()}
+    assert relative_error(model, data, {"x": x[:2]}) < {3: 0.3, 8: 0.01}[bits]
+
+
 def test_data_lowers_the_error(tmp_path):
     model, x = build(CONV, **WEIGHTS), np.abs(normal(16, 8, 9, 9)) + 1
     errors = {}

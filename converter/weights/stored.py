@@ -202,7 +202,8 @@ def _as_stored(numbers: Array, shape: tuple[int, ...], wanted: WeightPlan) -> Ar
     """
     match wanted.granularity:
         case PerTensor():
-            return numbers.reshape(())
+            # One number for all rows.
+            return numbers[0, 0, ...]
         case PerAxis():
             return numbers.reshape(-1)
         case PerBlock(axis, _):
