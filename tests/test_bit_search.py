@@ -101,11 +101,12 @@ class Impatient(Ear):
 
 def test_a_search_tells_what_can_be_had(tmp_path):
     ear = Ear()
-    outcome, _ = converted(tmp_path, layers(), X, {"bit_num": 0}, mixed=SENSITIVITY, watch=ear)
+    outcome, data = converted(tmp_path, layers(), X, {"bit_num": 0}, mixed=SENSITIVITY, watch=ear)
     rows = [line for line in ear.told if line.startswith("Could be had")]
     assert len(rows) > 6
     assert [float(row.split()[3]) for row in rows] == sorted(float(row.split()[3]) for row in rows)
     assert sum("measured" in row for row in rows) in {2, 3}
+    assert len(data) < 0.33 * (tmp_path / "model.onnx").stat().st_size
     bits = {name: stored.qparams.format.bits for (name, _), stored in outcome.plan.stored.items()}
     assert bits["c"] > bits["b"]
 

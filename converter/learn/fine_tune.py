@@ -504,8 +504,7 @@ def fine_tuned(model: ir.Model, plan: QuantPlan, samples: Samples, training: Tra
     supply = WholeSupply(model, samples, aim.taught, options)
 
     def lesson(plan: QuantPlan) -> Lesson:
-        student = Student(model, plan, options.may, threads=options.threads)
-        return Lesson(student, aim.loss, options.threads)
+        return _lesson(model, plan, options, aim.loss)
 
     before = least = lesson(plan).judged(plan, supply.held)
     steps, wanted, reached = 0, 0, dict[str, int]()
@@ -526,6 +525,11 @@ def fine_tuned(model: ir.Model, plan: QuantPlan, samples: Samples, training: Tra
     return Outcome(plan, before, least, steps, wanted, len(supply.held), reached)
 
 
+def _lesson(model: ir.Model, plan: QuantPlan, options: Options, loss: Loss) -> Lesson:
+    student = Student(model, plan, options.may, threads=options.threads)
+    return Lesson(student, loss, options.threads)
+
+
 def learned_again(
     model: ir.Model, plan: QuantPlan, samples: Sequence[Sample], training: Training
 ) -> QuantPlan:
@@ -537,8 +541,7 @@ def learned_again(
     if set(training.repeated or {}) - {WHOLE}:
         plan, _ = by_blocks(model, plan, every, training)
     supply = WholeSupply(model, every, aim.taught, options)
-    student = Student(model, plan, options.may, threads=options.threads)
-    lesson = Lesson(student, aim.loss, options.threads)
+    lesson = _lesson(model, plan, options, aim.loss)
     return training.learned(lesson, supply, WHOLE, seconds=options.seconds).plan
 
 
@@ -560,11 +563,7 @@ def by_blocks(
         taught = _run_all(block.model, block.ends, _with(reference, beside), threads)
         named = [{f"{name}_teacher": x for name, x in some.items()} for some in taught]
         inside = [_Inside(*four) for four in zip(own, reference, named, beside, strict=True)]
-        lesson = Lesson(
-            Student(block.model, plan, options.may, threads=options.threads),
-            error(block.ends),
-            threads,
-        )
+        lesson = _lesson(block.model, plan, options, error(block.ends))
         supply = InsideSupply(inside, held, width, options)
         seconds = (end - training.clock()) / (len(blocks) - number + 1)
         stage = f"block {number} of {len(blocks)}"
