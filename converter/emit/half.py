@@ -100,11 +100,13 @@ def _fits(array: Array) -> bool:
 
 
 def _store(graph: ir.Graph, value: ir.Value, names: Names) -> None:
-    array = not_none(constant(value))
-    half = add_constant(graph, names.fresh(f"{value.name}_float16"), array.astype(np.float16))
-    cast = names.node(
-        "Cast", [half], not_none(value.name), "float32", attributes={"to": ir.DataType.FLOAT}
-    )
+    """What reads `value` finds it, under its name, behind a Cast."""
+    name = value.name or ""
+    half = not_none(constant(value)).astype(np.float16)
+    value.name = names.fresh(f"{name}_float32")
+    stored = add_constant(graph, names.fresh(f"{name}_float16"), half)
+    cast = ir.node("Cast", [stored], {"to": ir.DataType.FLOAT}, name=names.fresh("u"))
     graph.insert_before(graph[0], cast)
     value.replace_all_uses_with(cast.outputs[0])
     del graph.initializers[value.name or ""]
+    cast.outputs[0].name = name

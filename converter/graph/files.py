@@ -387,7 +387,7 @@ def save(
         tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as folder,
     ):
         data = f"{path.name}.{digest_of(model)[:16]}.data" if _is_large(model) else None
-        _write(model, Path(folder) / path.name, data)
+        _write(_told_once(model.clone()), Path(folder) / path.name, data)
         if UNCHECKED not in model.graph.meta:
             check(Path(folder) / path.name)
         accept(Path(folder) / path.name)
@@ -437,6 +437,14 @@ def _write(model: ir.Model, path: Path, data: str | None = None) -> None:
         # What is still in the float model's data file would be written as a reference to it.
         ir.save(mapped.in_memory(model), path)
     _complete(path, model)
+
+
+def _told_once(model: ir.Model) -> ir.Model:
+    """The model whose constants are of the types of their tensors, where onnx_ir would write both."""
+    for value in initializers_of(model):
+        if not value.is_graph_input():
+            value.shape = value.type = None
+    return model
 
 
 def _complete(path: Path, model: ir.Model) -> None:
@@ -577,7 +585,7 @@ def _parts(model: ir.Model) -> Iterator[bytes]:
 
 def model_bytes(model: ir.Model) -> int:
     """Bytes of a model's file, within a few for each weight."""
-    graph = model.clone()
+    graph = _told_once(model.clone())
     for value in initializers_of(graph):
         value.const_value = ir.tensor(np.empty(0, np.uint8), name=value.name)
     return len(serialized(graph)) + weight_bytes(model)
