@@ -19,6 +19,9 @@ Array = NDArray[Any]
 
 # The least scale worth storing: below it 1 / scale and the product of two scales leave float32.
 SMALLEST_SCALE = 2.0**-60
+# Zeros of codes of up to this many bits lose nothing worth a second byte; the node that a single one
+# needs takes as many as this.
+BYTE_ZERO_BITS, LEAST_ZEROS = 5, 64
 
 
 @dataclass(frozen=True)
@@ -134,6 +137,22 @@ def _not_beyond(scale: Array, span: Array, fmt: IntFormat) -> Array:
         np.nextafter(scale, np.float32(0)),
         scale,
     )
+
+
+def zero_step(bits: int) -> float:
+    """The step of zeros that are stored in a byte, which spans all codes of `bits`."""
+    return 2.0 ** (bits - 8)
+
+
+def zero_bytes(zero: Array, bits: int) -> Array | None:
+    """The nearest bytes to `zero` in steps of `zero_step`; None where they are few, one of them is
+    outside of the codes, or these have too many bits.
+    """
+    if bits > BYTE_ZERO_BITS or zero.size < LEAST_ZEROS:
+        return None
+    steps = np.rint(zero.astype(np.float64) / zero_step(bits))
+    within = steps.min() >= 0 and steps.max() <= np.iinfo(np.uint8).max
+    return steps.astype(np.uint8) if within else None
 
 
 def along(values: Array, axis: int | None, shape: tuple[int, ...]) -> Array:

@@ -21,6 +21,7 @@ from calib.affine import (
     dequantize,
     qparams_of,
     quantize,
+    zero_bytes,
 )
 
 FORMATS = [

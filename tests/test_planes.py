@@ -109,6 +109,21 @@ def test_a_weight_takes_its_bits_in_the_file(bits):
     assert weight_bytes(written(weight_of(bits, (64, 64), 0))) <= size * bits / 8 + scales + shared
 
 
+@pytest.mark.parametrize("bits", range(2, 6))
+@pytest.mark.parametrize("off", [0, 1])
+def test_zeros_between_the_codes_take_a_byte_where_all_are_among_them(bits, off):
+    shape, steps = (70, 6), np.arange(70) * 3 % 256
+    weight = weight_of(bits, shape, 0)
+    zero = ((steps - 200 * off) * 2.0 ** (bits - 8)).astype(np.float32)
+    weight = replace(weight, qparams=replace(weight.qparams, zero_point=zero))
+    model = written(weight)
+    stored = next(v for k, v in model.graph.initializers.items() if k.startswith("w_zero"))
+    assert stored.dtype == (ir.DataType.FLOAT16 if off else ir.DataType.UINT8)
+    for optimize in (False, True):
+        found = run(model, {"x": np.zeros(shape, np.float32)}, optimize)["y"]
+        np.testing.assert_allclose(found, meaning(weight), rtol=2e-7, atol=1e-7)
+
+
 def test_weights_of_one_model_share_what_they_have_in_common():
     model = build(
         "g (float[8] x) => (float[8] y) { a = Add (x, v)  y = Add (a, w) }",

@@ -29,7 +29,7 @@ import numpy as np
 import onnx_ir as ir
 
 from calib import trellis
-from calib.affine import Array, QParams, along
+from calib.affine import Array, QParams, along, zero_bytes, zero_step
 from converter.graph.edit import Names, add_constant, constant
 from converter.plan.plan import QuantizedWeight
 
@@ -157,14 +157,16 @@ class PlaneWriter:
         axis: int | None,
         shape: tuple[int, ...],
     ) -> ir.Value:
-        for op_type, what, numbers in (
-            ("Sub", "zero", q.zero_point),
-            ("Mul", "scale", q.scale),
-        ):
-            operand = half_if_exact(along(numbers, axis, shape))
-            floats = self._cast(f"{name}_{what}", operand)
-            value = self._node(op_type, [value, floats])
-        return value
+        zero = self._zero(f"{name}_zero", along(q.zero_point, axis, shape), q.format.bits)
+        scale = self._cast(f"{name}_scale", half_if_exact(along(q.scale, axis, shape)))
+        return self._node("Mul", [self._node("Sub", [value, zero]), scale])
+
+    def _zero(self, name: str, zero: Array, bits: int) -> ir.Value:
+        step = zero_step(bits)
+        stored = zero_bytes(zero, bits)
+        if stored is None or (stored * step != zero).any():
+            return self._cast(name, half_if_exact(zero))
+        return self._chain(self._cast(name, stored), [("Mul", np.float32(step))])
 
     def _floats(self, name: str, codes: Array, bits: int) -> ir.Value:
         """The codes in their shape as float32."""

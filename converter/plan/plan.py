@@ -12,7 +12,7 @@ from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from typing import ClassVar
 
-from calib.affine import Array, IntFormat, QParams
+from calib.affine import BYTE_ZERO_BITS, Array, IntFormat, QParams
 
 # Codes of up to this many bits are worth scales and zeros of float16.
 HALF_BITS = 8
@@ -24,7 +24,8 @@ def stored_bytes(size: int, channels: int, bits: int) -> int:
     """Bytes that `size` weights with a scale and a zero point for each of `channels` take in the
     file.
     """
-    return -(-size * bits // 8) + channels * (4 if bits <= HALF_BITS else 8) + OVERHEAD
+    each = 3 if bits <= BYTE_ZERO_BITS else 4 if bits <= HALF_BITS else 8
+    return -(-size * bits // 8) + channels * each + OVERHEAD
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from functools import partial
 import numpy as np
 
 from calib import trellis
-from calib.affine import SMALLEST_SCALE, Array, IntFormat
+from calib.affine import SMALLEST_SCALE, Array, IntFormat, zero_bytes, zero_step
 from converter.plan.plan import HALF_BITS
 from converter.weights.gptq import DAMPING, Grid, chosen, compensated, row_parts
 
@@ -259,6 +259,8 @@ def _storable(scale: Array, zero: Array, grids: Grids) -> tuple[Array, Array]:
     largest = max(scale.max(), np.abs(zero).max())
     fits = half.smallest_normal <= scale.min() and largest <= half.max
     dtype = np.float16 if fits and grids.format.bits <= HALF_BITS else np.float32
+    if (steps := zero_bytes(zero, grids.format.bits)) is not None:
+        zero = steps * zero_step(grids.format.bits)
     return scale.astype(dtype).astype(np.float64), zero.astype(dtype).astype(np.float64)
 
 
