@@ -19,8 +19,8 @@ Array = NDArray[Any]
 
 # The least scale worth storing: below it 1 / scale and the product of two scales leave float32.
 SMALLEST_SCALE = 2.0**-60
-# Zeros of codes of up to this many bits lose nothing worth a second byte; the node that a single one
-# needs takes as many as this.
+# Zeros of codes of up to this many bits are worth no second byte, where they are no fewer than the
+# node that this needs takes.
 BYTE_ZERO_BITS, LEAST_ZEROS = 5, 64
 
 

@@ -81,6 +81,22 @@ def test_parameters_of_ranges_by_hand(lo, hi, fmt, symmetric, scale, zero_point)
     assert (q.zero_point, q.scale.dtype, q.zero_point.dtype) == (zero_point, np.float32, fmt.dtype)
 
 
+@given(st.integers(2, 5), st.lists(st.floats(-0.001, 3.98), min_size=64, max_size=80))
+def test_a_byte_holds_a_zero_as_near_as_its_steps_are_small(bits, drawn):
+    zero = np.array(drawn) * 2.0 ** (bits - 2)
+    steps = zero_bytes(zero, bits)
+    assert steps.dtype == np.uint8
+    np.testing.assert_allclose(steps / 2.0 ** (8 - bits), zero, rtol=0, atol=2.0 ** (bits - 9))
+
+
+def test_zeros_that_no_byte_is_for():
+    inside = np.full(64, 1.5)
+    assert zero_bytes(inside, 6) is None
+    assert zero_bytes(inside[1:], 4) is None
+    assert zero_bytes(np.append(inside, -0.5), 4) is None
+    assert zero_bytes(np.append(inside, 16.0), 4) is None
+
+
 @pytest.mark.parametrize(
     ("hi", "scale"), [(127 * 0.25, 0.25), (127 * 0.26, 0.5), (0.9, 2.0**-7), (127.0, 1.0)]
 )

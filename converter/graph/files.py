@@ -440,7 +440,7 @@ def _write(model: ir.Model, path: Path, data: str | None = None) -> None:
 
 
 def _told_once(model: ir.Model) -> ir.Model:
-    """The model whose constants are of the types of their tensors, where onnx_ir would write both."""
+    """The model, whose constants have no types but their tensors': onnx_ir would write both."""
     for value in initializers_of(model):
         if not value.is_graph_input():
             value.shape = value.type = None

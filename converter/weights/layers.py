@@ -56,7 +56,7 @@ UNSEEN = 0.5
 JUDGES = 1024
 # Bytes of activations that each of the two walks of stored weights keeps, and samples: accuracy
 # grows with those that take part.
-STORE_BYTES = 448 << 20
+STORE_BYTES = 512 << 20
 MOST_SAMPLES = 1024
 
 Decide = Callable[[NodePlan, QuantPlan], QuantPlan]
