@@ -4,11 +4,12 @@
     python benchmarks/fine_tune.py [ROW ...] [--minutes 15] [--how AUTO]
 
 Rows: v1_8x, v1_3bits, v1_2bits, v2_8x, resnet20_2bits; minilm, a sentence transformer whose weights
-and tables have 4 bits; and qat, which trains weights and activations of examples/qat_digits to 2, 3
-and 4 bits. Columns: top-1 and agreement with the float model's best class on the dev split (of
-minilm the rank correlation with human scores, and the mean cosine with the float model's
-embeddings), times smaller, seconds, processor seconds and peak memory in megabytes of the
-conversion. Everything is learned from `calib` alone.
+and tables have 4 bits; minilm_mixed, a file of it as small, of widths that are searched; and qat,
+which trains weights and activations of examples/qat_digits to 2, 3 and 4 bits. Columns: top-1 and
+agreement with the float model's best class on the dev split (of minilm the rank correlation with
+human scores, and the mean cosine with the float model's embeddings), times smaller, seconds,
+processor seconds and peak memory in megabytes of the conversion. Everything is learned from `calib`
+alone.
 """
 
 from __future__ import annotations
@@ -46,10 +47,11 @@ ROWS = {
 
 # Sentences that the transformer is calibrated with, and how it is stored.
 SENTENCES = 120
-FOUR_BITS = (
-    "[common_quant_param]\nquant_type=WEIGHT_QUANT\nbit_num=4\n"
-    "[weight_quant_param]\ntable_bit_num=4\n"
-)
+STORED = "[common_quant_param]\nquant_type=WEIGHT_QUANT\n"
+TRANSFORMERS = {
+    "minilm": f"{STORED}bit_num=4\n[weight_quant_param]\ntable_bit_num=4\n",
+    "minilm_mixed": f"{STORED}{smaller(7.74)}\n",
+}
 
 
 def tuned(how: str, minutes: float, *more: str) -> str:
@@ -80,14 +82,14 @@ def classifier_trial(name: str, folder: Path) -> Trial:
     return Trial(classifier.path, config, lambda out: score(reference, outputs(out, data), labels))
 
 
-def sentence_trial(folder: Path) -> Trial:
-    """Of the sentence transformer."""
+def sentence_trial(name: str, folder: Path) -> Trial:
+    """Of a row with the sentence transformer."""
     counts = argparse.Namespace(calib=SENTENCES // 3, pictures=400)
     model, data, judge = transformer("minilm_l6", folder, counts)
 
     def config(more: str) -> Path:
         path = folder / "c.cfg"
-        path.write_text(f"{FOUR_BITS}{data}{more}\n")
+        path.write_text(f"{TRANSFORMERS[name]}{data}{more}\n")
         return path
 
     def judged(out: Path) -> tuple[float, float]:
@@ -99,7 +101,7 @@ def sentence_trial(folder: Path) -> Trial:
 
 def row(name: str, minutes: float, how: str, folder: Path) -> None:
     """Prints a row before and after."""
-    trial = sentence_trial(folder) if name == "minilm" else classifier_trial(name, folder)
+    trial = (sentence_trial if name in TRANSFORMERS else classifier_trial)(name, folder)
     out = folder / f"{name}.onnx"
     for label, more in (("as it is", ""), (how, tuned(how, minutes))):
         cost = qconvert(trial.model, trial.config(more), out, "--quiet")
@@ -136,7 +138,7 @@ def example_rows(minutes: float, how: str, folder: Path) -> None:
 
 def chosen(names: list[str]) -> list[str]:
     """The rows asked for, or all."""
-    return names or [*ROWS, "minilm", "qat"]
+    return names or [*ROWS, *TRANSFORMERS, "qat"]
 
 
 def main() -> None:
