@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from calib import trellis
-from calib.affine import Array, QParams, along, dequantize, zero_bytes, zero_step
+from calib.affine import Array, QParams, along, dequantize
 from calib.workers import over_samples
 from converter.emit.planes import half_if_exact
 from converter.graph.edit import not_none
@@ -218,8 +218,6 @@ class Student:
         offset = -scale * weight.grid.zero_point.astype(np.float64)
         if weight.zero_moves:
             offset = offset + old * learned[f"{name} {ZERO}"]
-            if (steps := zero_bytes(-offset / scale, weight.grid.format.bits)) is not None:
-                offset = -scale * steps * zero_step(weight.grid.format.bits)
         if last is not None:
             return replace(last, scale=scale, offset=offset)
         if name not in self._rounds:
