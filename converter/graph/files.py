@@ -442,7 +442,7 @@ def _write(model: ir.Model, path: Path, data: str | None = None) -> None:
 def _told_once(model: ir.Model) -> ir.Model:
     """The model, whose constants have no types but their tensors': onnx_ir would write both."""
     for value in initializers_of(model):
-        if not value.is_graph_input():
+        if not (value.is_graph_input() or value.is_graph_output()):
             value.shape = value.type = None
     return model
 
