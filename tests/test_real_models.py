@@ -160,4 +160,4 @@ def test_distilled_samples_tell_how_weights_are_rounded(
         config.write_text(text)
         assert Command(capsys).convert(config, output, case.path).code == 0
         same.append(float((answers(output) == answers(case.path)).mean()))
-    assert same[1] > same[0] + 0.01, same
+    assert same[1] > same[0] + 0.02
