@@ -8,7 +8,7 @@ import numpy as np
 import onnx_ir as ir
 
 from calib.affine import Array
-from converter.graph.edit import Names, add_constant, constant, graph_of, input_at, not_none
+from converter.graph.edit import Names, constant, graph_of, input_at, not_none
 from converter.graph.qdq import is_conversion
 from converter.plan.ops import draws
 from converter.plan.plan import NodePlan, QuantPlan
@@ -101,12 +101,11 @@ def _fits(array: Array) -> bool:
 
 def _store(graph: ir.Graph, value: ir.Value, names: Names) -> None:
     """What reads `value` finds it, under its name, behind a Cast."""
-    name = value.name or ""
+    restored = ir.Value(name=value.name)
+    value.replace_all_uses_with(restored)
     half = not_none(constant(value)).astype(np.float16)
-    value.name = names.fresh(f"{name}_float32")
-    stored = add_constant(graph, names.fresh(f"{name}_float16"), half)
-    cast = ir.node("Cast", [stored], {"to": ir.DataType.FLOAT}, name=names.fresh("u"))
+    value.name = names.fresh(f"{value.name}_float16")
+    value.const_value, value.dtype = ir.tensor(half, name=value.name), ir.DataType.FLOAT16
+    to_float = {"to": ir.DataType.FLOAT}
+    cast = ir.node("Cast", [value], to_float, name=names.fresh("u"), outputs=[restored])
     graph.insert_before(graph[0], cast)
-    value.replace_all_uses_with(cast.outputs[0])
-    del graph.initializers[value.name or ""]
-    cast.outputs[0].name = name
