@@ -179,6 +179,15 @@ def qconvert(model: Path, config: Path, output: Path, *flags: str) -> Cost:
     return measure([sys.executable, "-m", "converter", *arguments])
 
 
+def told(judged: tuple[float, float], model: Path, out: Path, cost: Cost) -> str:
+    """The end of a row: two figures of `out`, how much smaller it is, and what it cost."""
+    ratio = model.stat().st_size / out.stat().st_size
+    return (
+        f"{judged[0]:.4f} {judged[1]:.4f} {ratio:6.2f} {cost.seconds:6.0f} {cost.cpu:6.0f} "
+        f"{cost.megabytes:6.0f}"
+    )
+
+
 def session(path: Path, threads: int = 0, exact: bool = False) -> ort.InferenceSession:
     """`exact` asks for integer kernels that never saturate, which are slower."""
     options = ort.SessionOptions()

@@ -22,7 +22,7 @@ from pathlib import Path
 
 import numpy as np
 import onnxruntime as ort
-from common import CLASSIFIERS, outputs, qconvert, score
+from common import CLASSIFIERS, outputs, qconvert, score, told
 from sixteen_bits import transformer
 
 EXAMPLE = Path(__file__).resolve().parents[1] / "examples" / "qat_digits"
@@ -105,13 +105,8 @@ def row(name: str, minutes: float, how: str, folder: Path) -> None:
     out = folder / f"{name}.onnx"
     for label, more in (("as it is", ""), (how, tuned(how, minutes))):
         cost = qconvert(trial.model, trial.config(more), out, "--quiet")
-        top1, agreement = trial.judge(out)
-        ratio = trial.model.stat().st_size / out.stat().st_size
-        print(
-            f"{name:15} {label:11} {top1:.4f} {agreement:.4f} {ratio:6.2f} {cost.seconds:6.0f} "
-            f"{cost.cpu:6.0f} {cost.megabytes:6.0f}",
-            flush=True,
-        )
+        figures = told(trial.judge(out), trial.model, out, cost)
+        print(f"{name:15} {label:11} {figures}", flush=True)
 
 
 def example_rows(minutes: float, how: str, folder: Path) -> None:

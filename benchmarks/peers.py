@@ -37,29 +37,32 @@ def _newer(model: str) -> onnx.ModelProto:
     return onnx.version_converter.convert_version(onnx.load(model), LEAST_OPSET)
 
 
-def onnxsim_nearest(model: str, samples: Samples, share: float) -> Any:
-    """Rounded to nearest."""
+def _rounded(newer: onnx.ModelProto) -> onnx.ModelProto:
     import onnxsim
 
-    return onnxsim.quantize_weight_only_int4(_newer(model))
+    return onnxsim.quantize_weight_only_int4(newer)
+
+
+def onnxsim_nearest(model: str, samples: Samples, share: float) -> Any:
+    """Rounded to nearest."""
+    return _rounded(_newer(model))
 
 
 def onnxsim_adaround(model: str, samples: Samples, share: float) -> Any:
     """Its AdaRound, with the steps that are its default: 300 a layer."""
     import onnxsim
 
-    start = onnxsim_nearest(model, samples, share)
-    return onnxsim.apply_adaround(_newer(model), start, samples)
+    newer = _newer(model)
+    return onnxsim.apply_adaround(newer, _rounded(newer), samples)
 
 
 def onnxsim_qat(model: str, samples: Samples, share: float) -> Any:
     """Its training of all blocks, one after the other."""
     from onnxsim.qat import apply_qat_all_blocks
 
-    start = onnxsim_nearest(model, samples, share)
-    steps = round(ONNXSIM_STEPS * share)
+    newer, steps = _newer(model), round(ONNXSIM_STEPS * share)
     tuned, blocks = apply_qat_all_blocks(
-        _newer(model), start, calibration_data=samples, num_iterations=steps, batch_size=8
+        newer, _rounded(newer), calibration_data=samples, num_iterations=steps, batch_size=8
     )
     reasons = sorted({block.skipped_reason or "trained" for block in blocks})
     print(f"onnxsim found {len(blocks)} blocks: {'; '.join(reasons)}")
@@ -109,20 +112,15 @@ def convert(tool: str, model: str, samples: str, out: str, share: str) -> None:
 
 def compare(tools: list[str], python: str, pictures: int, share: float) -> None:
     """Prints the table."""
-    from common import CLASSIFIERS, Cost, measure, outputs, qconvert, score
+    from common import CLASSIFIERS, Cost, measure, outputs, qconvert, score, told
 
     classifier = CLASSIFIERS[MODEL]
     data, labels = classifier.samples("dev")
     reference = outputs(classifier.path, data)
 
     def tell(name: str, out: Path, cost: Cost) -> None:
-        top1, agreement = score(reference, outputs(out, data), labels)
-        ratio = classifier.path.stat().st_size / out.stat().st_size
-        print(
-            f"{name:15} {top1:.4f} {agreement:.4f} {ratio:6.2f} {cost.seconds:6.0f} "
-            f"{cost.cpu:6.0f} {cost.megabytes:6.0f}",
-            flush=True,
-        )
+        judged = score(reference, outputs(out, data), labels)
+        print(f"{name:15} {told(judged, classifier.path, out, cost)}", flush=True)
 
     with tempfile.TemporaryDirectory() as folder:
         home = Path(folder)
