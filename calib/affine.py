@@ -14,6 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from calib import trellis
+from calib.rotation import rotation
 
 Array = NDArray[Any]
 
@@ -29,13 +30,15 @@ class IntFormat:
     """An integer format: `bits` wide; `narrow` gives up the lowest code so that a signed range is
     symmetric.
 
-    Codes of a `trellis` stand for levels that `calib.trellis` tells: its memory, 0 for none.
+    Codes of a `trellis` stand for levels that `calib.trellis` tells: its memory, 0 for none; those
+    of a `rotated` weight for what `calib.rotation` makes of it.
     """
 
     bits: int
     signed: bool
     narrow: bool = False
     trellis: int = 0
+    rotated: bool = False
 
     @property
     def qmin(self) -> int:
@@ -190,4 +193,15 @@ def dequantize(codes: Array, q: QParams) -> Array:
         codes = np.moveaxis(trellis.points(codes, q.format.bits, q.format.trellis), -1, q.axis)
     scale = along(q.scale, q.axis, codes.shape)
     zero_point = along(q.zero_point, q.axis, codes.shape)
-    return ((codes.astype(np.float64) - zero_point) * scale.astype(np.float64)).astype(np.float32)
+    steps = codes.astype(np.float64) - zero_point
+    if q.format.rotated:
+        steps = rotated(steps, q.axis)
+    return (steps * scale.astype(np.float64)).astype(np.float32)
+
+
+def rotated(x: Array, axis: int | None) -> Array:
+    """`x` times the rotation of all its axes but that of the channels: float64."""
+    assert axis is not None
+    first = np.moveaxis(x, axis, 0)
+    turned = rotation(first.shape[1:])(first.reshape(len(first), -1))
+    return np.moveaxis(turned.reshape(first.shape), 0, axis)

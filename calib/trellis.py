@@ -29,6 +29,8 @@ TAPS = {SHORT: ((1,), (0, 2)), LONG: ((2,), (0, 1, 3))}
 SUBSETS = 4
 # The outermost level, where 1 is half the width of a uniform grid of as many bits.
 REACH = 1.2
+# Bits of a level about the middle.
+LEVEL_BITS = 11
 # Numbers that make one matrix, no fewer than the memory, and numbers whose paths are sought at a
 # time.
 STEP = 4
@@ -38,18 +40,24 @@ CHUNK = 1 << 13
 @cache
 def levels(bits: int) -> Array:
     """The 2^(bits+1) levels, in units and with the middle of uniform codes; float64 that float16
-    holds.
+    holds with the middle and without, where they are integers of LEVEL_BITS times a power of two.
 
     They are as dense as is best for normal numbers, as a normal of sqrt(3) times the deviation:
     Panter and Dite (1951).
     """
     count = 2 << bits
-    middle = ((1 << bits) - 1) / 2
     shares = [(i + 0.5) / count for i in range(count)]
     normal = np.array([NormalDist().inv_cdf(share) for share in shares])
-    exact = middle * (1 + REACH * normal / normal.max())
-    result: Array = exact.astype(np.float16).astype(np.float64)
+    exact = REACH * middle(bits) * normal / normal.max()
+    step = 2.0 ** (bits - LEVEL_BITS)
+    held = middle(bits) + np.rint(exact / step) * step
+    result: Array = held.astype(np.float16).astype(np.float64)
     return result
+
+
+def middle(bits: int) -> float:
+    """Of uniform codes, and of the levels."""
+    return ((1 << bits) - 1) / 2
 
 
 def _subset(lowest: Array, memory: int) -> Array:

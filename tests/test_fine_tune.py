@@ -172,6 +172,48 @@ def test_grids_have_the_slopes_of_differences(granularity):
             assert slopes[key][index] == pytest.approx(difference, rel=2e-2, abs=2e-2)
 
 
+def rotated(bits):
+    """A matrix in levels of a trellis that are rotated."""
+    stored = fitted(bits, trellis=True)
+    q = stored.qparams
+    middle = np.full(16, (2**bits - 1) / 2, np.float32)
+    return replace(
+        stored, qparams=replace(q, zero_point=middle, format=replace(q.format, rotated=True))
+    )
+
+
+def test_a_rotated_weight_is_learned_as_it_is_stored():
+    model, plan = matrix(rotated(4))
+    student, cost = Student(model, plan), normal(32, 16, seed=9)
+    learned, step = student.start(), 1e-4
+    name = student.constants[0]
+    assert set(learned) == {f"{name} scale", f"{name} point"}  # zeros stay
+
+    def loss(points=0.0):
+        rounded = student.rounded(learned)
+        moved = replace(rounded[name], points=rounded[name].points + points)
+        (value,) = student.values(learned, {name: moved}).values()
+        return float((cost.astype(np.float64) * value).sum())
+
+    value = student.values(learned, student.rounded(learned))[name]
+    np.testing.assert_allclose(value, student.values_of(plan)[name], rtol=1e-5, atol=1e-5)
+    assert bytes_of(student.plan_with(learned)) == bytes_of(plan)
+    slopes = student.slopes({name: cost}, student.rounded(learned))
+    scale = learned[f"{name} scale"]
+    for index in range(16):
+        scale[index] = step
+        above = loss()
+        scale[index] = -step
+        difference = (above - loss()) / (2 * step)
+        scale[index] = 0
+        assert slopes[f"{name} scale"][index] == pytest.approx(difference, rel=2e-2, abs=2e-2)
+    for place in [(0, 0), (31, 15), (7, 3)]:
+        moved = np.zeros((32, 16), np.float32)
+        moved[place] = 0.1
+        difference = (loss(moved) - loss(-moved)) / 0.2
+        assert slopes[f"{name} point"][place] == pytest.approx(difference, rel=2e-2, abs=2e-2)
+
+
 def test_points_are_rounded_and_their_slope_passes_through():
     model, plan = matrix(fitted(4))
     student = Student(model, plan)

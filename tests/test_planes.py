@@ -93,6 +93,24 @@ def test_the_runtime_looks_up_the_levels_of_a_trellis(bits, memory, shape, axis)
         np.testing.assert_allclose(found, expected, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize(
+    ("shape", "axis"),
+    [((24, 10), 1), ((10, 24), 0), ((44, 32, 3, 3), 0), ((13, 768), 0), ((5, 7, 3), 1)],
+)
+@pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("bits", range(2, 8))
+def test_the_runtime_rotates_levels_back_without_any_error(bits, memory, shape, axis):
+    weight = coded(weight_of(bits, shape, axis), memory)
+    q = weight.qparams
+    middle = np.full(q.scale.shape, trellis.middle(bits), np.float32)
+    q = replace(q, format=replace(q.format, rotated=True), zero_point=middle)
+    expected = dequantize(weight.codes, q)  # held against the definition in test_rotation
+    model = written(QuantizedWeight(weight.codes, q))
+    for optimize in (False, True):
+        found = run(model, {"x": np.zeros(shape, np.float32)}, optimize)["y"]
+        np.testing.assert_array_equal(found, expected)
+
+
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_a_trellis_takes_its_bits_in_the_file(memory):
     # The same as below, but that there may be twice the planes, a table and the order of bytes.

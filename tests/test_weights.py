@@ -386,7 +386,9 @@ def seen_and_unseen_error(seed: int) -> tuple[float, float]:
     matrix = normal(1, 32, columns, seed=5).astype(np.float64)
     seen, unseen = inputs(24, 40, seed), inputs(300, 2, seed + 500)
     wanted = WeightPlan("w", 1, IntFormat(2, signed=False), PerAxis(0))
-    rows = stored.fitted_to_outputs(matrix, seen, wanted, stored.Storage(True), threads=1)
+    rows = stored.fitted_to_outputs(
+        matrix, seen, wanted, stored.Storage(True), (columns,), threads=1
+    )
 
     def error(pair: stored.Inputs) -> float:
         outputs = pair.reference @ matrix.swapaxes(1, 2)

@@ -30,6 +30,7 @@ import onnx_ir as ir
 
 from calib import trellis
 from calib.affine import Array, QParams, along, zero_bytes, zero_step
+from calib.rotation import rotation
 from converter.graph.edit import Names, add_constant, constant
 from converter.plan.plan import QuantizedWeight
 
@@ -125,15 +126,23 @@ class PlaneWriter:
             value = self._cast(f"{name}_codes", planes)
         value = self._chain(value, _unpacking(_windows(bits, memory)))
         value = self._node("Cast", [value], to=ir.DataType.INT32)
-        table = self._cast(f"levels_{bits}", trellis.table(bits, memory).astype(np.float16))
+        levels = trellis.table(bits, memory)
+        if q.format.rotated:
+            levels = levels - trellis.middle(bits)
+        table = self._cast(f"levels_{bits}", levels.astype(np.float16))
         value = self._node("Gather", [table, value])
+        if q.format.rotated:
+            value = self._rotated(value, codes.shape[:-1])
         value = self._chain(value, [("Reshape", np.array(filled.shape))])
         if missing:
             begin = np.array([0])
             end = np.array([channels])
             along_last = np.array([last])
             value = self._chain(value, [("Slice", begin, end, along_last)])
-        value = self._scaled(name, value, q, axis=last, shape=codes.shape)
+        if q.format.rotated:
+            value = self._times(name, value, along(q.scale, last, codes.shape))
+        else:
+            value = self._scaled(name, value, q, axis=last, shape=codes.shape)
         if axis == last:
             return value
         order = [*range(axis), last, *range(axis, last)]
@@ -148,6 +157,14 @@ class PlaneWriter:
         both = self._node("Concat", [value, others], axis=2)
         return self._chain(both, [("Reshape", np.array([-1, 2 * bits, 1]))])
 
+    def _rotated(self, value: ir.Value, sides: tuple[int, ...]) -> ir.Value:
+        """What a rotation of all axes but the last makes of it."""
+        for before, matrix in rotation(sides).steps:
+            value = self._chain(value, [("Reshape", np.array([before, len(matrix), -1]))])
+            mixing = self._cast("rotation", matrix.astype(np.float16))
+            value = self._node("MatMul", [mixing, value])
+        return value
+
     def _scaled(
         self,
         name: str,
@@ -158,8 +175,10 @@ class PlaneWriter:
         shape: tuple[int, ...],
     ) -> ir.Value:
         zero = self._zero(f"{name}_zero", along(q.zero_point, axis, shape), q.format.bits)
-        scale = self._cast(f"{name}_scale", half_if_exact(along(q.scale, axis, shape)))
-        return self._node("Mul", [self._node("Sub", [value, zero]), scale])
+        return self._times(name, self._node("Sub", [value, zero]), along(q.scale, axis, shape))
+
+    def _times(self, name: str, value: ir.Value, scale: Array) -> ir.Value:
+        return self._node("Mul", [value, self._cast(f"{name}_scale", half_if_exact(scale))])
 
     def _zero(self, name: str, zero: Array, bits: int) -> ir.Value:
         step = zero_step(bits)

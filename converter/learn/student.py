@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from calib import trellis
-from calib.affine import Array, QParams, along, dequantize
+from calib.affine import Array, QParams, along, dequantize, rotated
 from calib.workers import over_samples
 from converter.emit.planes import half_if_exact
 from converter.graph.edit import not_none
@@ -52,7 +52,7 @@ class _Weight:
     def zero_moves(self) -> bool:
         """Whether its zeros may be any number."""
         zero = self.grid.zero_point
-        return not np.array_equal(zero, np.rint(zero))
+        return not self.grid.format.rotated and not np.array_equal(zero, np.rint(zero))
 
     @property
     def points_move(self) -> bool:
@@ -67,6 +67,12 @@ class _Weight:
             levels = trellis.levels(fmt.bits)
             return float(levels[0]), float(levels[-1])
         return fmt.qmin, fmt.qmax
+
+    def rotated(self, x: Array) -> Array:
+        """What is on the grid as what it stands for, or gradients of the latter as of the former;
+        where nothing is rotated, `x` itself.
+        """
+        return rotated(x, self.grid.axis) if self.grid.format.rotated else x
 
     def along(self, numbers: Array) -> Array:
         """Numbers a scale, as they stand beside the weights."""
@@ -236,7 +242,8 @@ class Student:
         for name, weight in self._weights.items():
             now = rounded[name]
             scale, offset = (weight.along(x.astype(np.float32)) for x in (now.scale, now.offset))
-            found[name] = np.ascontiguousarray(now.points * scale + offset, dtype=np.float32)
+            restored = weight.rotated(now.points * scale + offset)
+            found[name] = np.ascontiguousarray(restored, dtype=np.float32)
         for name, bias in self._biases.items():
             found[name] = (bias.value + bias.size * learned[name]).astype(np.float32)
         scales = {name: self._scale(name) * (1 + learned[name]) for name in self._ranges}
@@ -258,7 +265,8 @@ class Student:
         """The gradients of what is learned, from those of the constants."""
         found: Arrays = {}
         for name, weight in self._weights.items():
-            slope, now, old = constants[name], rounded[name], weight.grid.scale.astype(np.float64)
+            now, old = rounded[name], weight.grid.scale.astype(np.float64)
+            slope = weight.rotated(constants[name])
             # What moves with the scale is the distance from the zero.
             zero = weight.along(weight.grid.zero_point.astype(np.float32))
             found[f"{name} {SCALE}"] = old * weight.summed(slope * (now.points - zero))
@@ -308,12 +316,13 @@ def _made(graph: ir.Graph) -> Iterator[ir.Value]:
 
 
 def _points(stored: QuantizedWeight) -> Array:
-    """What codes stand for on a grid of scale 1 and zero 0."""
+    """What codes stand for on a grid of scale 1 and zero 0, before any rotation."""
     q = stored.qparams
     plain = replace(
         q,
         scale=np.ones_like(q.scale),
         zero_point=np.zeros_like(q.zero_point),
+        format=replace(q.format, rotated=False),
     )
     return dequantize(stored.codes, plain)
 

@@ -27,6 +27,9 @@ class View(Protocol):
     def weight(self, matrix: Array) -> Array:
         """The inverse of `matrix`."""
 
+    def sides(self, weight: Array) -> tuple[int, ...]:
+        """The sizes of the weight's axes that columns run along, in their order."""
+
     def columns(self, x: Array, count: int, zero: int, rng: np.random.Generator) -> Array:
         """(groups, count, columns): inputs of `count` outputs (or all, if fewer) drawn at random;
         padding is `zero`.
@@ -69,6 +72,10 @@ class ConvView:
         """The inverse of `matrix`."""
         out, channels, *kernel = self.shape
         return np.moveaxis(matrix.reshape(out, *kernel, channels), -1, 1)
+
+    def sides(self, weight: Array) -> tuple[int, ...]:
+        """Those of the kernel, then the input channels of a group."""
+        return (*weight.shape[2:], weight.shape[1])
 
     def columns(self, x: Array, count: int, zero: int, rng: np.random.Generator) -> Array:
         """Drawn from x (batch, channels, *space)."""
@@ -170,6 +177,10 @@ class ProductView:
         """The inverse of `matrix`."""
         stored = matrix if self.transposed else matrix.swapaxes(1, 2)
         return stored.squeeze(0)
+
+    def sides(self, weight: Array) -> tuple[int, ...]:
+        """The input features."""
+        return (weight.shape[1 if self.transposed else 0],)
 
     def columns(self, x: Array, count: int, zero: int, rng: np.random.Generator) -> Array:
         """Rows drawn from x (…, features)."""

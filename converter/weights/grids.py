@@ -82,9 +82,9 @@ class Grids:
     symmetric: bool = False
 
     @property
-    def center(self) -> int:
-        """The middle of the codes."""
-        return (self.format.qmax + 1) // 2
+    def center(self) -> float:
+        """The middle of the codes, or of the levels of a trellis."""
+        return self.format.qmax / 2 if self.format.trellis else (self.format.qmax + 1) // 2
 
 
 def fit(weight: Array, moments: Array | None, grids: Grids, kept: Array | None = None) -> Rows:
@@ -92,9 +92,11 @@ def fit(weight: Array, moments: Array | None, grids: Grids, kept: Array | None =
     None.
 
     Where `kept` is false, weights become exact zeros; grids must have integer ones then. Where a
-    trellis is wanted, rows may still be too short for it: then codes stand for themselves.
+    trellis is wanted, rows may still be too short for it: then codes stand for themselves. Rotated
+    ones are long enough.
     """
-    formats = [replace(grids.format, trellis=way) for way in {grids.format.trellis, 0}]
+    trellises = {grids.format.trellis} if grids.format.rotated else {grids.format.trellis, 0}
+    formats = [replace(grids.format, trellis=way) for way in trellises]
     ways = [replace(grids, format=fmt) for fmt in formats]
     firsts = [_first(weight, moments, way) for way in ways]
     best = min(

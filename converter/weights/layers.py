@@ -406,7 +406,8 @@ class _StoredLayers:
         x, reference = usable_of(*drawn)
         pair = stored.Inputs(x, reference, self._corrects(layer.unit))
         threads = self.walk.threads
-        rows = fitted_to_outputs(matrix, pair, layer.wanted, self.storage, threads=threads)
+        sides = view.sides(layer.weight)
+        rows = fitted_to_outputs(matrix, pair, layer.wanted, self.storage, sides, threads=threads)
         codes = view.weight(rows.codes())
         return stored.packed(rows, codes, layer.wanted)
 

@@ -8,6 +8,7 @@ import numpy as np
 
 from calib import trellis
 from calib.affine import Array, QParams
+from calib.rotation import Rotation, rotation
 from calib.search import fewest
 from converter.plan.matrices import plain_matrix, plain_weight
 from converter.plan.plan import (
@@ -36,6 +37,11 @@ JOINED = 1 << 20
 TRELLIS_BITS = range(2, 8)
 # Weights from which a long memory saves more bytes than the nodes that undo it take.
 LONG_PAYS = 1 << 14
+# Numbers that a rotation must mix to make normal ones of any, and what the mean fourth power of
+# normal numbers is, in squares of the mean square. A weight's excess of it is worth about 0.4 dB at
+# 2 bits, twice as much at 4, the nodes about 150 bytes.
+LEAST_MIXED, NORMAL = 16, 3.0
+ROTATION_PAYS = 1 << 14
 
 
 @dataclass(frozen=True)
@@ -70,7 +76,7 @@ def fitted_alone(
     if isinstance(wanted.granularity, PerBlock):
         matrix = matrix.reshape(1, -1, wanted.granularity.size)  # blocks have grids of their own
     kept = kept_weights(matrix)
-    rows = _fewest_bits(matrix, None, wanted, storage, kept=kept)
+    rows = _fewest_bits(Aim(matrix), wanted, storage, kept=kept)
     if storage.correct and not storage.integer_zero and kept is None:
         rows = with_variance(matrix, rows, Grids(rows.format))
     return packed(
@@ -81,17 +87,38 @@ def fitted_alone(
 
 
 def fitted_to_outputs(
-    matrix: Array, pair: Inputs, wanted: WeightPlan, storage: Storage, *, threads: int
+    matrix: Array,
+    pair: Inputs,
+    wanted: WeightPlan,
+    storage: Storage,
+    sides: tuple[int, ...],
+    *,
+    threads: int,
 ) -> Rows:
     """The points of a float64 `matrix` (groups, rows, columns) that on the quantized inputs come
-    nearest to what the matrix makes of the float ones.
+    nearest to what the matrix makes of the float ones; its columns run along `sides`.
     """
     moments, cross = _joint(pair, threads)
     extra = _shrinkage(moments, pair.own.shape[1])
     target = _target(matrix, moments + extra, cross + extra)
-    return _fewest_bits(
-        target, moments + extra, wanted, storage, kept=kept_weights(matrix), judged=moments
-    )
+    aim = Aim(target, moments + extra, moments)
+    return _fewest_bits(aim, wanted, storage, kept=kept_weights(matrix), sides=sides)
+
+
+@dataclass(frozen=True)
+class Aim:
+    """A weight (groups, rows, columns) and the moments of inputs (groups, columns, columns) that
+    its fit and the error in the end are weighed with; None without inputs.
+    """
+
+    weight: Array
+    moments: Array | None = None
+    judged: Array | None = None
+
+    def rotated(self, turn: Rotation) -> Aim:
+        """The same in other coordinates."""
+        seen = [m if m is None else turn.moments(m) for m in (self.moments, self.judged)]
+        return Aim(turn.inverse(self.weight), *seen)
 
 
 @dataclass(frozen=True)
@@ -106,34 +133,48 @@ class Inputs:
 
 
 def _fewest_bits(
-    weight: Array,
-    moments: Array | None,
+    aim: Aim,
     wanted: WeightPlan,
     storage: Storage,
     *,
     kept: Array | None,
-    judged: Array | None = None,
+    sides: tuple[int, ...] = (),
 ) -> Rows:
-    """The fit of a matrix in the planned bits or in the fewest that keep an error, which `judged`
-    moments measure.
-    """
+    """The fit of a matrix in the planned bits or in the fewest that keep an error."""
     bound, integer_zero = _for(wanted, storage).max_error, storage.integer_zero or kept is not None
     grids = Grids(wanted.format, wanted.axis is not None, integer_zero, storage.symmetric)
-    varied = grids.per_row and not integer_zero and _varied(weight)
-    long = moments is not None and weight.size >= LONG_PAYS
+    varied = grids.per_row and not integer_zero and _varied(aim.weight)
+    long = aim.moments is not None and aim.weight.size >= LONG_PAYS
     memory = trellis.LONG if long else trellis.SHORT
+    turn = rotation(sides)
+    pays = varied and long and turn.mixed >= LEAST_MIXED and _rotation_pays(aim.weight)
+    turned = aim.rotated(turn) if pays else aim
 
-    def fitted(bits: int) -> Rows:
-        coded = memory if varied and bits in TRELLIS_BITS else 0
-        fmt = replace(wanted.format, bits=bits, trellis=coded)
-        return fit(weight, moments, replace(grids, format=fmt), kept)
+    def fitted(bits: int) -> tuple[Rows, Aim]:
+        coded = varied and bits in TRELLIS_BITS
+        rotated = coded and pays
+        fmt = replace(wanted.format, bits=bits, trellis=memory * coded, rotated=rotated)
+        seen = turned if rotated else aim
+        symmetric = grids.symmetric or rotated
+        of_bits = replace(grids, format=fmt, symmetric=symmetric)
+        return fit(seen.weight, seen.moments, of_bits, kept), seen
 
     def within(bits: int) -> Rows | None:
-        rows = fitted(bits)
-        close = bits == WIDEST or rows.relative_error(weight, judged) <= (bound or 0)
+        rows, seen = fitted(bits)
+        close = bits == WIDEST or rows.relative_error(seen.weight, seen.judged) <= (bound or 0)
         return rows if close else None
 
-    return fitted(wanted.format.bits) if bound is None else fewest(WIDEST, within)
+    return fitted(wanted.format.bits)[0] if bound is None else fewest(WIDEST, within)
+
+
+def _rotation_pays(weight: Array) -> bool:
+    """Whether so many more of the weights are far larger than the others of their rows than of
+    normal numbers that codes for these are worth the nodes: by the fourth moments.
+    """
+    squares = np.square(weight - weight.mean(axis=2, keepdims=True))
+    energy, fourth = squares.mean(axis=2), np.square(squares).mean(axis=2)
+    excess = fourth.sum() - NORMAL * np.square(energy).sum()
+    return bool(excess * weight.size > ROTATION_PAYS * np.square(energy).sum())
 
 
 def _varied(weight: Array) -> bool:
