@@ -87,13 +87,23 @@ def test_one_scale_a_weight_fits_outputs_as_well(tmp_path, bits):
     assert relative_error(model, data, {"x": x[:2]}) < {3: 0.3, 8: 0.01}[bits]
 
 
+def error_with_data(folder, seed):
+    """What is left with data of the error without."""
+    rng = np.random.default_rng(seed)
+    drawn = {name: rng.standard_normal(w.shape) * w.std() for name, w in WEIGHTS.items()}
+    weights = {name: w.astype(np.float32) for name, w in drawn.items()}
+    x = np.abs(rng.standard_normal((16, 8, 9, 9)).astype(np.float32)) + 1
+    errors = []
+    for strategy in ("GPTQ", "MAX_MIN"):
+        model = build(CONV, **weights)
+        _, data = converted(folder, model, x, {"bit_num": 3}, {"quant_strategy": strategy})
+        errors.append(relative_error(build(CONV, **weights), data, {"x": x[:2]}))
+    return errors[0] / errors[1]
+
+
 def test_data_lowers_the_error(tmp_path):
-    model, x = build(CONV, **WEIGHTS), np.abs(normal(16, 8, 9, 9)) + 1
-    errors = {}
-    for strategy in ("MAX_MIN", "GPTQ"):
-        _, data = converted(tmp_path, model, x, {"bit_num": 3}, {"quant_strategy": strategy})
-        errors[strategy] = relative_error(build(CONV, **WEIGHTS), data, {"x": x[:2]})
-    assert errors["GPTQ"] < 0.5 * errors["MAX_MIN"]
+    # By how much depends on the weights: a third to two thirds are left.
+    assert np.mean([error_with_data(tmp_path, seed) for seed in range(5)]) < 0.5
 
 
 def test_the_mean_of_the_outputs_is_kept(tmp_path):

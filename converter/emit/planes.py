@@ -92,7 +92,6 @@ class PlaneWriter:
         restore = self._levels if weight.qparams.format.trellis else self._restored
         value = restore(name, weight.codes, weight.qparams)
         graph.insert_before(graph[0], self._nodes)
-        value.name = self.names.fresh(f"{name}_restored")
         return value
 
     def _restored(self, name: str, codes: Array, q: QParams) -> ir.Value:
@@ -100,11 +99,11 @@ class PlaneWriter:
         mask = codes != along(q.zero_point, q.axis, shape)
         if not _mask_pays(mask, q.format.bits):
             value = self._floats(name, codes, q.format.bits)
-            return self._scaled(name, value, q, axis=q.axis, shape=shape)
+            return self._scaled(value, q, axis=q.axis, shape=shape)
         value = self._floats(name, codes[mask], q.format.bits)
-        bits, positions = self._mask(name, mask)
+        bits, positions = self._mask(mask)
         value = self._node("Gather", [value, positions])
-        value = self._scaled(name, value, q, axis=q.axis, shape=shape)
+        value = self._scaled(value, q, axis=q.axis, shape=shape)
         return self._node("Mul", [value, bits])
 
     def _levels(self, name: str, codes: Array, q: QParams) -> ir.Value:
@@ -140,9 +139,9 @@ class PlaneWriter:
             along_last = np.array([last])
             value = self._chain(value, [("Slice", begin, end, along_last)])
         if q.format.rotated:
-            value = self._times(name, value, along(q.scale, last, codes.shape))
+            value = self._times(value, along(q.scale, last, codes.shape))
         else:
-            value = self._scaled(name, value, q, axis=last, shape=codes.shape)
+            value = self._scaled(value, q, axis=last, shape=codes.shape)
         if axis == last:
             return value
         order = [*range(axis), last, *range(axis, last)]
@@ -152,7 +151,7 @@ class PlaneWriter:
         """Behind the planes of every byte those of the byte before it in its ring."""
         bits = planes.shape[1]
         value = self._cast(f"{name}_codes", planes.reshape(-1, ring, bits))
-        before = self._store(f"before_{ring}", np.roll(np.arange(ring, dtype=np.int32), 1))
+        before = self._store("before", np.roll(np.arange(ring, dtype=np.int32), 1))
         others = self._node("Gather", [value, before], axis=1)
         both = self._node("Concat", [value, others], axis=2)
         return self._chain(both, [("Reshape", np.array([-1, 2 * bits, 1]))])
@@ -167,25 +166,24 @@ class PlaneWriter:
 
     def _scaled(
         self,
-        name: str,
         value: ir.Value,
         q: QParams,
         *,
         axis: int | None,
         shape: tuple[int, ...],
     ) -> ir.Value:
-        zero = self._zero(f"{name}_zero", along(q.zero_point, axis, shape), q.format.bits)
-        return self._times(name, self._node("Sub", [value, zero]), along(q.scale, axis, shape))
+        zero = self._zero(along(q.zero_point, axis, shape), q.format.bits)
+        return self._times(self._node("Sub", [value, zero]), along(q.scale, axis, shape))
 
-    def _times(self, name: str, value: ir.Value, scale: Array) -> ir.Value:
-        return self._node("Mul", [value, self._cast(f"{name}_scale", half_if_exact(scale))])
+    def _times(self, value: ir.Value, scale: Array) -> ir.Value:
+        return self._node("Mul", [value, self._cast("scale", half_if_exact(scale))])
 
-    def _zero(self, name: str, zero: Array, bits: int) -> ir.Value:
+    def _zero(self, zero: Array, bits: int) -> ir.Value:
         step = zero_step(bits)
         stored = zero_bytes(zero, bits)
         if stored is None or (stored * step != zero).any():
-            return self._cast(name, half_if_exact(zero))
-        return self._chain(self._cast(name, stored), [("Mul", np.float32(step))])
+            return self._cast("zero", half_if_exact(zero))
+        return self._chain(self._cast("zero", stored), [("Mul", np.float32(step))])
 
     def _floats(self, name: str, codes: Array, bits: int) -> ir.Value:
         """The codes in their shape as float32."""
@@ -198,7 +196,7 @@ class PlaneWriter:
         indices = indices.reshape(codes.shape).astype(dtype)
         index = self._unpacked(name, indices, narrow)
         index = self._node("Cast", [index], to=ir.DataType.INT32)
-        table = self._cast(f"{name}_table", levels)
+        table = self._cast("table", levels)
         return self._node("Gather", [table, index])
 
     def _unpacked(self, name: str, codes: Array, bits: int) -> ir.Value:
@@ -208,7 +206,7 @@ class PlaneWriter:
         value = self._chain(value, _unpacking(_sums(bits)))
         return self._chain(value, _shaping(codes.size, 8, codes.shape))
 
-    def _mask(self, name: str, mask: Array) -> tuple[ir.Value, ir.Value]:
+    def _mask(self, mask: Array) -> tuple[ir.Value, ir.Value]:
         """The mask as ones and zeros, and for every one which of the kept codes is its, both in the
         weight's shape.
         """
@@ -223,7 +221,7 @@ class PlaneWriter:
         # takes the last code.
         start = np.cumsum(counted) - counted - 1
         start = start.astype(np.int32).reshape(-1, 1, 1)
-        bits = self._cast(f"{name}_mask", to_planes(padded, 1))
+        bits = self._cast("mask", to_planes(padded, 1))
         bits = self._chain(bits, _unpacking(_sums(1)))
         bits = self._chain(
             bits,
@@ -254,7 +252,7 @@ class PlaneWriter:
     def _chain(self, value: ir.Value, steps: Iterable[Step]) -> ir.Value:
         """Operators with their constant operands, one behind the other."""
         for op_type, *operands in steps:
-            constants = [self._store(f"{op_type}_by", x) for x in operands]
+            constants = [self._store("c", x) for x in operands]
             value = self._node(op_type, [value, *constants])
         return value
 
@@ -276,7 +274,8 @@ class PlaneWriter:
         return self._stored[key]
 
     def _node(self, op_type: str, inputs: list[ir.Value], **attributes: Any) -> ir.Value:
-        # Short names: a file of few bits is small, and they stand in it three times.
+        # Short names, as of constants but codes: a file of few bits is small, and they stand in it
+        # three times.
         name = self.names.fresh(f"u{next(self._numbers)}")
         output = ir.Value(name=name)
         node = ir.node(op_type, inputs, attributes, name=name, outputs=[output])

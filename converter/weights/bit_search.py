@@ -33,8 +33,8 @@ from converter.weights.mixed_bits import WIDTHS, Budget, allocation, path
 MEASURED_BITS = 4
 # Values of init_scale that auto_tune tries by bisection, from the largest.
 SCALES = np.geomspace(0.2, 0.002, 24)
-# How often an allocation is tightened whose file came out too large.
-TIGHTENED = 3
+# How many allocations are fitted to find one whose file is as large as wanted.
+SIZED = 4
 # How much of the measured sensitivity decides, instead of equal bits for all.
 BLENDS = (1.0, 0.5, 0.0)
 # One sample in this many, and at most so many, judge allocations; fewer samples than LEAST_SPLIT
@@ -161,20 +161,22 @@ class Search:
         return self._sized(budget, wanted, best), by_size
 
     def _sized(self, budget: Budget, ratio: float, blend: float) -> QuantPlan:
-        """The plan of an allocation; of tighter ones while its file is larger than was reckoned, as
-        every width has a table of its own and not all zeros take a byte.
+        """The plan of an allocation whose file is the largest that is small enough. How large one
+        is shows when it is written, as every width has a table of its own, not all zeros take a
+        byte and rotated weights have none; then the rest is reckoned anew.
         """
-        widths = budget.within(ratio, blend)
-        plan = self.fitter.fitted(self.plan.with_bits(widths))
-        for _ in range(TIGHTENED):
-            excess = model_bytes(self.emitted(plan)) - budget.before / ratio
-            budget = replace(budget, rest=budget.rest + round(excess))
-            narrower = budget.within(ratio, blend)
-            if excess <= 0 or narrower == widths:
-                break
-            widths = narrower
+        tried = list[dict[str, int]]()
+        best, most, found = (False, -np.inf), budget.before / ratio, self.plan
+        while len(tried) < SIZED and (widths := budget.within(ratio, blend)) not in tried:
+            tried.append(widths)
             plan = self.fitter.fitted(self.plan.with_bits(widths))
-        return plan
+            size = model_bytes(self.emitted(plan))
+            fits = size <= most
+            if (worth := (fits, size if fits else -size)) > best:
+                best, found = worth, plan
+            reckoned = budget.before / budget.ratio(widths)
+            budget = replace(budget, rest=budget.rest + round(size - reckoned))
+        return found
 
     def _budget(self) -> Budget:
         """Sizes, and what every unit alone costs the outputs of samples that it was not fitted

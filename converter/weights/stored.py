@@ -28,7 +28,7 @@ RIDGE = 0.1
 # What is added to second moments, as a share of their mean: at the least, as inputs from one sample
 # are alike, and at the most, of few inputs. At 2 bits the divergence of unseen outputs of resnet20
 # is .143 with 0 and a ridge of 1, .105 so; of mobilenet_v1 1.87 and 1.60 (three draws of samples).
-LEAST_SHRINKAGE, MOST_SHRINKAGE = 0.3, 4.0
+LEAST_SHRINKAGE, MOST_SHRINKAGE = 0.6, 4.0
 # The most bits that a relative error is turned into.
 WIDEST = 16
 # Numbers whose moments are taken at a time.
