@@ -112,6 +112,20 @@ def test_the_runtime_rotates_levels_back_without_any_error(bits, memory, shape, 
 
 
 @pytest.mark.parametrize("memory", MEMORIES)
+@pytest.mark.parametrize("bits", range(2, 8))
+def test_zeros_in_the_middle_of_all_levels_are_not_stored(bits, memory):
+    weight = coded(weight_of(bits, (44, 3, 3, 3), 0), memory)
+    middle = np.full(44, (2**bits - 1) / 2, np.float32)
+    weight = replace(weight, qparams=replace(weight.qparams, zero_point=middle))
+    model = written(weight)
+    assert "zero" not in model.graph.initializers
+    assert "Sub" not in {node.op_type for node in model.graph}
+    for optimize in (False, True):
+        found = run(model, {"x": np.zeros(weight.codes.shape, np.float32)}, optimize)["y"]
+        np.testing.assert_array_equal(found, dequantize(weight.codes, weight.qparams))
+
+
+@pytest.mark.parametrize("memory", MEMORIES)
 def test_a_trellis_takes_its_bits_in_the_file(memory):
     # The same as below, but that there may be twice the planes, a table and the order of bytes.
     shared = 4 * (8 + 2 * 64 * 4 + 64) + 2 * (16 << memory) + 4 * 8

@@ -178,6 +178,16 @@ def test_a_silent_row_does_not_take_float32_for_all(data):
     assert np.abs(rows.values()[:, 5]).max() < 1e-3 * np.abs(weight).max()
 
 
+@pytest.mark.parametrize("memory", [trellis.SHORT, trellis.LONG])
+def test_levels_stay_about_their_middle_in_silent_rows_too(memory):
+    weight, moments = problem(0, rows=24, columns=200, samples=400)
+    weight[:, 5] *= 1e-12
+    fmt = IntFormat(4, signed=False, trellis=memory)
+    rows = fit(weight, moments, Grids(fmt, symmetric=True))
+    assert set(rows.zero.flat) == {7.5}
+    assert np.abs(rows.values()[:, 5]).max() < 1e-3 * np.abs(weight).max()
+
+
 def test_quiet_rows_beside_quiet_ones_keep_their_scales():
     weight, _ = problem(0, rows=24, columns=200, samples=400)
     weight *= 1e-9

@@ -398,6 +398,21 @@ def seen_and_unseen_error(seed: int) -> tuple[float, float]:
     return error(seen), error(unseen)
 
 
+@pytest.mark.parametrize(
+    ("columns", "mean", "kept"),
+    # Eight bits for 128 weights would take 9 % of the error away: less than a mean of 0.33 is of the
+    # energy, more than one of 0.05. Rows of 9 are too short for a trellis.
+    [(128, 0.05, False), (128, 0.33, True), (9, 0.05, True)],
+)
+def test_zeros_are_kept_where_the_means_of_rows_are_worth_them(columns, mean, kept):
+    matrix = normal(1, 2048, columns, seed=5).astype(np.float64) + mean
+    x = normal(1, 4096, columns, seed=6)
+    pair = stored.Inputs(x, x, centered=False)
+    wanted = WeightPlan("w", 1, IntFormat(4, signed=False), PerAxis(0))
+    rows = stored.fitted_to_outputs(matrix, pair, wanted, stored.Storage(True), (), threads=1)
+    assert (set(rows.zero.flat) != {7.5}) == kept
+
+
 def test_few_samples_are_not_fitted_at_the_cost_of_others():
     errors = np.mean([seen_and_unseen_error(seed) for seed in (0, 10, 20)], axis=0)
     assert errors[1] < 4 * errors[0]

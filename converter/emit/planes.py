@@ -125,9 +125,10 @@ class PlaneWriter:
             value = self._cast(f"{name}_codes", planes)
         value = self._chain(value, _unpacking(_windows(bits, memory)))
         value = self._node("Cast", [value], to=ir.DataType.INT32)
-        levels = trellis.table(bits, memory)
-        if q.format.rotated:
-            levels = levels - trellis.middle(bits)
+        levels, middle = trellis.table(bits, memory), trellis.middle(bits)
+        centered = bool((q.zero_point == middle).all())
+        if centered:
+            levels = levels - middle
         table = self._cast(f"levels_{bits}", levels.astype(np.float16))
         value = self._node("Gather", [table, value])
         if q.format.rotated:
@@ -138,7 +139,7 @@ class PlaneWriter:
             end = np.array([channels])
             along_last = np.array([last])
             value = self._chain(value, [("Slice", begin, end, along_last)])
-        if q.format.rotated:
+        if centered:
             value = self._times(value, along(q.scale, last, codes.shape))
         else:
             value = self._scaled(value, q, axis=last, shape=codes.shape)

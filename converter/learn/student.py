@@ -50,9 +50,10 @@ class _Weight:
 
     @property
     def zero_moves(self) -> bool:
-        """Whether its zeros may be any number."""
-        zero = self.grid.zero_point
-        return not self.grid.format.rotated and not np.array_equal(zero, np.rint(zero))
+        """Whether its zeros may be any number: neither integers nor in the middle of all levels."""
+        zero, fmt = self.grid.zero_point, self.grid.format
+        centered = fmt.trellis and (zero == trellis.middle(fmt.bits)).all()
+        return not centered and not np.array_equal(zero, np.rint(zero))
 
     @property
     def points_move(self) -> bool:

@@ -81,6 +81,11 @@ class Grids:
     integer_zero: bool = False
     symmetric: bool = False
 
+    def of(self, trellis: int) -> Grids:
+        """Those of another trellis; only its levels and integer zeros are worth a middle."""
+        symmetric = self.symmetric and (trellis > 0 or self.integer_zero)
+        return replace(self, format=replace(self.format, trellis=trellis), symmetric=symmetric)
+
     @property
     def center(self) -> float:
         """The middle of the codes, or of the levels of a trellis."""
@@ -96,8 +101,7 @@ def fit(weight: Array, moments: Array | None, grids: Grids, kept: Array | None =
     ones are long enough.
     """
     trellises = {grids.format.trellis} if grids.format.rotated else {grids.format.trellis, 0}
-    formats = [replace(grids.format, trellis=way) for way in trellises]
-    ways = [replace(grids, format=fmt) for fmt in formats]
+    ways = [grids.of(trellis) for trellis in trellises]
     firsts = [_first(weight, moments, way) for way in ways]
     best = min(
         range(len(ways)),
@@ -255,7 +259,7 @@ def _storable(scale: Array, zero: Array, grids: Grids) -> tuple[Array, Array]:
     if scale.max() > LOUD * half.smallest_normal:
         # One row that is as good as 0 does not take float32 for all.
         raised = np.where(silent, half.smallest_normal, scale)
-        scale, zero = raised, zero * scale / raised
+        scale, zero = raised, zero if grids.symmetric else zero * scale / raised
     largest = max(scale.max(), np.abs(zero).max())
     fits = half.smallest_normal <= scale.min() and largest <= half.max
     dtype = np.float16 if fits and grids.format.bits <= HALF_BITS else np.float32

@@ -43,6 +43,9 @@ LONG_PAYS = 1 << 14
 LEAST_MIXED, NORMAL = 16, 3.0
 ROTATION_PAYS = 1 << 14
 
+# Bytes of the nodes that zeros take, and the most that may be lost for those of a weight.
+ZERO_NODES, MOST_MEANS = 135, 0.1
+
 
 @dataclass(frozen=True)
 class Storage:
@@ -149,13 +152,14 @@ def _fewest_bits(
     turn = rotation(sides)
     pays = varied and long and turn.mixed >= LEAST_MIXED and _rotation_pays(aim.weight)
     turned = aim.rotated(turn) if pays else aim
+    centered = varied and aim.moments is not None and not _zeros_pay(aim.weight)
 
     def fitted(bits: int) -> tuple[Rows, Aim]:
         coded = varied and bits in TRELLIS_BITS
         rotated = coded and pays
         fmt = replace(wanted.format, bits=bits, trellis=memory * coded, rotated=rotated)
         seen = turned if rotated else aim
-        symmetric = grids.symmetric or rotated
+        symmetric = grids.symmetric or rotated or (coded and centered)
         of_bits = replace(grids, format=fmt, symmetric=symmetric)
         return fit(seen.weight, seen.moments, of_bits, kept), seen
 
@@ -175,6 +179,15 @@ def _rotation_pays(weight: Array) -> bool:
     energy, fourth = squares.mean(axis=2), np.square(squares).mean(axis=2)
     excess = fourth.sum() - NORMAL * np.square(energy).sum()
     return bool(excess * weight.size > ROTATION_PAYS * np.square(energy).sum())
+
+
+def _zeros_pay(weight: Array) -> bool:
+    """Whether zeros for the rows (groups, rows, columns) are worth their bytes: without them, what
+    the means are of the weights' energy is lost, where more bits would leave a quarter for each.
+    """
+    means, all_but = np.square(weight.mean(axis=2)).sum(), weight.var(axis=2).sum()
+    bits = 8 * (1 / weight.shape[2] + ZERO_NODES / weight.size)
+    return bool(means > min(4**bits - 1, MOST_MEANS) * all_but)
 
 
 def _varied(weight: Array) -> bool:
