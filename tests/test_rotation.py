@@ -122,7 +122,9 @@ def fitted(view, axis, weight, bits=3, sides=None):
     wanted = WeightPlan("w", 1, IntFormat(bits, signed=False), PerAxis(axis))
     sides = view.sides(weight) if sides is None else sides
     pair = stored.Inputs(x, x, centered=False)
-    rows = stored.fitted_to_outputs(matrix, pair, wanted, stored.Storage(True), sides, threads=1)
+    rows = stored.fitted_to_outputs(
+        matrix, pair, wanted, stored.Storage(True), sides=sides, threads=1
+    )
     return stored.packed(rows, view.weight(rows.codes()), wanted)
 
 

@@ -88,11 +88,12 @@ def test_one_scale_a_weight_fits_outputs_as_well(tmp_path, bits):
 
 
 def error_with_data(folder, seed):
-    """What is left with data of the error without."""
+    """What is left with data of the error without, where channels have much in common."""
     rng = np.random.default_rng(seed)
     drawn = {name: rng.standard_normal(w.shape) * w.std() for name, w in WEIGHTS.items()}
     weights = {name: w.astype(np.float32) for name, w in drawn.items()}
-    x = np.abs(rng.standard_normal((16, 8, 9, 9)).astype(np.float32)) + 1
+    common, own = rng.standard_normal((16, 1, 9, 9)), rng.standard_normal((16, 8, 9, 9))
+    x = np.abs(common + 0.3 * own).astype(np.float32)
     errors = []
     for strategy in ("GPTQ", "MAX_MIN"):
         model = build(CONV, **weights)
@@ -102,8 +103,7 @@ def error_with_data(folder, seed):
 
 
 def test_data_lowers_the_error(tmp_path):
-    # By how much depends on the weights: a third to two thirds are left.
-    assert np.mean([error_with_data(tmp_path, seed) for seed in range(5)]) < 0.5
+    assert np.mean([error_with_data(tmp_path, seed) for seed in range(8)]) < 0.5
 
 
 def test_the_mean_of_the_outputs_is_kept(tmp_path):

@@ -387,7 +387,7 @@ def seen_and_unseen_error(seed: int) -> tuple[float, float]:
     seen, unseen = inputs(24, 40, seed), inputs(300, 2, seed + 500)
     wanted = WeightPlan("w", 1, IntFormat(2, signed=False), PerAxis(0))
     rows = stored.fitted_to_outputs(
-        matrix, seen, wanted, stored.Storage(True), (columns,), threads=1
+        matrix, seen, wanted, stored.Storage(True), sides=(columns,), threads=1
     )
 
     def error(pair: stored.Inputs) -> float:
@@ -409,7 +409,7 @@ def test_zeros_are_kept_where_the_means_of_rows_are_worth_them(columns, mean, ke
     x = normal(1, 4096, columns, seed=6)
     pair = stored.Inputs(x, x, centered=False)
     wanted = WeightPlan("w", 1, IntFormat(4, signed=False), PerAxis(0))
-    rows = stored.fitted_to_outputs(matrix, pair, wanted, stored.Storage(True), (), threads=1)
+    rows = stored.fitted_to_outputs(matrix, pair, wanted, stored.Storage(True), sides=(), threads=1)
     assert (set(rows.zero.flat) != {7.5}) == kept
 
 

@@ -405,9 +405,14 @@ class _StoredLayers:
         drawn = self._drawn(layer.unit, view, count, plan)
         x, reference = usable_of(*drawn)
         pair = stored.Inputs(x, reference, self._corrects(layer.unit))
-        threads = self.walk.threads
-        sides = view.sides(layer.weight)
-        rows = fitted_to_outputs(matrix, pair, layer.wanted, self.storage, sides, threads=threads)
+        rows = fitted_to_outputs(
+            matrix,
+            pair,
+            layer.wanted,
+            self.storage,
+            sides=view.sides(layer.weight),
+            threads=self.walk.threads,
+        )
         codes = view.weight(rows.codes())
         return stored.packed(rows, codes, layer.wanted)
 

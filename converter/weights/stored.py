@@ -94,8 +94,8 @@ def fitted_to_outputs(
     pair: Inputs,
     wanted: WeightPlan,
     storage: Storage,
-    sides: tuple[int, ...],
     *,
+    sides: tuple[int, ...],
     threads: int,
 ) -> Rows:
     """The points of a float64 `matrix` (groups, rows, columns) that on the quantized inputs come
