@@ -13,6 +13,7 @@ from graphs import assert_same, build, frozen, normal, positive, run, types
 from converter.cli import main
 from converter.emit.half import store_constants_as_half
 from converter.graph.edit import values_by_name
+from converter.prepare.opset import raise_opset
 
 X = {"x": normal(3, 16)}
 W = normal(16, 16)
@@ -39,6 +40,15 @@ def test_large_constants_are_stored_in_half_the_bytes():
     exact = build(f"{HEAD} {{ m = MatMul (x, w)  y = Add (m, b) }}", w=rounded, b=normal(16))
     assert_same(exact, model, X)
     assert len(frozen(model)) < len(before) - 16 * 16
+
+
+def test_what_a_copy_was_made_of_stays_as_it_was():
+    model = build(f"{HEAD} {{ m = MatMul (x, w)  y = Add (m, x) }}", w=normal(16, 16))
+    before = frozen(model)
+    store_constants_as_half(model.clone())
+    assert frozen(model) == before
+    assert {v.dtype for v in model.graph.initializers.values()} == {ir.DataType.FLOAT}
+    raise_opset(model, 16)
 
 
 def test_a_constant_with_several_readers_is_stored_once():

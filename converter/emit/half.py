@@ -105,7 +105,8 @@ def _store(graph: ir.Graph, value: ir.Value, names: Names) -> None:
     value.replace_all_uses_with(restored)
     half = not_none(constant(value)).astype(np.float16)
     value.name = names.fresh(f"{value.name}_float16")
-    value.const_value, value.dtype = ir.tensor(half, name=value.name), ir.DataType.FLOAT16
+    value.const_value = ir.tensor(half, name=value.name)
+    value.type = ir.TensorType(ir.DataType.FLOAT16)  # of its own: copies of a model share types
     to_float = {"to": ir.DataType.FLOAT}
     cast = ir.node("Cast", [value], to_float, name=names.fresh("u"), outputs=[restored])
     graph.insert_before(graph[0], cast)
