@@ -144,13 +144,18 @@ def test_weights_of_which_few_are_large_lose_less(case):
     assert error(weight, rotated) < 0.8 * error(weight, plain)
 
 
-def test_normal_weights_stay_as_they_are_and_so_do_few():
+def test_a_rotation_is_to_pay_for_its_nodes():
     view, axis = CASES["product"]
-    normal = np.random.default_rng(0).standard_normal((192, 128))
-    assert not fitted(view, axis, normal).qparams.format.rotated
-    assert not fitted(view, axis, heavy(64, 64)).qparams.format.rotated
-    assert not fitted(view, axis, heavy(191, 128)).qparams.format.rotated  # a prime mixes nothing
-    assert not fitted(view, axis, heavy(192, 128), bits=8).qparams.format.rotated
+    rng = np.random.default_rng(0)
+
+    def rotates(weight, bits=3):
+        return fitted(view, axis, weight, bits).qparams.format.rotated
+
+    assert rotates(rng.laplace(size=(192, 128)))
+    assert not rotates(rng.standard_normal((192, 128)))
+    assert not rotates(rng.laplace(size=(64, 64)))
+    assert not rotates(rng.laplace(size=(191, 128)))  # a prime mixes nothing
+    assert not rotates(rng.laplace(size=(192, 128)), bits=8)
 
 
 @pytest.mark.parametrize(("shape", "axis"), [((6, 4, 3), 0), ((4, 3, 6), 2), ((12, 6), 1)])
@@ -163,3 +168,19 @@ def test_codes_stand_for_what_the_definition_says(shape, axis):
     turned = np.kron(FOUR, THREE) / 8 @ (points.reshape(12, 6) - 7.5) * scale
     expected = np.moveaxis(turned.reshape(points.shape), -1, axis)
     np.testing.assert_allclose(found, expected, rtol=1e-6, atol=1e-6)
+
+
+def test_without_data_weights_are_rotated_as_well_and_keep_their_energy():
+    def found(columns):
+        weight = np.random.default_rng(0).laplace(size=(columns, 128)).astype(np.float32)
+        wanted = WeightPlan("w", 1, IntFormat(3, signed=False), PerAxis(1))
+        return weight, stored.fitted_alone(weight, wanted, stored.Storage())
+
+    (weight, rotated), (other, plain) = found(192), found(191)
+    assert rotated.qparams.format.rotated
+    assert not plain.qparams.format.rotated
+    assert error(weight, rotated) < 0.8 * error(other, plain)
+    energy = [
+        np.square(x).sum(axis=0) for x in (weight, dequantize(rotated.codes, rotated.qparams))
+    ]
+    np.testing.assert_allclose(*energy, rtol=0.05)

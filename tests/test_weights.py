@@ -398,6 +398,16 @@ def seen_and_unseen_error(seed: int) -> tuple[float, float]:
     return error(seen), error(unseen)
 
 
+@pytest.mark.parametrize(("most", "coded"), [(7, False), (8, True), (40, True)])
+def test_a_trellis_is_for_weights_that_codes_cannot_hold(most, coded):
+    numbers = np.random.default_rng(0).standard_normal((96, 128))
+    weight = np.clip(np.rint(numbers * most / 3), -most, most).astype(np.float32)
+    assert len(np.unique(weight)) == 2 * most + 1
+    wanted = WeightPlan("w", 1, IntFormat(4, signed=False), PerAxis(0))
+    found = stored.fitted_alone(weight, wanted, stored.Storage(correct=False))
+    assert (found.qparams.format.trellis > 0) == coded
+
+
 @pytest.mark.parametrize(
     ("columns", "mean", "kept"),
     # Eight bits for 128 weights would take 9 % of the error away: less than a mean of 0.33 is of the

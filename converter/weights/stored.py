@@ -19,7 +19,7 @@ from converter.plan.plan import (
     WeightPlan,
 )
 from converter.weights import block_grids
-from converter.weights.gptq import kept_weights
+from converter.weights.gptq import kept_weights, row_parts
 from converter.weights.grids import Grids, Rows, fit, with_variance
 from converter.weights.moments import second_moments
 
@@ -34,15 +34,14 @@ LEAST_SHRINKAGE, MOST_SHRINKAGE = 0.6, 4.0
 WIDEST = 16
 # Numbers whose moments are taken at a time.
 JOINED = 1 << 20
-# A trellis may pay for codes of these widths, where most weights differ.
+# A trellis may pay for codes of these widths, where they cannot hold all different weights.
 TRELLIS_BITS = range(2, 8)
 # Weights from which a long memory saves more bytes than the nodes that undo it take.
 LONG_PAYS = 1 << 14
-# Numbers that a rotation must mix to make normal ones of any, and what the mean fourth power of
-# normal numbers is, in squares of the mean square. A weight's excess of it is worth about 0.4 dB at
-# 2 bits, twice as much at 4, the nodes about 150 bytes.
-LEAST_MIXED, NORMAL = 16, 3.0
-ROTATION_PAYS = 1 << 14
+# Numbers that a rotation must mix at the least. What it takes off the mean fourth power of weights,
+# in squares of the mean square (normal numbers have 3), is worth about 0.4 dB at 2 bits, twice as
+# much at 4; the nodes take about 150 bytes.
+LEAST_MIXED, ROTATION_PAYS = 16, 1 << 14
 # Bytes of the nodes that zeros take, and the most that may be lost for those of a weight.
 ZERO_NODES, MOST_MEANS = 135, 0.1
 
@@ -75,13 +74,17 @@ def fitted_alone(
     blockwise = storage.integer_zero and storage.max_error is None and not storage.symmetric
     if blockwise and wanted.axis is not None:
         return block_grids.fitted(weight, wanted, importance)
-    matrix = plain_matrix(weight, wanted.axis)
+    matrix, sides = plain_matrix(weight, wanted.axis), tuple[int, ...]()
     if isinstance(wanted.granularity, PerBlock):
         matrix = matrix.reshape(1, -1, wanted.granularity.size)  # blocks have grids of their own
+    elif wanted.axis is not None:
+        sides = tuple(np.delete(weight.shape, wanted.axis).tolist())
     kept = kept_weights(matrix)
-    rows = _fewest_bits(Aim(matrix), wanted, storage, kept=kept)
+    rows = _fewest_bits(Aim(matrix), wanted, storage, kept=kept, sides=sides)
     if storage.correct and not storage.integer_zero and kept is None:
-        rows = with_variance(matrix, rows, Grids(rows.format))
+        rotated = rows.format.rotated
+        seen = _turned(matrix, rotation(sides)) if rotated else matrix
+        rows = with_variance(seen, rows, Grids(rows.format, symmetric=rotated))
     return packed(
         rows,
         plain_weight(rows.codes(), weight.shape, wanted.axis),
@@ -121,7 +124,7 @@ class Aim:
     def rotated(self, turn: Rotation) -> Aim:
         """The same in other coordinates."""
         seen = [m if m is None else turn.moments(m) for m in (self.moments, self.judged)]
-        return Aim(turn.inverse(self.weight), *seen)
+        return Aim(_turned(self.weight, turn), *seen)
 
 
 @dataclass(frozen=True)
@@ -146,16 +149,18 @@ def _fewest_bits(
     """The fit of a matrix in the planned bits or in the fewest that keep an error."""
     bound, integer_zero = _for(wanted, storage).max_error, storage.integer_zero or kept is not None
     grids = Grids(wanted.format, wanted.axis is not None, integer_zero, storage.symmetric)
-    varied = grids.per_row and not integer_zero and _varied(aim.weight)
+    codable = grids.per_row and not integer_zero
+    codable &= bound is not None or wanted.format.bits in TRELLIS_BITS
+    distinct = _distinct(aim.weight) if codable else 0
     long = aim.moments is not None and aim.weight.size >= LONG_PAYS
     memory = trellis.LONG if long else trellis.SHORT
     turn = rotation(sides)
-    pays = varied and long and turn.mixed >= LEAST_MIXED and _rotation_pays(aim.weight)
+    pays = codable and _rotation_pays(aim.weight, turn)
     turned = aim.rotated(turn) if pays else aim
-    centered = varied and aim.moments is not None and not _zeros_pay(aim.weight)
+    centered = codable and aim.moments is not None and not _zeros_pay(aim.weight)
 
     def fitted(bits: int) -> tuple[Rows, Aim]:
-        coded = varied and bits in TRELLIS_BITS
+        coded = bits in TRELLIS_BITS and distinct > 1 << bits
         rotated = coded and pays
         fmt = replace(wanted.format, bits=bits, trellis=memory * coded, rotated=rotated)
         seen = turned if rotated else aim
@@ -171,14 +176,32 @@ def _fewest_bits(
     return fitted(wanted.format.bits)[0] if bound is None else fewest(WIDEST, within)
 
 
-def _rotation_pays(weight: Array) -> bool:
-    """Whether so many more of the weights are far larger than the others of their rows than of
-    normal numbers that codes for these are worth the nodes: by the fourth moments.
+def _turned(weight: Array, turn: Rotation) -> Array:
+    """What a rotation makes `weight` of, in the same precision, and little more in memory."""
+    turned = np.empty_like(weight)
+    for part in row_parts(weight):
+        turned[:, part] = turn.inverse(weight[:, part])
+    return turned
+
+
+def _rotation_pays(weight: Array, turn: Rotation) -> bool:
+    """Whether a rotation makes a few weights that are far larger than the others of their rows so
+    much less so that codes are worth the nodes.
     """
-    squares = np.square(weight - weight.mean(axis=2, keepdims=True))
-    energy, fourth = squares.mean(axis=2), np.square(squares).mean(axis=2)
-    excess = fourth.sum() - NORMAL * np.square(energy).sum()
-    return bool(excess * weight.size > ROTATION_PAYS * np.square(energy).sum())
+    if turn.mixed < LEAST_MIXED:
+        return False
+    return _largeness(weight) - _largeness(_turned(weight, turn)) > ROTATION_PAYS / weight.size
+
+
+def _largeness(weight: Array) -> float:
+    """The mean fourth power of what rows are about their means, in squares of the mean square."""
+    fourths = squares = 0.0
+    for part in row_parts(weight):
+        rows = weight[:, part].astype(np.float64)
+        energy = np.square(rows - rows.mean(axis=2, keepdims=True))
+        fourths += float(np.square(energy).mean(axis=2).sum())
+        squares += float(np.square(energy.mean(axis=2)).sum())
+    return fourths / squares if squares else 0.0
 
 
 def _zeros_pay(weight: Array) -> bool:
@@ -190,10 +213,13 @@ def _zeros_pay(weight: Array) -> bool:
     return bool(means > min(4**bits - 1, MOST_MEANS) * all_but)
 
 
-def _varied(weight: Array) -> bool:
-    """Whether weights are not repeated, which fewer bits would store as well."""
+def _distinct(weight: Array) -> float:
+    """How many different weights there are, as far as they are repeated: infinite where most are
+    not.
+    """
     some = weight.reshape(-1)[:: max(1, weight.size >> 16)]
-    return len(np.unique(some)) > min(some.size // 2, 1024)
+    found = len(np.unique(some))
+    return found if found <= some.size // 2 else np.inf
 
 
 def _joint(pair: Inputs, threads: int) -> tuple[Array, Array]:
