@@ -193,15 +193,23 @@ def dequantize(codes: Array, q: QParams) -> Array:
         codes = np.moveaxis(trellis.points(codes, q.format.bits, q.format.trellis), -1, q.axis)
     scale = along(q.scale, q.axis, codes.shape)
     zero_point = along(q.zero_point, q.axis, codes.shape)
-    steps = codes.astype(np.float64) - zero_point
-    if q.format.rotated:
-        steps = rotated(steps, q.axis)
+    steps = rotated(codes.astype(np.float64) - zero_point, q)
     return (steps * scale.astype(np.float64)).astype(np.float32)
 
 
-def rotated(x: Array, axis: int | None) -> Array:
-    """`x` times the rotation of all its axes but that of the channels: float64."""
-    assert axis is not None
-    first = np.moveaxis(x, axis, 0)
+def rotated(x: Array, q: QParams) -> Array:
+    """`x` times the rotation of all its axes but that of the channels, float64; `x` itself where
+    nothing is rotated.
+    """
+    if not q.format.rotated:
+        return x
+    assert q.axis is not None
+    first = np.moveaxis(x, q.axis, 0)
     turned = rotation(first.shape[1:])(first.reshape(len(first), -1))
-    return np.moveaxis(turned.reshape(first.shape), 0, axis)
+    return np.moveaxis(turned.reshape(first.shape), 0, q.axis)
+
+
+def is_centered(q: QParams) -> bool:
+    """Whether codes are of a trellis whose levels' middle stands for 0 in every channel."""
+    middle = trellis.middle(q.format.bits)
+    return q.format.trellis > 0 and bool((q.zero_point == middle).all())

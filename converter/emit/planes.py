@@ -29,7 +29,7 @@ import numpy as np
 import onnx_ir as ir
 
 from calib import trellis
-from calib.affine import Array, QParams, along, zero_bytes, zero_step
+from calib.affine import Array, QParams, along, is_centered, zero_bytes, zero_step
 from calib.rotation import rotation
 from converter.graph.edit import Names, add_constant, constant
 from converter.plan.plan import QuantizedWeight
@@ -125,10 +125,10 @@ class PlaneWriter:
             value = self._cast(f"{name}_codes", planes)
         value = self._chain(value, _unpacking(_windows(bits, memory)))
         value = self._node("Cast", [value], to=ir.DataType.INT32)
-        levels, middle = trellis.table(bits, memory), trellis.middle(bits)
-        centered = bool((q.zero_point == middle).all())
+        levels, centered = trellis.table(bits, memory), is_centered(q)
+        assert centered or not q.format.rotated, "zeros would have to be taken off before"
         if centered:
-            levels = levels - middle
+            levels = levels - trellis.middle(bits)
         table = self._cast(f"levels_{bits}", levels.astype(np.float16))
         value = self._node("Gather", [table, value])
         if q.format.rotated:

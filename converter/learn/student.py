@@ -18,7 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from calib import trellis
-from calib.affine import Array, QParams, along, dequantize, rotated
+from calib.affine import Array, QParams, along, dequantize, is_centered, rotated
 from calib.workers import over_samples
 from converter.emit.planes import half_if_exact
 from converter.graph.edit import not_none
@@ -51,9 +51,8 @@ class _Weight:
     @property
     def zero_moves(self) -> bool:
         """Whether its zeros may be any number: neither integers nor in the middle of all levels."""
-        zero, fmt = self.grid.zero_point, self.grid.format
-        centered = fmt.trellis and (zero == trellis.middle(fmt.bits)).all()
-        return not centered and not np.array_equal(zero, np.rint(zero))
+        zero = self.grid.zero_point
+        return not (is_centered(self.grid) or np.array_equal(zero, np.rint(zero)))
 
     @property
     def points_move(self) -> bool:
@@ -68,12 +67,6 @@ class _Weight:
             levels = trellis.levels(fmt.bits)
             return float(levels[0]), float(levels[-1])
         return fmt.qmin, fmt.qmax
-
-    def rotated(self, x: Array) -> Array:
-        """What is on the grid as what it stands for, or gradients of the latter as of the former;
-        where nothing is rotated, `x` itself.
-        """
-        return rotated(x, self.grid.axis) if self.grid.format.rotated else x
 
     def along(self, numbers: Array) -> Array:
         """Numbers a scale, as they stand beside the weights."""
@@ -243,7 +236,7 @@ class Student:
         for name, weight in self._weights.items():
             now = rounded[name]
             scale, offset = (weight.along(x.astype(np.float32)) for x in (now.scale, now.offset))
-            restored = weight.rotated(now.points * scale + offset)
+            restored = rotated(now.points * scale + offset, weight.grid)
             found[name] = np.ascontiguousarray(restored, dtype=np.float32)
         for name, bias in self._biases.items():
             found[name] = (bias.value + bias.size * learned[name]).astype(np.float32)
@@ -267,7 +260,7 @@ class Student:
         found: Arrays = {}
         for name, weight in self._weights.items():
             now, old = rounded[name], weight.grid.scale.astype(np.float64)
-            slope = weight.rotated(constants[name])
+            slope = rotated(constants[name], weight.grid)  # by the same matrix, as it is symmetric
             # What moves with the scale is the distance from the zero.
             zero = weight.along(weight.grid.zero_point.astype(np.float32))
             found[f"{name} {SCALE}"] = old * weight.summed(slope * (now.points - zero))

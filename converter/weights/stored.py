@@ -80,11 +80,10 @@ def fitted_alone(
     elif wanted.axis is not None:
         sides = tuple(np.delete(weight.shape, wanted.axis).tolist())
     kept = kept_weights(matrix)
-    rows = _fewest_bits(Aim(matrix), wanted, storage, kept=kept, sides=sides)
+    rows, seen = _fewest_bits(Aim(matrix), wanted, storage, kept=kept, sides=sides)
     if storage.correct and not storage.integer_zero and kept is None:
-        rotated = rows.format.rotated
-        seen = _turned(matrix, rotation(sides)) if rotated else matrix
-        rows = with_variance(seen, rows, Grids(rows.format, symmetric=rotated))
+        grids = Grids(rows.format, symmetric=rows.format.rotated)
+        rows = with_variance(seen.weight, rows, grids)
     return packed(
         rows,
         plain_weight(rows.codes(), weight.shape, wanted.axis),
@@ -108,7 +107,8 @@ def fitted_to_outputs(
     extra = _shrinkage(moments, pair.own.shape[1])
     target = _target(matrix, moments + extra, cross + extra)
     aim = Aim(target, moments + extra, moments)
-    return _fewest_bits(aim, wanted, storage, kept=kept_weights(matrix), sides=sides)
+    rows, _ = _fewest_bits(aim, wanted, storage, kept=kept_weights(matrix), sides=sides)
+    return rows
 
 
 @dataclass(frozen=True)
@@ -121,10 +121,19 @@ class Aim:
     moments: Array | None = None
     judged: Array | None = None
 
-    def rotated(self, turn: Rotation) -> Aim:
-        """The same in other coordinates."""
+    def rotated(self, turn: Rotation) -> Aim | None:
+        """The same in other coordinates; None where a few weights that are far larger than the
+        others of their rows do not become so much less so that codes are worth the nodes.
+        """
+        if turn.mixed < LEAST_MIXED:
+            return None
+        weight = np.empty_like(self.weight)
+        for part in row_parts(weight):
+            weight[:, part] = turn.inverse(self.weight[:, part])
+        if _largeness(self.weight) - _largeness(weight) <= ROTATION_PAYS / weight.size:
+            return None
         seen = [m if m is None else turn.moments(m) for m in (self.moments, self.judged)]
-        return Aim(_turned(self.weight, turn), *seen)
+        return Aim(weight, *seen)
 
 
 @dataclass(frozen=True)
@@ -144,9 +153,11 @@ def _fewest_bits(
     storage: Storage,
     *,
     kept: Array | None,
-    sides: tuple[int, ...] = (),
-) -> Rows:
-    """The fit of a matrix in the planned bits or in the fewest that keep an error."""
+    sides: tuple[int, ...],
+) -> tuple[Rows, Aim]:
+    """The fit of a matrix in the planned bits or in the fewest that keep an error, and what it was
+    fitted to.
+    """
     bound, integer_zero = _for(wanted, storage).max_error, storage.integer_zero or kept is not None
     grids = Grids(wanted.format, wanted.axis is not None, integer_zero, storage.symmetric)
     codable = grids.per_row and not integer_zero
@@ -154,43 +165,24 @@ def _fewest_bits(
     distinct = _distinct(aim.weight) if codable else 0
     long = aim.moments is not None and aim.weight.size >= LONG_PAYS
     memory = trellis.LONG if long else trellis.SHORT
-    turn = rotation(sides)
-    pays = codable and _rotation_pays(aim.weight, turn)
-    turned = aim.rotated(turn) if pays else aim
+    turned = aim.rotated(rotation(sides)) if codable else None
     centered = codable and aim.moments is not None and not _zeros_pay(aim.weight)
 
     def fitted(bits: int) -> tuple[Rows, Aim]:
         coded = bits in TRELLIS_BITS and distinct > 1 << bits
-        rotated = coded and pays
+        seen = turned if coded and turned else aim
+        rotated = seen is turned
         fmt = replace(wanted.format, bits=bits, trellis=memory * coded, rotated=rotated)
-        seen = turned if rotated else aim
         symmetric = grids.symmetric or rotated or (coded and centered)
         of_bits = replace(grids, format=fmt, symmetric=symmetric)
         return fit(seen.weight, seen.moments, of_bits, kept), seen
 
-    def within(bits: int) -> Rows | None:
+    def within(bits: int) -> tuple[Rows, Aim] | None:
         rows, seen = fitted(bits)
         close = bits == WIDEST or rows.relative_error(seen.weight, seen.judged) <= (bound or 0)
-        return rows if close else None
+        return (rows, seen) if close else None
 
-    return fitted(wanted.format.bits)[0] if bound is None else fewest(WIDEST, within)
-
-
-def _turned(weight: Array, turn: Rotation) -> Array:
-    """What a rotation makes `weight` of, in the same precision, and little more in memory."""
-    turned = np.empty_like(weight)
-    for part in row_parts(weight):
-        turned[:, part] = turn.inverse(weight[:, part])
-    return turned
-
-
-def _rotation_pays(weight: Array, turn: Rotation) -> bool:
-    """Whether a rotation makes a few weights that are far larger than the others of their rows so
-    much less so that codes are worth the nodes.
-    """
-    if turn.mixed < LEAST_MIXED:
-        return False
-    return _largeness(weight) - _largeness(_turned(weight, turn)) > ROTATION_PAYS / weight.size
+    return fitted(wanted.format.bits) if bound is None else fewest(WIDEST, within)
 
 
 def _largeness(weight: Array) -> float:
