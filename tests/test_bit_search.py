@@ -128,7 +128,7 @@ def test_the_file_is_so_many_times_smaller(tmp_path, ratio):
     _, data = converted(tmp_path, model, normal(12, 256), {"bit_num": 0}, mixed=mixed)
     # One more bit for a weight would be too many.
     most = (tmp_path / "model.onnx").stat().st_size / ratio
-    assert most - 256 * 256 / 8 - 300 < len(data) <= most + 300
+    assert most - 256 * 256 / 8 - 300 < len(data) <= most + 4
 
 
 @pytest.mark.parametrize(
@@ -143,19 +143,21 @@ def test_samples_are_kept_apart_where_a_bound_is_judged(tmp_path, mixed, apart):
 
 def test_an_interrupted_search_goes_on(tmp_path):
     files = [(tmp_path / name, tmp_path / name / "out.onnx") for name in ("whole", "halted")]
+    # A ratio at which the first two allocations differ.
+    mixed = SENSITIVITY | {"target_ratio": 4.5}
     for folder, _ in files:
         folder.mkdir()
-    _, whole = converted(files[0][0], layers(), X, {"bit_num": 0}, mixed=SENSITIVITY)
+    _, whole = converted(files[0][0], layers(), X, {"bit_num": 0}, mixed=mixed)
     folder, output = files[1]
     with pytest.raises(KeyboardInterrupt):
-        converted(folder, layers(), X, {"bit_num": 0}, mixed=SENSITIVITY, watch=Impatient())
+        converted(folder, layers(), X, {"bit_num": 0}, mixed=mixed, watch=Impatient())
     assert output.stat().st_size < 0.5 * (folder / "model.onnx").stat().st_size
     journal = folder / "out.onnx.search.json"
     known = json.loads(journal.read_text())["known"]
     assert len(known) == 3
     # What stands in the journal is believed: nothing of it is measured again.
     ear = Ear()
-    _, resumed = converted(folder, layers(), X, {"bit_num": 0}, mixed=SENSITIVITY, watch=ear)
+    _, resumed = converted(folder, layers(), X, {"bit_num": 0}, mixed=mixed, watch=ear)
     assert resumed == whole
     assert not journal.exists()
 

@@ -77,6 +77,15 @@ def test_a_large_model_keeps_its_weights_beside_it(tmp_path, monkeypatch):
     assert_same(big, serialized(loaded), {"x": normal(2, 300)})
 
 
+@pytest.mark.parametrize("rows", [1, 30, 31, 33, 127, 4095, 4100])
+def test_the_bytes_of_a_file_are_known_before_it_is_written(tmp_path, rows):
+    text = f"g (float[2,{rows}] x) => (float[2,4] y) {{ z = MatMul(x, w)  y = Add(z, b) }}"
+    model = build(text, w=normal(rows, 4), b=normal())
+    save(model, tmp_path / "m.onnx")
+    size = (tmp_path / "m.onnx").stat().st_size
+    assert abs(models.model_bytes(model) - size) <= len(model.graph.initializers)
+
+
 def test_an_invalid_model_leaves_the_old_file(tmp_path):
     path = tmp_path / "m.onnx"
     path.write_bytes(b"old")

@@ -584,11 +584,25 @@ def _parts(model: ir.Model) -> Iterator[bytes]:
 
 
 def model_bytes(model: ir.Model) -> int:
-    """Bytes of a model's file, within a few for each weight."""
-    graph = _told_once(model.clone())
+    """Bytes of a model's file with all weights in it, within one for each of them."""
+    graph, size = _told_once(model.clone()), 0
     for value in initializers_of(graph):
-        value.const_value = ir.tensor(np.empty(0, np.uint8), name=value.name)
-    return len(serialized(graph)) + weight_bytes(model)
+        tensor = value.const_value
+        if tensor is not None and tensor.dtype != ir.DataType.STRING:
+            # Two lengths become longer: that of the numbers and that of all about the tensor.
+            size += tensor.nbytes + 2 * (len(mapped.varint(tensor.nbytes)) - 1)
+            value.const_value = _without_numbers(tensor)
+    return len(serialized(graph)) + size
+
+
+def _without_numbers(tensor: ir.TensorProtocol) -> ir.LazyTensor:
+    """All that a file tells of a tensor but for the numbers."""
+    return ir.LazyTensor(
+        lambda: ir.tensor(np.empty(0, np.uint8)),
+        dtype=tensor.dtype,
+        shape=ir.Shape(tensor.shape.numpy()),
+        name=tensor.name,
+    )
 
 
 def file_bytes(path: Path) -> int:

@@ -80,7 +80,7 @@ def _without_weights(data: mmap.mmap) -> Iterator[bytes]:
     for number, kind, start, content, end in _fields(data, 0, len(data)):
         if (number, kind) == (GRAPH, BYTES):
             graph = b"".join(_graph(data, content, end))
-            yield from (_key(GRAPH), _varint(len(graph)), graph)
+            yield from (_key(GRAPH), varint(len(graph)), graph)
         else:
             yield data[start:end]
 
@@ -92,7 +92,7 @@ def _graph(data: mmap.mmap, begin: int, stop: int) -> Iterator[bytes]:
         if tensor is None:
             yield data[start:end]
         else:
-            yield from (_key(INITIALIZER), _varint(len(tensor)), tensor)
+            yield from (_key(INITIALIZER), varint(len(tensor)), tensor)
 
 
 def _reference(data: mmap.mmap, begin: int, stop: int) -> bytes | None:
@@ -151,10 +151,11 @@ def _number(data: mmap.mmap, place: int) -> tuple[int, int]:
 
 
 def _key(number: int) -> bytes:
-    return _varint(number << 3 | BYTES)
+    return varint(number << 3 | BYTES)
 
 
-def _varint(number: int) -> bytes:
+def varint(number: int) -> bytes:
+    """A number as protocol buffers write it: 7 bits a byte."""
     found = bytearray()
     while number > 127:
         found.append(number & 127 | 128)

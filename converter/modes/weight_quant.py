@@ -27,6 +27,7 @@ from converter.emit.dequantize import (
     type_for,
 )
 from converter.emit.half import store_biases_as_half
+from converter.emit.inferred import forget_inferred
 from converter.emit.planes import PlaneWriter
 from converter.emit.stored import emit_stored
 from converter.errors import ConfigError, ModelError
@@ -61,6 +62,7 @@ from converter.plan.requests import stores_signed
 from converter.plan.result import Quantized, Tradeoff
 from converter.prepare.fake_quant import Prepared
 from converter.prepare.opset import opset_of, raise_opset
+from converter.report.provenance import provenance
 from converter.weights.bit_search import Search
 from converter.weights.journal import Journal
 from converter.weights.layers import Fitter
@@ -286,7 +288,10 @@ def _searched(
         kept = True
 
     def emitted(found: QuantPlan) -> ir.Model:
-        return _emitted(fitter.model, found, newest, stores_signed(job.config))
+        model = _emitted(fitter.model, found, newest, stores_signed(job.config))
+        forget_inferred(model)
+        model.metadata_props.update(provenance(job, fitter.data))
+        return model
 
     config = job.config
     told = (
