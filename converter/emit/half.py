@@ -100,13 +100,15 @@ def _fits(array: Array) -> bool:
 
 
 def _store(graph: ir.Graph, value: ir.Value, names: Names) -> None:
-    """What reads `value` finds it, under its name, behind a Cast."""
-    restored = ir.Value(name=value.name)
+    """What reads `value` finds it behind a Cast, whose name is short: it stands in the file twice
+    more.
+    """
+    name = names.fresh("u")
+    restored = ir.Value(name=name)
     value.replace_all_uses_with(restored)
     half = not_none(constant(value)).astype(np.float16)
-    value.name = names.fresh(f"{value.name}_float16")
     value.const_value = ir.tensor(half, name=value.name)
     value.type = ir.TensorType(ir.DataType.FLOAT16)  # of its own: copies of a model share types
     to_float = {"to": ir.DataType.FLOAT}
-    cast = ir.node("Cast", [value], to_float, name=names.fresh("u"), outputs=[restored])
+    cast = ir.node("Cast", [value], to_float, name=name, outputs=[restored])
     graph.insert_before(graph[0], cast)
