@@ -39,6 +39,8 @@ PLAIN_BITS = (8, 16)
 # Bytes the file grows by, about, for the nodes of a mask and for those of a table.
 MASK_OVERHEAD = 2400
 TABLE_OVERHEAD = 300
+# Numbers of an operand from which float16 takes fewer bytes, although several weights have it.
+LEAST_HALVED = 256
 # Bytes of a mask that count their positions from one stored number.
 GROUP = 32
 # Types that codes of a byte are stored in.
@@ -253,9 +255,15 @@ class PlaneWriter:
     def _chain(self, value: ir.Value, steps: Iterable[Step]) -> ir.Value:
         """Operators with their constant operands, one behind the other."""
         for op_type, *operands in steps:
-            constants = [self._store("c", x) for x in operands]
+            constants = [self._operand(x) for x in operands]
             value = self._node(op_type, [value, *constants])
         return value
+
+    def _operand(self, array: Array) -> ir.Value:
+        """A constant operand, in half the bytes where these are more than a Cast takes."""
+        if array.dtype == np.float32 and array.size >= LEAST_HALVED:
+            return self._cast("c", half_if_exact(array))
+        return self._store("c", array)
 
     def _cast(self, name: str, array: Array) -> ir.Value:
         """The constant `array` as float32, stored in its own type."""
