@@ -131,6 +131,23 @@ def test_the_file_is_so_many_times_smaller(tmp_path, ratio):
     assert most - 256 * 256 / 8 - 300 < len(data) <= most + 4
 
 
+@pytest.mark.parametrize("ratio", [4.2, 6])
+def test_integers_in_memory_get_all_the_bits_that_they_take(tmp_path, ratio):
+    weights = {f"w{i}": normal(128, 128, seed=i) for i in range(6)}
+    steps = " ".join(f"h{i + 1} = MatMul (h{i}, w{i})" for i in range(6))
+    model = build(
+        f"g (float[1,128] x) => (float[1,128] h6) {{ h0 = Relu (x)  {steps} }}", **weights
+    )
+    mixed = {"search": "SENSITIVITY", "target_ratio": ratio}
+    keys = {"dequant_strategy": "ON_THE_FLY"}
+    outcome, data = converted(
+        tmp_path, model, normal(12, 128), {"bit_num": 0, "opset": 21}, keys, mixed
+    )
+    widths = {weight.qparams.format.bits for weight in outcome.plan.stored.values()}
+    assert widths == {4, 8}
+    assert len(data) <= (tmp_path / "model.onnx").stat().st_size / ratio
+
+
 @pytest.mark.parametrize(
     ("mixed", "apart"),
     [(SENSITIVITY, False), ({"search": "SENSITIVITY", "min_cosine": 0.9}, True)],
@@ -143,8 +160,8 @@ def test_samples_are_kept_apart_where_a_bound_is_judged(tmp_path, mixed, apart):
 
 def test_an_interrupted_search_goes_on(tmp_path):
     files = [(tmp_path / name, tmp_path / name / "out.onnx") for name in ("whole", "halted")]
-    # A ratio at which the first two allocations differ.
-    mixed = SENSITIVITY | {"target_ratio": 4.5}
+    # A ratio at which all allocations differ.
+    mixed = SENSITIVITY | {"target_ratio": 3.5}
     for folder, _ in files:
         folder.mkdir()
     _, whole = converted(files[0][0], layers(), X, {"bit_num": 0}, mixed=mixed)

@@ -293,6 +293,10 @@ def _searched(
         model.metadata_props.update(provenance(job, fitter.data))
         return model
 
+    def held(bits: int) -> int:
+        found = newest and type_for(bits, False, newest, stores_signed(job.config))
+        return found[0].bitwidth if found else bits
+
     config = job.config
     told = (
         f"{fingerprint_of(fitter.model, fitter.data)} {config.common} {config.mixed_bit} "
@@ -301,7 +305,9 @@ def _searched(
     journal = Journal(job.output.with_name(f"{job.output.name}.search.json"), told)
     try:
         before = file_bytes(job.model)
-        search = Search(fitter, judges, plan, config.mixed_bit, journal, keep, emitted, before)
+        search = Search(
+            fitter, judges, plan, config.mixed_bit, journal, keep, emitted, before, held
+        )
         found = search.mixed()
     except KeyboardInterrupt:
         there = f"{job.output} holds the best so far" if kept else "no output is written yet"

@@ -81,7 +81,7 @@ class Search:
     fitted to; `keep` is handed every plan better than those before.
 
     `emitted` makes a plan the model whose file shall be so many times smaller than `before`, in
-    bytes.
+    bytes; codes of a width take so many bits in it as `held` tells.
     """
 
     fitter: Fitter
@@ -92,6 +92,7 @@ class Search:
     keep: Callable[[QuantPlan], None]
     emitted: Callable[[QuantPlan], ir.Model]
     before: int
+    held: Callable[[int], int]
 
     def mixed(self) -> tuple[QuantPlan, tuple[Tradeoff, ...]]:
         """The plan with the widths found, and what else could be had."""
@@ -190,7 +191,7 @@ class Search:
         sizes = {name: sum(x.size for x in weights) for name, weights in arrays.items()}
 
         def cost(name: str, bits: int) -> int:
-            return sum(stored_bytes(x.size, len(x), bits) for x in arrays[name])
+            return sum(stored_bytes(x.size, len(x), self.held(bits)) for x in arrays[name])
 
         ranked = self.journal.once("ranked", self._ranked)
         rest = ranked["bytes"] - sum(cost(name, MEASURED_BITS) for name in sizes)
