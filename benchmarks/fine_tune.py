@@ -3,7 +3,7 @@
 
     python benchmarks/fine_tune.py [ROW ...] [--minutes 15] [--how AUTO]
 
-Rows: v1_8x, v1_3bits, v1_2bits, v2_8x, resnet20_2bits; minilm, a sentence transformer whose weights
+Rows: v1_8x, v1_3bits, v1_2bits, v2_8x, resnet20_2bits, resnet20_11x; minilm, a sentence transformer whose weights
 and tables have 4 bits; minilm_mixed, a file of it as small, of widths that are searched; and qat,
 which trains weights and activations of examples/qat_digits to 2, 3 and 4 bits. Columns: top-1 and
 agreement with the float model's best class on the dev split (of minilm the rank correlation with
@@ -42,6 +42,7 @@ ROWS = {
     "v1_2bits": (V1, 100, smaller(13.05)),
     "v2_8x": (V2, 100, smaller(8.02)),
     "resnet20_2bits": (RESNET, 200, "bit_num=2"),
+    "resnet20_11x": (RESNET, 200, smaller(11.3)),
 }
 
 

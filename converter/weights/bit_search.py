@@ -33,8 +33,8 @@ from converter.weights.mixed_bits import WIDTHS, Budget, allocation, path
 MEASURED_BITS = 4
 # Values of init_scale that auto_tune tries by bisection, from the largest.
 SCALES = np.geomspace(0.2, 0.002, 24)
-# How many allocations are fitted to find one whose file is as large as wanted.
-SIZED = 4
+# How many allocations are fitted to find one whose file is as large as wanted, or so nearly.
+SIZED, CLOSE = 6, 0.998
 # How much of the measured sensitivity decides, instead of equal bits for all.
 BLENDS = (1.0, 0.5, 0.0)
 # One sample in this many, and at most so many, judge allocations; fewer samples than LEAST_SPLIT
@@ -162,12 +162,13 @@ class Search:
         return self._sized(budget, wanted, best), by_size
 
     def _sized(self, budget: Budget, ratio: float, blend: float) -> QuantPlan:
-        """The plan of an allocation whose file is the largest that is small enough. How large one
-        is shows when it is written, as every width has a table of its own, not all zeros take a
-        byte and rotated weights have none; then the rest is reckoned anew.
+        """The plan of an allocation whose file is nearly the largest that is small enough. How
+        large one is shows when it is written, as every width has a table of its own, not all zeros
+        take a byte and rotated weights have none; then the rest is reckoned anew, between one that
+        was too little and one that was enough.
         """
-        tried = list[dict[str, int]]()
         best, most, found = (False, -np.inf), budget.before / ratio, self.plan
+        little, enough, tried = -np.inf, np.inf, list[dict[str, int]]()
         while len(tried) < SIZED and (widths := budget.within(ratio, blend)) not in tried:
             tried.append(widths)
             plan = self.fitter.fitted(self.plan.with_bits(widths))
@@ -175,8 +176,13 @@ class Search:
             fits = size <= most
             if (worth := (fits, size if fits else -size)) > best:
                 best, found = worth, plan
-            reckoned = budget.before / budget.ratio(widths)
-            budget = replace(budget, rest=budget.rest + round(size - reckoned))
+            if CLOSE * most <= size <= most:
+                break
+            little, enough = (little, budget.rest) if fits else (budget.rest, enough)
+            rest = budget.rest + size - budget.before / budget.ratio(widths)
+            if not little < rest < enough:
+                rest = (little + enough) / 2
+            budget = replace(budget, rest=round(rest))
         return found
 
     def _budget(self) -> Budget:
