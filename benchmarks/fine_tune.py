@@ -3,13 +3,14 @@
 
     python benchmarks/fine_tune.py [ROW ...] [--minutes 15] [--how AUTO]
 
-Rows: v1_8x, v1_3bits, v1_2bits, v2_8x, resnet20_2bits, resnet20_11x; minilm, a sentence transformer whose weights
-and tables have 4 bits; minilm_mixed, a file of it as small, of widths that are searched; and qat,
-which trains weights and activations of examples/qat_digits to 2, 3 and 4 bits. Columns: top-1 and
-agreement with the float model's best class on the dev split (of minilm the rank correlation with
-human scores, and the mean cosine with the float model's embeddings), times smaller, seconds,
-processor seconds and peak memory in megabytes of the conversion. Everything is learned from `calib`
-alone.
+Rows: v1_8x, v1_3bits, v1_2bits, v2_8x, resnet20_2bits, and resnet20_11x, a file of widths that are
+searched, as small as 2 bits made one before weights were rotated; minilm, a sentence transformer
+whose weights and tables have 4 bits; minilm_mixed, a file of it as small, of widths that are
+searched; and qat, which trains weights and activations of examples/qat_digits to 2, 3 and 4 bits.
+Columns: top-1 and agreement with the float model's best class on the dev split (of minilm the rank
+correlation with human scores, and the mean cosine with the float model's embeddings), times
+smaller, seconds, processor seconds and peak memory in megabytes of the conversion. Everything is
+learned from `calib` alone.
 """
 
 from __future__ import annotations
