@@ -168,7 +168,7 @@ class Search:
         was too little and one that was enough.
         """
         best, most, found = (False, -np.inf), budget.before / ratio, self.plan
-        little, enough, tried = -np.inf, np.inf, list[dict[str, int]]()
+        little, enough, tried = -budget.before, budget.before, list[dict[str, int]]()
         while len(tried) < SIZED and (widths := budget.within(ratio, blend)) not in tried:
             tried.append(widths)
             plan = self.fitter.fitted(self.plan.with_bits(widths))
