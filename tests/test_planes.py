@@ -127,8 +127,9 @@ def test_zeros_in_the_middle_of_all_levels_are_not_stored(bits, memory):
 
 @pytest.mark.parametrize("memory", MEMORIES)
 def test_a_trellis_takes_its_bits_in_the_file(memory):
-    # The same as below, but that there may be twice the planes, a table and the order of bytes.
-    shared = 4 * (8 + 2 * 64 * 4 + 64) + 2 * (16 << memory) + 4 * 8
+    # The same as below, but that there may be twice the planes, a table and the order of bytes, and
+    # that so many numbers are halves.
+    shared = 4 * (8 + 64) + 2 * (2 * 64 * 4) + 2 * (16 << memory) + 4 * 8
     size = weight_bytes(written(coded(weight_of(4, (64, 64), 0), memory)))
     assert 64 * 64 / 2 < size <= 64 * 64 / 2 + 64 * (4 + 2) + shared
 
