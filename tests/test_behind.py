@@ -245,8 +245,8 @@ def test_where_the_float_model_does_not_load_either_both_are_named(
 def test_a_search_keeps_nothing_that_does_not_load(
     qconvert: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def emitted(*given: object) -> ir.Model:
-        model = original(*given)
+    def emitted(*given: object, **named: object) -> ir.Model:
+        model = original(*given, **named)
         spoil(model)
         return model
 

@@ -27,6 +27,14 @@ def layers():
     return build(text, w1=normal(32, 96), w2=normal(96, 48, seed=1) / 50, w3=normal(32, 48, seed=2))
 
 
+def products(count, size):
+    """Products one behind the other."""
+    weights = {f"w{i}": normal(size, size, seed=i) for i in range(count)}
+    steps = " ".join(f"h{i + 1} = MatMul (h{i}, w{i})" for i in range(count))
+    text = f"g (float[1,{size}] x) => (float[1,{size}] h{count}) {{ h0 = Relu (x)  {steps} }}"
+    return build(text, **weights)
+
+
 def problem(seed, count=3):
     rng = np.random.default_rng(seed)
     names = [f"w{i}" for i in range(count)]
@@ -119,13 +127,8 @@ def test_a_ratio_out_of_reach_is_said(tmp_path):
 
 @pytest.mark.parametrize("ratio", [6, 9.5, 11])
 def test_the_file_is_so_many_times_smaller(tmp_path, ratio):
-    weights = {f"w{i}": normal(256, 256, seed=i) for i in range(4)}
-    steps = " ".join(f"h{i + 1} = MatMul (h{i}, w{i})" for i in range(4))
-    model = build(
-        f"g (float[1,256] x) => (float[1,256] h4) {{ h0 = Relu (x)  {steps} }}", **weights
-    )
     mixed = {"search": "SENSITIVITY", "target_ratio": ratio}
-    _, data = converted(tmp_path, model, normal(12, 256), {"bit_num": 0}, mixed=mixed)
+    _, data = converted(tmp_path, products(4, 256), normal(12, 256), {"bit_num": 0}, mixed=mixed)
     # One more bit for a weight would be too many.
     most = (tmp_path / "model.onnx").stat().st_size / ratio
     assert most - 256 * 256 / 8 - 300 < len(data) <= most + 4
@@ -133,15 +136,10 @@ def test_the_file_is_so_many_times_smaller(tmp_path, ratio):
 
 @pytest.mark.parametrize("ratio", [4.2, 6])
 def test_integers_in_memory_get_all_the_bits_that_they_take(tmp_path, ratio):
-    weights = {f"w{i}": normal(128, 128, seed=i) for i in range(6)}
-    steps = " ".join(f"h{i + 1} = MatMul (h{i}, w{i})" for i in range(6))
-    model = build(
-        f"g (float[1,128] x) => (float[1,128] h6) {{ h0 = Relu (x)  {steps} }}", **weights
-    )
     mixed = {"search": "SENSITIVITY", "target_ratio": ratio}
     keys = {"dequant_strategy": "ON_THE_FLY"}
     outcome, data = converted(
-        tmp_path, model, normal(12, 128), {"bit_num": 0, "opset": 21}, keys, mixed
+        tmp_path, products(6, 128), normal(12, 128), {"bit_num": 0, "opset": 21}, keys, mixed
     )
     widths = {weight.qparams.format.bits for weight in outcome.plan.stored.values()}
     assert widths == {4, 8}

@@ -68,6 +68,7 @@ from converter.weights.journal import Journal
 from converter.weights.layers import Fitter
 from converter.weights.stored import WIDEST, Storage
 
+Emit = Callable[[QuantPlan], ir.Model]
 # Keys of a node's own that say how its weights are stored.
 WISHES = ("bit_num", "per_channel", "block_size", "quant_strategy")
 # The width in a plan whose widths are not found yet.
@@ -142,16 +143,17 @@ def quantize(prepared: Prepared, job: Job, watch: Watch) -> Quantized:
     signed = stores_signed(job.config)
     storage = Storage(by_outputs, wanted.bias_correction, wanted.on_the_fly, symmetric=signed)
     newest = _newest_opset(model, job, watch) if wanted.on_the_fly else None
+    emit = partial(_emitted, model, newest=newest, signed=signed)
     fitter = Fitter(model, parts[0], resources, storage, watch)
     if job.config.common.bit_num:
         plan = fitter.fitted(plan)
     else:
-        plan, pareto = _searched(fitter, judges.judges, plan, job, newest=newest)
+        plan, pareto = _searched(fitter, judges.judges, plan, job, emit=emit, newest=newest)
     if tuning.wanted:
         same_widths = job.config.common.bit_num or job.config.mixed_bit.search == "SENSITIVITY"
         whole = partial(replace(fitter, data=data).fitted, plan)
         again = whole if same_widths and not apart else None
-        keep = _keeping(model, job, newest)
+        keep = _keeping(job, emit)
         plan = tuning.tuned(model, plan, parts, keep=keep, again=again)
     widths = Counter(weight.qparams.format.bits for weight in plan.stored.values())
     watch.tell(
@@ -162,7 +164,7 @@ def quantize(prepared: Prepared, job: Job, watch: Watch) -> Quantized:
         measured = "" if found.measured is None else f", {found.measured:.2g} measured"
         size = f"{found.ratio:.2f} times smaller, {found.bits:.2f} bits a weight"
         watch.tell(f"Could be had: {size}: loss of {found.expected:.2g} expected{measured}.")
-    quantized = _emitted(model, plan, newest, signed)
+    quantized = emit(plan)
     used, last = (data, judges.last) if given else (Dataset((), (), ()), None)
     decided = {} if job.config.common.bit_num else _widths(plan)
     return Quantized(model, quantized, plan, used, pareto=pareto, decided=decided, last=last)
@@ -240,9 +242,7 @@ def _refusal_at(model: ir.Model, opset: int) -> str | None:
         return str(error)
 
 
-def _emitted(
-    model: ir.Model, plan: QuantPlan, newest: int | None, signed: bool = False
-) -> ir.Model:
+def _emitted(model: ir.Model, plan: QuantPlan, newest: int | None, signed: bool) -> ir.Model:
     """`newest` is the newest opset that integers in memory may ask for, None for weights that are
     unpacked when the model is loaded; these are `signed` where the target wants them so.
     """
@@ -274,13 +274,19 @@ def _is_bounded(job: Job) -> bool:
 
 
 def _searched(
-    fitter: Fitter, judges: Dataset, plan: QuantPlan, job: Job, *, newest: int | None
+    fitter: Fitter,
+    judges: Dataset,
+    plan: QuantPlan,
+    job: Job,
+    *,
+    emit: Emit,
+    newest: int | None,
 ) -> tuple[QuantPlan, tuple[Tradeoff, ...]]:
     """The plan with widths found; until then, the best so far is the job's output, and a journal
     lies beside it.
     """
-
-    save_best, kept = _keeping(fitter.model, job, newest), False
+    save_best, kept = _keeping(job, emit), False
+    origin = provenance(job, fitter.data)
 
     def keep(found: QuantPlan) -> None:
         nonlocal kept
@@ -288,13 +294,13 @@ def _searched(
         kept = True
 
     def emitted(found: QuantPlan) -> ir.Model:
-        model = _emitted(fitter.model, found, newest, stores_signed(job.config))
+        model = emit(found)
         forget_inferred(model)
-        model.metadata_props.update(provenance(job, fitter.data))
+        model.metadata_props.update(origin)
         return model
 
     def held(bits: int) -> int:
-        found = newest and type_for(bits, False, newest, stores_signed(job.config))
+        found = newest and type_for(bits, False, newest)
         return found[0].bitwidth if found else bits
 
     config = job.config
@@ -317,12 +323,11 @@ def _searched(
     return found
 
 
-def _keeping(model: ir.Model, job: Job, newest: int | None) -> Callable[[QuantPlan], None]:
+def _keeping(job: Job, emit: Emit) -> Callable[[QuantPlan], None]:
     """What makes a plan the job's output for the time being."""
 
     def keep(plan: QuantPlan) -> None:
-        best = _emitted(model, plan, newest, stores_signed(job.config))
-        save(best, job.output, accepting(job.model, Watch()))
+        save(emit(plan), job.output, accepting(job.model, Watch()))
 
     return keep
 

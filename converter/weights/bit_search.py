@@ -176,7 +176,7 @@ class Search:
             fits = size <= most
             if (worth := (fits, size if fits else -size)) > best:
                 best, found = worth, plan
-            if CLOSE * most <= size <= most:
+            if fits and size >= CLOSE * most:
                 break
             little, enough = (little, budget.rest) if fits else (budget.rest, enough)
             rest = budget.rest + size - budget.before / budget.ratio(widths)
