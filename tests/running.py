@@ -105,6 +105,7 @@ def weights_converted(
     weight: Keys | None = None,
     mixed: Keys | None = None,
     watch: Watch | None = None,
+    fp16: bool = False,
 ) -> tuple[pipeline.Outcome, bytes]:
     """What becomes of `model` under WEIGHT_QUANT, with samples of its input x where `data` is
     given, and the file `out.onnx` in `folder`.
@@ -129,5 +130,5 @@ def weights_converted(
         }
     config = load_config(write_config(folder / "c.cfg", **sections))
     output = folder / "out.onnx"
-    outcome = pipeline.convert(Job(folder / "model.onnx", output, config), watch)
+    outcome = pipeline.convert(Job(folder / "model.onnx", output, config, fp16=fp16), watch)
     return outcome, output.read_bytes()

@@ -40,7 +40,7 @@ def configured(mode: str = "DYNAMIC_QUANT", data: bool = True, **sections: objec
 
 
 def failing(error: BaseException) -> Callable[..., None]:
-    def fail(*_: object) -> None:
+    def fail(*_: object, **__: object) -> None:
         raise error
 
     return fail
@@ -87,7 +87,7 @@ def test_an_interrupt_behind_the_file_keeps_it(
 def test_an_interrupt_before_writes_nothing(
     qconvert: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("converter.pipeline.convert.forget_inferred", failing(KeyboardInterrupt()))
+    monkeypatch.setattr("converter.pipeline.convert.finish", failing(KeyboardInterrupt()))
     result = qconvert.convert(configured(), Path("q.onnx"), written())
     assert result.code == 130
     assert "Interrupted; nothing was written." in result.err
@@ -210,10 +210,11 @@ def test_compare_reads_a_file_that_the_runtime_optimized(qconvert: Command) -> N
 # --- what does not load
 
 
-def spoil(model: ir.Model) -> None:
+def spoil(model: ir.Model, *_: object, **__: object) -> tuple[str, ...]:
     """Gives the first node an attribute that the runtime refuses, and ONNX's checker does not."""
     model.graph[0].domain = "nobody.knows"
     model.graph.opset_imports["nobody.knows"] = 1
+    return ()
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -221,7 +222,7 @@ def spoil(model: ir.Model) -> None:
 def test_what_does_not_load_is_not_written(
     qconvert: Command, monkeypatch: pytest.MonkeyPatch, mode: str, verify: str
 ) -> None:
-    monkeypatch.setattr("converter.pipeline.convert.forget_inferred", spoil)
+    monkeypatch.setattr("converter.pipeline.convert.finish", spoil)
     Path("q.onnx").write_text("old")
     result = qconvert.convert(configured(mode), Path("q.onnx"), written(), f"--verify={verify}")
     assert result.code == 1

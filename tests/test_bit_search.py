@@ -134,6 +134,17 @@ def test_the_file_is_so_many_times_smaller(tmp_path, ratio):
     assert most - 256 * 256 / 8 - 300 < len(data) <= most + 4
 
 
+def test_what_float16_saves_beside_weights_is_theirs(tmp_path):
+    mixed = {"search": "SENSITIVITY", "target_ratio": 5}
+    common = {"bit_num": 0, "skip_quant_node": "h4"}
+    outcome, data = converted(
+        tmp_path, products(4, 256), normal(12, 256), common, mixed=mixed, fp16=True
+    )
+    assert len(outcome.plan.stored) == 3
+    most = (tmp_path / "model.onnx").stat().st_size / 5
+    assert most - 256 * 256 / 8 - 300 < len(data) <= most + 4
+
+
 @pytest.mark.parametrize("ratio", [4.2, 6])
 def test_integers_in_memory_get_all_the_bits_that_they_take(tmp_path, ratio):
     mixed = {"search": "SENSITIVITY", "target_ratio": ratio}

@@ -426,11 +426,12 @@ def test_half_precision_that_saves_nothing_says_so(qconvert: Command) -> None:
 def test_what_is_not_finite_is_never_written(
     qconvert: Command, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def spoil(model: ir.Model) -> None:
+    def spoil(model: ir.Model, *_: object, **__: object) -> tuple[str, ...]:
         scale = next(v for name, v in model.graph.initializers.items() if "scale" in name)
         scale.const_value = ir.tensor(np.array(np.nan, np.float32), name=scale.name)
+        return ()
 
-    monkeypatch.setattr("converter.pipeline.convert.forget_inferred", spoil)
+    monkeypatch.setattr("converter.pipeline.convert.finish", spoil)
     Path("m.onnx").write_bytes(frozen(build(NETWORK, **WEIGHTS)))
     config = write_config(
         Path("c.cfg"),

@@ -14,7 +14,7 @@ from running import job, write_config
 
 from calib.affine import Array
 from converter.config import load_config
-from converter.emit.inferred import forget_inferred
+from converter.emit.finish import forget_inferred
 from converter.graph.edit import constant
 from converter.graph.files import load
 from converter.job import Job

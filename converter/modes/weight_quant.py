@@ -26,8 +26,8 @@ from converter.emit.dequantize import (
     opset_for,
     type_for,
 )
+from converter.emit.finish import finish
 from converter.emit.half import store_biases_as_half
-from converter.emit.inferred import forget_inferred
 from converter.emit.planes import PlaneWriter
 from converter.emit.stored import emit_stored
 from converter.errors import ConfigError, ModelError
@@ -148,12 +148,13 @@ def quantize(prepared: Prepared, job: Job, watch: Watch) -> Quantized:
     if job.config.common.bit_num:
         plan = fitter.fitted(plan)
     else:
-        plan, pareto = _searched(fitter, judges.judges, plan, job, emit=emit, newest=newest)
+        written = _written(emit, job, data)
+        plan, pareto = _searched(fitter, judges.judges, plan, job, written=written, newest=newest)
     if tuning.wanted:
         same_widths = job.config.common.bit_num or job.config.mixed_bit.search == "SENSITIVITY"
         whole = partial(replace(fitter, data=data).fitted, plan)
         again = whole if same_widths and not apart else None
-        keep = _keeping(job, emit)
+        keep = _keeping(job, _written(emit, job, data))
         plan = tuning.tuned(model, plan, parts, keep=keep, again=again)
     widths = Counter(weight.qparams.format.bits for weight in plan.stored.values())
     watch.tell(
@@ -279,25 +280,18 @@ def _searched(
     plan: QuantPlan,
     job: Job,
     *,
-    emit: Emit,
+    written: Emit,
     newest: int | None,
 ) -> tuple[QuantPlan, tuple[Tradeoff, ...]]:
     """The plan with widths found; until then, the best so far is the job's output, and a journal
     lies beside it.
     """
-    save_best, kept = _keeping(job, emit), False
-    origin = provenance(job, fitter.data)
+    save_best, kept = _keeping(job, written), False
 
     def keep(found: QuantPlan) -> None:
         nonlocal kept
         save_best(found)
         kept = True
-
-    def emitted(found: QuantPlan) -> ir.Model:
-        model = emit(found)
-        forget_inferred(model)
-        model.metadata_props.update(origin)
-        return model
 
     def held(bits: int) -> int:
         found = newest and type_for(bits, False, newest)
@@ -312,7 +306,7 @@ def _searched(
     try:
         before = file_bytes(job.model)
         search = Search(
-            fitter, judges, plan, config.mixed_bit, journal, keep, emitted, before, held
+            fitter, judges, plan, config.mixed_bit, journal, keep, written, before, held
         )
         found = search.mixed()
     except KeyboardInterrupt:
@@ -323,11 +317,23 @@ def _searched(
     return found
 
 
-def _keeping(job: Job, emit: Emit) -> Callable[[QuantPlan], None]:
+def _written(emit: Emit, job: Job, data: Dataset) -> Emit:
+    """What makes of a plan the model that its file will hold."""
+    origin = provenance(job, data)
+
+    def written(plan: QuantPlan) -> ir.Model:
+        model = emit(plan)
+        finish(model, origin, half=job.fp16)
+        return model
+
+    return written
+
+
+def _keeping(job: Job, written: Emit) -> Callable[[QuantPlan], None]:
     """What makes a plan the job's output for the time being."""
 
     def keep(plan: QuantPlan) -> None:
-        save(emit(plan), job.output, accepting(job.model, Watch()))
+        save(written(plan), job.output, accepting(job.model, Watch()))
 
     return keep
 

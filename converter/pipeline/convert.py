@@ -13,8 +13,7 @@ from calib import CalibError
 from converter.calibrate.data import check_data, resources_of
 from converter.config.keys import QUANT_TYPES
 from converter.doctor.examine import examine, findings
-from converter.emit.half import store_constants_as_half
-from converter.emit.inferred import forget_inferred
+from converter.emit.finish import finish
 from converter.errors import ConfigError, ModelError, QConvertError
 from converter.graph import files as models
 from converter.graph.dimensions import name_apart
@@ -83,12 +82,9 @@ def _converted(job: Job, watch: Watch) -> Outcome:
     try:
         result = MODES[job.mode].quantize(prepared, job, watch)
         result = replace(result, settings=job.config, source=job.model)
-        forget_inferred(result.model)
-        if job.fp16:
-            _store_as_half(result.model, watch)
+        _tell_of_floats(finish(result.model, provenance(job, result.data), half=job.fp16), watch)
         unfinished = replace(result, model=result.model.clone())
         result.finish()
-        result.model.metadata_props.update(provenance(job, result.data))
         _check_numbers(prepared.model, result.model)
         models.save(result.model, job.output, accepting(job.model, watch))
     except CalibError as error:
@@ -118,8 +114,8 @@ def _name_apart(model: ir.Model, watch: Watch) -> None:
         watch.say(f"Dimension '{name}' of several inputs need not be one size: named apart.")
 
 
-def _store_as_half(model: ir.Model, watch: Watch) -> None:
-    if kept := store_constants_as_half(model):
+def _tell_of_floats(kept: Sequence[str], watch: Watch) -> None:
+    if kept:
         watch.warn(
             f"{len(kept)} constant(s) stay float32, the first '{kept[0]}': float16 would lose "
             "numbers that large or small."

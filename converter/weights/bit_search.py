@@ -80,7 +80,7 @@ class Search:
     """The search that a config wants for the widths of a plan, judged on samples that nothing is
     fitted to; `keep` is handed every plan better than those before.
 
-    `emitted` makes a plan the model whose file shall be so many times smaller than `before`, in
+    `written` makes a plan the model whose file shall be so many times smaller than `before`, in
     bytes; codes of a width take so many bits in it as `held` tells.
     """
 
@@ -90,7 +90,7 @@ class Search:
     wanted: MixedBitWeightQuantParam
     journal: Journal
     keep: Callable[[QuantPlan], None]
-    emitted: Callable[[QuantPlan], ir.Model]
+    written: Callable[[QuantPlan], ir.Model]
     before: int
     held: Callable[[int], int]
 
@@ -172,7 +172,7 @@ class Search:
         while len(tried) < SIZED and (widths := budget.within(ratio, blend)) not in tried:
             tried.append(widths)
             plan = self.fitter.fitted(self.plan.with_bits(widths))
-            size = model_bytes(self.emitted(plan))
+            size = model_bytes(self.written(plan))
             fits = size <= most
             if (worth := (fits, size if fits else -size)) > best:
                 best, found = worth, plan
@@ -219,7 +219,7 @@ class Search:
             len(plan.units()),
         )
         effects = {unit.name: self._divergence(only(plan, unit)) for unit in units}
-        return {"effects": effects, "bytes": model_bytes(self.emitted(plan))}
+        return {"effects": effects, "bytes": model_bytes(self.written(plan))}
 
     def _measured(self, widths: Mapping[str, int]) -> float:
         """What the outputs lose with these widths; the plan is kept if no other lost less."""

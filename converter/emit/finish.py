@@ -1,10 +1,23 @@
-"""Drops from a finished model what every runtime infers by itself."""
+"""What every quantized model goes through before it is a file."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import onnx_ir as ir
 
+from converter.emit.half import store_constants_as_half
 from converter.graph.edit import nodes_of
+
+
+def finish(model: ir.Model, origin: Mapping[str, str], *, half: bool) -> list[str]:
+    """Gives a model the form that its file has, in place: it says its `origin`, but nothing that
+    runtimes infer, and where `half` says so, its float32 constants are float16; returns those that
+    stay float32.
+    """
+    forget_inferred(model)
+    model.metadata_props.update(origin)
+    return store_constants_as_half(model) if half else []
 
 
 def forget_inferred(model: ir.Model) -> None:
