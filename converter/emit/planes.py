@@ -75,7 +75,10 @@ class PlaneWriter:
     def __init__(self, model: ir.Model) -> None:
         self.model = model
         self.names = Names(model)
-        self._nodes: list[ir.Node] = []
+        self._graph = model.graph
+        # What stood first in a graph, behind all that is written, and constants as floats.
+        self._firsts: dict[ir.Graph, ir.Node] = {}
+        self._cast_in: dict[tuple[ir.Graph, ir.Value], ir.Value] = {}
         self._numbers = count()
         self._stored: dict[Content, ir.Value] = {}
         # Codes that the model holds already serve here too: those of a table that a product
@@ -90,11 +93,10 @@ class PlaneWriter:
         """The value of the weight `name` as floats, unpacked from its codes by nodes at the start
         of `graph`.
         """
-        self._nodes = []
+        self._graph = graph
+        self._firsts.setdefault(graph, graph[0])
         restore = self._levels if weight.qparams.format.trellis else self._restored
-        value = restore(name, weight.codes, weight.qparams)
-        graph.insert_before(graph[0], self._nodes)
-        return value
+        return restore(name, weight.codes, weight.qparams)
 
     def _restored(self, name: str, codes: Array, q: QParams) -> ir.Value:
         shape = codes.shape
@@ -270,7 +272,10 @@ class PlaneWriter:
         value = self._store(name, array)
         if array.dtype == np.float32:
             return value
-        return self._node("Cast", [value], to=ir.DataType.FLOAT)
+        place = self._graph, value
+        if place not in self._cast_in:
+            self._cast_in[place] = self._node("Cast", [value], to=ir.DataType.FLOAT)
+        return self._cast_in[place]
 
     def _store(self, name: str, array: Array) -> ir.Value:
         """A constant of the main graph; equal ones, as in the branches of an If, are stored
@@ -283,12 +288,11 @@ class PlaneWriter:
         return self._stored[key]
 
     def _node(self, op_type: str, inputs: list[ir.Value], **attributes: Any) -> ir.Value:
-        # Short names, as of constants but codes: a file of few bits is small, and they stand in it
-        # three times.
-        name = self.names.fresh(f"u{next(self._numbers)}")
-        output = ir.Value(name=name)
-        node = ir.node(op_type, inputs, attributes, name=name, outputs=[output])
-        self._nodes.append(node)
+        # Short names of values, as of constants but codes, and none of nodes: a file of few bits is
+        # small, and they stand in it again and again.
+        output = ir.Value(name=self.names.fresh(f"u{next(self._numbers)}"))
+        node = ir.node(op_type, inputs, attributes, name="", outputs=[output])
+        self._graph.insert_before(self._firsts[self._graph], node)
         return output
 
 
