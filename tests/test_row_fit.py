@@ -178,6 +178,27 @@ def test_a_silent_row_does_not_take_float32_for_all(data):
     assert np.abs(rows.values()[:, 5]).max() < 1e-3 * np.abs(weight).max()
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4, 5])
+def test_scales_of_quiet_rows_are_float16_where_that_costs_next_to_nothing(bits):
+    weight, _ = problem(0, rows=24, columns=200, samples=400)
+    weight[:, 5] *= 2e-5 / np.abs(weight[:, 5]).max() * 2**bits
+    rows = fit(weight, None, Grids(IntFormat(bits, signed=False)))
+    np.testing.assert_array_equal(rows.scale.astype(np.float16), rows.scale)
+    assert (rows.scale[:, 5] < np.finfo(np.float16).smallest_normal).all()
+    # The others tell what codes of so many bits lose.
+    noise = np.linalg.norm(rows.values() - weight, axis=2) / np.linalg.norm(weight, axis=2)
+    assert (noise[:, 5] < 1.1 * np.delete(noise, 5, axis=1).max(axis=1)).all()
+
+
+def test_rows_of_zeros_silence_no_quiet_ones():
+    weight, _ = problem(0, rows=24, columns=200, samples=400)
+    weight *= 1e-7
+    weight[:, 5] = 0
+    rows = fit(weight, None, Grids(IntFormat(4, signed=False)))
+    assert (rows.values()[:, 5] == 0).all()
+    assert np.linalg.norm(rows.values() - weight) < 0.1 * np.linalg.norm(weight)
+
+
 @pytest.mark.parametrize("memory", [trellis.SHORT, trellis.LONG])
 def test_levels_stay_about_their_middle_in_silent_rows_too(memory):
     weight, moments = problem(0, rows=24, columns=200, samples=400)

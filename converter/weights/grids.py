@@ -28,9 +28,9 @@ TRELLIS_SHARES = 0.8 ** np.arange(8)
 # Times that grid and codes are found in turn, once with many bits, where there is little left to
 # find. With two the divergence of a mobilenet_v1 in 2 bits is 1.33 instead of 1.29 (12 draws).
 ROUNDS = 6
-# In units of float16's least scale: rows with less than the first are as good as 0 where others
-# have more than the second.
-SILENT, LOUD = 2.0**-8, 2.0**10
+# Rows with a smaller share of the largest scale are as good as 0, and so is what float16's least
+# scale makes of them where the largest is so many times that.
+SILENT, LOUD = 2.0**-18, 2.0**10
 # Columns whose codes change before the others hear of it.
 BLOCK = 64
 
@@ -243,8 +243,8 @@ def _grid(width: Array, middle: Array, grids: Grids) -> tuple[Array, Array]:
     """
     qmax = grids.format.qmax
     wide = width > SMALLEST_SCALE * qmax
-    of_one = np.where(middle == 0, 1.0, np.abs(middle))
-    scale = np.where(wide, width / qmax, of_one)
+    scale = np.where(wide, width / qmax, np.abs(middle))
+    scale = np.where(scale > 0, scale, scale.max() or 1.0)
     zero = np.where(wide, qmax / 2, qmax // 2) - middle / scale
     return _storable(scale, zero, grids)
 
@@ -255,14 +255,17 @@ def _storable(scale: Array, zero: Array, grids: Grids) -> tuple[Array, Array]:
         zero = np.full_like(zero, grids.center)
     elif grids.integer_zero:
         zero = np.clip(np.rint(zero), 0, grids.format.qmax)
-    half = np.finfo(np.float16)
-    silent = scale < SILENT * half.smallest_normal
-    if scale.max() > LOUD * half.smallest_normal:
+    # From here on steps of 2^-24 round a scale by less than 2^-(bits + 3), far less than codes do.
+    least = 2.0 ** (grids.format.bits - 22)
+    if scale.max() > LOUD * least:
         # One row that is as good as 0 does not take float32 for all.
-        raised = np.where(silent, half.smallest_normal, scale)
-        scale, zero = raised, zero if grids.symmetric else zero * scale / raised
+        silent = scale < SILENT * scale.max()
+        raised = np.where(silent, np.maximum(scale, least), scale)
+        if not (grids.symmetric or grids.integer_zero):
+            zero = zero * scale / raised
+        scale = raised
     largest = max(scale.max(), np.abs(zero).max())
-    fits = half.smallest_normal <= scale.min() and largest <= half.max
+    fits = least <= scale.min() and largest <= np.finfo(np.float16).max
     dtype = np.float16 if fits and grids.format.bits <= HALF_BITS else np.float32
     if (steps := zero_bytes(zero, grids.format.bits)) is not None:
         zero = steps * zero_step(grids.format.bits)
