@@ -28,6 +28,7 @@ from converter.learn.likeness import (
     scores_of,
     targets,
 )
+from converter.learn.losses import LOSS
 from converter.learn.spectrum import Spectrum
 from converter.prepare import normal_form
 from converter.prepare.fold_affine import Moments
@@ -183,7 +184,7 @@ def test_the_loss_is_that_of_all_samples_together():
         own[i] = session.run([OWN], {"x": x, OTHERS: own[0]})[0]
     for i, x in enumerate(pictures):
         others = (own.sum(0) - own[i]) / 4
-        found = session.run(["loss"], {"x": x, OTHERS: others})[0]
+        found = session.run([LOSS], {"x": x, OTHERS: others})[0]
         assert found == pytest.approx(expected, rel=1e-4)
 
 
@@ -200,7 +201,7 @@ def test_scores_shall_be_sure(axis):
     scores = (-x.astype(np.float64) / TEMPERATURE).reshape(shape)
     log = scores - np.log(np.exp(scores).sum(axis=1, keepdims=True))
     expected = -0.1 * (log * target).sum() / 2
-    found = session.run(["loss"], {"x": x, TARGET.format(0): target})[0]
+    found = session.run([LOSS], {"x": x, TARGET.format(0): target})[0]
     assert found == pytest.approx(expected, rel=1e-4)
 
 

@@ -18,7 +18,7 @@ from converter.graph.files import load
 from converter.learn.blocked import DOMAIN, block_convolutions, block_size
 from converter.learn.fake_quant import fake_quantize
 from converter.learn.gradients import Gap, gradient_model
-from converter.learn.losses import divergence, error, squares
+from converter.learn.losses import TEACHER, divergence, error, squares
 from converter.learn.rules import RULES
 from converter.prepare import prepare
 
@@ -474,7 +474,7 @@ def test_divergence_of_logits_and_of_what_was_made_of_them(end):
     known, made = softmax(logits, axis), softmax(2 * x, axis)
     teacher = {"": logits, "Softmax": known, "LogSoftmax": np.log(known)}[end]
     found = gradient_model(model, divergence("y"), ["x"], {"x": (4, 5, 1)})
-    results = run(found.model, {"x": x, "y_teacher": teacher})
+    results = run(found.model, {"x": x, TEACHER.format("y"): teacher})
     count = 4 if end else 20
     wanted = (known * (np.log(known) - np.log(made))).sum() / count
     np.testing.assert_allclose(results[found.loss], wanted, rtol=1e-5)
@@ -486,7 +486,7 @@ def test_divergence_of_logits_and_of_what_was_made_of_them(end):
 def test_divergence_of_certain_probabilities_is_finite():
     model = build("g (float[1,3] x) => (float[1,3] y) { y = Softmax (x) }")
     found = gradient_model(model, divergence("y"), ["x"], {"x": (1, 3)})
-    feeds = {"x": np.float32([[500, 0, -500]]), "y_teacher": np.float32([[0, 0, 1]])}
+    feeds = {"x": np.float32([[500, 0, -500]]), TEACHER.format("y"): np.float32([[0, 0, 1]])}
     results = run(found.model, feeds)
     np.testing.assert_allclose(results[found.loss], 1000)
     np.testing.assert_allclose(results[found.outputs["x"]], [[1, 0, -1]], atol=1e-30)
@@ -496,7 +496,7 @@ def test_error_is_relative_to_the_teacher():
     model = build("g (float[2,3] x) => (float[2,3] y, float[2,3] z) { y = Exp (x)  z = Neg (x) }")
     x, y, z = normal(2, 3), normal(2, 3, seed=1), normal(2, 3, seed=2)
     found = gradient_model(model, error(["y", "z"]), ["x"], {"x": (2, 3)})
-    results = run(found.model, {"x": x, "y_teacher": y, "z_teacher": z})
+    results = run(found.model, {"x": x, TEACHER.format("y"): y, TEACHER.format("z"): z})
     wanted = ((np.exp(x) - y) ** 2).sum() / (y**2).sum() + ((-x - z) ** 2).sum() / (z**2).sum()
     np.testing.assert_allclose(results[found.loss], wanted / 2, rtol=1e-5)
     slope = (np.exp(x) - y) * np.exp(x) / (y**2).sum() + (x + z) / (z**2).sum()

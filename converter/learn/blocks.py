@@ -4,7 +4,7 @@ what is quantized.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import onnx_ir as ir
@@ -30,11 +30,11 @@ class Block:
     beside: tuple[str, ...]
 
 
-def blocks_of(model: ir.Model, plan: QuantPlan) -> list[Block]:
-    """The blocks with UNITS quantized units or more; the last one ends at the outputs."""
+def blocks_of(model: ir.Model, plan: QuantPlan, told: Sequence[str]) -> list[Block]:
+    """The blocks with UNITS quantized units or more; the last one ends at the tensors `told`."""
     units = {node for node, _ in planned(model, plan) if node.graph is model.graph}
     moved, nodes = _moved(model, units), list(model.graph)
-    cuts = dict(_cuts(nodes, moved))
+    cuts = dict(_cuts(nodes, moved, told))
     found, part, start = list[Block](), list[ir.Node](), ""
     behind = len(units)
     for node in nodes:
@@ -44,8 +44,7 @@ def blocks_of(model: ir.Model, plan: QuantPlan) -> list[Block]:
             end = cuts[node].name or ""
             found.append(_block(model, part, start, (end,)))
             part, start, behind = [], end, behind - inside
-    outputs = tuple(value.name or "" for value in model.graph.outputs)
-    return [*found, _block(model, part, start, outputs)]
+    return [*found, _block(model, part, start, tuple(told))]
 
 
 def _moved(model: ir.Model, units: set[ir.Node]) -> set[ir.Value]:
@@ -57,17 +56,19 @@ def _moved(model: ir.Model, units: set[ir.Node]) -> set[ir.Value]:
     return moved
 
 
-def _cuts(nodes: list[ir.Node], moved: set[ir.Value]) -> Iterator[tuple[ir.Node, ir.Value]]:
+def _cuts(
+    nodes: list[ir.Node], moved: set[ir.Value], told: Sequence[str]
+) -> Iterator[tuple[ir.Node, ir.Value]]:
     """Nodes behind which one moved tensor, a float one, is all that is still to be read."""
     last = {value: i for i, node in enumerate(nodes) for value in values_read(node)}
     open_ends = dict[ir.Value, int]()
     for i, node in enumerate(nodes):
         for value in moved.intersection(node.outputs):
-            open_ends[value] = len(nodes) if value.is_graph_output() else last.get(value, i)
+            open_ends[value] = len(nodes) if value.name in told else last.get(value, i)
         open_ends = {value: end for value, end in open_ends.items() if end > i}
         if len(open_ends) == 1:
             (value,) = open_ends
-            if is_float(value) and not value.is_graph_output():
+            if is_float(value) and value.name not in told:
                 yield node, value
 
 

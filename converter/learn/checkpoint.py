@@ -5,7 +5,6 @@ where it was.
 from __future__ import annotations
 
 import json
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,8 @@ from calib.affine import Array
 from converter.graph.edit import not_none
 
 Arrays = dict[str, Array]
+# How the names of its files end.
+ENDING = ".learned.npz"
 
 
 @dataclass(frozen=True)
@@ -57,15 +58,19 @@ class Checkpoint:
         if self.folder is None:
             return
         self.folder.mkdir(parents=True, exist_ok=True)
-        unfinished = self.folder / f".{stage}.new.npz"
+        unfinished = self.folder / f".{stage}.new{ENDING}"
         told = np.array(json.dumps({"job": self.job, "numbers": state.numbers}))
         np.savez(unfinished, told=told, **state.arrays)  # type: ignore[arg-type]
         unfinished.replace(self._file(stage))
 
     def close(self) -> None:
-        """Removes the folder, as everything is learned."""
-        if self.folder is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+        """Removes what was kept, as everything is learned, and the folder where that was all."""
+        if self.folder is None or not self.folder.is_dir():
+            return
+        for file in self.folder.glob(f"*{ENDING}"):
+            file.unlink()
+        if not any(self.folder.iterdir()):
+            self.folder.rmdir()
 
     def _file(self, stage: str) -> Path:
-        return not_none(self.folder) / f"{stage}.npz"
+        return not_none(self.folder) / f"{stage}{ENDING}"

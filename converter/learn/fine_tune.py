@@ -18,9 +18,10 @@ import numpy as np
 import onnx_ir as ir
 from onnxruntime import InferenceSession
 
+from calib import CalibError
 from calib.session import Sample, open_session, run
 from calib.workers import over_samples
-from converter.graph.edit import is_float
+from converter.graph.edit import values_by_name
 from converter.graph.files import saved, serialized
 from converter.job import Watch
 from converter.learn.blocked import block_convolutions
@@ -28,6 +29,8 @@ from converter.learn.blocks import blocks_of
 from converter.learn.checkpoint import Checkpoint, State
 from converter.learn.gradients import Gap, Gradients, gradient_model, loss_model
 from converter.learn.losses import (
+    LOSS,
+    TEACHER,
     Loss,
     divergence,
     error,
@@ -49,7 +52,9 @@ TOGETHER = 16
 # With more grids and biases than this steps get smaller, as the square root of their number: the
 # noise of each moves the outputs.
 MANY = 2000
-# How often the best is looked for.
+# By how much numbers may differ that are the same.
+CLOSE = 1e-4
+# How often the best is looked for at most.
 CHECKS = 20
 # Steps that weights keep their codes for: few change at any, and to find them takes its time.
 ROUNDED = 5
@@ -66,8 +71,8 @@ DROPPED = 0.25
 TIMED, SPARE = 4, 0.1
 # How much the error of scores counts beside their divergence, which does not see what all share.
 BESIDE = 0.1
-# What a loss is called as an output, and the stage that is about the outputs.
-LOSS, WHOLE = "loss", "end to end"
+# The stage that is about the outputs.
+WHOLE = "end to end"
 
 
 @dataclass(frozen=True)
@@ -123,18 +128,18 @@ class Aim:
     taught: tuple[str, ...]
 
 
-def outputs_alike(model: ir.Model) -> Aim:
-    """The divergence of outputs that are distributions or scores of classes, and the relative error
+def outputs_alike(model: ir.Model, told: Sequence[str]) -> Aim:
+    """The divergence of tensors that are distributions or scores of classes, and the relative error
     of those that are no distributions.
     """
-    floats = [value for value in model.graph.outputs if is_float(value)]
-    names = tuple(value.name or "" for value in floats)
+    values = values_by_name(model.graph)
+    floats = [values[name] for name in told]
     losses = [divergence(value.name or "") for value in floats if tells_classes(value)]
     plain = [value.name or "" for value in floats if not is_distribution(value)]
     share = BESIDE if losses else 1.0
     return Aim(
         total([*losses, *([scaled(error(plain), share)] if plain else [])]),
-        names,
+        tuple(told),
     )
 
 
@@ -178,14 +183,15 @@ class Lesson:
         return self.student.slopes(sums, rounded)
 
     def judged(self, plan: QuantPlan, chunks: Sequence[Arrays]) -> float:
-        """The mean loss of a plan as it would be stored."""
+        """The mean loss of a plan as it would be stored, infinite where it is no number."""
         constants = self.student.values_of(plan)
         opened = [self._judge(chunk) for chunk in chunks]
 
         def judged(index: int) -> float:
             return float(run(opened[index], [LOSS], {**chunks[index], **constants})[LOSS])
 
-        return float(np.mean(list(over_samples(len(chunks), judged, self._threads))))
+        loss = float(np.mean(list(over_samples(len(chunks), judged, self._threads))))
+        return loss if math.isfinite(loss) else math.inf
 
     def _graded(self, chunk: Arrays) -> tuple[Gradients, InferenceSession]:
         shapes = _shapes(chunk)
@@ -215,7 +221,7 @@ def _shapes(chunk: Arrays) -> Shapes:
 class Training:
     """What one stage of learning shares: how it is named, kept, shown and ended.
 
-    `repeated` tells how far each stage goes where it has been found.
+    `repeated` tells how far each stage goes where it has been found, `gaps` where no gradient went.
     """
 
     options: Options
@@ -224,6 +230,7 @@ class Training:
     keep: Keep = lambda plan: None
     clock: Callable[[], float] = time.monotonic
     repeated: Mapping[str, int] | None = None
+    gaps: dict[str, Gap] = field(default_factory=dict)
 
     def learned(
         self,
@@ -242,10 +249,7 @@ class Training:
         course = _Course(self, lesson, supply, stage=stage, seconds=seconds, keep=keep)
         for _ in self.watch.track(course.steps(), f"Fine-tuning {stage}", course.total):
             course.step()
-        for gap in lesson.gaps.values():
-            self.watch.warn(
-                f"Nothing is learned through node '{gap.node}' ({gap.op_type}): {gap.reason}."
-            )
+        self.gaps.update(lesson.gaps)
         return course.outcome()
 
 
@@ -276,9 +280,15 @@ class _Course:
         self._rate = self._options.rate * min(1.0, (MANY / max(1, many)) ** 0.5)
         self._rounded = dict[str, Rounded]()
         self._best: Arrays | None = None
-        self._before, self._least, self._spent, self._reached = math.nan, math.nan, 0.0, 0
+        self._before, self._least, self._reached = math.nan, math.nan, 0
+        # Seconds of all, and of the steps alone.
+        self._spent, self._stepping, self._looks = 0.0, 0.0, CHECKS
         if not self._resumed():
+            start = training.clock()
             self._before = self._least = lesson.judged(lesson.student.plan, supply.held)
+            self._spent = training.clock() - start
+            fit = int(SPARE * seconds / max(self._spent, 1e-9))
+            self._looks = max(1, min(CHECKS, fit))
 
     def steps(self) -> Iterator[int]:
         """The steps that are left, until the time is over."""
@@ -293,12 +303,19 @@ class _Course:
         last = self._rounded if self._adam.done % ROUNDED else None
         self._rounded = student.rounded(self._learned, last)
         slopes = self._lesson.slopes(chunks, self._learned, self._rounded)
-        self._adam.step(self._learned, slopes, self._rates())
-        student.bounded(self._learned)
-        self._spent += self._training.clock() - start
+        if all(np.isfinite(slope).all() for slope in slopes.values()):
+            self._adam.step(self._learned, slopes, self._rates())
+            student.bounded(self._learned)
+        else:
+            self._adam.done += 1
+            self._back()
+        stepped = self._training.clock()
+        self._stepping += stepped - start
+        self._spent += stepped - start
         self._plan_ahead()
-        if self._adam.done % max(1, self.total // CHECKS) == 0 or not self._goes_on():
+        if self._adam.done % max(1, self.total // self._looks) == 0 or not self._goes_on():
             self._look()
+            self._spent += self._training.clock() - stepped
 
     def _goes_on(self) -> bool:
         return self._adam.done < self.total and self._spent < self._seconds
@@ -306,8 +323,9 @@ class _Course:
     def _plan_ahead(self) -> None:
         """Fewer steps where not all fit the time, so that the last ones are small all the same."""
         if self._adam.done == TIMED:
-            fit = int(TIMED * self._seconds / max(self._spent, 1e-9) * (1 - SPARE))
-            self.total = max(TIMED, min(self.total, fit))
+            left = max(0.0, self._seconds * (1 - SPARE) - self._spent)
+            fit = TIMED + int(left * TIMED / max(self._stepping, 1e-9))
+            self.total = min(self.total, fit)
 
     def _rates(self) -> dict[str, float]:
         rate = self._rate * cosine(min(1.0, self._adam.done / self.total))
@@ -352,6 +370,7 @@ class _Course:
             "before": self._before,
             "least": self._least,
             "spent": self._spent,
+            "looks": self._looks,
             "rate": self._rate,
             "reached": self._reached,
             "random": self._rng.bit_generator.state,
@@ -364,7 +383,7 @@ class _Course:
         if state is None:
             return False
         known = state.numbers
-        self.total, self._spent = known["total"], known["spent"]
+        self.total, self._spent, self._looks = known["total"], known["spent"], known["looks"]
         self._rate, self._reached = known["rate"], known["reached"]
         self._before, self._least = known["before"], known["least"]
         self._rng.bit_generator.state = known["random"]
@@ -400,6 +419,8 @@ def joined(samples: Sequence[Sample], width: int) -> list[Arrays]:
     """Samples one behind the other, `width` at a time; the last few that fill none are left out,
     but for a first.
     """
+    if width == 1:
+        return [dict(sample) for sample in samples]
     starts = range(0, max(1, len(samples) - width + 1), width)
     parts = [samples[start : start + width] for start in starts]
     return [{name: np.concatenate([s[name] for s in part]) for name in part[0]} for part in parts]
@@ -413,7 +434,7 @@ class WholeSupply:
     ) -> None:
         self._options, self._taught, self._fit = options, taught, samples.fit
         self._size = min(options.batch, len(samples.fit))
-        self._width = width_of(model, samples.fit, self._size)
+        self._width = width_of(model, taught, samples.fit, self._size)
         self.batches = max(1, len(samples.fit) // self._size)
         with saved(model, taught) as path:
             self._teacher = open_session(path, same_sizes=True)
@@ -430,21 +451,34 @@ class WholeSupply:
 
     def _told(self, chunk: Arrays) -> Arrays:
         found = run(self._teacher, self._taught, chunk)
-        return chunk | {f"{name}_teacher": x for name, x in found.items()}
+        return {**chunk, **_named(found)}
 
 
-def width_of(model: ir.Model, samples: Sequence[Sample], size: int) -> int:
-    """How many samples go through the model at once: one where it takes no more or they differ in
-    size.
+def width_of(model: ir.Model, names: Sequence[str], samples: Sequence[Sample], size: int) -> int:
+    """How many samples go through the model at once to compute tensors: one where that is not the
+    same as one by one, as they differ in size or their first axis counts something else.
     """
     sizes = {tuple((name, x.shape) for name, x in sample.items()) for sample in samples}
     alike = len(sizes) == 1 and all(_takes_more(value) for value in model.graph.inputs)
-    return -(-size // -(-size // TOGETHER)) if alike else 1
+    width = -(-size // -(-size // TOGETHER)) if alike else 1
+    return width if width > 1 and _same_together(model, names, samples[:2]) else 1
 
 
 def _takes_more(value: ir.Value) -> bool:
     shape = value.shape
     return shape is not None and len(shape) > 0 and not isinstance(shape[0], int)
+
+
+def _same_together(model: ir.Model, names: Sequence[str], samples: Sequence[Sample]) -> bool:
+    alone = _run_all(model, names, samples, 1)
+    try:
+        (together,) = _run_all(model, names, joined(samples, len(samples)), 1)
+    except CalibError:
+        return False
+    if any(not together[name].shape for name in names):
+        return False
+    pairs = [(np.concatenate([one[name] for one in alone]), together[name]) for name in names]
+    return all(a.shape == b.shape and np.allclose(a, b, CLOSE, CLOSE) for a, b in pairs)
 
 
 @dataclass(frozen=True)
@@ -498,9 +532,13 @@ class InsideSupply:
 # --- what is learned
 
 
-def fine_tuned(model: ir.Model, plan: QuantPlan, samples: Samples, training: Training) -> Outcome:
-    """The plan after learning as the options say; `model` is the float one."""
-    options, aim = training.options, outputs_alike(model)
+def fine_tuned(
+    model: ir.Model, plan: QuantPlan, samples: Samples, told: Sequence[str], training: Training
+) -> Outcome:
+    """The plan after learning as the options say, by the tensors `told`; `model` is the float one,
+    of the opset that gradients need.
+    """
+    options, aim = training.options, outputs_alike(model, told)
     supply = WholeSupply(model, samples, aim.taught, options)
 
     def lesson(plan: QuantPlan) -> Lesson:
@@ -509,7 +547,7 @@ def fine_tuned(model: ir.Model, plan: QuantPlan, samples: Samples, training: Tra
     before = least = lesson(plan).judged(plan, supply.held)
     steps, wanted, reached = 0, 0, dict[str, int]()
     if options.blocks:
-        found, by_stage = by_blocks(model, plan, samples, training)
+        found, by_stage = by_blocks(model, plan, samples, told, training)
         loss = lesson(found).judged(found, supply.held)
         training.watch.say(
             f"Fine-tuning by blocks: {before:.4g} -> {loss:.4g} on samples held back."
@@ -531,39 +569,46 @@ def _lesson(model: ir.Model, plan: QuantPlan, options: Options, loss: Loss) -> L
 
 
 def learned_again(
-    model: ir.Model, plan: QuantPlan, samples: Sequence[Sample], training: Training
+    model: ir.Model,
+    plan: QuantPlan,
+    samples: Sequence[Sample],
+    told: Sequence[str],
+    training: Training,
 ) -> QuantPlan:
     """The plan after as many steps as were best before, from all samples, which judge as well: they
     tell no more than whether learning went astray.
     """
-    options, aim = training.options, outputs_alike(model)
+    options, aim = training.options, outputs_alike(model, told)
     every = Samples(samples, samples)
     if set(training.repeated or {}) - {WHOLE}:
-        plan, _ = by_blocks(model, plan, every, training)
+        plan, _ = by_blocks(model, plan, every, told, training)
     supply = WholeSupply(model, every, aim.taught, options)
     lesson = _lesson(model, plan, options, aim.loss)
     return training.learned(lesson, supply, WHOLE, seconds=options.seconds).plan
 
 
 def by_blocks(
-    model: ir.Model, plan: QuantPlan, samples: Samples, training: Training
+    model: ir.Model, plan: QuantPlan, samples: Samples, told: Sequence[str], training: Training
 ) -> tuple[QuantPlan, dict[str, int]]:
     """The plan whose blocks were learned one after the other, where each was best; each hands on
     what it then makes.
     """
-    blocks, options = blocks_of(model, plan), training.options
+    blocks, options = blocks_of(model, plan, told), training.options
     threads = options.threads
     views, held = _views(samples, options), len(samples.held)
-    width = width_of(model, views, options.batch)
     end = training.clock() + options.seconds / (2 if options.whole else 1)
     own: list[Sample] = [{} for _ in views]
     reference, reached = own, dict[str, int]()
     for number, block in enumerate(blocks, 1):
+        if training.clock() > end:
+            break
         beside = _tapped(model, block.beside, views, threads)
         taught = _run_all(block.model, block.ends, _with(reference, beside), threads)
-        named = [{f"{name}_teacher": x for name, x in some.items()} for some in taught]
+        named = [_named(some) for some in taught]
         inside = [_Inside(*four) for four in zip(own, reference, named, beside, strict=True)]
         lesson = _lesson(block.model, plan, options, error(block.ends))
+        entering = _with(own, beside)
+        width = width_of(block.model, block.ends, entering, options.batch)
         supply = InsideSupply(inside, held, width, options)
         seconds = (end - training.clock()) / (len(blocks) - number + 1)
         stage = f"block {number} of {len(blocks)}"
@@ -572,7 +617,7 @@ def by_blocks(
         reached.update(found.reached)
         if number < len(blocks):
             quantized = restored(block.model, plan)
-            own = _run_all(quantized, block.ends, _with(own, beside), threads)
+            own = _run_all(quantized, block.ends, entering, threads)
             reference = taught
     return plan, reached
 
@@ -582,6 +627,10 @@ def _views(samples: Samples, options: Options) -> list[Sample]:
     rng, vary = np.random.default_rng(options.seed), options.vary
     others = [] if vary is None else [vary(sample, rng) for sample in samples.fit]
     return [*samples.fit, *others, *samples.held]
+
+
+def _named(taught: Sample) -> Sample:
+    return {TEACHER.format(name): x for name, x in taught.items()}
 
 
 def _with(some: Sequence[Sample], others: Sequence[Sample]) -> list[Sample]:
@@ -596,6 +645,19 @@ def _tapped(
     made = _run_all(model, [name for name in names if name not in given], samples, threads)
     fed = [{name: x for name, x in sample.items() if name in names} for sample in samples]
     return _with(fed, made)
+
+
+def are_finite(
+    model: ir.Model, names: Sequence[str], samples: Sequence[Sample], threads: int
+) -> list[bool]:
+    """Whether a model makes finite numbers of each sample."""
+    with saved(model, names) as path:
+        session = open_session(path)
+
+    def finite(index: int) -> bool:
+        return all(np.isfinite(x).all() for x in run(session, names, samples[index]).values())
+
+    return list(over_samples(len(samples), finite, threads))
 
 
 def _run_all(

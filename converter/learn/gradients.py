@@ -16,7 +16,7 @@ import onnx_ir.passes.common as common
 from converter.errors import ModelError
 from converter.graph.edit import drop_unread, not_none, values_by_name, values_read
 from converter.learn import fake_quant
-from converter.learn.losses import Loss
+from converter.learn.losses import LOSS, Loss
 from converter.learn.rules import FLAT, RULES
 from converter.learn.site import Rule, Site
 from converter.learn.terms import NoGradientError, Scribe, Term
@@ -99,7 +99,7 @@ def loss_model(
         aim = values_by_name(model.graph)[loss]
     else:
         scribe = Scribe(model)
-        aim = scribe.named(loss(scribe), "loss")
+        aim = scribe.named(loss(scribe), LOSS)
     values = values_by_name(model.graph)  # a loss may have named some of its own
     model.graph.outputs[:] = dict.fromkeys([aim, *(values[name] for name in keep)])
     common.RemoveUnusedNodesPass()(model)
@@ -125,9 +125,17 @@ def fix_shapes(model: ir.Model, shapes: Mapping[str, Sequence[int]]) -> None:
     for value in (v for node in model.graph.all_nodes() for v in node.outputs):
         value.shape = None
     common.ShapeInferencePass()(model)
-    fold_constants(model)  # shapes that are computed
-    common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
-    common.ShapeInferencePass()(model)  # what they reshape
+    before = -1
+    while (unknown := _unknown_shapes(model)) != before:
+        before = unknown
+        fold_constants(model)  # shapes that are computed
+        common.LiftConstantsToInitializersPass(lift_all_constants=True, size_limit=0)(model)
+        common.ShapeInferencePass()(model)  # what they reshape
+
+
+def _unknown_shapes(model: ir.Model) -> int:
+    values = (value for node in model.graph for value in node.outputs)
+    return sum(value.shape is None or not value.shape.is_static() for value in values)
 
 
 class _Backward:

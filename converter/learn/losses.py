@@ -1,7 +1,6 @@
 """Losses, written behind a model: by how much a tensor differs from a teacher's.
 
-The teacher's is an input of its own, `TENSOR_teacher`, of the same shape, and is fed as the teacher
-hands it out.
+The teacher's is an input of its own of the same shape, and is fed as the teacher hands it out.
 """
 
 from __future__ import annotations
@@ -14,6 +13,8 @@ import onnx_ir as ir
 from converter.learn.terms import Scribe, Term
 
 Loss = Callable[[Scribe], Term]
+# What a loss and the teacher's tensors are called: nothing that a model has.
+LOSS, TEACHER = "loss of the student", "{} of the teacher"
 _DISTRIBUTIONS = {"Softmax", "LogSoftmax"}
 # What may stand between a product that scores classes and the output.
 _PASSING = {"Add", "Flatten", "Reshape", "Squeeze", "Identity"}
@@ -109,7 +110,7 @@ def _log_probabilities(teacher: Term, made: str, axis: int) -> Term:
 
 def _teacher(scribe: Scribe, tensor: str) -> Term:
     y = scribe.of(tensor)
-    return scribe.fed(f"{tensor}_teacher", y.shape, y.dtype)
+    return scribe.fed(TEACHER.format(tensor), y.shape, y.dtype)
 
 
 def _total(terms: Sequence[Term]) -> Term:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -23,13 +23,18 @@ from converter.learn.fine_tune import (
     Samples,
     Training,
     Vary,
+    are_finite,
     fine_tuned,
     learned_again,
 )
+from converter.learn.gradients import LEAST_OPSET, Gap
 from converter.learn.losses import tells_classes
 from converter.learn.pictures import varied
 from converter.learn.student import STORED, Learnable
+from converter.learn.told import told_by
 from converter.plan.plan import QuantPlan
+from converter.prepare.opset import raise_opset
+from converter.report.provenance import settings_of
 
 # The share of the samples that is held back.
 HELD = 0.2
@@ -78,33 +83,78 @@ class Tuning:
         What judged knows better than any other sample what is still wrong, so where `again` rounds
         on all, they are learned from as far as was best, or not at all.
         """
-        fit, held = ([dict(part.sample(i)) for i in range(len(part))] for part in parts)
-        if not fit or not held:
-            self.watch.warn(
-                "Nothing is learned from a single sample, as a part must be held back: give more, "
-                "better 100."
-            )
-            return plan
-        config, output = self.job.config, self.job.output
-        known = (fingerprint_of(model, part) for part in parts)
-        settings = (config.fine_tune, config.common, config.weight_quant, config.full_quant)
-        told = " ".join(map(str, (*known, *settings, config.mixed_bit)))
-        folder = output.with_name(f"{output.name}.fine_tune")
-        checkpoint = Checkpoint(folder, told)
+        model = raise_opset(model.clone(), LEAST_OPSET)
+        given = [[dict(part.sample(i)) for i in range(len(part))] for part in parts]
+        told = self._told(model, given)
+        fit, held = (self._finite(model, told, some) for some in given)
+        if not (told and fit and held):
+            return again() if again else plan
+        checkpoint = self._checkpoint(model, parts)
         options = self._options(model, passes=2 if again else 1)
         training = Training(options, checkpoint, self.watch, keep)
-        found = fine_tuned(model, plan, Samples(fit, held), training)
+        found = fine_tuned(model, plan, Samples(fit, held), told, training)
         self._tell(found, len(fit) + len(held))
         plan = found.plan
         if again:
             plan = again()
             if found.reached:
-                every = [*fit, *held]
-                self.watch.tell(f"What was gained is learned again from all {len(every)} samples.")
                 repeating = replace(training, repeated=found.reached)
-                plan = learned_again(model, plan, every, repeating)
+                plan = self._repeated(model, plan, [*fit, *held], told, repeating)
+        self._tell_of_gaps(training.gaps.values())
         checkpoint.close()
         return plan
+
+    def _told(self, model: ir.Model, parts: Sequence[Sequence[Sample]]) -> tuple[str, ...]:
+        """The tensors that are learned by, none where nothing can be learned, which is said."""
+        if not all(parts):
+            self.watch.warn(
+                "Nothing is learned from a single sample, as a part must be held back: give more, "
+                "better 100."
+            )
+            return ()
+        told = told_by(model, {name: x.shape for name, x in parts[0][0].items()})
+        if not told:
+            self.watch.warn(
+                "Nothing is learned, as no output is made of float32 numbers whose count follows "
+                "from the inputs' sizes."
+            )
+        return told
+
+    def _finite(
+        self, model: ir.Model, told: Sequence[str], samples: Sequence[Sample]
+    ) -> list[Sample]:
+        """The samples about which the float model tells finite numbers."""
+        threads = resources_of(self.job).threads
+        finite = are_finite(model, told, samples, threads)
+        if odd := finite.count(False):
+            self.watch.warn(
+                f"{odd} of {len(samples)} samples teach nothing: what the float model makes of "
+                "them is not finite."
+            )
+        return [sample for sample, good in zip(samples, finite, strict=True) if good]
+
+    def _checkpoint(self, model: ir.Model, parts: Iterable[Dataset]) -> Checkpoint:
+        known = (fingerprint_of(model, part) for part in parts)
+        told = "\n".join([*known, *settings_of(self.job.config)])
+        return Checkpoint(self.job.output.with_name(f"{self.job.output.name}.fine_tune"), told)
+
+    def _repeated(
+        self,
+        model: ir.Model,
+        plan: QuantPlan,
+        samples: Sequence[Sample],
+        told: Sequence[str],
+        training: Training,
+    ) -> QuantPlan:
+        """The plan, rounded on all samples, after what was gained is learned from all of them."""
+        learned = learned_again(model, plan, samples, told, training)
+        if learned is plan:
+            self.watch.tell(
+                f"Rounding on all {len(samples)} samples is better than what was learned: it stays."
+            )
+        else:
+            self.watch.tell(f"What was gained is learned again from all {len(samples)} samples.")
+        return learned
 
     def _options(self, model: ir.Model, passes: int) -> Options:
         wanted = self.job.config.fine_tune
@@ -155,6 +205,17 @@ class Tuning:
                 f"time_limit = {wanted.time_limit:g} ended fine-tuning after {found.steps} of "
                 f"{found.wanted} steps: how far it gets depends on this machine; give more minutes "
                 "or fewer epochs."
+            )
+
+    def _tell_of_gaps(self, gaps: Iterable[Gap]) -> None:
+        reasons = dict[str, list[Gap]]()
+        for gap in gaps:
+            reasons.setdefault(gap.op_type, []).append(gap)
+        for op_type, same in reasons.items():
+            more = f" and {len(same) - 1} more" if same[1:] else ""
+            self.watch.warn(
+                f"Nothing is learned through node '{same[0].node}' ({op_type}){more}: "
+                f"{same[0].reason}."
             )
 
 

@@ -62,7 +62,7 @@ from converter.plan.requests import stores_signed
 from converter.plan.result import Quantized, Tradeoff
 from converter.prepare.fake_quant import Prepared
 from converter.prepare.opset import opset_of, raise_opset
-from converter.report.provenance import provenance
+from converter.report.provenance import provenance, settings_of
 from converter.weights.bit_search import Search
 from converter.weights.journal import Journal
 from converter.weights.layers import Fitter
@@ -298,10 +298,7 @@ def _searched(
         return found[0].bitwidth if found else bits
 
     config = job.config
-    told = (
-        f"{fingerprint_of(fitter.model, fitter.data)} {config.common} {config.mixed_bit} "
-        f"{config.weight_quant}"
-    )
+    told = "\n".join([fingerprint_of(fitter.model, fitter.data), *settings_of(config)])
     journal = Journal(job.output.with_name(f"{job.output.name}.search.json"), told)
     try:
         before = file_bytes(job.model)

@@ -40,7 +40,7 @@ def provenance(job: Job, data: Dataset) -> dict[str, str]:
         "qconvert.version": __version__,
         "qconvert.mode": job.mode,
         "qconvert.model_sha256": sha256(job.model),
-        "qconvert.config_sha256": _sha256_of_lines(_settings(job.config)),
+        "qconvert.config_sha256": _sha256_of_lines(settings_of(job.config)),
     }
     files = dict.fromkeys(path for index in range(len(data)) for path in data.files(index))
     if files:
@@ -48,7 +48,8 @@ def provenance(job: Job, data: Dataset) -> dict[str, str]:
     return properties
 
 
-def _settings(config: Config) -> Iterator[str]:
+def settings_of(config: Config) -> Iterator[str]:
+    """Lines of all that decides what a conversion makes of a model and its samples."""
     for section in SECTIONS.values():
         for name, key in section.keys.items():
             value = getattr(getattr(config, section.attribute), name)
