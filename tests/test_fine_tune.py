@@ -9,7 +9,6 @@ import onnx_ir as ir
 import pytest
 from emitted import CONSTANTS, HEAD, IMAGE, decided
 from graphs import build, exactly, normal, prepared, run
-from running import Ear
 
 from calib.affine import IntFormat, QParams, dequantize
 from calib.session import open_session

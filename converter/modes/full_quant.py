@@ -156,8 +156,8 @@ class Choice:
 
 @dataclass(frozen=True)
 class Setup:
-    """The float model in its last form, its data, what judges a search, and what was asked; samples
-    `held` judge what is learned.
+    """The float model in its last form, its data, what judges a search, and what was asked. Samples
+    `held` judge what is learned; `every` are both.
     """
 
     model: ir.Model
@@ -166,6 +166,7 @@ class Setup:
     trained: Trained
     data: Dataset
     held: Dataset
+    every: Dataset
     judges: Parted
     pixels: Pixels | None
     resources: Resources
@@ -265,8 +266,8 @@ def set_up(prepared: Prepared, job: Job, watch: Watch) -> Setup:
     judges = judges or Parted(data, data, data)
     if wanted.equalize and not wanted.per_channel and not trained:
         equalize(model)
-    data, held = Tuning(job, watch).parted(data)
-    parts = data, held, judges
+    fit, held = Tuning(job, watch).parted(data)
+    parts = fit, held, data, judges
     setup = Setup(
         model,
         job,
@@ -276,11 +277,11 @@ def set_up(prepared: Prepared, job: Job, watch: Watch) -> Setup:
         pixels,
         resources,
     )
-    if len(data) and not trained:
+    if len(fit) and not trained:
         smooth(
             model,
             _fed_by_floats(model, setup.planned(Choice())),
-            data,
+            fit,
             threads=resources.threads,
             watch=watch,
         )
@@ -589,16 +590,21 @@ def fine_tuned(setup: Setup, found: Attempt, watch: Watch) -> Attempt:
     tuning = Tuning(setup.job, watch, may)
     if not tuning.wanted:
         return found
+    latest = found
+
+    def again() -> QuantPlan:
+        nonlocal latest
+        whole = replace(setup, data=setup.every)
+        latest = attempt(whole, observed(whole, watch), found.choice, watch)
+        return as_stored(latest.plan)
+
     parts = setup.data, setup.held
     learned = tuning.tuned(
-        setup.model,
-        as_stored(found.plan),
-        parts,
-        keep=lambda plan: None,
+        setup.model, as_stored(found.plan), parts, keep=lambda plan: None, again=again
     )
-    plan = with_integers(found.plan, learned)
+    plan = with_integers(latest.plan, learned)
     plan = _for_kernels(setup, plan) if may.points else plan
-    return _emitted(setup, plan, found.choice)
+    return _emitted(setup, plan, latest.choice)
 
 
 def _for_kernels(setup: Setup, plan: QuantPlan) -> QuantPlan:

@@ -151,9 +151,7 @@ def quantize(prepared: Prepared, job: Job, watch: Watch) -> Quantized:
         written = _written(emit, job, data)
         plan, pareto = _searched(fitter, judges.judges, plan, job, written=written, newest=newest)
     if tuning.wanted:
-        same_widths = job.config.common.bit_num or job.config.mixed_bit.search == "SENSITIVITY"
-        whole = partial(replace(fitter, data=data).fitted, plan)
-        again = whole if same_widths and not apart else None
+        again = None if apart else partial(replace(fitter, data=data).fitted, plan)
         keep = _keeping(job, _written(emit, job, data))
         plan = tuning.tuned(model, plan, parts, keep=keep, again=again)
     widths = Counter(weight.qparams.format.bits for weight in plan.stored.values())
