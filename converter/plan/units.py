@@ -61,7 +61,8 @@ def planned(model: ir.Model, plan: QuantPlan) -> Iterator[tuple[ir.Node, NodePla
 
 def bias_of(node: ir.Node, unit: NodePlan) -> Array | None:
     """The unit's constant bias."""
-    return operand(*bias_place(node, unit))
+    owner, index = bias_place(node, unit)
+    return None if owner is node and rule_of(node).bias is None else operand(owner, index)
 
 
 def bias_place(node: ir.Node, unit: NodePlan) -> tuple[ir.Node, int]:
