@@ -18,7 +18,16 @@ import numpy as np
 import onnx_ir as ir
 
 from calib import trellis
-from calib.affine import Array, QParams, along, dequantize, is_centered, rotated
+from calib.affine import (
+    Array,
+    QParams,
+    along,
+    dequantize,
+    is_centered,
+    rotated,
+    zero_bytes,
+    zero_step,
+)
 from calib.workers import over_samples
 from converter.emit.planes import half_if_exact
 from converter.graph.edit import not_none
@@ -330,9 +339,18 @@ def _meant_zeros(weight: _Weight) -> Array | None:
 def _stored(weight: _Weight, now: Rounded) -> QuantizedWeight:
     q = weight.grid
     scale = _as(now.scale, q.scale)
-    zero = _as(-now.offset / scale, q.zero_point) if weight.zero_moves else q.zero_point
+    zero = _zero(-now.offset / scale, q) if weight.zero_moves else q.zero_point
     codes = np.ascontiguousarray(now.codes)
     return QuantizedWeight(codes, replace(q, scale=scale, zero_point=zero))
+
+
+def _zero(zero: Array, q: QParams) -> Array:
+    """Zeros in as many bytes as those of `q`."""
+    bits, step = q.format.bits, zero_step(q.format.bits)
+    before, now = (zero_bytes(x, bits) for x in (q.zero_point, zero))
+    if before is None or now is None or (before * step != q.zero_point).any():
+        return _as(zero, q.zero_point)
+    return (now * step).astype(q.zero_point.dtype)
 
 
 def _as(numbers: Array, old: Array) -> Array:

@@ -5,9 +5,10 @@ runs.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping
-from dataclasses import replace
-from functools import partial
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from functools import cached_property, partial
 from typing import Any
 
 import onnx_ir as ir
@@ -144,16 +145,17 @@ def quantize(prepared: Prepared, job: Job, watch: Watch) -> Quantized:
     storage = Storage(by_outputs, wanted.bias_correction, wanted.on_the_fly, symmetric=signed)
     newest = _newest_opset(model, job, watch) if wanted.on_the_fly else None
     emit = partial(_emitted, model, newest=newest, signed=signed)
+    best = _Best(job, emit, data)
     fitter = Fitter(model, parts[0], resources, storage, watch)
     if job.config.common.bit_num:
         plan = fitter.fitted(plan)
     else:
-        written = _written(emit, job, data)
-        plan, pareto = _searched(fitter, judges.judges, plan, job, written=written, newest=newest)
+        with best.told():
+            plan, pareto = _searched(fitter, judges.judges, plan, best, newest)
     if tuning.wanted:
         again = None if apart else partial(replace(fitter, data=data).fitted, plan)
-        keep = _keeping(job, _written(emit, job, data))
-        plan = tuning.tuned(model, plan, parts, keep=keep, again=again)
+        with best.told():
+            plan = tuning.tuned(model, plan, parts, keep=best.keep, again=again)
     widths = Counter(weight.qparams.format.bits for weight in plan.stored.values())
     watch.tell(
         "Bits of weights: "
@@ -272,65 +274,64 @@ def _is_bounded(job: Job) -> bool:
     return mixed.target_ratio is None if mixed.search == "SENSITIVITY" else mixed.auto_tune
 
 
+@dataclass
+class _Best:
+    """The best plan so far as the job's output for the time being."""
+
+    job: Job
+    emit: Emit
+    data: Dataset
+    kept: bool = False
+
+    @cached_property
+    def origin(self) -> Mapping[str, str]:
+        """Where the output comes from."""
+        return provenance(self.job, self.data)
+
+    def written(self, plan: QuantPlan) -> ir.Model:
+        """The model that a plan's file holds."""
+        model = self.emit(plan)
+        finish(model, self.origin, half=self.job.fp16)
+        return model
+
+    def keep(self, plan: QuantPlan) -> None:
+        """Makes a plan the output."""
+        save(self.written(plan), self.job.output, accepting(self.job.model, Watch()))
+        self.kept = True
+
+    @contextmanager
+    def told(self) -> Iterator[None]:
+        """Says what there is where whoever waits for more stops it."""
+        try:
+            yield
+        except KeyboardInterrupt:
+            holds = f"{self.job.output} holds the best so far"
+            there = holds if self.kept else "no output is written yet"
+            msg = f"Interrupted; {there}, and the same command goes on where this one was."
+            raise KeyboardInterrupt(msg) from None
+
+
 def _searched(
     fitter: Fitter,
     judges: Dataset,
     plan: QuantPlan,
-    job: Job,
-    *,
-    written: Emit,
+    best: _Best,
     newest: int | None,
 ) -> tuple[QuantPlan, tuple[Tradeoff, ...]]:
-    """The plan with widths found; until then, the best so far is the job's output, and a journal
-    lies beside it.
-    """
-    save_best, kept = _keeping(job, written), False
-
-    def keep(found: QuantPlan) -> None:
-        nonlocal kept
-        save_best(found)
-        kept = True
+    """The plan with widths found; until then a journal lies beside the output."""
+    job, config = best.job, best.job.config
 
     def held(bits: int) -> int:
         found = newest and type_for(bits, False, newest)
         return found[0].bitwidth if found else bits
 
-    config = job.config
     told = "\n".join([fingerprint_of(fitter.model, fitter.data), *settings_of(config)])
     journal = Journal(job.output.with_name(f"{job.output.name}.search.json"), told)
-    try:
-        before = file_bytes(job.model)
-        search = Search(
-            fitter, judges, plan, config.mixed_bit, journal, keep, written, before, held
-        )
-        found = search.mixed()
-    except KeyboardInterrupt:
-        there = f"{job.output} holds the best so far" if kept else "no output is written yet"
-        msg = f"Interrupted; {there}, and the same command goes on where the search was."
-        raise KeyboardInterrupt(msg) from None
+    before, mixed = file_bytes(job.model), config.mixed_bit
+    search = Search(fitter, judges, plan, mixed, journal, best.keep, best.written, before, held)
+    found = search.mixed()
     journal.close()
     return found
-
-
-def _written(emit: Emit, job: Job, data: Dataset) -> Emit:
-    """What makes of a plan the model that its file will hold."""
-    origin = provenance(job, data)
-
-    def written(plan: QuantPlan) -> ir.Model:
-        model = emit(plan)
-        finish(model, origin, half=job.fp16)
-        return model
-
-    return written
-
-
-def _keeping(job: Job, written: Emit) -> Callable[[QuantPlan], None]:
-    """What makes a plan the job's output for the time being."""
-
-    def keep(plan: QuantPlan) -> None:
-        save(written(plan), job.output, accepting(job.model, Watch()))
-
-    return keep
 
 
 def _data(prepared: Prepared, job: Job, watch: Watch) -> Dataset:

@@ -15,6 +15,8 @@ from converter.plan.ops import ONE_FOR_ONE, cast_to, takes_weight
 # up to 4 MB.
 INPUT_LIMIT = 1 << 30
 OUTPUT_LIMIT = 1 << 20
+# Numbers that onnxscript leaves alone, as they could be many, though shapes are computed with them.
+FEW = 64
 
 
 def fold_constants(model: ir.Model) -> None:
@@ -53,6 +55,8 @@ def _leads_to_weight(node: ir.Node) -> bool:
 def _worth_folding(node: ir.Node) -> bool | None:
     if _is_float_cast(node):
         return None
+    if node.op_type == "ConstantOfShape" and (shape := operand(node, 0)) is not None:
+        return True if shape.prod() <= FEW else None
     # A weight stored as integers must stay as small as it is; its scales and zero points may be
     # cast.
     parameter = all(use.idx > 0 and is_conversion(use.node) for use in node.outputs[0].uses())
