@@ -110,7 +110,8 @@ def test_data_is_needed(command, tmp_path):
     config.write_text(text[:data] + text[own:])
     result = command.convert(config, tmp_path / "q.onnx")
     assert result.code == 1
-    assert "calibrate_path: is missing for fine_tune" in result.err
+    assert "calibrate_path: is missing for fine_tune; write calibrate_path = " in result.err
+    assert ", or input_type = SYNTHETIC where there are no samples." in result.err
     assert not (tmp_path / "q.onnx").exists()
 
 

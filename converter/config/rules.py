@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from converter.config.keys import SECTIONS, Config
 
@@ -70,7 +70,10 @@ def _data_is_whole(config: Config) -> Iterator[Complaint]:
     reason = next((reason for reason, holds in reasons.items() if holds), None)
     for key in ("calibrate_path", "calibrate_size", "input_type"):
         if reason and data.input_type != "SYNTHETIC" and not getattr(data, key):
-            yield _missing(key, reason)
+            complaint = _missing(key, reason)
+            without = key == "calibrate_path" and not data.input_type
+            more = ", or input_type = SYNTHETIC where there are no samples" if without else ""
+            yield replace(complaint, advice=f"{complaint.advice}{more}")
 
 
 def _distilled_is_clear(config: Config) -> Iterator[Complaint]:

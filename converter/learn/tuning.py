@@ -87,7 +87,7 @@ class Tuning:
         given = [[dict(part.sample(i)) for i in range(len(part))] for part in parts]
         told = self._told(model, given)
         fit, held = (self._finite(model, told, some) for some in given)
-        if not (told and fit and held):
+        if not (plan.stored and told and fit and held):
             return again() if again else plan
         checkpoint = self._checkpoint(model, parts)
         options = self._options(model, passes=2 if again else 1)
@@ -195,7 +195,10 @@ class Tuning:
     def _tell(self, found: Outcome, count: int) -> None:
         wanted = self.job.config.fine_tune
         gained = found.after < found.before
-        result = f"{found.before:.4g} -> {found.after:.4g}" if gained else "nothing gained"
+        result = "nothing gained"
+        if gained:
+            less = 1 - found.after / found.before
+            result = f"{found.before:.4g} -> {found.after:.4g}, {less:.1%} less"
         self.watch.tell(
             f"Fine-tuning ({wanted.fine_tune}): the loss of outputs on {found.held} of {count} "
             f"samples that were held back: {result}."
