@@ -180,6 +180,18 @@ def test_inputs_that_are_no_pictures_are_assumed_small(converted, tmp_path):
     assert "Nothing says which values input 'x' takes: some from -2 to 2 are assumed" in result.err
 
 
+@pytest.mark.parametrize("more", ["", "[fine_tune_param]\nfine_tune = AUTO\n"])
+def test_noise_of_an_unknown_size_rounds_no_weights(converted, tmp_path, more):
+    graph = "g (float[N,32] x) => (float[N,64] y) { h = MatMul (x, w)  y = Relu (h) }"
+    model = written(tmp_path, graph, w=normal(32, 64))
+    result = converted(f"{WEIGHT}{SYNTHETIC}{more}", model)
+    assert result.code == 0
+    assert "Nothing says which values input 'x' takes, and noise of a wrong size" in result.err
+    assert converted(WEIGHT, model, output="none.onnx").code == 0
+    graphs = [onnx.load(tmp_path / name).graph for name in ("out.onnx", "none.onnx")]
+    assert graphs[0] == graphs[1]
+
+
 def test_tokens_are_random(converted, tmp_path):
     graph = "g (int64[1,4] ids) => (float[] y) { e = Gather (t, ids)  y = MatMul (e, m) }"
     model = written(tmp_path, graph, t=normal(50, 32), m=normal(32, 32))

@@ -124,7 +124,7 @@ def test_one_sample_cannot_judge(command, tmp_path):
     )
     result = command.convert(config, tmp_path / "q.onnx")
     assert result.code == 0
-    assert "Nothing is learned from a single sample" in result.err
+    assert "Nothing is learned from fewer than two samples" in result.err
 
 
 def test_keys_without_effect_are_told(command, tmp_path):

@@ -69,7 +69,8 @@ def with_distilled(
         msg = f"{where}: samples {why} cannot be distilled; remove the line."
         raise DataError(msg)
     source = _Source(model, moments, job, watch, wanted or job.config.preprocess, data)
-    return data.with_made(source.samples(learned, count))
+    made = source.samples(learned, count)
+    return data.with_made(made) if made else data
 
 
 def _may_learn(value: ir.Value) -> bool:
@@ -89,7 +90,7 @@ class _Source:
     real: Dataset
 
     def samples(self, learned: Sequence[ir.Value], count: int) -> list[Sample]:
-        """Whole feeds, read-only."""
+        """Whole feeds, read-only; none where they would mislead and are not needed."""
         places = {value.name or "": self._place(value) for value in learned}
         fixed = self._fixed(places, count)
         known = values_by_name(self.model.graph)
@@ -97,6 +98,13 @@ class _Source:
         knowledge = Likeness(moments, scores_of(self.model))
         if not moments:
             self._require_bounds(places)
+        guessed = [name for name, place in places.items() if place.bounds is None]
+        if guessed and not (moments or knowledge.scores) and self.job.mode == "WEIGHT_QUANT":
+            self.watch.warn(
+                f"Nothing says which values input '{guessed[0]}' takes, and noise of a wrong size "
+                "misleads: weights are rounded without samples; give calibrate_path."
+            )
+            return []
         self._tell(knowledge, places, count)
         made = self._made(Task(knowledge, places, fixed))
         return [_whole(x, sample) for x, sample in zip(made, fixed, strict=True)]

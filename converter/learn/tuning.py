@@ -108,8 +108,8 @@ class Tuning:
         """The tensors that are learned by, none where nothing can be learned, which is said."""
         if not all(parts):
             self.watch.warn(
-                "Nothing is learned from a single sample, as a part must be held back: give more, "
-                "better 100."
+                "Nothing is learned from fewer than two samples, as a part must be held back: give "
+                "more, better 100."
             )
             return ()
         told = told_by(model, {name: x.shape for name, x in parts[0][0].items()})

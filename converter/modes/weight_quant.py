@@ -137,7 +137,7 @@ def quantize(prepared: Prepared, job: Job, watch: Watch) -> Quantized:
     apart = judges.judges is not judges.fitted
     parts = (data, judges.judges) if apart and tuning.wanted else tuning.parted(data)
     resources = resources_of(job)
-    given = job.config.has_samples and not data.random
+    given = len(data) > 0 and job.config.has_samples and not data.random
     plan, pareto = make_plan(prepared, job), tuple[Tradeoff, ...]()
     seeing = any(not weight.blind for unit in plan.units() for weight in unit.weights)
     by_outputs = given and seeing
@@ -339,7 +339,9 @@ def _data(prepared: Prepared, job: Job, watch: Watch) -> Dataset:
     model = prepared.model
     if job.config.has_samples:
         data = open_data(model, job, watch)
-        return with_distilled(data, model, prepared.moments, job, watch=watch)
+        data = with_distilled(data, model, prepared.moments, job, watch=watch)
+        if len(data):
+            return data
     if job.config.common.bit_num or not _searches(job):
         return Dataset((), (), ())
     watch.warn(
