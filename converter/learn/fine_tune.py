@@ -62,6 +62,8 @@ ROUNDED = 5
 # and so much smaller. What starts far from the float model, as 2 bits do, goes up before it goes
 # down: an example in 2 bits has 89 % right so, 71 % with 1.2.
 ASTRAY, SLOWER = 3.0, 3.0
+# Looks that find nothing better before steps begin again at the best, and so much smaller.
+PATIENCE = 5
 # Points move by the rate times this many codes, as they must go half a code before one changes.
 POINT_RATE = 30.0
 # The share of a batch that enters a block as the float model hands it on: Wei et al., "QDrop"
@@ -199,7 +201,8 @@ class Lesson:
             student = self.student
             found = gradient_model(student.model, self._loss, student.constants, dict(shapes))
             model = block_convolutions(found.model)
-            session = open_session(serialized(model), same_sizes=True)
+            # Of many sizes each session would keep its own memory.
+            session = open_session(serialized(model), same_sizes=not self._gradients)
             self._gradients[shapes] = found, session
             self.gaps |= {gap.node: gap for gap in found.gaps}
         return self._gradients[shapes]
@@ -209,11 +212,11 @@ class Lesson:
         if shapes not in self._judges:
             student = self.student
             model = loss_model(student.model, self._loss, student.constants, dict(shapes))
-            self._judges[shapes] = open_session(serialized(model), same_sizes=True)
+            self._judges[shapes] = open_session(serialized(model), same_sizes=not self._judges)
         return self._judges[shapes]
 
 
-def _shapes(chunk: Arrays) -> Shapes:
+def _shapes(chunk: Sample) -> Shapes:
     return tuple((name, x.shape) for name, x in chunk.items())
 
 
@@ -283,6 +286,7 @@ class _Course:
         self._before, self._least, self._reached = math.nan, math.nan, 0
         # Seconds of all, and of the steps alone.
         self._spent, self._stepping, self._looks = 0.0, 0.0, CHECKS
+        self._vain = 0
         if not self._resumed():
             start = training.clock()
             self._before = self._least = lesson.judged(lesson.student.plan, supply.held)
@@ -338,13 +342,14 @@ class _Course:
         loss = self._lesson.judged(plan, self._supply.held)
         told = f"{self._stage}, step {self._adam.done} of {self.total}: {loss:.4g}"
         self._training.watch.say(f"Fine-tuning {told} on samples held back.")
+        self._vain += 1
         if loss < self._least:
-            self._least = loss
+            self._least, self._vain = loss, 0
             self._best = {name: x.copy() for name, x in self._learned.items()}
             self._reached = self._adam.done
             if self._keep_plan is not None:
                 self._keep_plan(plan)
-        elif loss > ASTRAY * self._least:
+        elif loss > ASTRAY * self._least or self._vain == PATIENCE:
             self._back()
         self._rounded = {}  # as if the course went on from what is kept
         self._keep()
@@ -355,6 +360,7 @@ class _Course:
         self._learned = {name: x.copy() for name, x in best.items()}
         self._adam.means.clear()
         self._rate /= SLOWER
+        self._vain = 0
 
     def _keep(self) -> None:
         groups = {
@@ -371,6 +377,7 @@ class _Course:
             "least": self._least,
             "spent": self._spent,
             "looks": self._looks,
+            "vain": self._vain,
             "rate": self._rate,
             "reached": self._reached,
             "random": self._rng.bit_generator.state,
@@ -384,7 +391,7 @@ class _Course:
             return False
         known = state.numbers
         self.total, self._spent, self._looks = known["total"], known["spent"], known["looks"]
-        self._rate, self._reached = known["rate"], known["reached"]
+        self._rate, self._reached, self._vain = known["rate"], known["reached"], known["vain"]
         self._before, self._least = known["before"], known["least"]
         self._rng.bit_generator.state = known["random"]
         self._learned = state.group("learned")
@@ -437,7 +444,7 @@ class WholeSupply:
         self._width = width_of(model, taught, samples.fit, self._size)
         self.batches = max(1, len(samples.fit) // self._size)
         with saved(model, taught) as path:
-            self._teacher = open_session(path, same_sizes=True)
+            self._teacher = open_session(path, same_sizes=_are_alike(samples.fit))
         self.held = [self._told(chunk) for chunk in joined(samples.held, 1)]
 
     def batch(self, rng: np.random.Generator) -> list[Arrays]:
@@ -458,10 +465,13 @@ def width_of(model: ir.Model, names: Sequence[str], samples: Sequence[Sample], s
     """How many samples go through the model at once to compute tensors: one where that is not the
     same as one by one, as they differ in size or their first axis counts something else.
     """
-    sizes = {tuple((name, x.shape) for name, x in sample.items()) for sample in samples}
-    alike = len(sizes) == 1 and all(_takes_more(value) for value in model.graph.inputs)
+    alike = _are_alike(samples) and all(_takes_more(value) for value in model.graph.inputs)
     width = -(-size // -(-size // TOGETHER)) if alike else 1
     return width if width > 1 and _same_together(model, names, samples[:2]) else 1
+
+
+def _are_alike(samples: Sequence[Sample]) -> bool:
+    return len({_shapes(sample) for sample in samples}) == 1
 
 
 def _takes_more(value: ir.Value) -> bool:

@@ -136,11 +136,8 @@ def gather(site: Site) -> Term:
         *range(axis + indices.rank, site.dy.rank),
     )
     updates = dy.reshape(indices.size, *outer, *row)
-    zeros = data.like(0).expand(
-        data.shape[axis],
-        *outer,
-        *row,
-    )
+    # Not a constant, which every session would keep.
+    zeros = (data * 0).transpose(axis, *range(axis), *range(axis + 1, data.rank))
     places = indices.reshape(indices.size, 1).cast(INT64)
     # ScatterND counts negative indices from the end, as Gather does.
     summed = site.scribe.op(

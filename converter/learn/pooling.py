@@ -42,7 +42,7 @@ def max_pool(site: Site) -> Term:
         places.name = f"{site.y.value.name}_places"
         places.shape, places.dtype = ir.Shape(site.y.shape), ir.DataType.INT64
     taken = site.scribe.read(site.node.outputs[1]).reshape(-1)
-    zeros = x.like(0).expand(x.size)
+    zeros = (x * 0).reshape(-1)  # not a constant, which every session would keep
     operands = [zeros, taken, site.dy.reshape(-1)]
     found = x.scribe.op(
         "ScatterElements",
