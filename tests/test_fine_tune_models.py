@@ -84,6 +84,7 @@ def converted(
     tune: str = "AUTO",
     ear: Ear | None = None,
     more: str = "",
+    common: dict[str, object] | None = None,
 ) -> tuple[Ear, Path]:
     (folder / "m.onnx").write_bytes(model)
     for name, arrays in samples.items():
@@ -93,7 +94,7 @@ def converted(
     bits = {"bit_num": 3, "min_quant_weight_channel": 0} if mode == "WEIGHT_QUANT" else {}
     config = write_config(
         folder / "c.cfg",
-        common_quant={"quant_type": mode, "thread_num": 1, **bits},
+        common_quant={"quant_type": mode, "thread_num": 1, **bits, **(common or {})},
         fine_tune={"fine_tune": tune, "epochs": 4},
         data_preprocess={
             "calibrate_path": ",".join(f"{name}:{folder / name}" for name in samples),
@@ -160,15 +161,39 @@ def test_samples_that_overflow_teach_nothing(tmp_path, odd):
 
 def test_a_model_of_which_nothing_is_known_before_is_not_taught(tmp_path):
     text = """g (float[N,8] x) => (float[M,64] y) { n = NonZero (x)  t = Transpose (n)
-        f = Cast <to=1> (t)  y = MatMul (f, w) }"""
-    ear, out = converted(tmp_path, "WEIGHT_QUANT", frozen(build(text, w=normal(2, 64))), X)
+        f = Cast <to=1> (t)  h = MatMul (f, v)  y = MatMul (h, w) }"""
+    model = frozen(build(text, v=normal(2, 64), w=normal(64, 64)))
+    ear, out = converted(tmp_path, "WEIGHT_QUANT", model, X)
     assert any("Nothing is learned, as no output is made of" in line for line in ear.warned)
-    off = converted(tmp_path, "WEIGHT_QUANT", frozen(build(text, w=normal(2, 64))), X, "OFF")[1]
+    _, off = converted(tmp_path, "WEIGHT_QUANT", model, X, "OFF")
     assert graph_of(out) == graph_of(off)
 
 
 def graph_of(path: Path) -> onnx.GraphProto:
     return onnx.load(path).graph
+
+
+@pytest.mark.parametrize("mode", ["WEIGHT_QUANT", "FULL_QUANT"])
+def test_what_restores_weights_is_no_weight_of_a_second_conversion(tmp_path, mode):
+    model = frozen(build(f"g (float[N,8] x) => (float[N,64] s) {{ {BODY} }}", **W))
+    _, first = converted(tmp_path, "WEIGHT_QUANT", model, X, "OFF")
+    (tmp_path / "again").mkdir()
+    ear, second = converted(tmp_path / "again", mode, first.read_bytes(), X)
+    assert any("as what it computes is constant" in line for line in ear.warned)
+    for a, b in zip(run_all(first, X), run_all(second, X), strict=True):
+        np.testing.assert_array_equal(a, b)
+
+
+def test_ranges_of_what_is_learned_come_from_the_cache(tmp_path):
+    model = frozen(build(f"g (float[N,8] x) => (float[N,64] s) {{ {BODY} }}", **W))
+    cache = {"calibration_cache": tmp_path / "c.npz"}
+    files = []
+    for _ in range(2):
+        ear, out = converted(tmp_path, "FULL_QUANT", model, X, common=cache)
+        files.append(out.read_bytes())
+    assert any("come from the calibration cache" in line for line in [*ear.told, *ear.said])
+    assert not any("made anew" in line for line in ear.warned)
+    assert files[0] == files[1]
 
 
 class Impatient(Ear):

@@ -190,6 +190,16 @@ def test_scales_of_quiet_rows_are_float16_where_that_costs_next_to_nothing(bits)
     assert (noise[:, 5] < 1.1 * np.delete(noise, 5, axis=1).max(axis=1)).all()
 
 
+@pytest.mark.parametrize("bits", [2, 3, 4])
+@pytest.mark.parametrize("share", [1e-4, 1e-6, 1e-8])
+def test_rows_of_other_units_keep_their_numbers(bits, share):
+    weight, _ = problem(0, rows=24, columns=200, samples=400)
+    weight[:, 5] *= share
+    rows = fit(weight, None, Grids(IntFormat(bits, signed=False)))
+    noise = np.linalg.norm(rows.values() - weight, axis=2) / np.linalg.norm(weight, axis=2)
+    assert (noise[:, 5] < 1.1 * np.delete(noise, 5, axis=1).max(axis=1)).all()
+
+
 def test_rows_of_zeros_silence_no_quiet_ones():
     weight, _ = problem(0, rows=24, columns=200, samples=400)
     weight *= 1e-7

@@ -44,6 +44,17 @@ def values_read(node: ir.Node) -> list[ir.Value]:
     return [v for n in (node, *inner) for v in n.inputs if v is not None and v.graph is node.graph]
 
 
+def constant_nodes(graph: ir.Graph) -> set[ir.Node]:
+    """The nodes that nothing fed reaches, such as restore weights that were stored."""
+    fed, found = set(graph.inputs), set[ir.Node]()
+    for node in graph:
+        if fed.isdisjoint(values_read(node)):
+            found.add(node)
+        else:
+            fed.update(node.outputs)
+    return found
+
+
 def nodes_of(model: ir.Model) -> list[ir.Node]:
     """The nodes of all graphs, graph by graph."""
     return [node for graph in model.graphs() for node in graph]

@@ -19,6 +19,7 @@ import onnx_ir as ir
 from onnxruntime import InferenceSession
 
 from calib import CalibError
+from calib.affine import Array
 from calib.session import Sample, open_session, run
 from calib.workers import over_samples
 from converter.graph.edit import values_by_name
@@ -52,8 +53,8 @@ TOGETHER = 16
 # With more grids and biases than this steps get smaller, as the square root of their number: the
 # noise of each moves the outputs.
 MANY = 2000
-# By how much numbers may differ that are the same.
-CLOSE = 1e-4
+# By how much numbers may differ that are the same, as a share of the largest.
+CLOSE = 1e-3
 # How often the best is looked for at most.
 CHECKS = 20
 # Steps that weights keep their codes for: few change at any, and to find them takes its time.
@@ -71,6 +72,8 @@ POINT_RATE = 30.0
 DROPPED = 0.25
 # Steps after which it is known how many fit the time, and the share of it that is kept for looks.
 TIMED, SPARE = 4, 0.1
+# Losses below this are noise of float32.
+QUIET = 1e-6
 # How much the error of scores counts beside their divergence, which does not see what all share.
 BESIDE = 0.1
 # The stage that is about the outputs.
@@ -193,7 +196,7 @@ class Lesson:
             return float(run(opened[index], [LOSS], {**chunks[index], **constants})[LOSS])
 
         loss = float(np.mean(list(over_samples(len(chunks), judged, self._threads))))
-        return loss if math.isfinite(loss) else math.inf
+        return max(loss, 0.0) if math.isfinite(loss) else math.inf
 
     def _graded(self, chunk: Arrays) -> tuple[Gradients, InferenceSession]:
         shapes = _shapes(chunk)
@@ -488,7 +491,11 @@ def _same_together(model: ir.Model, names: Sequence[str], samples: Sequence[Samp
     if any(not together[name].shape for name in names):
         return False
     pairs = [(np.concatenate([one[name] for one in alone]), together[name]) for name in names]
-    return all(a.shape == b.shape and np.allclose(a, b, CLOSE, CLOSE) for a, b in pairs)
+    return all(a.shape == b.shape and _are_close(a, b) for a, b in pairs)
+
+
+def _are_close(a: Array, b: Array) -> bool:
+    return bool(np.abs(a - b).max(initial=0) <= CLOSE * np.abs(b).max(initial=0))
 
 
 @dataclass(frozen=True)
@@ -555,6 +562,8 @@ def fine_tuned(
         return _lesson(model, plan, options, aim.loss)
 
     before = least = lesson(plan).judged(plan, supply.held)
+    if before < QUIET:
+        return Outcome(plan, before, before, held=len(supply.held))
     steps, wanted, reached = 0, 0, dict[str, int]()
     if options.blocks:
         found, by_stage = by_blocks(model, plan, samples, told, training)

@@ -85,9 +85,9 @@ class Tuning:
         """
         model = raise_opset(model.clone(), LEAST_OPSET)
         given = [[dict(part.sample(i)) for i in range(len(part))] for part in parts]
-        told = self._told(model, given)
-        fit, held = (self._finite(model, told, some) for some in given)
-        if not (plan.stored and told and fit and held):
+        told = self._told(model, given) if plan.stored else ()
+        fit, held = (self._finite(model, told, some) if told else [] for some in given)
+        if not (fit and held):
             return again() if again else plan
         checkpoint = self._checkpoint(model, parts)
         options = self._options(model, passes=2 if again else 1)

@@ -594,7 +594,10 @@ def fine_tuned(setup: Setup, found: Attempt, watch: Watch) -> Attempt:
 
     def again() -> QuantPlan:
         nonlocal latest
-        whole = replace(setup, data=setup.every)
+        # The cache is of what was calibrated first.
+        common = replace(setup.job.config.common, calibration_cache=None)
+        job = replace(setup.job, config=replace(setup.job.config, common=common))
+        whole = replace(setup, data=setup.every, job=job)
         latest = attempt(whole, observed(whole, watch), found.choice, watch)
         return as_stored(latest.plan)
 

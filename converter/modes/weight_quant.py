@@ -32,7 +32,13 @@ from converter.emit.half import store_biases_as_half
 from converter.emit.planes import PlaneWriter
 from converter.emit.stored import emit_stored
 from converter.errors import ConfigError, ModelError
-from converter.graph.edit import constant, initializers_of, nodes_of, not_none
+from converter.graph.edit import (
+    constant,
+    constant_nodes,
+    initializers_of,
+    nodes_of,
+    not_none,
+)
 from converter.graph.files import accepting, file_bytes, refusal, save, saved
 from converter.graph.mapped import release
 from converter.job import Job, Watch
@@ -47,7 +53,7 @@ from converter.plan.ops import (
     weights_of,
     words_of,
 )
-from converter.plan.placement import Wishes, skipped
+from converter.plan.placement import CONSTANT, Wishes, skipped
 from converter.plan.plan import (
     Granularity,
     NodePlan,
@@ -86,7 +92,11 @@ def make_plan(prepared: Prepared, job: Job) -> QuantPlan:
 def _plan_of(model: ir.Model, job: Job) -> QuantPlan:
     nodes: dict[str, NodePlan] = {}
     words, small = words_of(model), _small_tables(model)
+    unfed = constant_nodes(model.graph)
     for node in nodes_of(model):
+        if node in unfed:
+            nodes[node.name or ""] = NodePlan(node.name or "", node.op_type, False, CONSTANT)
+            continue
         unit = nodes.setdefault(node.name or "", _node_plan(node, words, small, job))
         release(value for value in node.inputs if value is not None)
         for name in unit.absorbed:

@@ -19,6 +19,7 @@ from converter.config.keys import Recipe
 from converter.errors import ConfigError
 from converter.graph.edit import (
     constant,
+    constant_nodes,
     is_float,
     not_none,
     only_consumer,
@@ -60,6 +61,10 @@ class Wishes:
     recipes: tuple[Recipe, ...] = ()
 
 
+# Why a node stays float that nothing fed reaches.
+CONSTANT = "what it computes is constant"
+
+
 @dataclass(frozen=True)
 class _Unit:
     """A node with what is computed inside it."""
@@ -99,9 +104,10 @@ def build_plan(graph: ir.Graph, target: Target, wishes: Wishes) -> QuantPlan:
     moved = _moved_into_bodies(graph)
     pooled = _behind_dilated_pools(graph)
     open_ = _reading_defaults(graph)
+    unfed = dict.fromkeys((node.name or "" for node in constant_nodes(graph)), CONSTANT)
     wishes = replace(
         wishes,
-        kept_float={**moved, **pooled, **open_, **wishes.kept_float},
+        kept_float={**unfed, **moved, **pooled, **open_, **wishes.kept_float},
     )
     units, reasons = _candidates(graph, target, wishes)
     if not target.all_pays:

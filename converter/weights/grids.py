@@ -30,7 +30,7 @@ TRELLIS_SHARES = 0.8 ** np.arange(8)
 ROUNDS = 6
 # Rows with a smaller share of the largest scale are as good as 0, and so is what float16's least
 # scale makes of them where the largest is so many times that.
-SILENT, LOUD = 2.0**-18, 2.0**10
+SILENT, LOUD = 2.0**-32, 2.0**10
 # Columns whose codes change before the others hear of it.
 BLOCK = 64
 
