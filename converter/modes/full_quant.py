@@ -105,7 +105,7 @@ def quantize(prepared: Prepared, job: Job, watch: Watch) -> Quantized:
         reference=prepared.model if as_given else setup.model,
         model=final.model,
         plan=final.plan,
-        data=setup.data,
+        data=setup.every,
         tensors=_restored_outputs(setup.model, final),
         finish=partial(set_edges, final.model, setup, evidence, watch),
         compared=setup.model,
