@@ -108,7 +108,7 @@ def classifier(bits=2, text=NET):
 
 def samples(fit=24, held=8):
     rows = [{"x": normal(1, 4, 8, 8, seed=10 + i)} for i in range(fit + held)]
-    return Samples(rows[:fit], rows[fit:])
+    return Samples(rows[:fit], rows[fit:], ["y"])
 
 
 OPTIONS = Options(epochs=10, batch=8, rate=1e-3, threads=1)
@@ -118,7 +118,7 @@ def tuned(options=OPTIONS, watch=None, checkpoint=None, keep=lambda plan: None, 
     model, plan = classifier(bits)
     kept = checkpoint or Checkpoint(None, "")
     training = Training(options, kept, watch or Watch(), keep)
-    return plan, fine_tuned(model, plan, samples(), ["y"], training)
+    return plan, fine_tuned(model, plan, samples(), training)
 
 
 def bytes_of(plan):
@@ -456,7 +456,7 @@ def test_time_ends_learning_and_is_told():
     model, plan = classifier()
     options = replace(OPTIONS, seconds=20, blocks=False)
     training = Training(options, Checkpoint(None, ""), Watch(), clock=lambda: float(next(clock)))
-    found = fine_tuned(model, plan, samples(), ["y"], training)
+    found = fine_tuned(model, plan, samples(), training)
     # Each step takes a second of this clock, and so does the first look; a tenth of the time is
     # kept for others.
     assert found.steps == 17
@@ -467,27 +467,26 @@ def test_time_ends_learning_and_is_told():
 def test_what_was_best_is_learned_again_from_all_samples(blocks):
     model, plan = classifier()
     training = Training(replace(OPTIONS, blocks=blocks), Checkpoint(None, ""), Watch())
-    found = fine_tuned(model, plan, samples(), ["y"], training)
+    found = fine_tuned(model, plan, samples(), training)
     stages = {"end to end"} | ({"block 1 of 1"} if blocks else set())
     assert set(found.reached) <= stages
     assert 0 < found.reached["end to end"] <= found.steps
-    every = [*samples().fit, *samples().held]
-    again = learned_again(model, plan, every, ["y"], replace(training, repeated=found.reached))
-    judge = Lesson(Student(model, plan), outputs_alike(model, ["y"]).loss, 1)
-    supply = WholeSupply(model, Samples(every, every), ["y"], OPTIONS)
+    again = learned_again(model, plan, samples(), replace(training, repeated=found.reached))
+    judge = Lesson(Student(model, plan), outputs_alike(model, ["y"]), 1)
+    supply = WholeSupply(model, samples().all(), OPTIONS)
     assert judge.judged(again, supply.held) < judge.judged(plan, supply.held)
 
 
 def test_a_stage_that_gained_nothing_is_not_repeated():
     model, plan = classifier()
     training = Training(OPTIONS, Checkpoint(None, ""), Watch(), repeated={})
-    assert bytes_of(learned_again(model, plan, samples().fit, ["y"], training)) == bytes_of(plan)
+    assert bytes_of(learned_again(model, plan, samples(), training)) == bytes_of(plan)
 
 
 def test_where_no_gradient_goes_is_known_once():
     model, plan = classifier(text=NET.replace("t = Relu (s)", "q = Asinh (s) t = Relu (q)"))
     training = Training(replace(OPTIONS, epochs=1, blocks=True), Checkpoint(None, ""), Watch())
-    fine_tuned(model, plan, samples(), ["y"], training)
+    fine_tuned(model, plan, samples(), training)
     assert [gap.op_type for gap in training.gaps.values()] == ["Asinh"]
 
 
@@ -495,7 +494,7 @@ def test_samples_of_several_sizes_are_learned_from():
     model, plan = classifier(text=NET.replace("N,4,8,8", "N,4,H,W"))
     rows = [{"x": normal(1, 4, 6 + i % 3, 8, seed=i)} for i in range(30)]
     training = Training(replace(OPTIONS, epochs=4), Checkpoint(None, ""), Watch())
-    found = fine_tuned(model, plan, Samples(rows[:24], rows[24:]), ["y"], training)
+    found = fine_tuned(model, plan, Samples(rows[:24], rows[24:], ["y"]), training)
     assert found.after < found.before
 
 

@@ -103,10 +103,18 @@ class Options:
 
 @dataclass(frozen=True)
 class Samples:
-    """What is learned from, which rounding may have seen, and what judges, which it has not."""
+    """What is learned from, which rounding may have seen, and what judges, which it has not; `told`
+    are the tensors that a teacher tells of them.
+    """
 
     fit: Sequence[Sample]
     held: Sequence[Sample]
+    told: Sequence[str]
+
+    def all(self) -> Samples:
+        """All of them to learn from and to judge."""
+        every = [*self.fit, *self.held]
+        return replace(self, fit=every, held=every)
 
 
 @dataclass(frozen=True)
@@ -125,15 +133,7 @@ class Outcome:
     reached: Mapping[str, int] = field(default_factory=dict)
 
 
-@dataclass(frozen=True)
-class Aim:
-    """A loss and the tensors that the teacher tells for it."""
-
-    loss: Loss
-    taught: tuple[str, ...]
-
-
-def outputs_alike(model: ir.Model, told: Sequence[str]) -> Aim:
+def outputs_alike(model: ir.Model, told: Sequence[str]) -> Loss:
     """The divergence of tensors that are distributions or scores of classes, and the relative error
     of those that are no distributions.
     """
@@ -142,10 +142,7 @@ def outputs_alike(model: ir.Model, told: Sequence[str]) -> Aim:
     losses = [divergence(value.name or "") for value in floats if tells_classes(value)]
     plain = [value.name or "" for value in floats if not is_distribution(value)]
     share = BESIDE if losses else 1.0
-    return Aim(
-        total([*losses, *([scaled(error(plain), share)] if plain else [])]),
-        tuple(told),
-    )
+    return total([*losses, *([scaled(error(plain), share)] if plain else [])])
 
 
 class Supply(Protocol):
@@ -439,14 +436,12 @@ def joined(samples: Sequence[Sample], width: int) -> list[Arrays]:
 class WholeSupply:
     """Views of samples, with the outputs of the float model."""
 
-    def __init__(
-        self, model: ir.Model, samples: Samples, taught: Sequence[str], options: Options
-    ) -> None:
-        self._options, self._taught, self._fit = options, taught, samples.fit
+    def __init__(self, model: ir.Model, samples: Samples, options: Options) -> None:
+        self._options, self._taught, self._fit = options, samples.told, samples.fit
         self._size = min(options.batch, len(samples.fit))
-        self._width = width_of(model, taught, samples.fit, self._size)
+        self._width = width_of(model, samples.told, samples.fit, self._size)
         self.batches = max(1, len(samples.fit) // self._size)
-        with saved(model, taught) as path:
+        with saved(model, samples.told) as path:
             self._teacher = open_session(path, same_sizes=_are_alike(samples.fit))
         self.held = [self._told(chunk) for chunk in joined(samples.held, 1)]
 
@@ -549,24 +544,22 @@ class InsideSupply:
 # --- what is learned
 
 
-def fine_tuned(
-    model: ir.Model, plan: QuantPlan, samples: Samples, told: Sequence[str], training: Training
-) -> Outcome:
-    """The plan after learning as the options say, by the tensors `told`; `model` is the float one,
-    of the opset that gradients need.
+def fine_tuned(model: ir.Model, plan: QuantPlan, samples: Samples, training: Training) -> Outcome:
+    """The plan after learning as the options say; `model` is the float one, of the opset that
+    gradients need.
     """
-    options, aim = training.options, outputs_alike(model, told)
-    supply = WholeSupply(model, samples, aim.taught, options)
+    options, aim = training.options, outputs_alike(model, samples.told)
+    supply = WholeSupply(model, samples, options)
 
     def lesson(plan: QuantPlan) -> Lesson:
-        return _lesson(model, plan, options, aim.loss)
+        return _lesson(model, plan, options, aim)
 
     before = least = lesson(plan).judged(plan, supply.held)
     if before < QUIET:
         return Outcome(plan, before, before, held=len(supply.held))
     steps, wanted, reached = 0, 0, dict[str, int]()
     if options.blocks:
-        found, by_stage = by_blocks(model, plan, samples, told, training)
+        found, by_stage = by_blocks(model, plan, samples, training)
         loss = lesson(found).judged(found, supply.held)
         training.watch.say(
             f"Fine-tuning by blocks: {before:.4g} -> {loss:.4g} on samples held back."
@@ -588,31 +581,26 @@ def _lesson(model: ir.Model, plan: QuantPlan, options: Options, loss: Loss) -> L
 
 
 def learned_again(
-    model: ir.Model,
-    plan: QuantPlan,
-    samples: Sequence[Sample],
-    told: Sequence[str],
-    training: Training,
+    model: ir.Model, plan: QuantPlan, samples: Samples, training: Training
 ) -> QuantPlan:
     """The plan after as many steps as were best before, from all samples, which judge as well: they
     tell no more than whether learning went astray.
     """
-    options, aim = training.options, outputs_alike(model, told)
-    every = Samples(samples, samples)
+    options, every = training.options, samples.all()
     if set(training.repeated or {}) - {WHOLE}:
-        plan, _ = by_blocks(model, plan, every, told, training)
-    supply = WholeSupply(model, every, aim.taught, options)
-    lesson = _lesson(model, plan, options, aim.loss)
+        plan, _ = by_blocks(model, plan, every, training)
+    supply = WholeSupply(model, every, options)
+    lesson = _lesson(model, plan, options, outputs_alike(model, samples.told))
     return training.learned(lesson, supply, WHOLE, seconds=options.seconds).plan
 
 
 def by_blocks(
-    model: ir.Model, plan: QuantPlan, samples: Samples, told: Sequence[str], training: Training
+    model: ir.Model, plan: QuantPlan, samples: Samples, training: Training
 ) -> tuple[QuantPlan, dict[str, int]]:
     """The plan whose blocks were learned one after the other, where each was best; each hands on
     what it then makes.
     """
-    blocks, options = blocks_of(model, plan, told), training.options
+    blocks, options = blocks_of(model, plan, samples.told), training.options
     threads = options.threads
     views, held = _views(samples, options), len(samples.held)
     end = training.clock() + options.seconds / (2 if options.whole else 1)

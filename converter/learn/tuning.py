@@ -13,6 +13,7 @@ from calib.session import Sample
 from calib.sources import InputSpec, image_axes
 from converter.calibrate.cache import fingerprint_of
 from converter.calibrate.data import resources_of, spec_of
+from converter.config.settings import settings_of
 from converter.graph.files import fed_inputs
 from converter.job import Job, Watch
 from converter.learn.checkpoint import Checkpoint
@@ -34,7 +35,6 @@ from converter.learn.student import STORED, Learnable
 from converter.learn.told import told_by
 from converter.plan.plan import QuantPlan
 from converter.prepare.opset import raise_opset
-from converter.report.provenance import settings_of
 
 # The share of the samples that is held back.
 HELD = 0.2
@@ -92,14 +92,15 @@ class Tuning:
         checkpoint = self._checkpoint(model, parts)
         options = self._options(model, passes=2 if again else 1)
         training = Training(options, checkpoint, self.watch, keep)
-        found = fine_tuned(model, plan, Samples(fit, held), told, training)
+        samples = Samples(fit, held, told)
+        found = fine_tuned(model, plan, samples, training)
         self._tell(found, len(fit) + len(held))
         plan = found.plan
         if again:
             plan = again()
             if found.reached:
                 repeating = replace(training, repeated=found.reached)
-                plan = self._repeated(model, plan, [*fit, *held], told, repeating)
+                plan = self._repeated(model, plan, samples, repeating)
         self._tell_of_gaps(training.gaps.values())
         checkpoint.close()
         return plan
@@ -139,21 +140,17 @@ class Tuning:
         return Checkpoint(self.job.output.with_name(f"{self.job.output.name}.fine_tune"), told)
 
     def _repeated(
-        self,
-        model: ir.Model,
-        plan: QuantPlan,
-        samples: Sequence[Sample],
-        told: Sequence[str],
-        training: Training,
+        self, model: ir.Model, plan: QuantPlan, samples: Samples, training: Training
     ) -> QuantPlan:
         """The plan, rounded on all samples, after what was gained is learned from all of them."""
-        learned = learned_again(model, plan, samples, told, training)
+        learned = learned_again(model, plan, samples, training)
+        count = len(samples.fit) + len(samples.held)
         if learned is plan:
             self.watch.tell(
-                f"Rounding on all {len(samples)} samples is better than what was learned: it stays."
+                f"Rounding on all {count} samples is better than what was learned: it stays."
             )
         else:
-            self.watch.tell(f"What was gained is learned again from all {len(samples)} samples.")
+            self.watch.tell(f"What was gained is learned again from all {count} samples.")
         return learned
 
     def _options(self, model: ir.Model, passes: int) -> Options:

@@ -19,6 +19,7 @@ from converter.calibrate.cache import fingerprint_of
 from converter.calibrate.data import open_data, resources_of, synthetic_data
 from converter.calibrate.judges import Parted, parted
 from converter.config.keys import WeightQuantParam
+from converter.config.settings import settings_of
 from converter.emit.dequantize import (
     NEWEST_OPSET,
     TYPES,
@@ -69,7 +70,7 @@ from converter.plan.requests import stores_signed
 from converter.plan.result import Quantized, Tradeoff
 from converter.prepare.fake_quant import Prepared
 from converter.prepare.opset import opset_of, raise_opset
-from converter.report.provenance import provenance, settings_of
+from converter.report.provenance import provenance
 from converter.weights.bit_search import Search
 from converter.weights.journal import Journal
 from converter.weights.layers import Fitter
@@ -161,7 +162,7 @@ def quantize(prepared: Prepared, job: Job, watch: Watch) -> Quantized:
         plan = fitter.fitted(plan)
     else:
         with best.told():
-            plan, pareto = _searched(fitter, judges.judges, plan, best, newest)
+            plan, pareto = _searched(fitter, judges.judges, plan, best, newest=newest)
     if tuning.wanted:
         again = None if apart else partial(replace(fitter, data=data).fitted, plan)
         with best.told():
@@ -326,6 +327,7 @@ def _searched(
     judges: Dataset,
     plan: QuantPlan,
     best: _Best,
+    *,
     newest: int | None,
 ) -> tuple[QuantPlan, tuple[Tradeoff, ...]]:
     """The plan with widths found; until then a journal lies beside the output."""

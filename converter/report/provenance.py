@@ -5,26 +5,12 @@ files.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 
 from calib.samples import Dataset
-from converter.config import Config
-from converter.config.keys import SECTIONS
+from converter.config.settings import settings_of
 from converter.job import Job, sha256
 from converter.version import __version__
-
-# Keys that say where files are and what a run may use, but not what comes out.
-NEUTRAL = {
-    *(
-        "thread_num",
-        "providers",
-        "calibration_memory",
-        "calibration_cache",
-        "debug_info_save_path",
-        "export_recipe",
-    ),
-    *("calibrate_path", "label_file", "model", "output"),
-}
 
 
 def provenance(job: Job, data: Dataset) -> dict[str, str]:
@@ -46,18 +32,6 @@ def provenance(job: Job, data: Dataset) -> dict[str, str]:
     if files:
         properties["qconvert.calibration_sha256"] = _sha256_of_lines(map(sha256, files))
     return properties
-
-
-def settings_of(config: Config) -> Iterator[str]:
-    """Lines of all that decides what a conversion makes of a model and its samples."""
-    for section in SECTIONS.values():
-        for name, key in section.keys.items():
-            value = getattr(getattr(config, section.attribute), name)
-            if value != key.default and name not in NEUTRAL:
-                yield f"{section.name}.{name}={value}"
-    for recipe in config.recipes:
-        for name, value in recipe.wishes.items():
-            yield f"{recipe.section}.{name}={value}"
 
 
 def _sha256_of_lines(lines: Iterable[str]) -> str:
