@@ -158,6 +158,12 @@ def zero_bytes(zero: Array, bits: int) -> Array | None:
     return steps.astype(np.uint8) if within else None
 
 
+def byte_zeros(zero: Array, bits: int) -> Array:
+    """The nearest zeros that bytes hold, or `zero` where they do not."""
+    steps = zero_bytes(zero, bits)
+    return zero if steps is None else steps * zero_step(bits)
+
+
 def along(values: Array, axis: int | None, shape: tuple[int, ...]) -> Array:
     """`values` a channel shaped to broadcast along `axis` of a tensor of `shape`, `values` a block
     repeated to it.

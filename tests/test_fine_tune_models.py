@@ -228,6 +228,21 @@ def test_a_model_is_told_by_what_its_outputs_are_made_of():
     assert told_by(prepared(text, **W), {"x": (1, 8)}) == ("s", "r")
 
 
+def test_what_an_output_is_made_of_may_lie_far_back():
+    steps = " ".join(f"i{k + 1} = Neg (i{k})" for k in range(1500))
+    text = f"g (float[N,8] x) => (int64[2,M] i1500) {{ {BODY}  i0 = NonZero (s)  {steps} }}"
+    assert told_by(prepared(text, **W), {"x": (1, 8)}) == ("s",)
+
+
+def test_where_no_gradient_goes_is_told_once(tmp_path):
+    body = "h = MatMul (x, w1)  a = Asinh (h)  b = Asinh (a)  s = MatMul (b, w2)"
+    model = frozen(build(f"g (float[N,8] x) => (float[N,64] s) {{ {body} }}", **W))
+    ear, _ = converted(tmp_path, "WEIGHT_QUANT", model, X, "END_TO_END")
+    (line,) = [text for text in ear.warned if "Nothing is learned through node" in text]
+    assert "(Asinh)" in line
+    assert "no gradient is known for it" in line
+
+
 @pytest.mark.parametrize(
     ("text", "shape", "width"),
     [
@@ -235,7 +250,7 @@ def test_a_model_is_told_by_what_its_outputs_are_made_of():
         ("g (float[N,8] x) => (float[64,N] y) { BODY y = Transpose <perm=[1,0]> (s) }", (1, 8), 1),
         ("g (float[N,8] x) => (float y) { BODY y = ReduceMax <keepdims=0> (s) }", (1, 8), 1),
         ("g (float[N,8] x) => (float[N,64] y) { BODY y = Softmax <axis=0> (s) }", (2, 8), 1),
-        ("g (float[1,8] x) => (float[1,6] s) { BODY }", (1, 8), 1),
+        ("g (float[1,8] x) => (float[1,64] s) { BODY }", (1, 8), 1),
     ],
 )
 def test_samples_go_together_where_that_is_the_same(text, shape, width):

@@ -29,7 +29,7 @@ import numpy as np
 import onnx_ir as ir
 
 from calib import trellis
-from calib.affine import Array, QParams, along, is_centered, zero_bytes, zero_step
+from calib.affine import Array, QParams, along, byte_zeros, is_centered, zero_bytes, zero_step
 from calib.rotation import rotation
 from converter.graph.edit import Names, add_constant, constant
 from converter.plan.plan import QuantizedWeight
@@ -184,11 +184,10 @@ class PlaneWriter:
         return self._node("Mul", [value, self._cast("scale", half_if_exact(scale))])
 
     def _zero(self, zero: Array, bits: int) -> ir.Value:
-        step = zero_step(bits)
         stored = zero_bytes(zero, bits)
-        if stored is None or (stored * step != zero).any():
+        if stored is None or (byte_zeros(zero, bits) != zero).any():
             return self._cast("zero", half_if_exact(zero))
-        return self._chain(self._cast("zero", stored), [("Mul", np.float32(step))])
+        return self._chain(self._cast("zero", stored), [("Mul", np.float32(zero_step(bits)))])
 
     def _floats(self, name: str, codes: Array, bits: int) -> ir.Value:
         """The codes in their shape as float32."""

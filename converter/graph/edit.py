@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, TypeVar
 
 import numpy as np
@@ -44,14 +44,12 @@ def values_read(node: ir.Node) -> list[ir.Value]:
     return [v for n in (node, *inner) for v in n.inputs if v is not None and v.graph is node.graph]
 
 
-def constant_nodes(graph: ir.Graph) -> set[ir.Node]:
-    """The nodes that nothing fed reaches, such as restore weights that were stored."""
-    fed, found = set(graph.inputs), set[ir.Node]()
+def reached(graph: ir.Graph, values: Iterable[ir.Value]) -> set[ir.Value]:
+    """The values, and all of the graph that depend on them."""
+    found = set(values)
     for node in graph:
-        if fed.isdisjoint(values_read(node)):
-            found.add(node)
-        else:
-            fed.update(node.outputs)
+        if not found.isdisjoint(values_read(node)):
+            found.update(node.outputs)
     return found
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 import onnx_ir as ir
 
-from converter.graph.edit import is_float, not_none, submodel, values_read
+from converter.graph.edit import is_float, not_none, reached, submodel, values_read
 from converter.plan.plan import QuantPlan
 from converter.plan.units import planned
 
@@ -33,7 +33,8 @@ class Block:
 def blocks_of(model: ir.Model, plan: QuantPlan, told: Sequence[str]) -> list[Block]:
     """The blocks with UNITS quantized units or more; the last one ends at the tensors `told`."""
     units = {node for node, _ in planned(model, plan) if node.graph is model.graph}
-    moved, nodes = _moved(model, units), list(model.graph)
+    moved = reached(model.graph, (value for node in units for value in node.outputs))
+    nodes = list(model.graph)
     cuts = dict(_cuts(nodes, moved, told))
     found, part, start = list[Block](), list[ir.Node](), ""
     behind = len(units)
@@ -45,15 +46,6 @@ def blocks_of(model: ir.Model, plan: QuantPlan, told: Sequence[str]) -> list[Blo
             found.append(_block(model, part, start, (end,)))
             part, start, behind = [], end, behind - inside
     return [*found, _block(model, part, start, tuple(told))]
-
-
-def _moved(model: ir.Model, units: set[ir.Node]) -> set[ir.Value]:
-    """What depends on quantized units."""
-    moved = set[ir.Value]()
-    for node in model.graph:
-        if node in units or moved.intersection(values_read(node)):
-            moved.update(node.outputs)
-    return moved
 
 
 def _cuts(

@@ -658,21 +658,20 @@ def are_finite(
     model: ir.Model, names: Sequence[str], samples: Sequence[Sample], threads: int
 ) -> list[bool]:
     """Whether a model makes finite numbers of each sample."""
-    with saved(model, names) as path:
-        session = open_session(path)
-
-    def finite(index: int) -> bool:
-        return all(np.isfinite(x).all() for x in run(session, names, samples[index]).values())
-
-    return list(over_samples(len(samples), finite, threads))
+    made = _made(model, names, samples, threads)
+    return [all(np.isfinite(x).all() for x in found.values()) for found in made]
 
 
 def _run_all(
     model: ir.Model, names: Sequence[str], samples: Sequence[Sample], threads: int
 ) -> list[Sample]:
     """Tensors of a model for every sample."""
-    if not names:
-        return [{} for _ in samples]
+    return list(_made(model, names, samples, threads)) if names else [{} for _ in samples]
+
+
+def _made(
+    model: ir.Model, names: Sequence[str], samples: Sequence[Sample], threads: int
+) -> Iterator[Sample]:
     with saved(model, names) as path:
         session = open_session(path)
-    return list(over_samples(len(samples), lambda i: run(session, names, samples[i]), threads))
+    yield from over_samples(len(samples), lambda i: run(session, names, samples[i]), threads)

@@ -18,16 +18,7 @@ import numpy as np
 import onnx_ir as ir
 
 from calib import trellis
-from calib.affine import (
-    Array,
-    QParams,
-    along,
-    dequantize,
-    is_centered,
-    rotated,
-    zero_bytes,
-    zero_step,
-)
+from calib.affine import Array, QParams, along, byte_zeros, dequantize, is_centered, rotated
 from calib.workers import over_samples
 from converter.emit.planes import half_if_exact
 from converter.graph.edit import not_none
@@ -346,11 +337,9 @@ def _stored(weight: _Weight, now: Rounded) -> QuantizedWeight:
 
 def _zero(zero: Array, q: QParams) -> Array:
     """Zeros in as many bytes as those of `q`."""
-    bits, step = q.format.bits, zero_step(q.format.bits)
-    before, now = (zero_bytes(x, bits) for x in (q.zero_point, zero))
-    if before is None or now is None or (before * step != q.zero_point).any():
-        return _as(zero, q.zero_point)
-    return (now * step).astype(q.zero_point.dtype)
+    bits, old = q.format.bits, q.zero_point
+    in_bytes = np.array_equal(byte_zeros(old, bits), old)
+    return _as(byte_zeros(zero, bits) if in_bytes else zero, old)
 
 
 def _as(numbers: Array, old: Array) -> Array:

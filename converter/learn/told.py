@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 
 import onnx_ir as ir
 
@@ -15,25 +15,20 @@ def told_by(model: ir.Model, shapes: Mapping[str, Sequence[int]]) -> tuple[str, 
     """The float outputs whose shapes follow from the `shapes` of inputs; of the others, as the
     classes of an ArgMax or boxes that were picked, the nearest such tensors that they are made of.
     """
-    fixed, seen = model.clone(), set[ir.Value]()
+    fixed, known = model.clone(), values_by_name(model.graph)
     fix_shapes(fixed, shapes)
-    known = values_by_name(model.graph)
-    found = (v for output in fixed.graph.outputs for v in _nearest(output, known, seen))
-    return tuple(dict.fromkeys(value.name or "" for value in found))
-
-
-def _nearest(
-    value: ir.Value, known: Mapping[str, ir.Value], seen: set[ir.Value]
-) -> Iterator[ir.Value]:
-    node = value.producer()
-    if node is None or value in seen:
-        return
-    seen.add(value)
-    if is_float(value) and value.name in known and _is_sized(value):
-        yield value
-        return
-    for read in values_read(node):
-        yield from _nearest(read, known, seen)
+    waiting, seen, found = list(reversed(fixed.graph.outputs)), set[ir.Value](), list[str]()
+    while waiting:
+        value = waiting.pop()
+        node = value.producer()
+        if node is None or value in seen:
+            continue
+        seen.add(value)
+        if is_float(value) and value.name in known and _is_sized(value):
+            found.append(value.name)
+        else:
+            waiting.extend(reversed(values_read(node)))
+    return tuple(found)
 
 
 def _is_sized(value: ir.Value) -> bool:

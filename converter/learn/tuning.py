@@ -14,6 +14,7 @@ from calib.sources import InputSpec, image_axes
 from converter.calibrate.cache import fingerprint_of
 from converter.calibrate.data import resources_of, spec_of
 from converter.config.settings import settings_of
+from converter.graph.edit import values_by_name
 from converter.graph.files import fed_inputs
 from converter.job import Job, Watch
 from converter.learn.checkpoint import Checkpoint
@@ -90,7 +91,7 @@ class Tuning:
         if not (fit and held):
             return again() if again else plan
         checkpoint = self._checkpoint(model, parts)
-        options = self._options(model, passes=2 if again else 1)
+        options = self._options(model, told, passes=2 if again else 1)
         training = Training(options, checkpoint, self.watch, keep)
         samples = Samples(fit, held, told)
         found = fine_tuned(model, plan, samples, training)
@@ -153,13 +154,14 @@ class Tuning:
             self.watch.tell(f"What was gained is learned again from all {count} samples.")
         return learned
 
-    def _options(self, model: ir.Model, passes: int) -> Options:
+    def _options(self, model: ir.Model, told: Sequence[str], passes: int) -> Options:
         wanted = self.job.config.fine_tune
         automatic = wanted.fine_tune == "AUTO"
         # What classes are told by says more of what counts than what any block hands on, where the
         # start is near; integers of few bits come near by blocks.
         near = not self.may.ranges
-        sure = near and any(tells_classes(value) for value in model.graph.outputs)
+        values = values_by_name(model.graph)
+        sure = near and any(tells_classes(values[name]) for name in told)
         return Options(
             epochs=wanted.epochs,
             batch=wanted.batch_size,

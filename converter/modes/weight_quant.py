@@ -33,13 +33,7 @@ from converter.emit.half import store_biases_as_half
 from converter.emit.planes import PlaneWriter
 from converter.emit.stored import emit_stored
 from converter.errors import ConfigError, ModelError
-from converter.graph.edit import (
-    constant,
-    constant_nodes,
-    initializers_of,
-    nodes_of,
-    not_none,
-)
+from converter.graph.edit import constant, initializers_of, nodes_of, not_none
 from converter.graph.files import accepting, file_bytes, refusal, save, saved
 from converter.graph.mapped import release
 from converter.job import Job, Watch
@@ -54,7 +48,7 @@ from converter.plan.ops import (
     weights_of,
     words_of,
 )
-from converter.plan.placement import CONSTANT, Wishes, skipped
+from converter.plan.placement import Wishes, skipped, unfed
 from converter.plan.plan import (
     Granularity,
     NodePlan,
@@ -93,12 +87,14 @@ def make_plan(prepared: Prepared, job: Job) -> QuantPlan:
 def _plan_of(model: ir.Model, job: Job) -> QuantPlan:
     nodes: dict[str, NodePlan] = {}
     words, small = words_of(model), _small_tables(model)
-    unfed = constant_nodes(model.graph)
+    common, recipes = job.config.common, job.config.recipes
+    kept = unfed(model.graph)
+    wishes = Wishes(
+        common.skip_quant_node, common.skip_quant_type, kept_float=kept, recipes=recipes
+    )
     for node in nodes_of(model):
-        if node in unfed:
-            nodes[node.name or ""] = NodePlan(node.name or "", node.op_type, False, CONSTANT)
-            continue
-        unit = nodes.setdefault(node.name or "", _node_plan(node, words, small, job))
+        planned = _node_plan(node, words, small, job=job, wishes=wishes)
+        unit = nodes.setdefault(node.name or "", planned)
         release(value for value in node.inputs if value is not None)
         for name in unit.absorbed:
             nodes[name] = NodePlan(
@@ -334,7 +330,7 @@ def _searched(
     job, config = best.job, best.job.config
 
     def held(bits: int) -> int:
-        found = newest and type_for(bits, False, newest)
+        found = newest and type_for(bits, False, newest, stores_signed(config))
         return found[0].bitwidth if found else bits
 
     told = "\n".join([fingerprint_of(fitter.model, fitter.data), *settings_of(config)])
@@ -367,7 +363,9 @@ def _node_plan(
     node: ir.Node,
     words: Collection[ir.Value],
     small: Mapping[ir.Value | None, str],
+    *,
     job: Job,
+    wishes: Wishes,
 ) -> NodePlan:
     common, name, axes = job.config.common, node.name or "", weights_of(node)
     own = wishes_for(job.config.recipes, name, node.op_type)
@@ -376,8 +374,6 @@ def _node_plan(
         for index, axis in axes.items()
     ]
     reasons = (_obstacle(node, weight, job) for weight in weights)
-    recipes = job.config.recipes
-    wishes = Wishes(common.skip_quant_node, common.skip_quant_type, recipes=recipes)
     reason = skipped(node, wishes) or next(
         filter(None, reasons), None if weights else _without_weight(node)
     )

@@ -19,11 +19,11 @@ from converter.config.keys import Recipe
 from converter.errors import ConfigError
 from converter.graph.edit import (
     constant,
-    constant_nodes,
     is_float,
     not_none,
     only_consumer,
     operand,
+    reached,
     readers_of,
     values_read,
 )
@@ -59,10 +59,6 @@ class Wishes:
     wide: Mapping[str, str] = field(default_factory=dict)
     joined: Collection[str] = ()
     recipes: tuple[Recipe, ...] = ()
-
-
-# Why a node stays float that nothing fed reaches.
-CONSTANT = "what it computes is constant"
 
 
 @dataclass(frozen=True)
@@ -104,10 +100,9 @@ def build_plan(graph: ir.Graph, target: Target, wishes: Wishes) -> QuantPlan:
     moved = _moved_into_bodies(graph)
     pooled = _behind_dilated_pools(graph)
     open_ = _reading_defaults(graph)
-    unfed = dict.fromkeys((node.name or "" for node in constant_nodes(graph)), CONSTANT)
     wishes = replace(
         wishes,
-        kept_float={**unfed, **moved, **pooled, **open_, **wishes.kept_float},
+        kept_float={**unfed(graph), **moved, **pooled, **open_, **wishes.kept_float},
     )
     units, reasons = _candidates(graph, target, wishes)
     if not target.all_pays:
@@ -131,6 +126,13 @@ def build_plan(graph: ir.Graph, target: Target, wishes: Wishes) -> QuantPlan:
                 name, node.op_type, False, reasons[node], inside=inside.get(node)
             )
     return QuantPlan(nodes, tensors.plans, converted=tensors.converted)
+
+
+def unfed(graph: ir.Graph) -> dict[str, str]:
+    """Why nodes stay float, by name, that nothing fed reaches, such as restore stored weights."""
+    fed = reached(graph, graph.inputs)
+    constants = (node.name or "" for node in graph if fed.isdisjoint(values_read(node)))
+    return dict.fromkeys(constants, "what it computes is constant")
 
 
 # --- which nodes could be integer

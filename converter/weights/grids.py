@@ -17,7 +17,7 @@ from functools import partial
 import numpy as np
 
 from calib import trellis
-from calib.affine import SMALLEST_SCALE, Array, IntFormat, zero_bytes, zero_step
+from calib.affine import SMALLEST_SCALE, Array, IntFormat, byte_zeros
 from converter.plan.plan import HALF_BITS
 from converter.weights.gptq import DAMPING, Grid, chosen, compensated, row_parts
 
@@ -267,8 +267,7 @@ def _storable(scale: Array, zero: Array, grids: Grids) -> tuple[Array, Array]:
     largest = max(scale.max(), np.abs(zero).max())
     fits = least <= scale.min() and largest <= np.finfo(np.float16).max
     dtype = np.float16 if fits and grids.format.bits <= HALF_BITS else np.float32
-    if (steps := zero_bytes(zero, grids.format.bits)) is not None:
-        zero = steps * zero_step(grids.format.bits)
+    zero = byte_zeros(zero, grids.format.bits)
     return scale.astype(dtype).astype(np.float64), zero.astype(dtype).astype(np.float64)
 
 
